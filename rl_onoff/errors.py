@@ -1,0 +1,36 @@
+"""The errors a user may meet. Each message is one sentence: the cause, then the override that mends it."""
+
+from __future__ import annotations
+
+
+class OnOffError(Exception):
+    """Base of all errors that are printed as one sentence, without a traceback; `exit_code` ends the process."""
+
+    exit_code = 1
+
+
+class UsageError(OnOffError, ValueError):
+    """The command line, the config or the input data is wrong; nothing was computed."""
+
+    exit_code = 2
+
+
+class EngineError(OnOffError, RuntimeError):
+    """The engine could not do what it was asked (load, generate, score)."""
+
+
+class EngineDiedError(EngineError):
+    """An engine's process, or a child of it, ended while work was in flight.
+
+    `in_flight` holds the (request id, sample) pairs that had not come back.
+    """
+
+    def __init__(self, message: str, in_flight: tuple[tuple[str, int], ...] = ()):
+        super().__init__(message)
+        self.in_flight = in_flight
+
+
+class MissingDependencyError(OnOffError, ImportError):
+    """A package that an engine or a feature needs is not installed; the message names the extra that brings it."""
+
+    exit_code = 2
