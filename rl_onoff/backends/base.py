@@ -3,24 +3,32 @@
 Two widths, one implementation each. The core takes and gives token ids: `complete(requests)` streams Completions as they
 finish, `score(responses, want)` streams TokenScores. The public API (text in, text out) is written once on top of it.
 
-An engine's file subclasses BaseBackend and implements `_load`, `_generate`, `_score`, `_close` and `sampling_args`. Where
-the engine runs (here, in a worker process, in a pool of them) is not its business.
+An engine's file subclasses BaseBackend and implements `_load`, `_generate`, `_score`, `_close` and a pure `sampling_args`.
+Where the engine runs (here, in a worker process, in a pool of them) is decided in `load` and is not the engine's business.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
-from rl_onoff.backends.config import EngineConfig
+import numpy as np
+
+from rl_onoff.backends.config import BackendConfig, EngineConfig
+from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
+
+log = logging.getLogger(__name__)
+
+Text = str | Sequence[int]  # a prompt or response: text, or token ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInfo:
-    """What a loaded engine says about itself; stored with every row it makes."""
+    """What a loaded engine says about itself; kept with the rows it makes."""
 
     engine: str  # "huggingface", "vllm", …
     version: str  # the engine package's version
@@ -32,7 +40,7 @@ class EngineInfo:
 
 
 class Core(Protocol):
-    """The four calls an engine answers, in this process or behind a worker. Not thread-safe: one call at a time."""
+    """The four calls an engine answers, wherever it runs. One call at a time; results come in any order."""
 
     def _load(self) -> EngineInfo: ...
 
@@ -41,3 +49,308 @@ class Core(Protocol):
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]: ...
 
     def _close(self) -> None: ...
+
+
+class BaseBackend(ABC):
+    """One language model behind one inference engine.
+
+    >>> with create_backend({"backend_type": "huggingface", "model_name": "smollm2"}) as backend:
+    ...     backend.generate("The capital of France is", max_length=5)
+    """
+
+    name: ClassVar[str]  # the config group's name
+    package: ClassVar[str]  # what must be importable, and the extra that brings it
+    config_class: ClassVar[type[EngineConfig]]
+    logprob_kinds: ClassVar[frozenset[LogprobKind]]  # what it can report while sampling
+    supports_gradients: ClassVar[bool] = False
+    worker_by_default: ClassVar[bool] = False
+
+    def __init__(self, config: EngineConfig | BackendConfig):
+        if isinstance(config, BackendConfig):
+            assert config.backend_config is not None
+            config = config.backend_config
+        if not isinstance(config, self.config_class):
+            raise UsageError(f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}")
+        if not config.model_name:
+            raise UsageError("no model was named: set model.name to a hub id, a folder, a .gguf file or smollm2")
+        if config.logprob_kind not in self.logprob_kinds:
+            kinds = ", ".join(kind.value for kind in LogprobKind if kind in self.logprob_kinds)
+            raise UsageError(f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of {kinds}")
+        self.config = config
+        self._core: Core | None = None
+        self._info: EngineInfo | None = None
+        self._tokenizer: Any = None
+
+    # -- what an engine's file implements ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _load(self) -> EngineInfo:
+        """Load the weights in this process."""
+
+    @abstractmethod
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Sample every `request.sample_indices` of every request."""
+
+    @abstractmethod
+    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+        """Score given token ids; none of the responses is empty or longer than the context."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Free what `_load` took; must be safe to call twice."""
+
+    @staticmethod
+    @abstractmethod
+    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
+        """The engine's own sampling arguments, every one explicit: nothing comes from the model's generation config."""
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load the model and tokenizer. Loading twice is loading once.
+
+        Raises ImportError when the engine is not installed, ValueError for a model that is not there.
+        """
+        if self._core is not None:
+            return
+        self._tokenizer = self._tokenizer or self._load_tokenizer()
+        core = self._place()
+        try:
+            self._info = core._load()
+        except BaseException:
+            core._close()
+            raise
+        self._core = core
+
+    def _place(self) -> Core:
+        """Where the engine runs: this object itself, a worker process, or a pool of workers."""
+        hosted = self.worker_by_default if self.config.worker is None else self.config.worker
+        if not hosted and self.config.python is None:
+            return self
+        from rl_onoff.workers.host import Host
+
+        return Host(type(self), self.config)
+
+    def close(self) -> None:
+        """Free the model, and every process, file and port the engine took."""
+        core, self._core, self._info = self._core, None, None
+        if core is not None:
+            core._close()
+
+    def __enter__(self) -> Self:
+        self.load()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def is_loaded(self) -> bool:
+        """True between `load` and `close`."""
+        return self._core is not None
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says about itself; only once loaded."""
+        self._loaded()
+        assert self._info is not None
+        return self._info
+
+    def _loaded(self) -> Core:
+        if self._core is None:
+            raise EngineError("the backend is not loaded: call backend.load() first")
+        return self._core
+
+    # -- the core: token ids -------------------------------------------------------------------------------------------
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Sample `n` responses to every request; yields each as it finishes, in any order."""
+        core, requests = self._loaded(), list(requests)
+        for request in requests:
+            self._check_prompt(request.id, len(request.prompt_ids), room=1)
+        yield from core._generate(requests) if requests else ()
+
+    def score(self, responses: Iterable[Response], want: Want | None = None) -> Iterator[TokenScores]:
+        """Score given responses by prefill; yields each as it is done, in any order.
+
+        Row t describes response token t, whose distribution is that of a plain forward pass over the unpadded sequence.
+        """
+        core, responses, want = self._loaded(), list(responses), want or Want()
+        for response in responses:
+            self._check_prompt(response.request_id, len(response.prompt_ids), room=len(response.token_ids_T))
+            if len(response.token_ids_T) == 0:
+                raise UsageError(f"response {response.sample} to request {response.request_id!r} has no tokens to score")
+        yield from core._score(responses, want) if responses else ()
+
+    def _check_prompt(self, request_id: str, num_tokens: int, room: int) -> None:
+        if num_tokens == 0:
+            raise UsageError(f"the prompt of request {request_id!r} is empty: give it at least one token")
+        if num_tokens + room > self.info.max_len:
+            raise UsageError(
+                f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context holds "
+                f"{self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
+            )
+
+    # -- the public API: text ------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[Any],
+        max_length: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        do_sample: bool = True,
+        stop_strings: Sequence[str] | None = None,
+        return_logits: bool = False,
+        return_probs: bool = False,
+        compute_gradients: bool = False,
+        *,
+        seed: int = 0,
+    ) -> Any:
+        """Generate one response per prompt.
+
+        Args:
+            prompts: one prompt or a list of them, each text or a list of token ids; text is encoded as the tokenizer does.
+            max_length: most new tokens.
+            temperature, top_k, top_p: the sampler; `top_k=None` and `top_p=None` keep every token.
+            do_sample: False decodes greedily.
+            stop_strings: end a response and are cut from its text.
+            return_logits, return_probs: also give `logits` and `probs`, float32 (num_tokens, vocab_size); the
+                probabilities are after `temperature`.
+            compute_gradients: give `logits` as a torch tensor that `.backward()` can be called on (HuggingFace alone).
+            seed: the same seed gives the same responses.
+
+        Returns:
+            The text; or, when any of the last three is asked for, a dict with `text`, `token_ids`, `logprobs`,
+            `finish_reason` and what was asked for. A list of them for a list of prompts.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_length,
+            temperature=temperature if do_sample else 0.0,
+            top_k=top_k or 0,
+            top_p=1.0 if top_p is None else top_p,
+            stop=list(stop_strings or ()),
+            seed=seed,
+        )
+        if compute_gradients:
+            self._check_gradients()
+        batch, single = _as_batch(prompts)
+        requests = [Request(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling) for i, prompt in enumerate(batch)]
+        done = {completion.request_id: completion for completion in self.complete(requests)}
+        completions = [done[request.id] for request in requests]
+        if not (return_logits or return_probs or compute_gradients):
+            texts = [completion.text for completion in completions]
+            return texts[0] if single else texts
+        pairs = [(request.prompt_ids, completion.token_ids_T) for request, completion in zip(requests, completions, strict=True)]
+        logits = self._logits(pairs, compute_gradients)
+        results = []
+        for completion, logits_TV in zip(completions, logits, strict=True):
+            result: dict[str, Any] = {
+                "text": completion.text,
+                "token_ids": completion.token_ids_T.tolist(),
+                "logprobs": completion.logprobs_T,
+                "finish_reason": completion.finish_reason.value,
+            }
+            if return_logits or compute_gradients:
+                result["logits"] = logits_TV
+            if return_probs:
+                result["probs"] = _softmax(logits_TV, temperature if do_sample else 1.0)
+            results.append(result)
+        return results[0] if single else results
+
+    def get_logits(self, prompts: str | Sequence[Any], responses: str | Sequence[Any], compute_gradients: bool = False) -> Any:
+        """Raw logits of every response token given its prompt: float32 (num_response_tokens, vocab_size), a list for lists.
+
+        Prompts and responses are text or lists of token ids; a text response is encoded without special tokens. With
+        `compute_gradients` a torch tensor comes back whose `.backward()` reaches the weights (HuggingFace alone).
+        """
+        if compute_gradients:
+            self._check_gradients()
+        prompt_batch, single = _as_batch(prompts)
+        response_batch, single_response = _as_batch(responses)
+        if single != single_response or len(prompt_batch) != len(response_batch):
+            raise UsageError(f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per prompt")
+        pairs = [(self._ids(p), self._ids(r, special=False)) for p, r in zip(prompt_batch, response_batch, strict=True)]
+        logits = self._logits(pairs, compute_gradients)
+        return logits[0] if single else logits
+
+    def get_probabilities(self, prompts: str | Sequence[Any], responses: str | Sequence[Any], temperature: float = 1.0) -> Any:
+        """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for lists."""
+        if temperature <= 0:
+            raise UsageError(f"temperature is {temperature} but must be above 0")
+        logits = self.get_logits(prompts, responses)
+        return [_softmax(row, temperature) for row in logits] if isinstance(logits, list) else _softmax(logits, temperature)
+
+    def encode(self, text: str | Sequence[str]) -> Any:
+        """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if any)."""
+        batch, single = _as_batch(text)
+        ids = [self.get_tokenizer().encode(item) for item in batch]
+        return ids[0] if single else ids
+
+    def decode(self, token_ids: Sequence[Any]) -> Any:
+        """Text of token ids, special tokens removed; a list of texts for a list of lists."""
+        batch, single = _as_batch(token_ids)
+        texts = [self.get_tokenizer().decode(ids, skip_special_tokens=True) for ids in batch]
+        return texts[0] if single else texts
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer of the model; pads on the left."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _load_tokenizer(self) -> Any:
+        from rl_onoff.models import load_tokenizer
+
+        return load_tokenizer(self.config)
+
+    def _ids(self, text: Text, special: bool = True) -> np.ndarray:
+        if isinstance(text, str):
+            text = self.get_tokenizer().encode(text, add_special_tokens=special)
+        return np.asarray(text, dtype=np.int32)
+
+    def _check_gradients(self) -> None:
+        if not self.supports_gradients:
+            raise UsageError(f"{self.name} gives no gradients: use the huggingface backend for compute_gradients")
+
+    def _logits(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], compute_gradients: bool) -> list[Any]:
+        """Full logits of (prompt ids, response ids) pairs, in their order."""
+        responses = [Response(request_id=str(i), sample=0, prompt_ids=p, token_ids_T=r) for i, (p, r) in enumerate(pairs)]
+        if compute_gradients:
+            return self._logits_with_gradients(responses)
+        scores = {s.request_id: s.logits_TV for s in self.score(responses, Want(full_logits=True))}
+        return [scores[response.request_id] for response in responses]
+
+    def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
+        raise NotImplementedError
+
+
+def _as_batch(value: Any) -> tuple[list[Any], bool]:
+    """(list of items, whether a single one was given); an item is a text or a list of token ids."""
+    if isinstance(value, str):
+        return [value], True
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    items = list(value)
+    if items and isinstance(items[0], int | np.integer):
+        return [items], True
+    return items, False
+
+
+def _softmax(logits_TV: Any, temperature: float) -> Any:
+    """softmax(logits / temperature) by row, of an array or a tensor."""
+    if not isinstance(logits_TV, np.ndarray):
+        return (logits_TV / temperature).softmax(-1)
+    scaled = logits_TV / np.float32(temperature)
+    scaled -= scaled.max(-1, keepdims=True)
+    np.exp(scaled, out=scaled)
+    scaled /= scaled.sum(-1, keepdims=True)
+    return scaled
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
+    """`text` before the first stop string in it; None when there is none."""
+    hits = [at for at in (text.find(string) for string in stop) if at >= 0]
+    return text[: min(hits)] if hits else None

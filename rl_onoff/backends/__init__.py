@@ -1,0 +1,46 @@
+"""One interface over HuggingFace Transformers, vLLM and SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.config import (
+    ENGINE_CONFIGS,
+    BackendConfig,
+    EngineConfig,
+    FakeBackendConfig,
+    HuggingFaceBackendConfig,
+    SGLangBackendConfig,
+    VLLMBackendConfig,
+)
+
+__all__ = [
+    "ENGINE_CONFIGS", "BackendConfig", "BaseBackend", "EngineConfig", "EngineInfo", "FakeBackendConfig", "HuggingFaceBackendConfig",
+    "SGLangBackendConfig", "VLLMBackendConfig", "backend_class", "create_backend",
+]  # fmt: skip
+
+
+def backend_class(target: str) -> type[BaseBackend]:
+    """The class an EngineConfig's `_target_` names; imports no engine."""
+    module, _, name = target.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def create_backend(config: Mapping[str, Any] | BackendConfig | EngineConfig) -> BaseBackend:
+    """Build the backend a config names, without loading it.
+
+    Args:
+        config: `{"backend_type": "huggingface" | "vllm" | "sglang", "model_name": …, "backend_specific": {…}}`, a
+            BackendConfig, or one engine's config.
+
+    Raises:
+        ValueError: unknown backend type or option, wrong value.
+    """
+    if isinstance(config, Mapping):
+        config = BackendConfig.from_dict(config)
+    engine = config.backend_config if isinstance(config, BackendConfig) else config
+    assert engine is not None
+    return backend_class(engine._target_)(engine)

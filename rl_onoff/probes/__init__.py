@@ -1,0 +1,1 @@
+"""What runs inside an engine, where its logits are."""

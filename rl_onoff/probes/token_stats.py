@@ -1,0 +1,141 @@
+"""Logits of some positions -> what they say about the token that was sampled there. One function, used by every engine.
+
+Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32 whatever the type of the logits, and the
+logits are never changed: they may be the engine's own buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from rl_onoff.types import Sampling, Want
+
+CPU_CHUNK_BYTES = 6 * 2**20  # a chunk that stays in cache is what a CPU likes best
+GPU_CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenStats:
+    """Statistics of R positions, float32 and int32 numpy arrays; fields that were not wanted are None."""
+
+    logprobs: np.ndarray  # (R,)
+    entropy: np.ndarray  # (R,)
+    logsumexp: np.ndarray  # (R,)
+    rank: np.ndarray  # (R,)
+    top_ids: np.ndarray  # (R, K)
+    top_logprobs: np.ndarray  # (R, K)
+    processed_logprobs: np.ndarray | None = None  # (R,)
+    nucleus_mass: np.ndarray | None = None  # (R,)
+    logits: np.ndarray | None = None  # (R, V)
+
+    @classmethod
+    def concatenate(cls, parts: list[TokenStats]) -> TokenStats:
+        """The rows of all parts, in order."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        return cls(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
+
+    def __getitem__(self, rows: slice) -> TokenStats:
+        return TokenStats(**{f.name: None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self)})
+
+    def arrays(self) -> dict[str, np.ndarray | None]:
+        """The fields by the names TokenScores has for them."""
+        suffix = {"top_ids": "_TK", "top_logprobs": "_TK", "logits": "_TV"}
+        return {f.name + suffix.get(f.name, "_T"): getattr(self, f.name) for f in fields(self)}
+
+
+def chunk_rows(vocab_size: int, device_type: str) -> int:
+    """How many rows of logits to hold at once."""
+    size = CPU_CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, size // (4 * vocab_size))
+
+
+def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStats:
+    """Statistics of the tokens `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the logits' device."""
+    import torch
+
+    with torch.no_grad():
+        z_RV = logits_RV.float()
+        logsumexp_R = torch.logsumexp(z_RV, -1)
+        chosen_R1 = z_RV.gather(-1, token_ids_R.long()[:, None])
+        # entropy = logsumexp - E[z]; z - logsumexp <= 0, so exp is safe, and -inf logits (masked tokens) add nothing
+        shifted_RV = z_RV - logsumexp_R[:, None]
+        probs_RV = shifted_RV.exp()
+        entropy_R = -torch.where(probs_RV > 0, probs_RV * shifted_RV, 0.0).sum(-1)
+        rank_R = (z_RV > chosen_R1).sum(-1) + 1
+        top = torch.topk(shifted_RV, min(want.top_k, z_RV.shape[-1]), -1) if want.top_k else None
+        processed_R, mass_R = _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler is not None else (None, None)
+        empty = np.empty((len(z_RV), 0))
+        return TokenStats(
+            logprobs=_numpy(chosen_R1[:, 0] - logsumexp_R),
+            entropy=_numpy(entropy_R),
+            logsumexp=_numpy(logsumexp_R),
+            rank=_numpy(rank_R, np.int32),
+            top_ids=empty.astype(np.int32) if top is None else _numpy(top.indices, np.int32),
+            top_logprobs=empty.astype(np.float32) if top is None else _numpy(top.values),
+            processed_logprobs=None if processed_R is None else _numpy(processed_R),
+            nucleus_mass=None if mass_R is None else _numpy(mass_R),
+            logits=_numpy(z_RV) if want.full_logits else None,
+        )
+
+
+def stats_of_hidden(
+    hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
+) -> TokenStats:
+    """Like token_stats, from the last hidden states: runs the LM head over `rows` positions at a time, so that no more
+    than (rows, V) logits are ever held."""
+    parts = [
+        token_stats(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows], want)
+        for start in range(0, len(hidden_RD), rows)
+    ]
+    return TokenStats.concatenate(parts)
+
+
+def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:
+    """The logits the sampler draws from: divided by temperature, then top-k, top-p on what top-k left, min-p on what is left.
+
+    Tokens that are cut get -inf. Order and meaning are those of Transformers' warpers. Greedy decoding keeps only the
+    likeliest token.
+    """
+    import torch
+
+    z_RV = logits_RV.float()
+    if sampling.greedy:
+        kept_RV = torch.zeros_like(z_RV, dtype=torch.bool).scatter_(-1, z_RV.argmax(-1, keepdim=True), True)
+        return z_RV.masked_fill(~kept_RV, -torch.inf)
+    z_RV = z_RV / sampling.temperature
+    if 0 < sampling.top_k < z_RV.shape[-1]:
+        kth_R1 = torch.topk(z_RV, sampling.top_k, -1).values[:, -1:]
+        z_RV = z_RV.masked_fill(z_RV < kth_R1, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_RV, order_RV = z_RV.sort(-1, descending=True)
+        before_RV = sorted_RV.softmax(-1).cumsum(-1) - sorted_RV.softmax(-1)
+        cut_RV = (before_RV >= sampling.top_p).scatter(-1, order_RV, before_RV >= sampling.top_p)
+        z_RV = z_RV.masked_fill(cut_RV, -torch.inf)
+    if sampling.min_p > 0:
+        floor_R1 = z_RV.max(-1, keepdim=True).values + float(np.log(sampling.min_p))
+        z_RV = z_RV.masked_fill(z_RV < floor_R1, -torch.inf)
+    return z_RV
+
+
+def _under_sampler(z_RV: Tensor, token_ids_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(processed logprob of the chosen token, probability after temperature that the sampler kept)."""
+    import torch
+
+    kept_RV = process_logits(z_RV, sampling)
+    kept_lse_R = torch.logsumexp(kept_RV, -1)
+    chosen_R = kept_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]
+    temperature = 1.0 if sampling.greedy else sampling.temperature
+    all_lse_R = torch.logsumexp(z_RV / temperature, -1)
+    return chosen_R - kept_lse_R, (kept_lse_R - all_lse_R).exp()
+
+
+def _numpy(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=dtype)
