@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -167,7 +167,9 @@ class BaseBackend(ABC):
         core, requests = self._loaded(), list(requests)
         for request in requests:
             self._check_prompt(request.id, len(request.prompt_ids), room=1)
-        yield from core._generate(requests) if requests else ()
+        stops = {request.id: request.sampling.stop for request in requests}
+        for completion in core._generate(requests) if requests else ():
+            yield replace(completion, text=self._text(completion.token_ids_T, stops[completion.request_id]))
 
     def score(self, responses: Iterable[Response], want: Want | None = None) -> Iterator[TokenScores]:
         """Score given responses by prefill; yields each as it is done, in any order.
@@ -302,14 +304,23 @@ class BaseBackend(ABC):
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _load_tokenizer(self) -> Any:
-        from rl_onoff.models import load_tokenizer
+        from rl_onoff.tokenizers import load_tokenizer
 
-        return load_tokenizer(self.config)
+        config = self.config
+        return load_tokenizer(
+            config.model_name, tokenizer=config.tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
 
     def _ids(self, text: Text, special: bool = True) -> np.ndarray:
         if isinstance(text, str):
             text = self.get_tokenizer().encode(text, add_special_tokens=special)
         return np.asarray(text, dtype=np.int32)
+
+    def _text(self, token_ids_T: np.ndarray, stop: Sequence[str]) -> str:
+        """The text of a response, the same for every engine: no special tokens, cut before the first stop string."""
+        text = self.get_tokenizer().decode(token_ids_T.tolist(), skip_special_tokens=True)
+        cut = cut_at_stop(text, stop)
+        return text if cut is None else cut
 
     def _check_gradients(self) -> None:
         if not self.supports_gradients:

@@ -176,7 +176,7 @@ class FakeBackendConfig(EngineConfig):
     """A tiny deterministic language model in numpy, for tests and for trying the runner without an engine."""
 
     _target_: str = "rl_onoff.backends.fake.FakeBackend"
-    temperature_of_noise: float = 0.0
+    noise: float = 0.0
     """Standard deviation of noise added to the logits, as a stand-in for another policy."""
 
 

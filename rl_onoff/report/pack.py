@@ -1,0 +1,195 @@
+"""Responses as small binary chunks that the page inflates when it shows them. Shapes: N tokens of a chunk, K top tokens.
+
+A chunk is a JSON header and columns over all its tokens. Sampled tokens' logprobs are exact (float32); entropies are rounded to
+1/4096 nat and the logprobs in the top lists to 1/1024 nat (0.05 % of a probability). A target's list is written relative to the
+behaviour's (or the first that has lists), because the two mostly agree and then deflate to almost nothing. Bytes of a column are stored plane by plane.
+codec.js reads what is written here; change both together.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rl_onoff.report.data import ReportResponse, TokenView
+
+ENTROPY_STEP = 1 / 4096
+TOP_STEP = 1 / 1024
+NO_ENTROPY = 0xFFFF
+ESCAPE = 0xFF  # in an index column: the id is in the escape column, not in the base's list
+
+
+@dataclass(frozen=True, slots=True)
+class TopLimit:
+    """Which entries of a top list are embedded."""
+
+    k: int
+    min_probability: float
+
+
+TOP_LIMITS = (
+    TopLimit(64, 0.0),
+    TopLimit(64, 1e-5),
+    TopLimit(64, 1e-4),
+    TopLimit(32, 1e-3),
+    TopLimit(20, 1e-2),
+    TopLimit(10, 5e-2),
+    TopLimit(0, 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TopLists:
+    """The kept entries of one policy over a chunk: row n's are the first `counts_N[n]` of it."""
+
+    counts_N: np.ndarray
+    ids_NK: np.ndarray
+    steps_NK: np.ndarray  # logprobs in TOP_STEP
+
+    @property
+    def kept_NK(self) -> np.ndarray:
+        return np.arange(self.ids_NK.shape[1]) < self.counts_N[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A packed chunk, and the ids whose texts the page needs for it."""
+
+    data: bytes
+    ids: np.ndarray
+
+
+def pack_tokens(responses: Sequence[ReportResponse], limit: TopLimit) -> Chunk:
+    """The numbers of some responses under one limit on the top lists."""
+    ids_N = _joined(responses, lambda r: r.token_ids_T, np.int64)
+    num_views = 1 + max((len(r.targets) for r in responses), default=0)
+    columns: list[tuple[str, np.ndarray]] = []
+    lengths = [len(r.token_ids_T) for r in responses]
+    views = [[_view(r, v) for r in responses] for v in range(num_views)]
+    lists = [_top_lists(views_v, lengths, limit) for views_v in views]
+    base_view = next((v for v, lists_v in enumerate(lists) if lists_v.counts_N.any()), 0)
+    base = lists[base_view]
+    columns += _coded_ids("token", ids_N, _index_in(base, ids_N[:, None])[:, 0])
+    for v in range(num_views):
+        logprobs_N = _column(views[v], lengths, lambda view: view.logprobs_T, np.float32, np.nan)
+        columns += [
+            (f"logprob{v}", logprobs_N),
+            (f"entropy{v}", _entropy_steps(_column(views[v], lengths, lambda view: view.entropy_T, np.float64, np.nan))),
+            (f"rank{v}", _column(views[v], lengths, lambda view: view.rank_T, np.uint32, 0)),
+            *_coded_lists(v, lists[v], None if v == base_view else base, ids_N, _steps(logprobs_N)),
+        ]
+    seen = [ids_N, *(lists_v.ids_NK[lists_v.kept_NK] for lists_v in lists)]
+    header = {"lengths": lengths, "views": num_views, "base": base_view, "k": limit.k, "min_probability": limit.min_probability}
+    return Chunk(_assemble(header, columns), np.unique(np.concatenate(seen)))
+
+
+def pack_json(value: Any) -> bytes:
+    """Deflated JSON in ASCII, so that lone surrogates and U+2028 in model text survive."""
+    return zlib.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii"), 6)
+
+
+def _assemble(header: dict[str, Any], columns: list[tuple[str, np.ndarray]]) -> bytes:
+    columns = [(name, values) for name, values in columns if len(values)]
+    header["columns"] = [[name, values.dtype.str.lstrip("<|"), len(values)] for name, values in columns]
+    head = json.dumps(header, separators=(",", ":")).encode("ascii")
+    planes = [np.ascontiguousarray(v).view(np.uint8).reshape(-1, v.dtype.itemsize).T.tobytes() for _, v in columns]
+    return zlib.compress(b"".join([struct.pack("<I", len(head)), head, *planes]), 6)
+
+
+def _view(response: ReportResponse, v: int) -> TokenView | None:
+    if v == 0:
+        return response.behaviour
+    return response.targets[v - 1] if v <= len(response.targets) else None
+
+
+def _joined(responses: Sequence[ReportResponse], get: Callable[[ReportResponse], np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(get(r), dtype) for r in responses] or [np.zeros(0, dtype)])
+
+
+def _column(
+    views: Sequence[TokenView | None],
+    lengths: Sequence[int],
+    get: Callable[[TokenView], np.ndarray | None],
+    dtype: Any,
+    missing: float,
+) -> np.ndarray:
+    """One value per token over all responses; `missing` where a response has none."""
+    parts = []
+    for view, length in zip(views, lengths, strict=True):
+        values = None if view is None else get(view)
+        if values is not None and len(values) != length:
+            raise ValueError(f"a token view has {len(values)} rows for a response of {length} tokens")
+        parts.append(np.full(length, missing, dtype) if values is None else np.asarray(values).astype(dtype))
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _entropy_steps(entropy_N: np.ndarray) -> np.ndarray:
+    steps = np.clip(np.rint(entropy_N / ENTROPY_STEP), 0, NO_ENTROPY - 1)
+    return np.where(np.isnan(steps), NO_ENTROPY, steps).astype(np.uint16)
+
+
+def _steps(logprobs: np.ndarray) -> np.ndarray:
+    """Logprobs in TOP_STEP; below -32 nats (and -inf, NaN) is the last step."""
+    finite = np.nan_to_num(np.asarray(logprobs, np.float64), nan=-32.0, neginf=-32.0, posinf=0.0)
+    return np.clip(np.floor(finite / TOP_STEP + 0.5), -32767, 0).astype(np.int32)
+
+
+def _top_lists(views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit) -> TopLists:
+    stored = [0 if v is None or v.top_ids_TK is None or v.top_logprobs_TK is None else v.top_ids_TK.shape[1] for v in views]
+    width = min(max(stored, default=0), limit.k)
+    ids_NK = np.full((sum(lengths), width), -1, np.int64)
+    logprobs_NK = np.full((sum(lengths), width), -np.inf)
+    start = 0
+    for view, length, k in zip(views, lengths, stored, strict=True):
+        k = min(k, width)
+        if k and view is not None:
+            ids_NK[start : start + length, :k] = view.top_ids_TK[:, :k]
+            logprobs_NK[start : start + length, :k] = view.top_logprobs_TK[:, :k]
+        start += length
+    floor = np.log(limit.min_probability) if limit.min_probability > 0 else -np.inf
+    fine_NK = (ids_NK >= 0) & (logprobs_NK >= floor)
+    counts_N = np.logical_and.accumulate(fine_NK, axis=1).sum(axis=1)
+    return TopLists(counts_N, ids_NK, _steps(logprobs_NK))
+
+
+def _index_in(lists: TopLists, ids_NM: np.ndarray) -> np.ndarray:
+    """Where each id stands in its row's kept list; ESCAPE where it does not."""
+    found_NM = np.full(ids_NM.shape, ESCAPE, np.uint8)
+    for j in reversed(range(lists.ids_NK.shape[1])):
+        same_NM = (ids_NM == lists.ids_NK[:, j : j + 1]) & (lists.counts_N[:, None] > j)
+        found_NM[same_NM] = j
+    return found_NM
+
+
+def _coded_ids(name: str, ids: np.ndarray, index: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    return [(f"{name}_index", index), (f"{name}_id", ids[index == ESCAPE].astype(np.uint32))]
+
+
+def _coded_lists(
+    v: int, lists: TopLists, base: TopLists | None, ids_N: np.ndarray, chosen_N: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
+    """Counts, ids and logprobs of one view's lists; base None: this view is the base itself.
+
+    A logprob is a difference from the sampled token's own, from the base's for the same id, or from 0.
+    """
+    kept_NK = lists.kept_NK
+    if not kept_NK.any():
+        return []
+    rows = np.nonzero(kept_NK)[0]
+    ids = lists.ids_NK[kept_NK]
+    reference = np.zeros(len(ids), np.int32)
+    coded = [(f"top{v}_id", ids.astype(np.uint32))]
+    if base is not None:
+        index = _index_in(base, lists.ids_NK)[kept_NK]
+        inside = index != ESCAPE
+        reference[inside] = base.steps_NK[rows[inside], index[inside]]
+        coded = _coded_ids(f"top{v}", ids, index)
+    reference = np.where(ids == ids_N[rows], chosen_N[rows], reference)
+    steps = lists.steps_NK[kept_NK] - reference
+    return [(f"top{v}_count", lists.counts_N.astype(np.uint8)), *coded, (f"top{v}_step", steps.astype(np.int16))]

@@ -1,0 +1,174 @@
+"""Writes the page while the responses stream by: summary first, then packed chunks, then their index."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+from rl_onoff.report.data import ReportInput, ReportResponse
+from rl_onoff.report.index import Index, plain
+from rl_onoff.report.pack import TOP_LIMITS, Chunk, pack_json, pack_tokens
+
+CHUNK_RESPONSES = 32
+CHUNK_TOKENS = 8_000
+BUDGET_BYTES = 36_000_000  # of packed responses: 48 MB in base64, whatever the run; top lists are cut to fit, then responses
+GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
+PROMPT_CHARS = 8_000  # of a prompt that are embedded
+TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
+SCRIPTS = ("base.js", "codec.js", "plots.js", "metrics.js", "plots_page.js", "responses.js", "panel.js", "worst.js", "main.js")
+
+
+def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = BUDGET_BYTES) -> Path:
+    """Write the page and return its path. The file appears whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="ascii", newline="\n") as out:
+            _write_page(out, report, budget_bytes)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def inline_json(value: Any) -> str:
+    """JSON that is safe inside <script>: ASCII, and no `<` that could end the element or open a comment."""
+    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
+    head, tail = _file("page.html").split("<!-- data -->")
+    title = html.escape(report.title).encode("ascii", "xmlcharrefreplace").decode("ascii")
+    out.write(head.replace("<!-- title -->", title).replace("/* style */", _file("page.css")))
+    _write_script(out, "summary", inline_json(_summary(report)), "application/json")
+    packer = _Packer(out, report.token_text, budget_bytes / max(_expected_tokens(report), 1), budget_bytes)
+    for response in report.responses:
+        packer.add(response)
+    packer.finish()
+    script = "\n".join(_file(name) for name in SCRIPTS)
+    out.write(tail.replace("/* script */", f'(() => {{\n"use strict";\n{script}\n}})();'))
+
+
+def _file(name: str) -> str:
+    text = resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
+    assert text.isascii(), f"{name} must be ASCII: the page is written in ASCII so that no server's charset can break it"
+    return text
+
+
+def _write_script(out: IO[str], name: str, text: str, kind: str) -> None:
+    out.write(f'<script type="{kind}" id="{name}">{text}</script>\n')
+
+
+def _summary(report: ReportInput) -> dict[str, Any]:
+    names = ("title", "verdict", "policies", "comparisons", "metric_info")
+    return {name: getattr(report, name) for name in names}
+
+
+def _expected_tokens(report: ReportInput) -> int:
+    if report.num_tokens is not None:
+        return report.num_tokens
+    counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
+    return int(next((counts[name] for name in ("tokens", "num_tokens") if name in counts), GUESSED_TOKENS))
+
+
+@dataclass
+class _Packer:
+    """Gathers responses into chunks and writes them, cutting top lists where a run would make the file too large.
+
+    Every chunk may use its tokens' share of the budget and what earlier ones saved; the limit tightens until it fits.
+    """
+
+    out: IO[str]
+    token_text: Callable[[int], str] | None
+    bytes_per_token: float
+    bytes_left: float
+    saved: float = 0.0
+    level: int = 0
+    levels: list[int] = field(default_factory=list)
+    pending: list[ReportResponse] = field(default_factory=list)
+    index: Index = field(default_factory=Index)
+    texts: dict[int, str] = field(default_factory=dict)
+    num_chunks: int = 0
+    num_left_out: int = 0
+
+    def add(self, response: ReportResponse) -> None:
+        if self.bytes_left <= 0:
+            self.num_left_out += 1
+            return
+        self.pending.append(response)
+        num_tokens = sum(len(r.token_ids_T) for r in self.pending)
+        if len(self.pending) >= CHUNK_RESPONSES or num_tokens >= CHUNK_TOKENS:
+            self._write_chunk()
+
+    def finish(self) -> None:
+        if self.pending:
+            self._write_chunk()
+        index = {**self.index.as_json(), "left_out": self.num_left_out, "cut_chunks": sum(level > 0 for level in self.levels)}
+        table = {"ids": list(self.texts), "texts": list(self.texts.values())}
+        _write_script(self.out, "index", inline_json(index), "application/json")
+        _write_script(self.out, "token-table", base64.b64encode(pack_json(table)).decode("ascii"), "text/plain")
+
+    def _write_chunk(self) -> None:
+        num_tokens = sum(len(r.token_ids_T) for r in self.pending)
+        allowance = self.bytes_per_token * num_tokens + self.saved
+        if self.saved > self.bytes_per_token * num_tokens:
+            self.level = max(self.level - 1, 0)
+        texts = pack_json(self._text_rows())
+        chunk = self._packed(allowance - len(texts))
+        size = len(texts) + len(chunk.data)
+        self.saved = allowance - size
+        self.bytes_left -= size
+        self.levels.append(self.level)
+        for response in self.pending:
+            self.index.add(response, self.num_chunks)
+        self._learn_texts(chunk.ids.tolist())
+        _write_script(self.out, f"texts-{self.num_chunks}", base64.b64encode(texts).decode("ascii"), "text/plain")
+        _write_script(self.out, f"tokens-{self.num_chunks}", base64.b64encode(chunk.data).decode("ascii"), "text/plain")
+        self.num_chunks += 1
+        self.pending = []
+
+    def _packed(self, allowance: float) -> Chunk:
+        chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
+        while len(chunk.data) > allowance and self.level + 1 < len(TOP_LIMITS):
+            self.level += 1
+            chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
+        return chunk
+
+    def _text_rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for response in self.pending:
+            own = self._own_texts(response.token_ids_T.tolist(), response.tokens)
+            rows.append({"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(response.text, TEXT_CHARS), "own": own})
+        return rows
+
+    def _own_texts(self, ids: Sequence[int], tokens: Sequence[str]) -> dict[int, str]:
+        """The tokens of a response whose text is not the one in the table: parts of a character, for one."""
+        if len(ids) != len(tokens):
+            raise ValueError(f"a response has {len(ids)} token ids and {len(tokens)} token texts")
+        own = {}
+        for t, (token_id, text) in enumerate(zip(ids, tokens, strict=True)):
+            if self._text_of(token_id, text) != text:
+                own[t] = text
+        return own
+
+    def _text_of(self, token_id: int, fallback: str) -> str:
+        if token_id not in self.texts:
+            self.texts[token_id] = fallback if self.token_text is None else self.token_text(token_id)
+        return self.texts[token_id]
+
+    def _learn_texts(self, ids: Sequence[int]) -> None:
+        if self.token_text is not None:
+            for token_id in ids:
+                self._text_of(token_id, "")
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} \u2026 ({len(text) - limit:,} characters left out)"

@@ -1,0 +1,240 @@
+"""A run on disk. What is done is what the shards hold: there is no second record to disagree with them.
+
+A table is a folder of Parquet shards. A shard is written under a temporary name, flushed to the disk and renamed, so a crash
+leaves whole shards only. Beside them lies `config.json`: what the rows depend on; rows that another config would have made
+are refused, with the difference shown. Columns are documented in docs/run_folder.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rl_onoff.errors import OnOffError, UsageError
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "completions": {
+        "request_id": "string",
+        "sample": "int32",
+        "prompt": "string",
+        "prompt_ids": "list<int32>",
+        "token_ids": "list<int32>",
+        "text": "string",
+        "logprobs": "list<float32>",
+        "logprob_kind": "string",
+        "finish_reason": "string",
+        "reward": "float64",
+        "meta": "string",
+    },
+    "scores": {
+        "request_id": "string",
+        "sample": "int32",
+        "token_ids": "list<int32>",
+        "logprobs": "list<float32>",
+        "logprob_kind": "string",
+        "entropy": "list<float32>",
+        "logsumexp": "list<float32>",
+        "rank": "list<int32>",
+        "top_ids": "list<list<int32>>",
+        "top_logprobs": "list<list<float32>>",
+        "processed_logprobs": "list<float32>",
+        "nucleus_mass": "list<float32>",
+        "logits": "list<list<float32>>",
+    },
+}
+
+Row = dict[str, Any]
+Key = tuple[str, int]
+
+
+class RunDir:
+    """The folder of one run: `completions/`, `scores/<name>/`, `metrics.json`, `report.html`, `run.log`, `.hydra/`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def completions(self) -> Table:
+        return Table(self.path / "completions", COLUMNS["completions"])
+
+    def scores(self, name: str) -> Table:
+        return Table(self.path / "scores" / name, COLUMNS["scores"])
+
+    def score_names(self) -> list[str]:
+        folder = self.path / "scores"
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.parquet"))) if folder.is_dir() else []
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Replace a small file as a whole."""
+        return write_whole(self.path / name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+
+class Table:
+    """A folder of shards that only ever grows, one row per (request id, sample)."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str]):
+        self.path, self.columns = path, columns
+
+    def shards(self) -> list[Path]:
+        return sorted(self.path.glob("part-*.parquet"))
+
+    def exists(self) -> bool:
+        return bool(self.shards())
+
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """All rows, a small batch in memory at a time; lists of numbers come as numpy arrays."""
+        import pyarrow.parquet as pq
+
+        for shard in self.shards():
+            with pq.ParquetFile(shard) as file:
+                for batch in file.iter_batches(batch_size=64, columns=list(columns) if columns else None):
+                    values = {name: _values(batch.column(name)) for name in batch.schema.names}
+                    for i in range(batch.num_rows):
+                        yield {name: column[i] for name, column in values.items()}
+
+    def keys(self) -> set[Key]:
+        return {(row["request_id"], row["sample"]) for row in self.rows(["request_id", "sample"])}
+
+    def record(self) -> dict[str, Any]:
+        """What the rows depend on, and the engine that made them; empty for a table that has none."""
+        file = self.path / "config.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Say what the rows depend on; raises UsageError when rows are there that another config made."""
+        before = self.record().get("config")
+        if before is not None and self.exists():
+            changes = differences(before, json.loads(json.dumps(config)))
+            if changes:
+                raise UsageError(
+                    f"{self.path} holds rows of another config ({'; '.join(changes)}): undo the change, or set run_dir to a new folder"
+                )
+        self._write_record({**self.record(), "config": config})
+
+    def describe(self, **facts: Any) -> None:
+        """Add facts about the engine to the record."""
+        self._write_record({**self.record(), **facts})
+
+    def _write_record(self, record: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0) -> Writer:
+        return Writer(self, max_rows, max_seconds)
+
+
+class Writer:
+    """Appends rows to a table; a shard is closed after so many rows or seconds, and on the way out, whatever happened."""
+
+    def __init__(self, table: Table, max_rows: int, max_seconds: float):
+        self.table, self.max_rows, self.max_seconds = table, max_rows, max_seconds
+        self._rows: list[Row] = []
+        self._since = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.table.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.table.path.glob(".part-*"):
+            leftover.unlink()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.flush()
+
+    def append(self, row: Row) -> None:
+        if not self._rows:
+            self._since = time.monotonic()
+        self._rows.append(row)
+        if len(self._rows) >= self.max_rows or time.monotonic() - self._since >= self.max_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Put what is held into a shard of its own."""
+        if not self._rows:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        fields = {name: _arrow_type(kind) for name, kind in self.table.columns.items()}
+        columns = [pa.array([row.get(name) for row in self._rows], type=kind) for name, kind in fields.items()]
+        shards = self.table.shards()
+        number = int(shards[-1].stem.removeprefix("part-")) + 1 if shards else 0
+        final = self.table.path / f"part-{number:06d}.parquet"
+        partial = final.with_name(f".{final.name}")
+        try:
+            pq.write_table(pa.table(columns, names=list(fields)), partial, compression="zstd")
+            _sync(partial)
+            partial.rename(final)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise disk_error(error, self.table.path) from error
+        self._rows = []
+
+
+def disk_error(error: OSError, path: Path) -> OnOffError:
+    """One sentence for what a disk can do wrong."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OnOffError(f"the disk that holds {path} is full: free some space and run again with the same run_dir; nothing written is lost")
+    return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """Replace a text file in one step, so that a reader never sees half of it."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        partial.replace(file)
+    except OSError as error:
+        raise disk_error(error, file.parent) from error
+    return file
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [line for key in keys for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)]
+    return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _arrow_type(kind: str) -> Any:
+    import pyarrow as pa
+
+    if kind.startswith("list<"):
+        return pa.list_(_arrow_type(kind[5:-1]))
+    return {"string": pa.string(), "int32": pa.int32(), "float32": pa.float32(), "float64": pa.float64()}[kind]
+
+
+def _values(column: Any) -> list[Any]:
+    """An Arrow column as Python values: numbers and strings, numpy arrays for lists, (T, K) arrays for lists of lists."""
+    import numpy as np
+    import pyarrow as pa
+
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    if not pa.types.is_list(column.type.value_type):
+        return [None if not item.is_valid else item.values.to_numpy(zero_copy_only=False) for item in column]
+    rows: list[Any] = []
+    for item in column:
+        if not item.is_valid:
+            rows.append(None)
+            continue
+        flat = item.values.flatten().to_numpy(zero_copy_only=False)
+        rows.append(flat.reshape(len(item.values), -1) if len(item.values) else np.empty((0, 0), flat.dtype))
+    return rows

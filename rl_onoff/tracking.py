@@ -1,0 +1,357 @@
+"""Where a run is logged: W&B, or an object that does nothing.
+
+A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and the
+run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
+
+Names are `group/name`, which W&B's default dashboard turns into sections. `progress/…` is plotted against `progress/responses`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from functools import wraps
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol
+
+from rl_onoff.config import TrackingConfig, TrackingMode
+from rl_onoff.errors import MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+log = logging.getLogger(__name__)
+
+STEP = "progress/responses"
+"""What progress is plotted against: responses finished in the running stage."""
+MAX_HTML_BYTES = 25_000_000
+START_TIMEOUT_S = 15.0
+FINISH_TIMEOUT_S = 60.0
+"""Longest wait for the last uploads; what is left stays in the run folder for `wandb sync`."""
+
+P = ParamSpec("P")
+
+
+class Tracker(Protocol):
+    """What a run tells about itself while it works, and when it is done."""
+
+    @property
+    def where(self) -> str:
+        """Where to look: a URL, or the offline run's folder with the command that uploads it; empty: nowhere."""
+
+    def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
+        """Begin, or go on where this run folder's last run stopped; UsageError when that is not possible."""
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Progress so far: names `progress/…`, `progress/responses` among them."""
+
+    def summary(self, values: Mapping[str, float | str | None]) -> None:
+        """The numbers a run ends with; None is left out."""
+
+    def histogram(self, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        """Counts of B bins, at most 512, and their B + 1 edges."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
+        """The first `tracking.table_rows` of `total` rows; `<name>_shown` and `<name>_total` say what was left out."""
+
+    def html(self, name: str, path: Path) -> None:
+        """A self-contained page, such as the report."""
+
+    def artifact(self, run_dir: Path) -> None:
+        """The run folder itself, when `tracking.artifact` asks for it."""
+
+    def close(self, failed: bool) -> None:
+        """Send what is left and end; also right when `start` never happened, or failed."""
+
+
+class NoTracker:
+    """Tracking that is off: every call is accepted and does nothing, so no caller asks whether tracking is on."""
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self.config = config
+
+    @property
+    def where(self) -> str:
+        return ""
+
+    def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
+        pass
+
+    def log(self, values: Mapping[str, float]) -> None:
+        pass
+
+    def summary(self, values: Mapping[str, float | str | None]) -> None:
+        pass
+
+    def histogram(self, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        pass
+
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
+        pass
+
+    def html(self, name: str, path: Path) -> None:
+        pass
+
+    def artifact(self, run_dir: Path) -> None:
+        pass
+
+    def close(self, failed: bool) -> None:
+        pass
+
+
+def _warns(method: Callable[Concatenate[WandbTracker, P], None]) -> Callable[Concatenate[WandbTracker, P], None]:
+    """Turn a call's failure into one warning per kind of call; before `start`, the call does nothing."""
+
+    @wraps(method)
+    def call(self: WandbTracker, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._run is None:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:  # wandb raises its own errors, its service's, protobuf's, sockets': none may end the run
+            if method.__name__ not in self._warned:
+                self._warned.add(method.__name__)
+                log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
+
+    return call
+
+
+class WandbTracker:
+    """A W&B run whose files lie in the run folder; going on in the same folder goes on with the same W&B run."""
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self.config = config
+        self._wandb: Any = None
+        self._run: Any = None
+        self._warned: set[str] = set()
+
+    @property
+    def where(self) -> str:
+        if self._run is None or self._run.disabled:
+            return ""
+        if self._run.offline:
+            folder = self._run.settings.sync_dir
+            return f"{folder} (offline; upload it with: wandb sync {folder})"
+        return self._run.url or ""
+
+    def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
+        # wandb-core otherwise sends its own usage metrics to the server at exit: 10 s more where a firewall drops them.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        try:
+            import wandb
+        except ImportError as error:
+            raise MissingDependencyError("tracking=wandb needs the package wandb: pip install wandb, or set tracking=none") from error
+        self._wandb = wandb
+        mode = self._mode(run_dir)
+        secrets = secret_values(os.environ)
+        try:
+            with _redacted_argv(secrets):
+                self._run = wandb.init(
+                    project=self.config.project,
+                    entity=self.config.entity,
+                    group=self.config.group or group,
+                    job_type=job_type,
+                    name=self.config.name or run_dir.resolve().name,
+                    tags=list(self.config.tags),
+                    config=redact(config, secrets),
+                    dir=str(run_dir),
+                    id=_run_id(run_dir),
+                    resume="allow",
+                    mode=mode,  # type: ignore[arg-type]
+                    reinit="create_new",  # the jobs of a sweep share a process
+                    settings=wandb.Settings(
+                        console="off",  # wandb's capture rewrites sys.stdout and breaks progress bars; run.log has the lines
+                        quiet=True,
+                        disable_git=True,
+                        disable_code=True,
+                        save_code=False,
+                        allow_offline_artifacts=False,  # else an offline table lies in ~/.local/share, not in the run folder
+                        init_timeout=START_TIMEOUT_S,
+                        finish_timeout=0 if self.config.artifact else FINISH_TIMEOUT_S,
+                    ),
+                )
+        except Exception as error:  # wandb.Error, pydantic's, its service's own: whichever, the run may not start
+            raise UsageError(f"W&B did not start ({_one_line(error)}): mend it, or set tracking.mode=offline or tracking=none") from error
+        self._run.define_metric(STEP, hidden=True, summary="max")
+        self._run.define_metric("progress/*", step_metric=STEP, summary="mean")
+
+    @_warns
+    def log(self, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values))
+
+    @_warns
+    def summary(self, values: Mapping[str, float | str | None]) -> None:
+        # Logged, not only put into run.summary: a history row is what gives a number its panel, a bar per run of a sweep.
+        self._run.log({name: value for name, value in values.items() if value is not None})
+
+    @_warns
+    def histogram(self, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        self._run.log({name: self._wandb.Histogram(np_histogram=(counts, edges))})
+
+    @_warns
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
+        shown = _even_columns(list(islice(rows, self.config.table_rows)))
+        table = self._wandb.Table(columns=list(columns), data=shown)
+        self._run.log({name: table, f"{name}_shown": len(shown), f"{name}_total": total})
+
+    @_warns
+    def html(self, name: str, path: Path) -> None:
+        size = path.stat().st_size
+        if size > MAX_HTML_BYTES:
+            log.warning("W&B: %s is %.0f MB, more than %.0f, and stays on disk only", path, size / 1e6, MAX_HTML_BYTES / 1e6)
+            return
+        self._run.log({name: self._wandb.Html(str(path), inject=False)})
+
+    @_warns
+    def artifact(self, run_dir: Path) -> None:
+        if not self.config.artifact or self._run.disabled:
+            return
+        artifact = self._wandb.Artifact(f"rl_onoff-{self._run.id}", type="run")
+        for path in sorted(run_dir.rglob("*")):
+            name = path.relative_to(run_dir)
+            # run.log still grows, and a file that changes before it is uploaded spoils the artifact
+            if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
+                artifact.add_file(str(path), name=name.as_posix(), policy="immutable", skip_cache=True)  # immutable: no copy
+        self._run.log_artifact(artifact)
+
+    @_warns
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+    def _mode(self, run_dir: Path) -> str:
+        """online, offline or disabled; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
+        wanted = self.config.mode.value
+        if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
+            modes = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+            if given not in modes:
+                raise UsageError(f"WANDB_MODE is {given!r} but must be one of {', '.join(modes)}: unset it or set tracking.mode=offline")
+            wanted = modes[given]
+        if wanted in ("offline", "disabled"):
+            self._setup(silent=False)
+            return wanted
+
+        # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
+        self._setup(silent=True)  # or login asks the server who we are, to greet us
+        problem = "not logged in"
+        try:
+            if self._wandb.login(prompt=False, verify=True):
+                return "online"
+        except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
+            problem = _one_line(error)
+        finally:
+            self._setup(silent=False)
+        if wanted == "online":
+            raise UsageError(f"W&B cannot go online ({problem}): run `wandb login`, or set tracking.mode=offline")
+        if problem != "not logged in":
+            log.warning("W&B: offline, because there is a login but it does not work now: %s", problem)
+        return "offline"
+
+    def _setup(self, *, silent: bool) -> None:
+        """Only warnings and errors reach the terminal; wandb reads this from its global settings, not from the run's."""
+        session = self._wandb.setup(self._wandb.Settings(quiet=True, show_info=False, silent=silent))
+        self._wandb.termsetup(session.settings, None)
+
+
+def _run_id(run_dir: Path) -> str:
+    """The id this folder's run had before; else a new one (or the one a W&B sweep agent gave), kept for the next time."""
+    path = run_dir / "wandb" / "run_id"
+    if path.exists():
+        return path.read_text().strip()
+    name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name + "\n")
+    return name
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
+    """Columns of one type each: a W&B table refuses a column that mixes numbers and text, so such a one becomes text."""
+    columns = []
+    for cells in zip(*rows, strict=True):
+        kinds = {"number" if isinstance(cell, int | float) or hasattr(cell, "dtype") else type(cell) for cell in cells if cell is not None}
+        even = len(kinds) <= 1 and kinds <= {"number", str}
+        columns.append(cells if even else tuple(None if cell is None else str(cell) for cell in cells))
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+# --- secrets -------------------------------------------------------------------------------------------------------------------
+
+MASK = "***"
+_SECRET_KEY = re.compile(
+    r"(^|_)(token|secrets?|password|passwd|passphrase|credentials?|authorization|bearer|api_?keys?|(access|private|secret|auth)_keys?)$"
+)
+_TOKENIZER_KEY = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|image|start|end|special)_token$")
+_LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+
+
+def is_secret_key(key: str) -> bool:
+    """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`, `tokenizer`."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+    snake = re.sub(r"[^a-z0-9]+", "_", snake).strip("_")
+    return bool(_SECRET_KEY.search(snake)) and not _TOKENIZER_KEY.search(snake)
+
+
+def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
+    """Values of the environment's secrets, to be found again where a config interpolated them; short ones would match by chance."""
+    return frozenset(value for key, value in environ.items() if is_secret_key(key) and len(value) >= 8)
+
+
+def redact(value: Any, secrets: Collection[str] = ()) -> Any:
+    """A copy in which every secret is '***': values under a key that names one, `secrets` inside any text, logins in URLs.
+
+    Numbers, booleans and None under such a key stay, unless the number stands under another name than `…token`: a password.
+    """
+    if isinstance(value, Mapping):
+        return {
+            redact(key, secrets): _mask(item, str(key)) if is_secret_key(str(key)) else redact(item, secrets) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple | set | frozenset):
+        return [redact(item, secrets) for item in value]
+    if isinstance(value, Enum):
+        return redact(value.value, secrets)
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, str):
+        for secret in sorted(secrets, key=len, reverse=True):
+            value = value.replace(secret, MASK)
+        return _LOGIN_IN_URL.sub(MASK, value)
+    return value
+
+
+def _mask(value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {inner: _mask(item, key) for inner, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mask(item, key) for item in value]
+    if value is None or isinstance(value, bool) or value == "" or (not isinstance(value, str) and key.lower().endswith("token")):
+        return value
+    return MASK
+
+
+@contextmanager
+def _redacted_argv(secrets: Collection[str]) -> Iterator[None]:
+    """wandb records sys.argv with the run, and an override such as `backend.engine_kwargs.hf_token=…` stands in it."""
+    kept = sys.argv
+    sys.argv = [kept[0], *(redact_override(argument, secrets) for argument in kept[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = kept
+
+
+def redact_override(argument: str, secrets: Collection[str] = ()) -> str:
+    """The same for one `key=value` of a command line."""
+    key, equals, value = argument.partition("=")
+    if equals and is_secret_key(key) and value:
+        return f"{key}={MASK}"
+    return str(redact(argument, secrets))
