@@ -6,7 +6,7 @@ below it (docs/configuration.md is made from them). Nothing here imports an engi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -139,9 +139,9 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
     mode: TrackingMode = TrackingMode.auto
-    """online, offline, or auto: online when logged in, else offline without asking."""
+    """online, offline, or auto: what WANDB_MODE says, else online when logged in, else offline without asking."""
     table_rows: int = 200
-    """Most responses in the logged table; the table's name says when rows were left out."""
+    """Most rows of a logged table; `<table>_shown` and `<table>_total` beside it say how many were left out."""
     artifact: bool = False
     """Also upload the run folder as an artifact."""
     log_every_s: float = 10.0
@@ -154,10 +154,16 @@ class RunConfig:
 
     run_dir: str = MISSING
     """Folder of the run; an earlier run's folder continues it or adds to it."""
+    sweep_dir: str = MISSING
+    """Folder of a sweep, which holds a run folder per job; an earlier sweep's folder continues it."""
     stages: list[Stage] = MISSING
     """The steps of the run, set by the experiment."""
     backend: EngineConfig = MISSING
     """The engine."""
+    target: EngineConfig | None = None
+    """The engine and weights that score; null is the backend that samples."""
+    targets: dict[str, EngineConfig] = field(default_factory=dict)
+    """More engines that score, each under a name of its own."""
     model: ModelConfig = MISSING
     """The weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -183,6 +189,14 @@ SCHEMAS: dict[tuple[str, str], Any] = {
     ("score", "score"): ScoreConfig,
     ("tracking", "tracking"): TrackingConfig,
 }
+
+
+def field_names() -> list[str]:
+    """Every field as it stands on the command line: `sampling.top_p`, `backend.tp_size`, …"""
+    names = [f.name for f in fields(RunConfig)]
+    for (group, _), schema in SCHEMAS.items():
+        names += [f"{package}.{f.name}" for package in ((group, "target") if group == "backend" else (group,)) for f in fields(schema)]
+    return list(dict.fromkeys(names))
 
 
 def register() -> None:

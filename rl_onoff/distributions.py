@@ -65,30 +65,31 @@ def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
 def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.ndarray]:
     """KL both ways, Jensen–Shannon and total variation of q and p on the same outcomes.
 
-    KL(q‖p) is summed as q log(q/p) − q + p: the same number for distributions, and no term is negative, so rounding cannot make
-    it so. Where one side gives 0 and the other does not, the infinite log-ratio counts as ±20, and the position is counted.
+    KL(q‖p) is summed as q log(q/p) − q + p: the same number for distributions, and no term of it may be negative, so neither
+    rounding nor probabilities that sum to 0.9999999 make it so. Where one side gives 0 and the other does not, the infinite
+    log-ratio counts as ±20, and the position is counted.
     """
     q_TA, p_TA = np.exp(logq_TA), np.exp(logp_TA)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_TA = logq_TA - logp_TA
         log_middle_TA = np.log(0.5 * (q_TA + p_TA))
         to_q_TA, to_p_TA = logq_TA - log_middle_TA, logp_TA - log_middle_TA
-    infinite_T = np.isinf(ratio_TA).any(axis=1)
+    infinite_T = np.asarray(np.isinf(ratio_TA).any(axis=1))
     ratio_TA = np.nan_to_num(ratio_TA, nan=0.0, posinf=CLAMP, neginf=-CLAMP)
     to_q_TA, to_p_TA = (np.nan_to_num(x, nan=0.0, neginf=0.0) for x in (to_q_TA, to_p_TA))
     gap_TA = p_TA - q_TA
     return {
-        "kl_forward": (q_TA * ratio_TA + gap_TA).sum(axis=1),
-        "kl_reverse": -(p_TA * ratio_TA + gap_TA).sum(axis=1),
-        "js": np.maximum(0.5 * (q_TA * to_q_TA + p_TA * to_p_TA).sum(axis=1), 0.0),
-        "tv": 0.5 * np.abs(gap_TA).sum(axis=1),
+        "kl_forward": np.maximum(q_TA * ratio_TA + gap_TA, 0.0).sum(axis=1),
+        "kl_reverse": np.maximum(-p_TA * ratio_TA - gap_TA, 0.0).sum(axis=1),
+        "js": np.asarray(np.maximum(0.5 * (q_TA * to_q_TA + p_TA * to_p_TA).sum(axis=1), 0.0)),
+        "tv": np.abs(0.5 * gap_TA).sum(axis=1),
         "_tokens_infinite_kl": infinite_T.astype(np.float64),
     }
 
 
 def entropy(logq_TA: np.ndarray) -> np.ndarray:
     """−Σ q log q in nats, 0 log 0 = 0."""
-    return -np.where(np.isneginf(logq_TA), 0.0, np.exp(logq_TA) * np.maximum(logq_TA, -1e300)).sum(axis=1)
+    return -(np.exp(logq_TA) * np.where(np.isneginf(logq_TA), 0.0, logq_TA)).sum(axis=1)
 
 
 def _distribution_terms(
@@ -101,7 +102,7 @@ def _distribution_terms(
         "entropy_behaviour": entropy_q_T,
         "entropy_target": entropy_p_T,
         "entropy_diff": entropy_p_T - entropy_q_T,
-        "argmax_agreement": (logq_TV.argmax(axis=1) == logp_TV.argmax(axis=1)).astype(np.float64),
+        "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
         "topk_jaccard": shared_T / (2 * k - shared_T),
         "rank_behaviour": _rank(behaviour_logits_TV, token_ids_T),
         "rank_target": _rank(target_logits_TV, token_ids_T),
@@ -126,13 +127,14 @@ def _topk_terms(
     logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
     either_T = (behaviour_ids_TK[:, :k] >= 0).sum(axis=1) + (target_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
+    likeliest_q_T, likeliest_p_T = _likeliest(behaviour_ids_TK, behaviour_logprobs_TK), _likeliest(target_ids_TK, target_logprobs_TK)
     divergences = divergence_terms(logq_TA, logp_TA)
     return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
         "entropy_behaviour_topk": entropy(logq_TA),
         "entropy_target_topk": entropy(logp_TA),
         "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
         "mass_outside_target": np.exp(logp_TA[:, -1]),
-        "argmax_agreement": (_likeliest(behaviour_ids_TK, behaviour_logprobs_TK) == _likeliest(target_ids_TK, target_logprobs_TK)) * 1.0,
+        "argmax_agreement": np.equal(likeliest_q_T, likeliest_p_T).astype(np.float64),
         "topk_jaccard": both_T / np.maximum(either_T, 1),
     }
 

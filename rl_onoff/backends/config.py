@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +51,20 @@ class EngineConfig:
     """Further options, passed to the engine as they are."""
 
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
+    placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
+        ("python", "worker", "dp_size", "device", "device_map", "batch_size", "max_batch_tokens", "gpu_memory_utilization",
+         "mem_fraction_static", "enforce_eager", "trust_remote_code")
+    )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The backend's name: huggingface, vllm, …"""
+        return next(name for name, schema in ENGINE_CONFIGS.items() if isinstance(self, schema))
+
+    def what_it_computes(self) -> dict[str, Any]:
+        """The options that numbers depend on, JSON-able; two configs that agree here give the same rows."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.placement}
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "dp_size"):

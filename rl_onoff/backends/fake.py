@@ -77,7 +77,7 @@ class FakeBackend(BaseBackend):
             for sample in request.sample_indices:
                 row = Row(request, sample, self.info.max_len)
                 while row.finish is None:
-                    logits = self._logits(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
+                    logits = self._rows(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
                     token, logprob = draw(logits, [request.sampling], np.array([row.uniform()]), self.config.logprob_kind)
                     row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), frozenset(self.info.eos_ids))
                 yield row.completion(self.config.logprob_kind)
@@ -103,14 +103,14 @@ class FakeBackend(BaseBackend):
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()
 
-    def _logits(self, ids: np.ndarray, num_rows: int) -> Any:
+    def _rows(self, ids: np.ndarray, num_rows: int) -> Any:
         """Logits of the last `num_rows` positions of a sequence: (num_rows, 257)."""
         ids = np.concatenate([[0], ids]).astype(np.int64)
         return self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
 
     def _logits_of(self, response: Response) -> Any:
         sequence = np.concatenate([response.prompt_ids, response.token_ids_T[:-1]])
-        return self._logits(sequence, len(response.token_ids_T))
+        return self._rows(sequence, len(response.token_ids_T))
 
     def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
         self._table.requires_grad_(True)

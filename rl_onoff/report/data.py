@@ -43,9 +43,8 @@ class ReportInput:
 
     A policy is a dict of facts, shown in the order given; the first is the behaviour and the others are the targets, unless
     `role` ("behaviour" or "target") says otherwise. `name` is what the page calls it; without one, engine, model and dtype are.
-    A comparison is what the metrics give for one target: overall, groups, positions, histograms, counts; any may be missing.
-    `metric_info` maps a metric's name to (description, unit, better, bar): better is "lower", "higher" or ""; bar is None, a
-    number, or a mapping with value and source.
+    A comparison is `Comparison.to_dict()` of one target; any part of it may be missing. `name` in it is what the page calls it.
+    `metric_info` is `metrics.METRICS`: for every metric an object with description, unit, better and bar, or a tuple of the four.
     """
 
     title: str

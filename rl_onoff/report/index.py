@@ -50,6 +50,7 @@ class Index:
         self.worst: list[list[Any]] = []  # max |l|, or minus the lowest logprob
         self.heaps: list[list[tuple[float, int, int, float, float]]] = []
         self.num_responses = 0
+        self.has_behaviour = self.has_targets = False
 
     def add(self, response: ReportResponse, chunk: int) -> None:
         row = (response.request_id, int(response.sample), chunk, len(response.token_ids_T), response.reward, response.finish_reason)
@@ -61,6 +62,8 @@ class Index:
             column.append(None if value is None else str(value))
         for i, target in enumerate(response.targets or (None,)):
             self._add_numbers(i, response, target)
+        self.has_behaviour |= response.behaviour is not None
+        self.has_targets |= bool(response.targets)
         self.num_responses += 1
 
     def _add_numbers(self, i: int, response: ReportResponse, target: TokenView | None) -> None:
@@ -103,4 +106,6 @@ class Index:
             names = sorted({v for v in values if v is not None})
             code = {v: i for i, v in enumerate(names)}
             groups[name] = {"values": names, "codes": [-1 if v is None else code[v] for v in values]}
-        return {**self.columns, "groups": groups, "mean": self.mean, "worst": self.worst, "worst_tokens": worst_tokens}
+        numbers = {"mean": self.mean, "worst": self.worst, "worst_tokens": worst_tokens}
+        has = {"has_behaviour": self.has_behaviour, "has_targets": self.has_targets}
+        return {**self.columns, "groups": groups, **numbers, **has}

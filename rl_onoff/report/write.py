@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import os
@@ -46,15 +47,18 @@ def inline_json(value: Any) -> str:
 
 def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
     head, tail = _file("page.html").split("<!-- data -->")
+    script = "\n".join(_file(name) for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{script}\n}})();'
+    script_hash = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
     title = html.escape(report.title).encode("ascii", "xmlcharrefreplace").decode("ascii")
-    out.write(head.replace("<!-- title -->", title).replace("/* style */", _file("page.css")))
+    head = head.replace("/* script hash */", script_hash).replace("/* style */", _file("page.css"))
+    out.write(head.replace("<!-- title -->", title))
     _write_script(out, "summary", inline_json(_summary(report)), "application/json")
     packer = _Packer(out, report.token_text, budget_bytes / max(_expected_tokens(report), 1), budget_bytes)
     for response in report.responses:
         packer.add(response)
     packer.finish()
-    script = "\n".join(_file(name) for name in SCRIPTS)
-    out.write(tail.replace("/* script */", f'(() => {{\n"use strict";\n{script}\n}})();'))
+    out.write(tail.replace("/* script */", script))
 
 
 def _file(name: str) -> str:
@@ -68,8 +72,15 @@ def _write_script(out: IO[str], name: str, text: str, kind: str) -> None:
 
 
 def _summary(report: ReportInput) -> dict[str, Any]:
-    names = ("title", "verdict", "policies", "comparisons", "metric_info")
-    return {name: getattr(report, name) for name in names}
+    """What is worked out before the responses are read; infos of metrics that nobody measured are left out."""
+    known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
+    info = {name: _info(value) for name, value in report.metric_info.items() if name in known}
+    return {**{name: getattr(report, name) for name in ("title", "verdict", "policies", "comparisons")}, "metric_info": info}
+
+
+def _info(value: Any) -> dict[str, Any]:
+    names = ("description", "unit", "better", "bar")
+    return dict(zip(names, value, strict=False)) if isinstance(value, tuple) else {name: getattr(value, name, None) for name in names}
 
 
 def _expected_tokens(report: ReportInput) -> int:

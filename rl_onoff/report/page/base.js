@@ -40,13 +40,15 @@ function fmt(x, digits = 3) {
 
 const signed = (x) => (num(x) > 0 ? "+" : "") + fmt(x);
 
-function percent(probability) {
+// Exact numbers keep what sets them apart from certainty; rounded ones (the top lists) do not claim it.
+function percent(probability, exact = true) {
   if (Number.isNaN(probability)) return "\u2013";
   const value = probability * 100;
-  if (value === 0) return "0 %";
-  if (value < 0.001) return "<0.001 %";
-  const shown = value >= 99 && value < 100 ? Math.min(Number(value.toFixed(3)), 99.999) : Number(value.toPrecision(3));
-  return shown + " %";
+  if (value === 0) return "0\u00a0%";
+  if (value < 1e-4) return "<0.0001\u00a0%";
+  if (value < 1) return `${Number(value.toPrecision(2))}\u00a0%`;
+  const near = exact && value >= 99 && value < 100;
+  return `${near ? Math.min(Number(value.toFixed(3)), 99.999) : value.toFixed(value < 10 ? 2 : 1)}\u00a0%`;
 }
 
 const interval = (x) => (Number.isNaN(num(x && x.lo)) ? "" : `[${fmt(x.lo)}, ${fmt(x.hi)}]`);

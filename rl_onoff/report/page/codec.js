@@ -149,7 +149,11 @@ function topListAt(response, v, t) {
   const list = response.chunk.lists[v];
   if (!list) return null;
   const n = response.start + t;
-  const rows = [];
-  for (let i = list.starts[n]; i < list.starts[n + 1]; i++) rows.push({ id: list.ids[i], probability: Math.exp(list.steps[i] * TOP_STEP) });
-  return rows;
+  const logprob = logprobAt(response, v, t);
+  const entries = [];
+  for (let i = list.starts[n]; i < list.starts[n + 1]; i++) {
+    const exact = list.ids[i] === response.chunk.tokenIds[n] && list.steps[i] === stepOf(logprob);
+    entries.push({ id: list.ids[i], exact, probability: Math.exp(exact ? logprob : list.steps[i] * TOP_STEP) });
+  }
+  return entries;
 }

@@ -1,0 +1,3 @@
+from rl_onoff.cli import main
+
+main()

@@ -1,0 +1,190 @@
+"""How responses are judged. A reward is a plain function (text, answer, meta) -> float, named in the config.
+
+`text` is the response, `answer` the row's reference answer, `meta` whatever else the row had. 1 and more is a correct answer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+import re
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.errors import MissingDependencyError, OnOffError, UsageError
+
+CORRECT = 1.0  # the reward from which on a response counts as right
+
+MAX_CHARS = 4000  # of a response without \boxed{}, from its end, that are searched for an answer
+MAX_NODES = 400  # of an expression that is compared; larger ones take sympy minutes
+MAX_EXPONENT = 1000  # and the largest factorial; 9^{9^{9}} written out would take all memory
+TIMEOUT_S = 5
+
+
+def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -> float:
+    """1.0 if the response's answer equals the reference, 0.0 if not or if there is none.
+
+    The answer is what the last \\boxed{} holds, else the last number or formula of the text.
+    """
+    try:
+        import math_verify as library
+    except ImportError as error:
+        raise MissingDependencyError("the reward math_verify needs the package math-verify: pip install math-verify") from error
+
+    boxed = last_boxed(text)
+    said = text[-MAX_CHARS:] if boxed is None else boxed
+    if said.strip() == answer.strip():
+        return 1.0
+    # The library's time limit is a signal, which only a main thread may set; elsewhere _too_large alone keeps sympy short.
+    timeout = TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
+    if timeout is None:
+        for part in ("parser", "grader"):
+            logging.getLogger(f"math_verify.{part}").addFilter(_no_timeout_warning)
+
+    def parse(part: str) -> list[Any]:
+        return [item for item in library.parse(part, parsing_timeout=timeout or 0) if isinstance(item, str) or not _too_large(item)]
+
+    gold = parse(_in_box(answer))
+    found = parse(said.replace("\\$", "") if boxed is None else _in_box(boxed))  # \\$ is money, not mathematics
+    return float(bool(gold and found) and library.verify(gold, found, timeout_seconds=timeout))
+
+
+def last_boxed(text: str) -> str | None:
+    """What the last complete \\boxed{…} holds, braces inside it included; None if there is none."""
+    found, open_braces = None, []
+    for brace in re.finditer(r"\\boxed\s*\{|\{|\}", text):
+        if brace[0] != "}":
+            open_braces.append((brace.end(), len(brace[0]) > 1))
+        elif open_braces:
+            start, is_box = open_braces.pop()
+            found = text[start : brace.start()] if is_box else found
+    return found
+
+
+def _in_box(answer: str) -> str:
+    return answer if "\\boxed" in answer else f"\\boxed{{{answer.strip().strip('$')}}}"
+
+
+def _too_large(expression: Any) -> bool:
+    """Whether evaluating a parsed expression could take for ever; it is parsed without being evaluated."""
+    import sympy
+
+    for count, node in enumerate(sympy.preorder_traversal(expression)):
+        if count > MAX_NODES:
+            return True
+        if isinstance(node, sympy.Pow):
+            grows = node.exp
+        elif isinstance(node, sympy.factorial):
+            grows = node.args[0]
+        else:
+            continue
+        numbers = grows.atoms(sympy.Number)
+        if any(abs(number) > MAX_EXPONENT for number in numbers) or (grows.has(sympy.Pow, sympy.factorial) and not grows.free_symbols):
+            return True
+    return False
+
+
+def _no_timeout_warning(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Timeout is disabled")
+
+
+# Rewards named in the config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reward:
+    """A user's function, with its result checked."""
+
+    spec: str
+    function: Callable[[str, str, Mapping[str, Any]], Any]
+
+    def __call__(self, text: str, answer: str, meta: Mapping[str, Any]) -> float:
+        try:
+            value = self.function(text, answer, meta)
+        except OnOffError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise UsageError(
+                f"reward.function={self.spec} failed with {type(error).__name__} ({error}): mend it, or set reward=none"
+            ) from error
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UsageError(f"reward.function={self.spec} returned {value!r} where a finite number is wanted: mend it, or set reward=none")
+        return float(value)
+
+
+def load_reward(spec: str) -> Reward:
+    """The reward that `package.module:name` or `file.py:name` names; a file is looked for from the current folder."""
+    place, colon, name = spec.rpartition(":")
+    if not (place and colon and name):
+        raise UsageError(
+            f"reward.function={spec} names no function: set reward.function=package.module:name or reward.function=file.py:name"
+        )
+    try:
+        module = _load_file(place, spec) if place.endswith(".py") else importlib.import_module(place)
+    except UsageError:
+        raise
+    except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
+        raise UsageError(
+            f"{place} of reward.function={spec} cannot be imported ({type(error).__name__}: {error}):"
+            " mend it, or set reward.function to another"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", None) == module.__name__]
+        raise UsageError(
+            f"{place} of reward.function={spec} has no function {name!r} but {', '.join(there) or 'none at all'}:"
+            f" set reward.function={place}:{there[0] if there else 'NAME'}"
+        )
+    return Reward(spec=spec, function=function)
+
+
+def _load_file(place: str, spec: str) -> Any:
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise UsageError(f"the file {place} of reward.function={spec} does not exist: set reward.function=FILE.py:NAME to one that does")
+    name = f"rl_onoff_reward_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    found.loader.exec_module(module)
+    return module
+
+
+# Numbers of a run
+
+
+def accuracy(rewards: Sequence[float]) -> float:
+    """The share of responses that are correct."""
+    return sum(reward >= CORRECT for reward in rewards) / len(rewards)
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The probability that one of k responses, drawn from these without putting back, is correct: unbiased for k <= num_samples."""
+    assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def summarise_rewards(rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Over prompts, each with equal weight: mean reward, accuracy, and pass@k for k = 1, 2, 4, … up to the samples every prompt has."""
+    judged = [values for values in rewards.values() if len(values)]
+    if not judged:
+        return {}
+    summary = {
+        "num_prompts": float(len(judged)),
+        "num_responses": float(sum(map(len, judged))),
+        "reward_mean": sum(sum(values) / len(values) for values in judged) / len(judged),
+        "accuracy": sum(map(accuracy, judged)) / len(judged),
+    }
+    k, fewest = 1, min(map(len, judged))
+    while k <= fewest:
+        estimates = [pass_at_k(len(values), sum(value >= CORRECT for value in values), k) for values in judged]
+        summary[f"pass@{k}"] = sum(estimates) / len(estimates)
+        k *= 2
+    return summary

@@ -1,0 +1,205 @@
+"""One run as a paragraph: check, start the tracker, run the stages, summarise, close."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from rl_onoff import stages
+from rl_onoff.backends.config import EngineConfig
+from rl_onoff.config import RunConfig, Stage
+from rl_onoff.data import check_lengths, load_requests, load_responses
+from rl_onoff.errors import UsageError
+from rl_onoff.progress import Progress
+from rl_onoff.rewards import load_reward
+from rl_onoff.slot import Slot, build
+from rl_onoff.storage import RunDir, Table
+from rl_onoff.summary import Summary, as_text, summarise
+from rl_onoff.tokenizers import load_tokenizer
+from rl_onoff.tracking import Tracker, redact
+from rl_onoff.types import Sampling, Want
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """What the stages of one run share."""
+
+    config: RunConfig
+    folder: RunDir
+    tracker: Tracker
+    slot: Slot
+    speeds: dict[str, float]  # tokens/s of the stages that computed something
+
+    def progress(self, stage: str, total: int) -> Progress:
+        return Progress(stage, total, self.tracker.log, self.config.tracking.log_every_s)
+
+
+def run(config: RunConfig, path: Path, *, group: str | None = None, overrides: Sequence[str] = ()) -> float | None:
+    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
+    check(config)
+    folder = RunDir(path)
+    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
+    tracker.start(config=redact(asdict(config)), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
+    failed = True
+    try:
+        with Slot() as slot:
+            this = Run(config, folder, tracker, slot, {})
+            for stage in config.stages:
+                STAGES[stage](this)
+        summary = summarise(folder)
+        summary.values.update(this.speeds)
+        report(this, summary)
+        failed = False
+        return summary.values.get(config.metric)
+    except KeyboardInterrupt:
+        log.warning("stopped; everything finished so far is in %s. To go on: %s", path, continue_command(path, overrides))
+        raise
+    finally:
+        tracker.close(failed)
+
+
+def check(config: RunConfig) -> None:
+    """Find what is wrong before anything is loaded or started."""
+    for engine in engines(config).values():
+        build(engine)
+    load_reward(config.reward.function)
+
+
+def engines(config: RunConfig) -> dict[str, EngineConfig]:
+    """Every engine the run may use: the one that samples first, then those that score, by the name their scores have."""
+    found = {"behaviour": config.backend} if Stage.generate in config.stages else {}
+    if Stage.score in config.stages:
+        found.update(scorers(config))
+    return found
+
+
+def scorers(config: RunConfig) -> dict[str, EngineConfig]:
+    """Name of the scores -> the engine that makes them."""
+    if config.targets and config.target is None:
+        return dict(config.targets)
+    engine = config.target or config.backend
+    return {config.score.name or default_name(engine): engine, **config.targets}
+
+
+def default_name(engine: EngineConfig) -> str:
+    """A folder name made of engine, model and dtype."""
+    model = Path(engine.model_name).name.removesuffix(".gguf")
+    return f"{engine.name}-{model}-{engine.weights_dtype}"
+
+
+def job_type(config: RunConfig) -> str:
+    return "+".join(stage.value for stage in config.stages)
+
+
+def continue_command(path: Path, overrides: Sequence[str]) -> str:
+    kept = [override for override in overrides if not override.startswith(("run_dir=", "sweep_dir="))]
+    return shlex.join(["rl-onoff", *kept, f"run_dir={path}"])
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def generate(this: Run) -> None:
+    """Sample what is missing of n responses to every row of the data."""
+    config, completions = this.config, this.folder.completions
+    completions.claim(generate_record(config))
+    engine = config.backend
+    tokenizer = build(engine).get_tokenizer()
+    requests = load_requests(config.data, tokenizer, config.sampling)
+    missing = stages.missing_requests(this.folder, requests)
+    total = sum(len(request.sample_indices) for request in missing)
+    wanted = len(requests) * config.sampling.n
+    if total < wanted:
+        log.info("generate: %d of %d responses are there already", wanted - total, wanted)
+    if not missing:
+        return
+    backend = this.slot.get(engine)
+    check_lengths(missing, backend.info.max_len)
+    completions.describe(engine=asdict(backend.info))
+    progress = this.progress("generate", total)
+    stages.generate(this.folder, missing, backend, load_reward(config.reward.function), progress)
+    this.speeds["generate/tokens_per_s"] = progress.tokens_per_s
+
+
+def generate_record(config: RunConfig) -> dict[str, Any]:
+    """What the sampled rows depend on. More rows of the data, or more samples, only add to them."""
+    data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
+    sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
+    return redact({"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling})
+
+
+def score(this: Run) -> None:
+    """Score the run's responses with every engine that is asked to."""
+    config, folder = this.config, this.folder
+    if config.score.responses is not None:
+        if not folder.completions.exists():
+            engine = next(iter(scorers(config).values()))
+            given = load_responses(config.score.responses, build(engine).get_tokenizer())
+            folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
+            stages.take_in(folder, given)
+        else:
+            folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
+    if not folder.completions.exists():
+        raise UsageError(
+            f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a file, "
+            "or experiment=analyse to sample first"
+        )
+    for name, engine in scorers(config).items():
+        _score(this, folder.scores(name), engine, name)
+
+
+def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
+    want = wanted(this)
+    table.claim(redact({"backend": engine.what_it_computes(), "want": asdict(want)}))
+    total = stages.unscored(this.folder, table)
+    if not total:
+        log.info("score: all responses are scored already in %s", table.path)
+        return
+    backend = this.slot.get(engine)
+    table.describe(engine=asdict(backend.info))
+    progress = this.progress("score", total)
+    stages.score(this.folder, table, backend, want, progress)
+    this.speeds[f"score/{name}/tokens_per_s"] = progress.tokens_per_s
+
+
+def wanted(this: Run) -> Want:
+    """What to compute of every token; the sampler's view is that of the sampler that made the responses."""
+    config = this.config
+    made_with = this.folder.completions.record().get("config", {}).get("sampling")
+    sampler = (Sampling(**made_with) if made_with else replace(config.sampling, n=1)) if config.score.processed else None
+    return Want(top_k=config.score.top_k, full_logits=config.score.full_logits, sampler=sampler)
+
+
+STAGES = {Stage.generate: generate, Stage.score: score}
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def report(this: Run, summary: Summary) -> None:
+    """Write, print and log what the run found."""
+    config, folder, tracker = this.config, this.folder, this.tracker
+    folder.write_json("metrics.json", summary.values)
+    tracker.summary(summary.values)
+    for name, (counts, edges) in summary.histograms.items():
+        tracker.histogram(name, counts, edges)
+    columns = ("request_id", "sample", "prompt", "text", "reward", "finish_reason")
+    if folder.completions.exists():
+        rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
+        tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
+    if config.tracking.artifact:
+        tracker.artifact(folder.path)
+    print(as_text(summary.values))
+    print(f"\n  run folder  {folder.path}")
+    if tracker.where:
+        print(f"  W&B         {tracker.where}")
+
+

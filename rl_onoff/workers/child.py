@@ -1,0 +1,190 @@
+"""The worker's side: `python -m rl_onoff.workers.child SOCKET_FD PARENT_PID FOLDER` serves one backend until it is told to close.
+
+Started by host.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors travel
+by name; the engine's chatter stays in this process's log file; warnings of rl_onoff itself are handed to the parent.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import faulthandler
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+import psutil
+
+from rl_onoff.backends.base import BaseBackend
+from rl_onoff.errors import OnOffError
+from rl_onoff.types import Completion, TokenScores
+from rl_onoff.workers import sessions, wire
+
+DIED = 70  # exit code when a process of the engine died; the file `reason` says which
+
+
+def end_all(folder: Path) -> NoReturn:
+    """Nobody is there to clean up: end the engine's processes, then this one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    me = psutil.Process()
+    sessions.end([p for p in (*me.children(recursive=True), *sessions.members(me.pid)) if p != me])
+    os._exit(0)
+
+
+class Watch(threading.Thread):
+    """Ends this process when its parent is gone, or when a process of the engine is: an engine that lost one may hang."""
+
+    def __init__(self, parent: int, folder: Path):
+        super().__init__(daemon=True, name="watch")
+        self._parent, self._folder = parent, folder
+        self._engine: list[psutil.Process] = []
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        while True:
+            if os.getppid() != self._parent:
+                end_all(self._folder)
+            self.check()
+            time.sleep(0.3)
+
+    def remember(self) -> None:
+        """From now on the engine's processes of this moment must live."""
+        self._engine = [child for child in psutil.Process().children(recursive=True) if not sessions.is_helper(child)]
+
+    def forget(self) -> None:
+        self._engine = []
+
+    def check(self) -> None:
+        with self._lock:
+            for process in self._engine:
+                if not sessions.alive(process):
+                    (self._folder / "reason").write_text(f"its {sessions.describe(process)} ended unexpectedly")
+                    os._exit(DIED)
+
+
+class Forward(logging.Handler):
+    """Keeps log records until the main thread sends them: a channel belongs to one thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.waiting: collections.deque[wire.Logged] = collections.deque()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
+
+
+class Worker:
+    def __init__(self, sock: socket.socket, watch: Watch):
+        self._watch = watch
+        self._channel = wire.Channel(sock)
+        self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
+        self._forward = Forward()
+        logging.getLogger("rl_onoff").addHandler(self._forward)
+        self._closing = False
+
+    def serve(self) -> None:
+        backend = self._load()
+        if backend is None:
+            return
+        while not self._closing:
+            match self._channel.receive():
+                case wire.Generate() as message:
+                    self._answer(message.call, backend._generate(message.requests))
+                case wire.Score() as message:
+                    self._answer(message.call, backend._score(message.responses, message.want))
+                case wire.Cancel():
+                    pass  # it crossed with the end of its call
+                case _:
+                    break
+        self._watch.forget()
+        backend.close()
+
+    def _load(self) -> BaseBackend | None:
+        message = self._channel.receive()
+        assert isinstance(message, wire.Load)
+        try:
+            module, _, name = message.target.partition(":")
+            cls = getattr(import_module(module), name)
+            config = msgspec.convert(message.config, cls.config_class)
+            backend = cls(dataclasses.replace(config, worker=False, python=None, dp_size=1))
+            backend.load()
+        except BaseException as e:
+            self._fail(0, e)
+            return None
+        self._watch.remember()
+        self._send(wire.Loaded(info=backend.info))
+        return backend
+
+    def _answer(self, call: int, results: Iterator[Any]) -> None:
+        """Send a call's results as they come, until they end or the parent does not want them any more."""
+        try:
+            for result in results:
+                match result:
+                    case Completion():
+                        self._send(wire.Completed(call=call, completion=result))
+                    case TokenScores():
+                        self._send(wire.Scored(call=call, scores=result))
+                    case _:
+                        raise TypeError(f"a backend yielded a {type(result).__name__}")
+                if self._unwanted(call):
+                    results.close()  # type: ignore[attr-defined]
+                    break
+        except wire.PeerGoneError:
+            raise
+        except BaseException as e:
+            self._fail(call, e)
+        else:
+            self._send(wire.Done(call=call))
+
+    def _unwanted(self, call: int) -> bool:
+        while self._channel.readable(0):
+            message = self._channel.receive()
+            self._closing = isinstance(message, wire.Close)
+            if self._closing or (isinstance(message, wire.Cancel) and message.call == call):
+                return True
+        return False
+
+    def _send(self, message: wire.AnyMessage) -> None:
+        while self._forward.waiting:
+            self._channel.send(self._forward.waiting.popleft())
+        self._channel.send(message)
+
+    def _fail(self, call: int, error: BaseException) -> None:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        self._watch.check()  # an engine that lost a process may say so itself before the watch does
+        ours = isinstance(error, OnOffError)
+        name = next(c.__name__ for c in type(error).__mro__ if c.__module__ == OnOffError.__module__) if ours else "EngineError"
+        self._send(wire.Failed(call=call, error=name, text=str(error) if ours else f"{type(error).__name__}: {error}"))
+
+
+def main() -> None:
+    fd, parent, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the worker
+    os.set_inheritable(fd, False)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    watch = Watch(parent, folder)
+    watch.start()
+    try:
+        Worker(socket.socket(fileno=fd), watch).serve()
+    except wire.PeerGoneError:
+        end_all(folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # an engine's exit handlers may hang, and the parent ends what is left
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A worker's process: how it is started, what it leaves to read when it ends, and how nothing of it is left behind."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import itertools
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from rl_onoff.backends.base import BaseBackend
+from rl_onoff.errors import UsageError
+from rl_onoff.workers import sessions, wire
+
+LOG_FOLDER = "RL_ONOFF_WORKER_LOGS"  # environment: where workers' logs are kept; unset: they go when the worker closes
+TAIL_LINES = 25
+LONGEST_TMPDIR = 60  # engines put sockets below it, whose paths hold 107 bytes
+
+_numbers = itertools.count()
+
+
+class WorkerProcess:
+    """Starts `python -m rl_onoff.workers.child` in a session and a temporary folder of its own."""
+
+    def __init__(self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None):
+        self.python = python or sys.executable
+        base = tempfile.gettempdir()
+        self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
+        self.log = self._folder / "worker.log"
+        if log_folder is not None:
+            self.log = Path(log_folder) / f"{backend_class.name}-{os.getpid()}-{next(_numbers)}.log"
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        with theirs, self.log.open("ab") as log:
+            try:
+                self._popen = subprocess.Popen(
+                    [self.python, "-m", "rl_onoff.workers.child", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
+                    start_new_session=True, env=self._environment(backend_class),
+                )  # fmt: skip
+            except OSError as e:
+                ours.close()
+                shutil.rmtree(self._folder)
+                raise UsageError(
+                    f"backend.python={self.python} cannot be run ({e.strerror}): set backend.python to a Python interpreter"
+                ) from None
+        self.pid = self._popen.pid
+        self._process = psutil.Process(self.pid)
+        self.deadline: float | None = None  # monotonic time by which the worker must have spoken
+        self.channel = wire.Channel(ours, self._check)
+        self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid())
+
+    def _environment(self, backend_class: type[BaseBackend]) -> dict[str, str]:
+        """The child's environment. It sees this very package, but not its neighbours: another environment has its own."""
+        path = self._folder / "path"
+        path.mkdir()
+        for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None and spec.origin is not None, name
+            source = Path(spec.origin)
+            source = source.parent if spec.submodule_search_locations else source
+            (path / source.name).symlink_to(source)
+        environment = dict(os.environ)
+        for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
+            environment.pop(name, None)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), environment.get("PYTHONPATH"))))
+        environment["PATH"] = os.pathsep.join(filter(None, (str(Path(self.python).parent), environment.get("PATH"))))
+        environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
+        environment["PYTHONUNBUFFERED"] = "1"
+        # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"))
+        environment["TMPDIR"] = str(self._folder)
+        return environment
+
+    # -- while it runs -------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if late or not sessions.alive(self._process):
+            raise wire.PeerGoneError
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the process to end, reading on so that it can."""
+        until = time.monotonic() + seconds
+        while sessions.alive(self._process) and time.monotonic() < until:
+            if not self.channel.readable(0.02) or not self.channel.discard():
+                time.sleep(0.01)
+
+    def reason(self) -> str:
+        """Why the process is gone, for people."""
+        self.wait(2.0)
+        with suppress(OSError):
+            return (self._folder / "reason").read_text()
+        try:
+            code = self._popen.wait(2.0)  # a zombie whose threads are still ending cannot be reaped yet
+        except subprocess.TimeoutExpired:
+            return "its process closed the connection"
+        if code >= 0:
+            return f"its process ended with exit code {code}"
+        return f"its process was killed by {signal.Signals(-code).name}" + (", maybe for want of memory" if code == -signal.SIGKILL else "")
+
+    def tail(self) -> str:
+        """The last lines of its log."""
+        try:
+            with self.log.open("rb") as f:
+                f.seek(max(0, self.log.stat().st_size - 16384))
+                return "\n".join(f.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+        except OSError:
+            return ""
+
+    def close(self, patience: float) -> None:
+        """Ask it to end, then end all that is left of it after `patience` seconds; at once if it has never spoken."""
+        if self.deadline is None and not self.channel.torn:
+            with suppress(wire.PeerGoneError):
+                self.channel.send(wire.Close())
+                self.wait(patience)
+        self.channel.close()
+        self._finalizer()
+
+
+def _end(popen: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a fork of the process that started it
+    tree: list[psutil.Process] = []
+    with suppress(psutil.Error):
+        worker = psutil.Process(popen.pid)
+        tree = [worker, *worker.children(recursive=True)]
+    sessions.end([*tree, *sessions.members(popen.pid)])
+    with suppress(subprocess.TimeoutExpired):
+        popen.wait(5)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""Sessions: finding and ending every process of a worker, the engine's own children included, whatever state they are in.
+
+A worker leads a session of its own, so its whole tree can be found by that session even after the worker itself was killed
+and its children were handed to init. Shared memory that dead processes had mapped is removed too: SIGKILL leaves it behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+GONE = (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError, PermissionError)
+HELPERS = re.compile(r"resource_tracker|compile_worker|forkserver")  # Python's and torch's own: may end when they like
+
+
+def alive(process: psutil.Process) -> bool:
+    """True unless the process has ended; a zombie has ended."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except GONE:
+        return False
+
+
+def members(sid: int) -> list[psutil.Process]:
+    """The living processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(*GONE):
+            if os.getsid(process.pid) == sid and alive(process):
+                found.append(process)
+    return found
+
+
+def describe(process: psutil.Process) -> str:
+    """`pid 12 (name)`; for people."""
+    try:
+        return f"pid {process.pid} ({process.name()})"
+    except GONE:
+        return f"pid {process.pid}"
+
+
+def is_helper(process: psutil.Process) -> bool:
+    try:
+        return bool(HELPERS.search(" ".join(process.cmdline())))
+    except GONE:
+        return True
+
+
+def end(processes: Iterable[psutil.Process], patience: float = 2.0) -> None:
+    """Kill the processes, and remove the shared memory that they alone had mapped.
+
+    Resource trackers get a moment after the others: they unlink what their dead processes left.
+    """
+    victims = [process for process in set(processes) if alive(process)]
+    shared = _shared_memory(victims)
+    helpers = [process for process in victims if is_helper(process)]
+    for process in victims:
+        if process not in helpers:
+            with suppress(*GONE):
+                process.kill()
+    _wait(victims, patience)
+    for process in helpers:
+        with suppress(*GONE):
+            process.kill()
+    _wait(victims, patience)
+    left = {path for path in shared if path.exists()}
+    if left:
+        for path in left - _shared_memory(psutil.process_iter()):
+            path.unlink(missing_ok=True)
+
+
+def _wait(processes: Iterable[psutil.Process], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while any(alive(process) for process in processes) and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def _shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Files under /dev/shm that the processes have mapped."""
+    paths: set[Path] = set()
+    for process in processes:
+        with suppress(OSError):  # gone, not ours, or no /proc
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                name = line.partition("/dev/shm/")[2]
+                if name and not name.endswith(" (deleted)"):
+                    paths.add(Path("/dev/shm") / name)
+    return paths

@@ -1,0 +1,207 @@
+"""What a worker and its parent say to each other, and how it travels: msgpack headers and raw array buffers over a socket pair.
+
+A socket pair has no port and no file, tells both ends at once when the other is gone, and lets the kernel hold a worker
+back that runs ahead of its reader. Arrays are never turned into text: small ones ride in the header, big ones are received
+straight into the memory of the array that the caller gets, so full logits are held once and freed with that array.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rl_onoff.backends.base import EngineInfo
+from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+
+PROTOCOL = 1  # raise it whenever a message changes its meaning
+PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told
+INLINE_BYTES = 1 << 16  # arrays below this ride in the header: a bigger one has memory of its own to free
+
+
+class Message(msgspec.Struct, kw_only=True, tag=True):
+    """Base of all messages; `call` numbers the calls so that the end of an abandoned one is not taken for the next one's."""
+
+
+class Load(Message):
+    """To the worker, first: which backend it is."""
+
+    target: str  # "module:Class"
+    config: dict[str, Any]
+
+
+class Generate(Message):
+    call: int
+    requests: list[Request]
+
+
+class Score(Message):
+    call: int
+    responses: list[Response]
+    want: Want
+
+
+class Cancel(Message):
+    """To the worker: nobody reads this call's results any more."""
+
+    call: int
+
+
+class Close(Message):
+    """To the worker: free the engine and end."""
+
+
+class Loaded(Message):
+    info: EngineInfo
+
+
+class Completed(Message):
+    call: int
+    completion: Completion
+
+
+class Scored(Message):
+    call: int
+    scores: TokenScores
+
+
+class Done(Message):
+    call: int
+
+
+class Failed(Message):
+    """From the worker: an exception, by the name of its class in rl_onoff.errors."""
+
+    call: int  # 0: while loading
+    error: str
+    text: str
+
+
+class Logged(Message):
+    """From the worker: a line that its own log file would hide from the user."""
+
+    logger: str
+    level: int
+    text: str
+
+
+AnyMessage = Load | Generate | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
+
+
+class PeerGoneError(Exception):
+    """The other end of the channel has closed."""
+
+
+class Channel:
+    """One end of the socket pair.
+
+    `check` is called every `period` seconds while waiting, and may raise: a parent must notice a dead worker even when a
+    forked grandchild still holds the worker's end of the socket open.
+    """
+
+    def __init__(self, sock: socket.socket, check: Callable[[], None] | None = None, period: float = 0.2):
+        self._sock = sock
+        self._check = check or (lambda: None)
+        sock.settimeout(period if check else None)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self.torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood
+        self._sending: list[np.ndarray] = []
+        self._received: list[memoryview] = []
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._pack)
+        self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._unpack)
+
+    def send(self, message: AnyMessage) -> None:
+        self._sending = []
+        header = self._encoder.encode(message)
+        arrays, self._sending = self._sending, []
+        sizes = [array.nbytes for array in arrays]
+        self.torn = True
+        self.send_raw(struct.pack(f"<QI{len(sizes)}Q", len(header), len(sizes), *sizes) + header)
+        for array in arrays:
+            self.send_raw(array.reshape(-1).view(np.uint8).data)
+        self.torn = False
+
+    def receive(self) -> AnyMessage:
+        while not self.readable(self._sock.gettimeout()):
+            self._check()
+        self.torn = True
+        header_size, num_buffers = struct.unpack("<QI", self.receive_raw(12))
+        sizes = struct.unpack(f"<{num_buffers}Q", self.receive_raw(8 * num_buffers))
+        header = self.receive_raw(header_size)
+        self._received = [self.receive_raw(size) for size in sizes]
+        self.torn = False
+        try:
+            return self._decoder.decode(header)
+        finally:
+            self._received = []
+
+    def readable(self, seconds: float | None) -> bool:
+        """Whether something, or the end, has arrived; waits up to `seconds` for it (None: for ever)."""
+        return bool(self._poll.poll(None if seconds is None else int(seconds * 1000)))
+
+    def discard(self) -> bool:
+        """Throw away what has arrived, so that a worker that is sending gets to look at what it was sent; False at the end."""
+        try:
+            return bool(self._sock.recv(1 << 20))
+        except OSError:
+            return False
+
+    def send_raw(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view) :]
+            except TimeoutError:
+                self._check()
+            except OSError as e:
+                raise PeerGoneError from e
+
+    def receive_raw(self, size: int) -> memoryview:
+        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
+        while view:
+            try:
+                count = self._sock.recv_into(view)
+            except TimeoutError:
+                self._check()
+                continue
+            except OSError as e:
+                raise PeerGoneError from e
+            if count == 0:
+                raise PeerGoneError
+            view = view[count:]
+        return data
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _pack(self, value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        if not isinstance(value, np.ndarray):
+            raise NotImplementedError(f"a {type(value).__name__} cannot be sent to a worker")
+        if value.nbytes < INLINE_BYTES:
+            return value.dtype.str, value.shape, value.tobytes()
+        self._sending.append(np.ascontiguousarray(value))
+        return value.dtype.str, value.shape, len(self._sending) - 1
+
+    def _unpack(self, kind: type, packed: Any) -> Any:
+        if kind is not np.ndarray:
+            raise NotImplementedError(f"a {kind.__name__} cannot be received")
+        dtype, shape, data = packed
+        memory = self._received[data] if isinstance(data, int) else bytearray(data)  # both can be written to
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def fits(config: dict[str, Any]) -> str | None:
+    """Why a config cannot be sent to a worker; None when it can."""
+    try:
+        msgspec.msgpack.encode(config)
+    except (TypeError, NotImplementedError) as e:
+        return str(e)
+    return None
