@@ -180,9 +180,7 @@ def load_responses(path: str, tokenizer: Any = None) -> list[GivenResponse]:
     for index, record in enumerate(table.records):
         where = table.where(index)
         prompt = parse_prompt(record.get(prompt_column), where=where, column=prompt_column, key="score.responses")
-        prompt_ids = (
-            encode_prompt(prompt, tokenizer, chat_template=is_chat(prompt), where=where).ids if tokenizer else np.asarray(prompt, np.int32)
-        )
+        prompt_ids = _prompt_ids(prompt, tokenizer, where)
         same_prompt = prompt_ids.tobytes()
         request_id = (
             str(record[id_column])
@@ -214,6 +212,14 @@ def load_responses(path: str, tokenizer: Any = None) -> list[GivenResponse]:
             meta=_meta(table, record, prompt, where),
         )
     return list(found.values())
+
+
+def _prompt_ids(prompt: Prompt, tokenizer: Any, where: str) -> np.ndarray:
+    if is_ids(prompt):
+        return np.asarray(prompt, np.int32)
+    if tokenizer is None:
+        raise UsageError(f"{where} has text as its prompt where token ids are wanted: give column prompt_ids of score.responses lists")
+    return encode_prompt(prompt, tokenizer, chat_template=is_chat(prompt), where=where).ids
 
 
 def _response_ids(value: Any, tokenizer: Any, *, where: str, column: str) -> np.ndarray:

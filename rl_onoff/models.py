@@ -243,7 +243,7 @@ def hub_error(error: BaseException, name: str, key: str = "model.name") -> Usage
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
-        kinds.update(kind.__name__ for kind in type(link).__mro__)
+        kinds.add(type(link).__name__)  # not its bases: a worker's BrokenPipeError is a ConnectionError too
         link = link.__cause__ or link.__context__
     words = " ".join(str(link) for link in chain)
     offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}

@@ -19,6 +19,7 @@ class Progress:
         self.stage, self.total, self.report, self.every_s = stage, total, report, every_s
         self.responses = self.tokens = 0
         self._start = self._last = time.monotonic()
+        self._end: float | None = None
 
     def __enter__(self) -> Self:
         self._start = self._last = time.monotonic()
@@ -32,6 +33,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._end = time.monotonic()
         if self.responses:
             self._say()
 
@@ -48,7 +50,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        return max(time.monotonic() - self._start, 1e-9)
+        return max((self._end or time.monotonic()) - self._start, 1e-9)
 
     @property
     def tokens_per_s(self) -> float:

@@ -14,14 +14,14 @@ from hydra.utils import instantiate
 from rl_onoff import stages
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.config import RunConfig, Stage
-from rl_onoff.data import check_lengths, load_requests, load_responses
+from rl_onoff.data import check_lengths, load_responses, make_requests
 from rl_onoff.errors import UsageError
 from rl_onoff.progress import Progress
 from rl_onoff.rewards import load_reward
+from rl_onoff.rows import Row, load_rows
 from rl_onoff.slot import Slot, build
 from rl_onoff.storage import RunDir, Table
 from rl_onoff.summary import Summary, as_text, summarise
-from rl_onoff.tokenizers import load_tokenizer
 from rl_onoff.tracking import Tracker, redact
 from rl_onoff.types import Sampling, Want
 
@@ -33,6 +33,7 @@ class Run:
     """What the stages of one run share."""
 
     config: RunConfig
+    rows: list[Row]  # of the data; none when nothing is sampled
     folder: RunDir
     tracker: Tracker
     slot: Slot
@@ -44,14 +45,14 @@ class Run:
 
 def run(config: RunConfig, path: Path, *, group: str | None = None, overrides: Sequence[str] = ()) -> float | None:
     """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
-    check(config)
+    rows = check(config)
     folder = RunDir(path)
     tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
     tracker.start(config=redact(asdict(config)), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
     failed = True
     try:
         with Slot() as slot:
-            this = Run(config, folder, tracker, slot, {})
+            this = Run(config, rows, folder, tracker, slot, {})
             for stage in config.stages:
                 STAGES[stage](this)
         summary = summarise(folder)
@@ -66,11 +67,16 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, overrides: S
         tracker.close(failed)
 
 
-def check(config: RunConfig) -> None:
-    """Find what is wrong before anything is loaded or started."""
+def check(config: RunConfig) -> list[Row]:
+    """Find what is wrong before anything is loaded or started; returns the data's rows."""
     for engine in engines(config).values():
         build(engine)
-    load_reward(config.reward.function)
+    reward_of(config)
+    return load_rows(config.data) if Stage.generate in config.stages else []
+
+
+def reward_of(config: RunConfig) -> stages.Reward | None:
+    return load_reward(config.reward.function) if config.reward.function else None
 
 
 def engines(config: RunConfig) -> dict[str, EngineConfig]:
@@ -113,7 +119,7 @@ def generate(this: Run) -> None:
     completions.claim(generate_record(config))
     engine = config.backend
     tokenizer = build(engine).get_tokenizer()
-    requests = load_requests(config.data, tokenizer, config.sampling)
+    requests = make_requests(this.rows, config.data, tokenizer, config.sampling)
     missing = stages.missing_requests(this.folder, requests)
     total = sum(len(request.sample_indices) for request in missing)
     wanted = len(requests) * config.sampling.n
@@ -125,7 +131,7 @@ def generate(this: Run) -> None:
     check_lengths(missing, backend.info.max_len)
     completions.describe(engine=asdict(backend.info))
     progress = this.progress("generate", total)
-    stages.generate(this.folder, missing, backend, load_reward(config.reward.function), progress)
+    stages.generate(this.folder, missing, backend, reward_of(config), progress)
     this.speeds["generate/tokens_per_s"] = progress.tokens_per_s
 
 

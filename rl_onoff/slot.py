@@ -41,7 +41,8 @@ class Slot:
         log.info("loading %s with %s", config.name, config.model_name)
         start = time.monotonic()
         backend.load()
-        log.info("%s %s ready in %.0f s (%s weights)", backend.info.engine, backend.info.version, time.monotonic() - start, backend.info.dtype)
+        info, seconds = backend.info, time.monotonic() - start
+        log.info("%s %s ready in %.0f s (%s weights)", info.engine, info.version, seconds, info.dtype)
         self._backend = backend
         return backend
 

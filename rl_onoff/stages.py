@@ -37,7 +37,8 @@ def missing_requests(run: RunDir, requests: Sequence[Request]) -> list[Request]:
         request = by_id.get(row["request_id"])
         if request is not None and not np.array_equal(request.prompt_ids, row["prompt_ids"]):
             raise UsageError(
-                f"row {row['request_id']!r} of the data has another prompt than in {run.path}: set run_dir to a new folder, or undo the change"
+                f"row {row['request_id']!r} of the data has another prompt than in {run.path}: "
+                "set run_dir to a new folder, or undo the change"
             )
         done.setdefault(row["request_id"], set()).add(row["sample"])
     missing = []

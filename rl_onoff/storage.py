@@ -1,7 +1,7 @@
 """A run on disk. What is done is what the shards hold: there is no second record to disagree with them.
 
 A table is a folder of Parquet shards. A shard is written under a temporary name, flushed to the disk and renamed, so a crash
-leaves whole shards only. Beside them lies `config.json`: what the rows depend on; rows that another config would have made
+leaves whole shards only. Beside them lies `_made_with.json`: what the rows depend on; rows that another config would have made
 are refused, with the difference shown. Columns are documented in docs/run_folder.md.
 """
 
@@ -48,6 +48,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "logits": "list<list<float32>>",
     },
 }
+
+RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
 
 Row = dict[str, Any]
 Key = tuple[str, int]
@@ -107,7 +109,7 @@ class Table:
 
     def record(self) -> dict[str, Any]:
         """What the rows depend on, and the engine that made them; empty for a table that has none."""
-        file = self.path / "config.json"
+        file = self.path / RECORD
         return json.loads(file.read_text()) if file.exists() else {}
 
     def claim(self, config: Mapping[str, Any]) -> None:
@@ -127,7 +129,7 @@ class Table:
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path / "config.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0) -> Writer:
         return Writer(self, max_rows, max_seconds)
@@ -183,7 +185,7 @@ class Writer:
 def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OnOffError(f"the disk that holds {path} is full: free some space and run again with the same run_dir; nothing written is lost")
+        return OnOffError(f"the disk that holds {path} is full: free some space and go on with the same run_dir; nothing written is lost")
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
 
@@ -229,12 +231,12 @@ def _values(column: Any) -> list[Any]:
     if not pa.types.is_list(column.type):
         return column.to_pylist()
     if not pa.types.is_list(column.type.value_type):
-        return [None if not item.is_valid else item.values.to_numpy(zero_copy_only=False) for item in column]
+        return [None if not item.is_valid else item.values.to_numpy(zero_copy_only=False).copy() for item in column]
     rows: list[Any] = []
     for item in column:
         if not item.is_valid:
             rows.append(None)
             continue
-        flat = item.values.flatten().to_numpy(zero_copy_only=False)
+        flat = item.values.flatten().to_numpy(zero_copy_only=False).copy()
         rows.append(flat.reshape(len(item.values), -1) if len(item.values) else np.empty((0, 0), flat.dtype))
     return rows

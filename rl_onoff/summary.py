@@ -110,7 +110,9 @@ LABELS = {
     "perplexity": "perplexity",
     "likeliest_fraction": "sampled the likeliest token",
     "nucleus_mass_mean": "mass the sampler kept",
-    "mean": "mean reward",
+    "num_prompts": "prompts judged",
+    "num_responses": "responses judged",
+    "reward_mean": "mean reward",
     "accuracy": "accuracy",
 }
 
@@ -120,7 +122,8 @@ def as_text(values: Mapping[str, float]) -> str:
     sections: dict[str, list[tuple[str, float]]] = defaultdict(list)
     for name, value in values.items():
         section, _, last = name.rpartition("/")
-        sections[section].append((LABELS.get(last, last), value))
+        place = 0 if last == "tokens_per_s" else len(sections[section])
+        sections[section].insert(place, (LABELS.get(last, last), value))
     lines = []
     for section, numbers in sections.items():
         lines += ["", f"  {section}"]

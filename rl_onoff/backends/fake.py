@@ -31,6 +31,9 @@ class ByteTokenizer:
     def __len__(self) -> int:
         return 257
 
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 

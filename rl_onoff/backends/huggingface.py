@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +46,8 @@ class HuggingFaceBackend(BaseBackend):
         from rl_onoff.models import hub_errors, resolve
         from rl_onoff.probes.huggingface import SplitModel
 
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
         config = self.config
         device_map = config.device_map
         if device_map is None and config.device is None and torch.cuda.device_count() > 1:

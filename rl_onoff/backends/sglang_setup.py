@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rl_onoff.backends.config import SGLangBackendConfig
@@ -19,7 +20,11 @@ def engine_environment(config: SGLangBackendConfig) -> dict[str, str]:
         "SGLANG_RETURN_ORIGINAL_LOGPROB": "1" if config.logprob_kind is LogprobKind.raw else "0",
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # for MARGIN; no position beyond the model's own is ever used
     }
-    return environment if _has_gpu() else environment | {"SGLANG_USE_CPU_ENGINE": "1"}
+    if not _has_gpu():
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        if (ranks := config.tp_size or 1) > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores(ranks)  # else every rank wants a NUMA node of its own
+    return environment
 
 
 def engine_args(config: SGLangBackendConfig) -> dict[str, Any]:
@@ -59,6 +64,13 @@ def _context_length(config: SGLangBackendConfig, path: str, revision: str | None
             f"backend.context_length is {config.context_length} but the model holds {longest}: set backend.context_length={longest} or less"
         )
     return config.context_length or longest
+
+
+def _cores(ranks: int) -> str:
+    """This process's cores dealt out to ranks as SGLang writes it: `0,1|2,3`; with too few of them ranks share."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // ranks)
+    return "|".join(",".join(str(cores[(rank * each + i) % len(cores)]) for i in range(each)) for rank in range(ranks))
 
 
 def _has_gpu() -> bool:

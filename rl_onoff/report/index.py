@@ -81,16 +81,15 @@ class Index:
         self.mean[i].append(_short(known_T.mean()) if len(known_T) else None)
         self.worst[i].append(_short(np.abs(known_T).max()) if len(known_T) else None)
         size_T = np.nan_to_num(np.abs(ratio_T), nan=-1.0, posinf=1e9)
-        worst = np.argpartition(-size_T, NUM_WORST)[:NUM_WORST] if len(size_T) > NUM_WORST else np.arange(len(size_T))
-        for t in worst:
+        heap = self.heaps[i]
+        bar = heap[0][0] if len(heap) == NUM_WORST else 0.0
+        for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > bar).sum()))]:
             q = math.nan if response.behaviour is None else float(response.behaviour.logprobs_T[t])
             p = math.nan if target is None else float(target.logprobs_T[t])
-            self._keep(self.heaps[i], (float(size_T[t]), -self.num_responses, -int(t), q, p))
+            self._keep(heap, (float(size_T[t]), -self.num_responses, -int(t), q, p))
 
     @staticmethod
     def _keep(heap: list[Any], item: tuple[float, int, int, float, float]) -> None:
-        if item[0] <= 0:
-            return
         if len(heap) < NUM_WORST:
             heapq.heappush(heap, item)
         elif item > heap[0]:

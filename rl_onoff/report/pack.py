@@ -13,7 +13,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -32,16 +32,19 @@ class TopLimit:
 
     k: int
     min_probability: float
+    share: float = 1.0  # of a chunk's tokens that have lists at all: those on which the policies differ most
 
 
 TOP_LIMITS = (
     TopLimit(64, 0.0),
     TopLimit(64, 1e-5),
-    TopLimit(64, 1e-4),
-    TopLimit(32, 1e-3),
-    TopLimit(20, 1e-2),
-    TopLimit(10, 5e-2),
-    TopLimit(0, 1.0),
+    TopLimit(20, 1e-4),
+    TopLimit(20, 1e-3),
+    TopLimit(10, 1e-3, 1 / 2),
+    TopLimit(10, 1e-3, 1 / 4),
+    TopLimit(10, 1e-3, 1 / 8),
+    TopLimit(10, 1e-3, 1 / 32),
+    TopLimit(0, 1.0, 0.0),
 )
 
 
@@ -73,20 +76,21 @@ def pack_tokens(responses: Sequence[ReportResponse], limit: TopLimit) -> Chunk:
     columns: list[tuple[str, np.ndarray]] = []
     lengths = [len(r.token_ids_T) for r in responses]
     views = [[_view(r, v) for r in responses] for v in range(num_views)]
-    lists = [_top_lists(views_v, lengths, limit) for views_v in views]
+    logprobs = [_column(views_v, lengths, lambda view: view.logprobs_T, np.float32, np.nan) for views_v in views]
+    shown_N = _most_different(logprobs, limit.share)
+    lists = [_top_lists(views_v, lengths, limit, shown_N) for views_v in views]
     base_view = next((v for v, lists_v in enumerate(lists) if lists_v.counts_N.any()), 0)
     base = lists[base_view]
     columns += _coded_ids("token", ids_N, _index_in(base, ids_N[:, None])[:, 0])
     for v in range(num_views):
-        logprobs_N = _column(views[v], lengths, lambda view: view.logprobs_T, np.float32, np.nan)
         columns += [
-            (f"logprob{v}", logprobs_N),
+            (f"logprob{v}", logprobs[v]),
             (f"entropy{v}", _entropy_steps(_column(views[v], lengths, lambda view: view.entropy_T, np.float64, np.nan))),
             (f"rank{v}", _column(views[v], lengths, lambda view: view.rank_T, np.uint32, 0)),
-            *_coded_lists(v, lists[v], None if v == base_view else base, ids_N, _steps(logprobs_N)),
+            *_coded_lists(v, lists[v], None if v == base_view else base, ids_N, _steps(logprobs[v])),
         ]
     seen = [ids_N, *(lists_v.ids_NK[lists_v.kept_NK] for lists_v in lists)]
-    header = {"lengths": lengths, "views": num_views, "base": base_view, "k": limit.k, "min_probability": limit.min_probability}
+    header = {"lengths": lengths, "views": num_views, "base": base_view, **asdict(limit)}
     return Chunk(_assemble(header, columns), np.unique(np.concatenate(seen)))
 
 
@@ -141,7 +145,19 @@ def _steps(logprobs: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(finite / TOP_STEP + 0.5), -32767, 0).astype(np.int32)
 
 
-def _top_lists(views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit) -> TopLists:
+def _most_different(logprobs: Sequence[np.ndarray], share: float) -> np.ndarray:
+    """Which tokens have the largest |l| under any target, or the lowest logprob where nothing is compared."""
+    if share >= 1:
+        return np.ones(len(logprobs[0]), bool)
+    first, *others = (np.nan_to_num(values_N.astype(np.float64), nan=0.0, neginf=-1e3) for values_N in logprobs)
+    compared = others and not np.isnan(logprobs[0]).all()
+    size_N = np.max(np.abs(np.stack(others) - first), axis=0) if compared else -np.min(np.stack([first, *others]), axis=0)
+    shown_N = np.zeros(len(size_N), bool)
+    shown_N[np.argsort(-size_N, kind="stable")[: int(len(size_N) * share)]] = True
+    return shown_N
+
+
+def _top_lists(views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit, shown_N: np.ndarray) -> TopLists:
     stored = [0 if v is None or v.top_ids_TK is None or v.top_logprobs_TK is None else v.top_ids_TK.shape[1] for v in views]
     width = min(max(stored, default=0), limit.k)
     ids_NK = np.full((sum(lengths), width), -1, np.int64)
@@ -154,7 +170,7 @@ def _top_lists(views: Sequence[TokenView | None], lengths: Sequence[int], limit:
             logprobs_NK[start : start + length, :k] = view.top_logprobs_TK[:, :k]
         start += length
     floor = np.log(limit.min_probability) if limit.min_probability > 0 else -np.inf
-    fine_NK = (ids_NK >= 0) & (logprobs_NK >= floor)
+    fine_NK = (ids_NK >= 0) & (logprobs_NK >= floor) & shown_N[:, None]
     counts_N = np.logical_and.accumulate(fine_NK, axis=1).sum(axis=1)
     return TopLists(counts_N, ids_NK, _steps(logprobs_NK))
 

@@ -19,7 +19,7 @@ from rl_onoff.report.pack import TOP_LIMITS, Chunk, pack_json, pack_tokens
 
 CHUNK_RESPONSES = 32
 CHUNK_TOKENS = 8_000
-BUDGET_BYTES = 36_000_000  # of packed responses: 48 MB in base64, whatever the run; top lists are cut to fit, then responses
+BUDGET_BYTES = 42_000_000  # of packed responses: 56 MB in base64, whatever the run; top lists are cut to fit, then responses
 GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
@@ -164,6 +164,8 @@ class _Packer:
         """The tokens of a response whose text is not the one in the table: parts of a character, for one."""
         if len(ids) != len(tokens):
             raise ValueError(f"a response has {len(ids)} token ids and {len(tokens)} token texts")
+        if list(map(self.texts.get, ids)) == list(tokens):
+            return {}
         own = {}
         for t, (token_id, text) in enumerate(zip(ids, tokens, strict=True)):
             if self._text_of(token_id, text) != text:
@@ -177,7 +179,7 @@ class _Packer:
 
     def _learn_texts(self, ids: Sequence[int]) -> None:
         if self.token_text is not None:
-            for token_id in ids:
+            for token_id in set(ids) - self.texts.keys():
                 self._text_of(token_id, "")
 
 

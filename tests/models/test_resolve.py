@@ -77,6 +77,7 @@ def test_other_errors_pass_through():
     with pytest.raises(ZeroDivisionError), models.hub_errors("a/b"):
         raise ZeroDivisionError
     assert models.hub_error(ValueError("unknown dtype"), "a/b") is None
+    assert models.hub_error(BrokenPipeError("a worker died"), "a/b") is None
 
 
 def test_transformers_own_error_without_a_network(monkeypatch):

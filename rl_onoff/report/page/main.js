@@ -90,7 +90,7 @@ async function start() {
   showPolicies();
   showPanel();
   await loadTokenTexts();
-  state.colour = colourings()[0][0];
+  state.colour = colourings()[0]?.[0] ?? "l";
   showTools();
   showTarget();
   await updateList();

@@ -142,7 +142,8 @@ function ratioLine(response, t) {
 function listsOf(response, t, views) {
   const token = tokenIdAt(response, t);
   const lists = views.map((v) => [v, topListAt(response, v, t)]).filter(([, list]) => list);
-  if (!lists.length) return el("p", { class: "note" }, "No top tokens were stored for this response.");
+  if (!lists.length) return response.chunk.header.k ? el("p", { class: "note" }, "No top tokens were stored for this response.") : null;
+  if (response.chunk.header.share < 1 && lists.every(([, list]) => !list.length)) return null;
   return el("div", { class: "lists" }, lists.map(([v, list]) => topTable(response, t, v, list, token)));
 }
 
@@ -180,9 +181,10 @@ function otherTargets(response, t) {
 }
 
 function limitNote(response, views) {
-  const { k, min_probability: least } = response.chunk.header;
+  const { k, min_probability: least, share } = response.chunk.header;
   if (!views.some((v) => response.chunk.lists[v]) && k) return null;
   if (!k) return el("p", { class: "note" }, "Top tokens are left out for this response to keep the file small.");
   if (!least) return null;
-  return el("p", { class: "note" }, `To keep the file small, lists hold at most ${k} tokens of ${percent(least)} or more.`);
+  const which = share < 1 ? `only the ${percent(share)} of tokens that differ most have lists; they` : "lists";
+  return el("p", { class: "note" }, `To keep the file small, ${which} hold at most ${k} tokens of ${percent(least)} or more.`);
 }
