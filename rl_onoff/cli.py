@@ -59,7 +59,7 @@ def _checked(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a field added with `+`, which the schema does not have
-        raise UsageError(f"{error}: options that are the engine's own go into backend.engine_kwargs, as +backend.engine_kwargs.name=value") from error
+        raise UsageError(f"{error}: an option of the engine's own is set as +backend.engine_kwargs.NAME=VALUE") from error
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ class HuggingFaceBackendConfig(EngineConfig):
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         if self.torch_dtype not in (None, *DTYPES):
-            raise UsageError(f"backend.torch_dtype is {self.torch_dtype!r} but must be one of {', '.join(DTYPES)}: set backend.torch_dtype=float32")
+            raise UsageError(f"backend.torch_dtype is {self.torch_dtype!r} but must be one of {', '.join(DTYPES)}: set model.dtype=float32")
         self._same("dtype", "torch_dtype")
         for name in ("batch_size", "max_batch_tokens"):
             if getattr(self, name) < 1:
@@ -182,7 +182,8 @@ class SGLangBackendConfig(EngineConfig):
         EngineConfig.__post_init__(self)
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise UsageError(
-                f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: set backend.mem_fraction_static=0.85"
+                f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: "
+                "set backend.mem_fraction_static=0.85"
             )
 
 

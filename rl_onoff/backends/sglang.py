@@ -71,6 +71,8 @@ class SGLangBackend(BaseBackend):
                 )  # fmt: skip
                 self._close()
                 self._start(False)
+        if not self._seeds_count():
+            log.warning("SGLang %s: our sampler inside the engine does not work, so sampling.seed has no effect", sglang.__version__)
         manager = self._engine.tokenizer_manager
         model = manager.model_config
         eos_ids = {self.get_tokenizer().eos_token_id, manager.tokenizer.eos_token_id, *(model.hf_eos_token_id or ())} - {None}
@@ -174,6 +176,18 @@ class SGLangBackend(BaseBackend):
         # in 16 bits the two round differently
         allowed = 1e-3 if "float32" in str(self._engine.tokenizer_manager.model_config.dtype) else 0.1
         return None if difference <= allowed else f"they differ from the engine's own logprobs by {difference:.2g}"
+
+    def _seeds_count(self) -> bool:
+        """Whether the same seed gives the same token, where almost every token is as likely as the next."""
+        from rl_onoff.probes.sglang import Job
+
+        args = self.sampling_args(Sampling(max_new_tokens=1, temperature=100.0), (), seed=1)
+
+        async def draw() -> list[Any]:
+            rids = [Job(prompt_len=3, seed=1).rid() for _ in range(4)]
+            return await asyncio.gather(*(self._engine.async_generate(input_ids=[1, 2, 3], sampling_params=args, rid=rid) for rid in rids))
+
+        return len({output["output_ids"][0] for output in self._engine.loop.run_until_complete(draw())}) == 1
 
     # -- one request ---------------------------------------------------------------------------------------------------
 

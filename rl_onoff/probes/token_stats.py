@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CPU_CHUNK_BYTES = 6 * 2**20  # a chunk that stays in cache is what a CPU likes best
 GPU_CHUNK_BYTES = 256 * 2**20
+NUCLEUS_TOKENS = 512  # tokens looked at first when the nucleus of top-p is sought
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,20 +116,40 @@ def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:
         kth_R1 = torch.topk(z_RV, sampling.top_k, -1).values[:, -1:]
         z_RV = z_RV.masked_fill(z_RV < kth_R1, -torch.inf)
     if sampling.top_p < 1:
-        sorted_RV, order_RV = z_RV.sort(-1, descending=True)
-        before_RV = sorted_RV.softmax(-1).cumsum(-1) - sorted_RV.softmax(-1)
-        cut_RV = (before_RV >= sampling.top_p).scatter(-1, order_RV, before_RV >= sampling.top_p)
-        z_RV = z_RV.masked_fill(cut_RV, -torch.inf)
+        z_RV = z_RV.masked_fill(_outside_nucleus(z_RV, sampling.top_p), -torch.inf)
     if sampling.min_p > 0:
         floor_R1 = z_RV.max(-1, keepdim=True).values + float(np.log(sampling.min_p))
         z_RV = z_RV.masked_fill(z_RV < floor_R1, -torch.inf)
     return z_RV
 
 
+def _outside_nucleus(z_RV: Tensor, top_p: float) -> Tensor:
+    """Which tokens come after those whose probability reaches top_p. Sorts a whole row only where the likeliest
+    NUCLEUS_TOKENS do not reach it: sorting a vocabulary costs more than the rest of the statistics together."""
+    import torch
+
+    lse_R1 = z_RV.logsumexp(-1, keepdim=True)
+    outside_RV = torch.ones_like(z_RV, dtype=torch.bool)
+    rows = torch.arange(len(z_RV), device=z_RV.device)
+    for num_tokens in (NUCLEUS_TOKENS, z_RV.shape[-1]):
+        top = torch.topk(z_RV[rows], min(num_tokens, z_RV.shape[-1]), -1)
+        probs_RK = (top.values - lse_R1[rows]).exp()
+        cut_RK = probs_RK.cumsum(-1) - probs_RK >= top_p
+        outside_RV[rows] = outside_RV[rows].scatter(-1, top.indices, cut_RK)
+        rows = rows[~cut_RK[:, -1]]
+        if len(rows) == 0:
+            break
+    return outside_RV
+
+
 def _under_sampler(z_RV: Tensor, token_ids_R: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """(processed logprob of the chosen token, probability after temperature that the sampler kept)."""
     import torch
 
+    if not sampling.greedy and not sampling.truncates:
+        scaled_RV = z_RV / sampling.temperature if sampling.temperature != 1 else z_RV
+        chosen_R = scaled_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]
+        return chosen_R - scaled_RV.logsumexp(-1), torch.ones_like(chosen_R)
     kept_RV = process_logits(z_RV, sampling)
     kept_lse_R = torch.logsumexp(kept_RV, -1)
     chosen_R = kept_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]

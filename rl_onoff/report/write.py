@@ -129,13 +129,13 @@ class _Packer:
 
     def _write_chunk(self) -> None:
         num_tokens = sum(len(r.token_ids_T) for r in self.pending)
-        allowance = self.bytes_per_token * num_tokens + self.saved
+        allowance = self.bytes_per_token * num_tokens + self.saved / 4  # a quarter: limits that change slowly
         if self.saved > self.bytes_per_token * num_tokens:
             self.level = max(self.level - 1, 0)
         texts = pack_json(self._text_rows())
         chunk = self._packed(allowance - len(texts))
         size = len(texts) + len(chunk.data)
-        self.saved = allowance - size
+        self.saved += self.bytes_per_token * num_tokens - size
         self.bytes_left -= size
         self.levels.append(self.level)
         for response in self.pending:
