@@ -9,8 +9,7 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +19,9 @@ from rl_onoff.backends.base import BaseBackend, EngineInfo, cut_at_stop
 from rl_onoff.backends.config import EngineConfig, SGLangBackendConfig
 from rl_onoff.backends.sglang_public import PublicScorer, check, scores_of
 from rl_onoff.backends.sglang_setup import MARGIN, engine_args, engine_environment
+from rl_onoff.backends.streaming import Emit, Work, run
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.probes.sglang_job import INFO, Job
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,6 @@ log = logging.getLogger(__name__)
 MAX_STOP = 32
 MAX_IN_FLIGHT = 1024  # responses handed to the engine at a time; its own queue needs no more to fill a batch
 NO_TOP_K = 1 << 30  # SGLang's way to say that every token is kept
-
-Emit = Callable[[Any], None]
-Work = tuple[int, Callable[[Emit], Awaitable[None]]]  # (cost, what to run; it emits results)
 
 
 class SGLangBackend(BaseBackend):
@@ -89,10 +87,10 @@ class SGLangBackend(BaseBackend):
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         def work(request: Request, sample: int) -> Work:
-            async def run(emit: Emit) -> None:
+            async def draw(emit: Emit) -> None:
                 emit(await self._complete(request, sample))
 
-            return 1, run
+            return 1, draw
 
         yield from self._run((work(request, sample) for request in requests for sample in request.sample_indices), MAX_IN_FLIGHT)
 
@@ -108,12 +106,12 @@ class SGLangBackend(BaseBackend):
             async def one(response: Response, emit: Emit) -> None:
                 emit(await self._probe(response, want))
 
-            async def run(emit: Emit) -> None:
+            async def group(emit: Emit) -> None:
                 # requests of one step share no prefix: the first leaves the prompt in the cache for the others
                 await one(members[0], emit)
                 await asyncio.gather(*(one(response, emit) for response in members[1:]))
 
-            return len(members[0].prompt_ids) + sum(len(response.token_ids_T) for response in members), run
+            return len(members[0].prompt_ids) + sum(len(response.token_ids_T) for response in members), group
 
         yield from self._run(map(work, groups.values()), max(1, self._pool // 2))  # else a prompt is evicted before its turn
 
@@ -179,8 +177,6 @@ class SGLangBackend(BaseBackend):
 
     def _seeds_count(self) -> bool:
         """Whether the same seed gives the same token, where almost every token is as likely as the next."""
-        from rl_onoff.probes.sglang import Job
-
         args = self.sampling_args(Sampling(max_new_tokens=1, temperature=100.0), (), seed=1)
 
         async def draw() -> list[Any]:
@@ -192,8 +188,6 @@ class SGLangBackend(BaseBackend):
     # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _complete(self, request: Request, sample: int) -> Completion:
-        from rl_onoff.probes.sglang import Job
-
         sampling, seed = request.sampling, request.seed_of(sample)
         room = self.info.max_len - len(request.prompt_ids)
         args = self.sampling_args(sampling.replace(max_new_tokens=min(sampling.max_new_tokens, room)), self.info.eos_ids, seed)
@@ -225,8 +219,6 @@ class SGLangBackend(BaseBackend):
 
     async def _probe(self, response: Response, want: Want) -> TokenScores:
         """Statistics of one response, computed inside the engine."""
-        from rl_onoff.probes.sglang import INFO, Job
-
         num_prompt, num_tokens = len(response.prompt_ids), len(response.token_ids_T)
         file = None
         if want.full_logits:
@@ -255,31 +247,6 @@ class SGLangBackend(BaseBackend):
                 file.unlink(missing_ok=True)
         return scores_of(response, columns)
 
-    # -- the engine's event loop ---------------------------------------------------------------------------------------
-
     def _run(self, work: Iterable[Work], limit: int) -> Iterator[Any]:
-        """Run work side by side, as much as costs `limit` together, and yield its results as they come.
-
-        The loop turns only while a result is waited for; the engine's own processes never stop.
-        """
-        loop, results, waiting = self._engine.loop, asyncio.Queue(), deque(work)
-        running: dict[asyncio.Task[None], int] = {}
-        try:
-            while waiting or running:
-                while waiting and (not running or sum(running.values()) + waiting[0][0] <= limit):
-                    cost, start = waiting.popleft()
-                    task = loop.create_task(start(results.put_nowait))
-                    task.add_done_callback(results.put_nowait)
-                    running[task] = cost
-                result = loop.run_until_complete(results.get())
-                if isinstance(result, asyncio.Task):
-                    del running[result]
-                    result.result()
-                else:
-                    yield result
-        finally:
-            if running:
-                for task in running:
-                    task.cancel()
-                self._engine.tokenizer_manager.abort_request(abort_all=True)
-                loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
+        engine = self._engine
+        return run(engine.loop, work, limit, abort=lambda: engine.tokenizer_manager.abort_request(abort_all=True))

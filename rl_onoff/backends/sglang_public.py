@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl_onoff.backends.streaming import Emit
 from rl_onoff.errors import EngineError
+from rl_onoff.probes.sglang_job import INFO
 from rl_onoff.types import Response, TokenScores, Want
 
 if TYPE_CHECKING:
@@ -31,8 +33,6 @@ TOLERANCE = 0.5  # nats by which the logits of two tokens may miss the differenc
 
 def check(meta: dict[str, Any]) -> None:
     """Raise for a request that SGLang gave up, or that our code inside it failed on."""
-    from rl_onoff.probes.sglang import INFO
-
     reason = meta.get("finish_reason") or {}
     if reason.get("type") == "abort":
         raise EngineError(f"SGLang gave a request up: {reason.get('message')}")
@@ -69,8 +69,8 @@ class PublicScorer:
             "which differ from logits by a constant in each row", why,
         )  # fmt: skip
 
-    def scoring(self, response: Response, want: Want) -> Callable[[Callable[[Any], None]], Awaitable[None]]:
-        async def run(emit: Callable[[Any], None]) -> None:
+    def scoring(self, response: Response, want: Want) -> Callable[[Emit], Coroutine[Any, Any, None]]:
+        async def run(emit: Emit) -> None:
             emit(await self.score(response, want))
 
         return run

@@ -50,7 +50,12 @@ def engine_args(config: SGLangBackendConfig) -> dict[str, Any]:
         args["enable_deterministic_inference"] = True  # a response must not depend on its batch
     else:
         # a CPU has no deterministic mode: SGLang refuses its attention there, and in float32 the batch changes nothing that counts
-        args |= {"device": "cpu", "disable_cuda_graph": True, "max_total_tokens": max(CPU_POOL, (config.context_length or 0) + MARGIN + 1)}
+        args |= {
+            "device": "cpu",
+            "disable_cuda_graph": True,
+            "max_total_tokens": max(CPU_POOL, (config.context_length or 0) + MARGIN + 1),
+            "sleep_on_idle": True,  # else a scheduler without work keeps a core busy
+        }
     return args | config.engine_kwargs
 
 

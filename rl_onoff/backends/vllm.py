@@ -1,12 +1,8 @@
-"""vLLM: engine calls only. Lives in a worker process by default, with vLLM's core in that same process when it has one device."""
+"""vLLM: generation and scores from its engine, in a worker process by default."""
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import itertools
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,11 +10,12 @@ from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
-import psutil
 
 from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig, VLLMBackendConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.probes import vllm as probe
+from rl_onoff.probes import vllm_public
 from rl_onoff.probes.token_stats import TokenStats
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
@@ -38,46 +35,37 @@ class VLLMBackend(BaseBackend):
     worker_by_default: ClassVar[bool] = True
     config: VLLMBackendConfig
 
-    _llm: Any = None
-    _mode = ""  # vLLM's logprobs_mode, which is fixed when it loads
+    _engine: Any = None
     _in_engine = False
-    _number = 0  # of the latest request
 
     # -- the engine's four calls ---------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
         try:
             import vllm
-            from vllm.engine.arg_utils import EngineArgs
         except ImportError as error:
             raise MissingDependencyError(f"the vllm backend needs the vllm package ({error}): pip install 'rl-onoff[vllm]'") from error
         from rl_onoff.backends.huggingface import end_ids
+        from rl_onoff.backends.vllm_engine import HOOKS, options
 
-        options = {field.name for field in dataclasses.fields(EngineArgs)}
-        for option in self.config.engine_kwargs:
-            if option not in options:
-                raise UsageError(f"backend.engine_kwargs.{option} is no option of vLLM {vllm.__version__}: drop it or correct its name")
         self._in_engine = self.config.in_engine_stats
-        if self._in_engine and not {"worker_extension_cls", "scheduler_cls"} <= options:
-            self._fall_back("it takes no worker extension")
-        self._start(self._sampling_mode)
+        if self._in_engine and not options() >= HOOKS:
+            self._fall_back(f"version {vllm.__version__} takes no worker extension")
+        engine = self._running(self._sampling_mode)
         if self._in_engine and (why := self._disagreement()):
             self._fall_back(why)
-        model = self._llm.llm_engine.model_config
         return EngineInfo(
             engine=self.name,
             version=vllm.__version__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=model.get_vocab_size(),
-            max_len=model.max_model_len,
-            eos_ids=end_ids(model.try_get_generation_config().get("eos_token_id"), self.get_tokenizer()),
+            dtype=str(engine.model.dtype).removeprefix("torch."),
+            vocab_size=engine.vocab_size,
+            max_len=engine.model.max_model_len,
+            eos_ids=end_ids(engine.model.try_get_generation_config().get("eos_token_id"), self.get_tokenizer()),
             in_engine_stats=self._in_engine,
         )
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         from vllm import SamplingParams
-
-        self._start(self._sampling_mode)
 
         def inputs() -> Iterator[tuple[Any, Sequence[int], Any]]:
             for request in requests:
@@ -87,27 +75,19 @@ class VLLMBackend(BaseBackend):
                     args["max_tokens"] = min(args["max_tokens"], room)
                     yield (request, sample), request.prompt_ids.tolist(), SamplingParams(**args)
 
-        for finished in self._run(inputs()):
+        for finished in self._running(self._sampling_mode).run(inputs()):
             for (request, sample), output in finished:
                 yield self._completion(request, sample, output.outputs[0])
 
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
         for response, stats in (self._stats if self._in_engine else self._public_stats)(responses, want):
-            arrays = {name: value for name, value in stats.arrays().items() if value is not None}
+            arrays: dict[str, Any] = {name: value for name, value in stats.arrays().items() if value is not None}
             yield TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
 
     def _close(self) -> None:
-        llm, self._llm, self._mode = self._llm, None, ""
-        if llm is None:
-            return
-        import torch
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        torch.compiler.set_stance("default")
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
 
     @staticmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
@@ -115,7 +95,7 @@ class VLLMBackend(BaseBackend):
         low, high = TEMPERATURES
         if not sampling.greedy and not low <= sampling.temperature <= high:
             raise UsageError(
-                f"sampling.temperature is {sampling.temperature} but vLLM takes 0 (greedy) or {low} to {high}: set sampling.temperature to one of these"
+                f"sampling.temperature is {sampling.temperature} but vLLM takes 0 (greedy) or {low} to {high}: set sampling.temperature=1"
             )
         if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.greedy:
             raise UsageError(
@@ -144,88 +124,22 @@ class VLLMBackend(BaseBackend):
             "spaces_between_special_tokens": False,
         }
 
-    # -- the engine ----------------------------------------------------------------------------------------------------
+    # -- generation ----------------------------------------------------------------------------------------------------
 
     @property
     def _sampling_mode(self) -> str:
         return f"{self.config.logprob_kind.value}_logprobs"
 
-    def _start(self, mode: str) -> None:
-        """Have vLLM running in this logprobs_mode: nothing to do, but for the public path of scores, which needs logits."""
-        if self._llm is not None and mode == self._mode:
-            return
-        if self._llm is not None:
+    def _running(self, mode: str) -> Any:
+        """The engine, in this logprobs_mode. Only scores by the public API need another than sampling does."""
+        from rl_onoff.backends.vllm_engine import Engine
+
+        if self._engine is not None and self._engine.mode != mode:
             log.warning("vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one life", mode)
             self._close()
-        import torch
-        from vllm import LLM
-        from vllm.platforms import current_platform
-
-        from rl_onoff.models import hub_errors, resolve
-
-        config = self.config
-        files = resolve(config.model_name, revision=config.revision)
-        on_cpu = current_platform.is_cpu()
-        kwargs: dict[str, Any] = {
-            "model": files.path,
-            "revision": files.revision,
-            "tokenizer": resolve(config.tokenizer).path if config.tokenizer else files.path,
-            "trust_remote_code": config.trust_remote_code,
-            "dtype": config.weights_dtype,
-            "tensor_parallel_size": config.tensor_parallel,
-            "max_model_len": config.max_model_len,
-            "enforce_eager": config.enforce_eager or on_cpu,  # compiling for a CPU takes longer than most runs
-            "seed": config.seed,
-            "generation_config": "vllm",  # nothing of the model's own sampling defaults
-            "logprobs_mode": mode,
-            "max_logprobs": -1 if mode == "raw_logits" else 0,
-            "disable_log_stats": True,
-        }
-        if config.gpu_memory_utilization is not None:
-            kwargs["gpu_memory_utilization"] = config.gpu_memory_utilization
-        if on_cpu:
-            kwargs["block_size"] = 32  # the default there, 128, shares few prompts
-        if self._in_engine:
-            from rl_onoff.probes.vllm import EXTENSION, SCHEDULER
-
-            kwargs |= {"worker_extension_cls": EXTENSION, "scheduler_cls": SCHEDULER}
-        _environment(config.tensor_parallel, on_cpu)
-        if on_cpu:
-            torch.compiler.set_stance("force_eager")  # as enforce_eager, but for the sampler's kernels: a minute on two cores
-        with hub_errors(config.model_name):
-            self._llm = LLM(**kwargs | config.engine_kwargs)
-        self._mode = mode
-
-    def _run(self, inputs: Iterable[tuple[Any, Sequence[int], Any]], most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
-        """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
-
-        `most` bounds the requests inside the engine: enough to fill its batches, few enough to start at once.
-        """
-        from vllm.sampling_params import RequestOutputKind
-
-        engine = self._llm.llm_engine
-        most = most or 2 * engine.vllm_config.scheduler_config.max_num_seqs
-        inside: dict[str, Any] = {}
-        inputs = iter(inputs)
-        try:
-            while True:
-                for tag, token_ids, params in itertools.islice(inputs, most - len(inside)):
-                    params.output_kind = RequestOutputKind.FINAL_ONLY
-                    self._number += 1
-                    engine.add_request(str(self._number), {"prompt_token_ids": token_ids}, params)
-                    inside[str(self._number)] = tag
-                if not inside:
-                    return
-                # a request that is not inside is one of a call that was abandoned
-                done = [output for output in engine.step() if output.finished and output.request_id in inside]
-                if done:
-                    yield [(inside.pop(output.request_id), output) for output in done]
-        finally:
-            if inside and self._llm is not None:
-                engine.abort_request(list(inside))
-
-    def _rpc(self, method: str, *args: Any) -> list[Any]:
-        return self._llm.collective_rpc(method, args=args)
+        if self._engine is None:
+            self._engine = Engine(self.config, mode, in_engine=self._in_engine)
+        return self._engine
 
     def _completion(self, request: Request, sample: int, output: Any) -> Completion:
         flat = output.logprobs
@@ -246,44 +160,32 @@ class VLLMBackend(BaseBackend):
     # -- statistics ----------------------------------------------------------------------------------------------------
 
     def _stats(self, responses: Sequence[Response], want: Want) -> Iterator[tuple[Response, TokenStats]]:
-        """Inside the engine. A response of which a row was never computed, for it was cached, is scored again without the cache."""
-        from vllm import SamplingParams
-
-        from rl_onoff.probes.vllm import job_of, read
-
+        """Inside the engine. A response of which some row was never computed, being cached, is scored again without the cache."""
+        engine = self._running(self._sampling_mode)
         most = None
         if want.full_logits:
             longest = max(len(response.token_ids_T) for response in responses)
-            most = max(1, FULL_LOGITS_BYTES // (4 * longest * self._llm.llm_engine.model_config.get_vocab_size()))
-
-        def inputs(numbers: Iterable[int], skip_cache: bool) -> Iterator[tuple[int, list[int], Any]]:
-            for i in numbers:
-                job = job_of(i, responses[i])
-                params = SamplingParams(
-                    max_tokens=1, temperature=0.0, detokenize=False, extra_args=job, skip_reading_prefix_cache=skip_cache
-                )
-                yield i, _prefix(responses[i]), params
-
+            most = max(1, FULL_LOGITS_BYTES // (4 * longest * engine.vocab_size))
         with tempfile.TemporaryDirectory() as folder:
-            self._rpc("rl_onoff_begin", msgspec.msgpack.encode(want), folder)
+            engine.rpc("rl_onoff_begin", msgspec.msgpack.encode(want), folder)
             try:
-                waiting = range(len(responses))
+                waiting: Sequence[int] = range(len(responses))
                 for skip_cache in (False, True):
                     incomplete = []
-                    for finished in self._run(inputs(waiting, skip_cache), most):
-                        numbers = [i for i, _ in finished]
+                    for finished in engine.run(_jobs(responses, waiting, skip_cache), most):
+                        numbers = [number for number, _ in finished]
                         found: dict[int, TokenStats | None] = {}
-                        for encoded in self._rpc("rl_onoff_fetch", numbers):
-                            found |= read(encoded, Path(folder))
-                        for i in numbers:
-                            if (stats := found.get(i)) is None:
-                                incomplete.append(i)
+                        for encoded in engine.rpc("rl_onoff_fetch", numbers):
+                            found |= probe.read(encoded, Path(folder))
+                        for number in numbers:
+                            if (stats := found.pop(number, None)) is None:
+                                incomplete.append(number)
                             else:
-                                yield responses[i], stats
+                                yield responses[number], stats
                     waiting = incomplete
             finally:
-                if self._llm is not None:
-                    self._rpc("rl_onoff_end")
+                if not engine.closed:
+                    engine.rpc("rl_onoff_end")
         if waiting:
             raise EngineError(f"vLLM computed only a part of {len(waiting)} responses: set backend.in_engine_stats=false")
 
@@ -291,40 +193,34 @@ class VLLMBackend(BaseBackend):
         """Through vLLM's public API; one response at a time, for each is gigabytes of Python objects."""
         from vllm import SamplingParams
 
-        from rl_onoff.probes import vllm_public
-
-        self._start("raw_logits")
-        vocab_size = self._llm.llm_engine.model_config.get_vocab_size()
+        engine = self._running("raw_logits")
         inputs = ((response, _prefix(response), SamplingParams(**vllm_public.PARAMS)) for response in responses)
-        for finished in self._run(inputs, most=1):
+        for finished in engine.run(inputs, most=1):
             for response, output in finished:
-                yield response, vllm_public.stats(output, response, want, vocab_size)
+                yield response, vllm_public.stats(output, response, want, engine.vocab_size)
 
     def _disagreement(self) -> str:
         """Score a short sequence in the engine and by its public API; why in-engine statistics cannot be used, or nothing."""
-        import torch
         from vllm import SamplingParams
 
-        model = self._llm.llm_engine.model_config
-        ids = np.arange(1, 13, dtype=np.int64) * 7919 % model.get_vocab_size()
-        response = Response(request_id="", sample=0, prompt_ids=ids[:4].astype(np.int32), token_ids_T=ids[4:].astype(np.int32))
+        engine = self._engine
+        ids = np.arange(1, 13, dtype=np.int32) * 7919 % engine.vocab_size
+        response = Response(request_id="", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
         try:
-            self._rpc("rl_onoff_install")
+            engine.rpc("rl_onoff_install")
             ((_, stats),) = self._stats([response], Want())
-        except Exception as e:  # whatever moved inside vLLM, the public API is still there
+        except Exception as error:  # whatever moved inside vLLM, its public API is still there
             log.debug("in-engine statistics failed", exc_info=True)
-            return f"{type(e).__name__}: {e}"
+            return f"{type(error).__name__}: {error}"
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
-        (((_, output),),) = self._run([(None, ids.tolist(), params)])
+        ((_, output),) = next(engine.run([(None, ids.tolist(), params)]))
         public_T = np.array([output.prompt_logprobs[i][int(ids[i])].logprob for i in range(4, len(ids))])
         worst = float(np.abs(stats.logprobs - public_T).max())
-        allowed = 2e-3 if model.dtype == torch.float32 else 0.5  # logits of half precision are rounded to steps of 0.1
+        allowed = 2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5  # logits of half precision are steps of 0.1 apart
         return "" if worst <= allowed else f"its logprobs are off by up to {worst:.2g} nats"
 
     def _fall_back(self, why: str) -> None:
-        log.warning(
-            "token statistics are not computed inside this vLLM (%s): they come through its public API, which is much slower", why
-        )
+        log.warning("token statistics are not computed inside this vLLM (%s): they come through its public API, which is much slower", why)
         self._in_engine = False
 
 
@@ -333,17 +229,10 @@ def _prefix(response: Response) -> list[int]:
     return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
 
 
-def _environment(tensor_parallel: int, on_cpu: bool) -> None:
-    """vLLM's settings that are environment variables; what the user has set stays."""
-    values = {"VLLM_NO_USAGE_STATS": "1"}
-    if tensor_parallel == 1:
-        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # we are in a process of our own already; loads in a fifth of the time
-    if on_cpu:
-        values["TORCH_COMPILE_DISABLE"] = "1"
-        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(16, psutil.virtual_memory().available // 2**33)))  # GiB: an eighth
-        cores = sorted(os.sched_getaffinity(0))
-        each = max(1, min(len(cores) // tensor_parallel, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
-        ranks = [cores[rank * each : (rank + 1) * each] for rank in range(tensor_parallel)]
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)  # vLLM would leave one idle
-    for name, value in values.items():
-        os.environ.setdefault(name, value)
+def _jobs(responses: Sequence[Response], numbers: Iterable[int], skip_cache: bool) -> Iterator[tuple[int, list[int], Any]]:
+    from vllm import SamplingParams
+
+    for number in numbers:
+        job = probe.job_of(number, responses[number])
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=job, skip_reading_prefix_cache=skip_cache)
+        yield number, _prefix(responses[number]), params

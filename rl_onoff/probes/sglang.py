@@ -13,62 +13,25 @@ Shapes: R rows of a step, T response tokens, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from rl_onoff.probes import sglang_sampler
+from rl_onoff.probes.sglang_job import INFO, Job
 from rl_onoff.probes.token_stats import TokenStats, chunk_rows, token_stats
-from rl_onoff.types import Sampling, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-INFO = "rl_onoff"  # key of what the hooks send back in meta_info
-PREFIX = "rl_onoff"
 UNFINISHED = 4096  # responses whose rows are kept while they wait for their last chunk; aborted ones drop out of it
-
-_numbers = itertools.count()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What a request wants of the hooks; travels in the request's id, the one thing that SGLang hands through untouched."""
-
-    prompt_len: int
-    seed: int | None = None  # to generate: the seed of the response
-    num_tokens: int = 0  # to score: how many tokens the response has
-    top_k: int = 0
-    sampler: Sampling | None = None
-    logits_file: str | None = None  # where to write the full logits: float32 (T, V)
-
-    def rid(self) -> str:
-        """A new request id. None is the beginning of another: SGLang aborts by prefix."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return f"{PREFIX} {next(_numbers):012d} {json.dumps(values)}"
-
-    @staticmethod
-    @lru_cache(maxsize=UNFINISHED)
-    def of(rid: str) -> Job | None:
-        """The job in a request's id; None for a request that is not ours."""
-        if not rid.startswith(PREFIX + " "):
-            return None
-        values = json.loads(rid.split(" ", 2)[2])
-        if "sampler" in values:
-            values["sampler"] = Sampling(**values["sampler"])
-        return Job(**values)
-
-    @property
-    def want(self) -> Want:
-        return Want(top_k=self.top_k, sampler=self.sampler)
 
 
 class Rows:
@@ -244,8 +207,6 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     """The main function of SGLang's scheduler process, with our hooks in place."""
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    from rl_onoff.probes import sglang_sampler
 
     hooks = {
         "sglang.srt.model_executor.model_runner.ModelRunner.forward": around_forward,

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl_onoff.probes.sglang_job import INFO, Job
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -81,8 +83,6 @@ def invert(kept_RV: Tensor, uniform_R: Tensor) -> Tensor:
 def around_sample(original: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """ModelRunner.sample: knows the requests and how far they are, which the sampler does not."""
     global _uniforms_R, _error
-    from rl_onoff.probes.sglang import INFO, Job
-
     try:
         jobs = [Job.of(rid) for rid in forward_batch.rids]
         _uniforms_R = None

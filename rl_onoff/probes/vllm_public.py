@@ -14,7 +14,9 @@ import numpy as np
 from rl_onoff.probes.token_stats import TokenStats, chunk_rows, token_stats
 from rl_onoff.types import Response, Want
 
-PARAMS: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True, "detokenize": False}
+PARAMS: dict[str, Any] = {
+    "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True, "detokenize": False,
+}  # fmt: skip
 
 
 def stats(output: Any, response: Response, want: Want, vocab_size: int) -> TokenStats:

@@ -97,8 +97,7 @@ class Index:
 
     def as_json(self) -> dict[str, Any]:
         worst_tokens = [
-            [[-r, -t, plain(q), plain(p)] for _, r, t, q, p in sorted(heap, key=lambda item: item[:3], reverse=True)]
-            for heap in self.heaps
+            [[-r, -t, plain(q), plain(p)] for _, r, t, q, p in sorted(heap, key=lambda item: item[:3], reverse=True)] for heap in self.heaps
         ]
         groups = {}
         for name, values in self.groups.items():

@@ -158,14 +158,13 @@ def _most_different(logprobs: Sequence[np.ndarray], share: float) -> np.ndarray:
 
 
 def _top_lists(views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit, shown_N: np.ndarray) -> TopLists:
-    stored = [0 if v is None or v.top_ids_TK is None or v.top_logprobs_TK is None else v.top_ids_TK.shape[1] for v in views]
-    width = min(max(stored, default=0), limit.k)
+    width = min(max((0 if v is None or v.top_ids_TK is None else v.top_ids_TK.shape[1] for v in views), default=0), limit.k)
     ids_NK = np.full((sum(lengths), width), -1, np.int64)
     logprobs_NK = np.full((sum(lengths), width), -np.inf)
     start = 0
-    for view, length, k in zip(views, lengths, stored, strict=True):
-        k = min(k, width)
-        if k and view is not None:
+    for view, length in zip(views, lengths, strict=True):
+        if view is not None and view.top_ids_TK is not None and view.top_logprobs_TK is not None:
+            k = min(view.top_ids_TK.shape[1], width)
             ids_NK[start : start + length, :k] = view.top_ids_TK[:, :k]
             logprobs_NK[start : start + length, :k] = view.top_logprobs_TK[:, :k]
         start += length
@@ -188,9 +187,7 @@ def _coded_ids(name: str, ids: np.ndarray, index: np.ndarray) -> list[tuple[str,
     return [(f"{name}_index", index), (f"{name}_id", ids[index == ESCAPE].astype(np.uint32))]
 
 
-def _coded_lists(
-    v: int, lists: TopLists, base: TopLists | None, ids_N: np.ndarray, chosen_N: np.ndarray
-) -> list[tuple[str, np.ndarray]]:
+def _coded_lists(v: int, lists: TopLists, base: TopLists | None, ids_N: np.ndarray, chosen_N: np.ndarray) -> list[tuple[str, np.ndarray]]:
     """Counts, ids and logprobs of one view's lists; base None: this view is the base itself.
 
     A logprob is a difference from the sampled token's own, from the base's for the same id, or from 0.

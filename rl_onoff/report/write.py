@@ -23,7 +23,19 @@ BUDGET_BYTES = 42_000_000  # of packed responses: 56 MB in base64, whatever the 
 GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
-SCRIPTS = ("base.js", "codec.js", "plots.js", "metrics.js", "plots_page.js", "responses.js", "panel.js", "worst.js", "main.js")
+SCRIPTS = (
+    "base.js",
+    "codec.js",
+    "plots.js",
+    "metrics.js",
+    "plots_page.js",
+    "colours.js",
+    "filters.js",
+    "responses.js",
+    "panel.js",
+    "worst.js",
+    "main.js",
+)
 
 
 def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = BUDGET_BYTES) -> Path:
@@ -62,7 +74,7 @@ def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
 
 
 def _file(name: str) -> str:
-    text = resources.files(__package__).joinpath("page", name).read_text(encoding="utf-8")
+    text = resources.files("rl_onoff.report").joinpath("page", name).read_text(encoding="utf-8")
     assert text.isascii(), f"{name} must be ASCII: the page is written in ASCII so that no server's charset can break it"
     return text
 

@@ -78,6 +78,7 @@ class WorkerProcess:
         environment["PATH"] = os.pathsep.join(filter(None, (str(Path(self.python).parent), environment.get("PATH"))))
         environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
         environment["PYTHONUNBUFFERED"] = "1"
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin halve the speed where processes share cores
         # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"))
         environment["TMPDIR"] = str(self._folder)

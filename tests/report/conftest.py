@@ -18,7 +18,9 @@ from rl_onoff.metrics import METRICS
 from rl_onoff.report import ReportInput, ReportResponse, TokenView
 from rl_onoff.types import LogprobKind
 
-QUESTION = "Solve the problem, then give the answer in \\boxed{{}}.\n\n{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
+QUESTION = (
+    "Solve the problem, then give the answer in \\boxed{{}}.\n\n{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
+)
 ANSWER = (
     "First, count what {name} buys: {b} boxes of {c} apples are {b} * {c} = {bc} apples.\n"
     "Then add the {a} apples that {name} had before.\n\nSo the total is {a} + {bc} = {total}. The answer is \\boxed{{{total}}}."
@@ -39,8 +41,9 @@ class SampleRun:
     def report(self, **changes: Any) -> ReportInput:
         num_targets = len(self.comparisons)
         target = {"engine": "HuggingFace", "model": "smollm2", "dtype": "float32", "version": "transformers 4.57", "attention": "sdpa"}
+        sampler = {"engine": "vLLM", "dtype": "bfloat16", "version": "vllm 0.11", "attention": "flash", "sampling": {"temperature": 1.0}}
         policies = [
-            {**target, "engine": "vLLM", "dtype": "bfloat16", "version": "vllm 0.11", "attention": "flash", "sampling": {"temperature": 1.0}},
+            {**target, **sampler},
             *({**target, "dtype": dtype} for dtype in ("float32", "bfloat16", "float16")[:num_targets]),
         ]
         values = {

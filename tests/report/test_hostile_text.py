@@ -42,11 +42,16 @@ def report(tmp_path_factory):
         )
         for attack in ATTACKS
     )  # fmt: skip
+    value = {"value": float("nan"), "lo": float("-inf"), "hi": np.float64(2)}
     hostile = ReportInput(
-        title=ATTACKS[1], verdict=ATTACKS[1], policies=[{"name": ATTACKS[1], ATTACKS[0]: ATTACKS[2]}, {"engine": "\ud800"}], responses=responses,
-        comparisons=[{"overall": {ATTACKS[1]: {"value": float("nan"), "lo": float("-inf"), "hi": np.float64(2)}}, "counts": {ATTACKS[0]: 3}}],
-        metric_info={ATTACKS[1]: (ATTACKS[0], "nats", "lower", 0.1)}, token_text=lambda i: ATTACKS[i] if i else "\ufffd",
-    )  # fmt: skip
+        title=ATTACKS[1],
+        verdict=ATTACKS[1],
+        policies=[{"name": ATTACKS[1], ATTACKS[0]: ATTACKS[2]}, {"engine": "\ud800"}],
+        responses=responses,
+        comparisons=[{"overall": {ATTACKS[1]: value}, "counts": {ATTACKS[0]: 3}}],
+        metric_info={ATTACKS[1]: (ATTACKS[0], "nats", "lower", 0.1)},
+        token_text=lambda i: ATTACKS[i] if i else "\ufffd",
+    )
     return write_report(tmp_path_factory.mktemp("hostile") / "report.html", hostile)
 
 
@@ -67,7 +72,7 @@ def test_text_is_shown_as_it_is(page, report):
     page.tab("tokens")
     page.set("sort", "id")
     tokens = page.js("return [...document.querySelector('.tokens').children].map((e) => e.textContent)")
-    assert tokens[:6] == ATTACKS[:6] and tokens[8:11] == ATTACKS[8:11] or tokens[9] != ATTACKS[9]
+    assert tokens[:6] == ATTACKS[:6] and tokens[8:11] == ATTACKS[8:11]
     assert tokens[6] == "a⟨2028⟩b⟨2029⟩c⟨0000⟩d⟨001B⟩[31m⟨202E⟩evil⟨200B⟩"
     assert tokens[7] == "lone ⟨D800⟩ and ⟨DFFF⟩"
     assert tokens[11] == "  two→\t↵\n↵\n lines ⟨000D⟩↵\n"
@@ -84,9 +89,9 @@ def test_infinite_and_missing_numbers(page, report):
         page.all(".tokens")[0].find_elements("css selector", ".token")[t].click()
         shown.append([page.texts(f'#panel [data-is="{what}"]') for what in ("logprob0", "l", "entropy0", "rank0")])
     logprobs = [row[0] for row in shown]
-    assert logprobs == [["0"], ["−∞"], [], ["−1.000e−30"], ["−80"]]  # noqa: RUF001
+    assert logprobs == [["0"], ["−∞"], [], ["−1.000e−30"], ["−80"]]
     assert shown[0][1:] == [["0"], ["0"], ["70,000"]]
-    assert shown[1][1] == ["–"] and shown[1][2] == []  # noqa: RUF001
+    assert shown[1][1] == ["–"] and shown[1][2] == []
     assert page.errors() == []
 
 

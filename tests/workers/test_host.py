@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from tiny_backend import TinyBackend
 
 from rl_onoff.backends import FakeBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Request, Response, Sampling, Want
 from rl_onoff.workers import process, sessions, wire
 from rl_onoff.workers.host import Host
+from tests.conftest import ROOT
+from tests.workers.tiny_backend import TinyBackend
 
 
 def tiny(worker: bool = True, python: str | None = None, **engine_kwargs) -> TinyBackend:
@@ -295,7 +296,7 @@ def test_the_child_sees_this_package_but_not_its_neighbours(tmp_path):
     worker = process.WorkerProcess(TinyBackend, None, None)
     try:
         (path,) = (worker._folder / "path",)
-        assert {p.name for p in path.iterdir()} == {"rl_onoff", "tiny_backend.py"}
+        assert {p.name for p in path.iterdir()} == {"rl_onoff", "tests"}
     finally:
         worker.close(0)
 
@@ -320,7 +321,7 @@ def test_the_fake_backend_in_a_worker_gives_what_it_gives_here():
 PARENT = """
 import sys, time
 import numpy as np
-from tiny_backend import TinyBackend
+from tests.workers.tiny_backend import TinyBackend
 from rl_onoff.backends import FakeBackendConfig
 from rl_onoff.types import Request, Sampling
 
@@ -335,8 +336,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_the_parent(engine_file, sign):
-    folders = [str(Path(__file__).parent), str(Path(process.__file__).parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(engine_file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         start_new_session=True,

@@ -32,7 +32,11 @@ function fmt(x, digits = 3) {
   const size = Math.abs(value);
   let text;
   if (size === 0) text = "0";
-  else if (size < 1e-3 || size >= 1e6) text = size.toExponential(digits - 1).replace("e+", "e").replace("e-", "e" + MINUS);
+  else if (size < 1e-3 || size >= 1e6)
+    text = size
+      .toExponential(digits - 1)
+      .replace("e+", "e")
+      .replace("e-", "e" + MINUS);
   else if (Number.isInteger(size)) text = size.toLocaleString("en-US");
   else text = size >= 1000 ? size.toLocaleString("en-US", { maximumFractionDigits: 1 }) : String(Number(size.toPrecision(digits + 1)));
   return (value < 0 ? MINUS : "") + text;
@@ -55,10 +59,10 @@ const interval = (x) => (Number.isNaN(num(x && x.lo)) ? "" : `[${fmt(x.lo)}, ${f
 const words = (name) => String(name).replaceAll("_", " ");
 const plural = (count, noun) => `${count.toLocaleString("en-US")} ${noun}${count === 1 ? "" : "s"}`;
 
-// Characters that have no ink or that reorder the line are written out; a newline keeps its break in running text.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]/gu;
+// Characters that have no ink or that reorder the line are written out, joiners only where they stand alone; a newline keeps its break in running text.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]/gu;
 const codePoint = (c) => "\u27e8" + c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0") + "\u27e9";
-const inked = (text) => text.replace(UNSEEN, codePoint);
+const inked = (text) => text.replace(/^[\u200c\u200d]+$/, (joiners) => [...joiners].map(codePoint).join("")).replace(UNSEEN, codePoint);
 const running = (text) => (text === "" ? "\u2205" : inked(text).replaceAll("\t", "\u2192\t").replaceAll("\n", "\u21b5\n"));
 const quoted = (text) => {
   if (text === "") return "\u2205";
@@ -67,8 +71,11 @@ const quoted = (text) => {
 
 function table(caption, head, rows, attributes) {
   const cells = head.map((h, i) => el("th", { scope: "col", class: i ? "number" : null }, h));
-  return el("div", { class: "scroll" },
-    el("table", attributes, caption && el("caption", {}, caption), el("thead", {}, el("tr", {}, cells)), el("tbody", {}, rows)));
+  return el(
+    "div",
+    { class: "scroll" },
+    el("table", attributes, caption && el("caption", {}, caption), el("thead", {}, el("tr", {}, cells)), el("tbody", {}, rows)),
+  );
 }
 
 function option(value, label, chosen) {

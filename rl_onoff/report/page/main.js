@@ -2,18 +2,34 @@
 
 const summary = readJson("summary");
 const index = readJson("index");
-const state = { target: 0, page: 0, sort: "worst", colour: "l", scale: "auto", groupColumn: null, search: "", reward: "", finish: "", least: "" };
+const state = {
+  target: 0,
+  page: 0,
+  sort: "worst",
+  colour: "l",
+  scale: "auto",
+  groupColumn: null,
+  search: "",
+  reward: "",
+  finish: "",
+  least: "",
+};
 
 // Facts about the run that every view asks for.
 function prepareIndex() {
   index.firstOfChunk = [];
-  index.chunk.forEach((c, r) => { index.firstOfChunk[c] ??= r; });
+  index.chunk.forEach((c, r) => {
+    index.firstOfChunk[c] ??= r;
+  });
   index.hasBehaviour = index.has_behaviour;
   index.hasTargets = index.has_targets;
   index.compared = index.hasBehaviour && index.hasTargets;
   index.hasReward = index.reward.some((reward) => reward !== null);
   index.scales = index.worst.map((column) => {
-    const sorted = column.map(num).filter((x) => x > 0 && Number.isFinite(x)).sort((a, b) => a - b);
+    const sorted = column
+      .map(num)
+      .filter((x) => x > 0 && Number.isFinite(x))
+      .sort((a, b) => a - b);
     return sorted.length ? Number(sorted[sorted.length >> 1].toPrecision(1)) : 1;
   });
 }
@@ -83,7 +99,8 @@ async function followHash() {
 async function start() {
   prepareIndex();
   showHeader();
-  if (!("DecompressionStream" in window)) warn("This browser is too old for the token view (it has no DecompressionStream); the metrics are complete.");
+  if (!("DecompressionStream" in window))
+    warn("This browser is too old for the token view (it has no DecompressionStream); the metrics are complete.");
   watchTabs();
   showTargetSelect();
   showSize();

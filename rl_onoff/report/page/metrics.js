@@ -1,6 +1,16 @@
 // Verdict, policies and every table of metrics.
 
-const HEADLINE = ["kl_k3", "logprob_diff_mean", "logprob_diff_max", "ess_token", "ess_seq", "prob_pearson", "argmax_agreement", "perplexity", "entropy_target"];
+const HEADLINE = [
+  "kl_k3",
+  "logprob_diff_mean",
+  "logprob_diff_max",
+  "ess_token",
+  "ess_seq",
+  "prob_pearson",
+  "argmax_agreement",
+  "perplexity",
+  "entropy_target",
+];
 const FAMILIES = [
   ["Divergence of the sampled tokens", /^(kl(_k\d)?|chi2_.*)$/],
   ["Difference of log-probability and probability", /^(logprob_|prob_|mult_)/],
@@ -23,10 +33,15 @@ function barChip(name, value) {
   if (Number.isNaN(bar) || Number.isNaN(num(value))) return null;
   const higher = better === "higher";
   const fine = higher ? num(value) > bar : Math.abs(num(value)) < bar;
-  return el("span", { title: "The field's bar", class: `chip ${fine ? "fine" : "bad"}` }, `${fine ? "meets" : "misses"} the bar: ${higher ? ">" : "<"} ${fmt(bar)}`);
+  return el(
+    "span",
+    { title: "The field's bar", class: `chip ${fine ? "fine" : "bad"}` },
+    `${fine ? "meets" : "misses"} the bar: ${higher ? ">" : "<"} ${fmt(bar)}`,
+  );
 }
 
-const policyName = (p, fallback) => String(p.name || [p.engine || p.backend, p.model, p.dtype].filter(Boolean).join(" \u00b7 ") || fallback);
+const policyName = (p, fallback) =>
+  String(p.name || [p.engine || p.backend, p.model, p.dtype].filter(Boolean).join(" \u00b7 ") || fallback);
 
 // Roles are stated, or the first policy sampled and the others scored.
 function rolesOf(policies) {
@@ -69,7 +84,9 @@ function showSize() {
   for (const [name, value] of counts) facts.push(`${fmt(value)} ${words(name.replace(/^num_/, ""))}`);
   byId("size").textContent = facts.filter(Boolean).join(" \u00b7 ");
   if (index.left_out) {
-    warn(`The token view holds the first ${plural(index.id.length, "response")}; ${index.left_out.toLocaleString("en-US")} more are counted in the metrics but left out here to keep the file small.`);
+    warn(
+      `The token view holds the first ${plural(index.id.length, "response")}; ${index.left_out.toLocaleString("en-US")} more are counted in the metrics but left out here to keep the file small.`,
+    );
   }
 }
 
@@ -82,11 +99,14 @@ function showHeadline() {
   const overall = comparison().overall || {};
   const cards = headlineNames(overall, 6).map((name) => {
     const { description } = describe(name);
-    return el("div", { class: "card-number" },
+    return el(
+      "div",
+      { class: "card-number" },
       el("span", { class: "name", title: description }, name),
       el("span", { class: "value" }, fmt(overall[name])),
       el("span", { class: "note" }, interval(overall[name]) || "\u00a0"),
-      barChip(name, overall[name]));
+      barChip(name, overall[name]),
+    );
   });
   byId("headline").replaceChildren(...cards);
 }
@@ -97,20 +117,37 @@ function showPolicies() {
   const { behaviour } = rolesOf(policies);
   const facts = [...new Set(policies.flatMap((p) => Object.keys(p)))].filter((f) => f !== "role" && f !== "name");
   const heads = policies.map((p, i) =>
-    el("span", {}, el("span", { class: `role ${p === behaviour ? "s0" : "s1"}` }, p === behaviour ? "sampled" : "scored"), " ", policyName(p, `policy ${i + 1}`)));
+    el(
+      "span",
+      {},
+      el("span", { class: `role ${p === behaviour ? "s0" : "s1"}` }, p === behaviour ? "sampled" : "scored"),
+      " ",
+      policyName(p, `policy ${i + 1}`),
+    ),
+  );
   const rows = facts.map((fact) => {
     const values = policies.map((p) => factText(p[fact]));
     const differ = new Set(values).size > 1;
-    return el("tr", {}, el("th", { scope: "row" }, words(fact)), values.map((v) => el("td", { class: differ ? "differs" : null }, v)));
+    return el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, words(fact)),
+      values.map((v) => el("td", { class: differ ? "differs" : null }, v)),
+    );
   });
-  byId("policies").replaceChildren(el("h2", {}, "Who sampled, who scored"),
-    table(null, ["", ...heads], rows, { class: "facts", "aria-label": "Facts about each policy; rows that differ are bold" }));
+  byId("policies").replaceChildren(
+    el("h2", {}, "Who sampled, who scored"),
+    table(null, ["", ...heads], rows, { class: "facts", "aria-label": "Facts about each policy; rows that differ are bold" }),
+  );
 }
 
 function factText(value) {
   if (value === null || value === undefined || value === "") return "\u2013";
   if (Array.isArray(value)) return value.map(factText).join(", ") || "\u2013";
-  if (typeof value === "object") return Object.entries(value).map(([k, v]) => `${k}=${factText(v)}`).join(", ");
+  if (typeof value === "object")
+    return Object.entries(value)
+      .map(([k, v]) => `${k}=${factText(v)}`)
+      .join(", ");
   return String(value);
 }
 
@@ -120,37 +157,62 @@ function showAllTargets() {
   if (summary.comparisons.length < 2) return;
   const names = headlineNames(Object.assign({}, ...summary.comparisons.map((c) => c.overall || {})), 5);
   const rows = summary.comparisons.map((c, i) =>
-    el("tr", { class: i === state.target ? "current" : null },
+    el(
+      "tr",
+      { class: i === state.target ? "current" : null },
       el("th", { scope: "row" }, el("button", { class: "link", type: "button", onclick: () => chooseTarget(i) }, targetName(i))),
-      names.map((name) => numberCell((c.overall || {})[name]))));
+      names.map((name) => numberCell((c.overall || {})[name])),
+    ),
+  );
   byId("all-targets").replaceChildren(el("h2", {}, "All targets"), table(null, ["target", ...names], rows));
 }
 
 function metricRow(name, value) {
   const { description, unit, better } = describe(name);
-  return el("tr", {},
+  return el(
+    "tr",
+    {},
     el("th", { scope: "row" }, el("code", {}, name), description && el("span", { class: "note block-note" }, description)),
-    el("td", { class: "number" }, fmt(value), unit && !/^(fraction|ratio|probability|correlation|rank|perplexity)$/.test(unit) && el("span", { class: "note" }, " ", unit)),
+    el(
+      "td",
+      { class: "number" },
+      fmt(value),
+      unit && !/^(fraction|ratio|probability|correlation|rank|perplexity)$/.test(unit) && el("span", { class: "note" }, " ", unit),
+    ),
     el("td", { class: "number note" }, interval(value)),
-    el("td", { class: "note" }, BETTER[better] ?? better),
-    el("td", {}, barChip(name, value)));
+    el("td", { class: "note better" }, BETTER[better] ?? better),
+    el("td", {}, barChip(name, value)),
+  );
 }
 
 function showMetricTable() {
   const overall = comparison().overall || {};
   const names = metricOrder(overall);
   const family = (name) => FAMILIES.findIndex(([, pattern]) => pattern.test(name));
-  const head = ["metric", "value", "95 % interval", "better", "the field's bar"].map((h, i) => el("th", { scope: "col", class: i === 1 || i === 2 ? "number" : null }, h));
+  const head = ["metric", "value", "95 % interval", "better", "the field's bar"].map((h, i) =>
+    el("th", { scope: "col", class: i === 1 || i === 2 ? "number" : null }, h),
+  );
   const bodies = [...FAMILIES.keys(), -1].map((f) => {
     const members = names.filter((name) => family(name) === f);
     const title = f < 0 ? "Other" : FAMILIES[f][0];
-    return members.length > 0 && el("tbody", {},
-      el("tr", { class: "family" }, el("th", { scope: "rowgroup", colspan: 5 }, title)), members.map((name) => metricRow(name, overall[name])));
+    return (
+      members.length > 0 &&
+      el(
+        "tbody",
+        {},
+        el("tr", { class: "family" }, el("th", { scope: "rowgroup", colspan: 5 }, title)),
+        members.map((name) => metricRow(name, overall[name])),
+      )
+    );
   });
   const note = `${behaviourName()} sampled, ${targetName(state.target)} scored. \u2113 = log p \u2212 log q of a sampled token; q is who sampled, p is who scored.`;
-  byId("metric-table").replaceChildren(el("h2", {}, "Metrics"), el("p", { class: "note" }, note),
-    names.length ? el("div", { class: "scroll" }, el("table", { class: "metrics" }, el("thead", {}, el("tr", {}, head)), bodies.filter(Boolean)))
-      : el("p", {}, "Nothing was compared in this run."));
+  byId("metric-table").replaceChildren(
+    el("h2", {}, "Metrics"),
+    el("p", { class: "note" }, note),
+    names.length
+      ? el("div", { class: "scroll" }, el("table", { class: "metrics" }, el("thead", {}, el("tr", {}, head)), bodies.filter(Boolean)))
+      : el("p", {}, "Nothing was compared in this run."),
+  );
 }
 
 function showGroupTable() {
@@ -158,13 +220,31 @@ function showGroupTable() {
   if (!groups.length) return byId("group-table").replaceChildren();
   const [column, rows] = groups.find(([name]) => name === state.groupColumn) || groups[0];
   const names = headlineNames(Object.assign({}, ...Object.values(rows).map(metricsOf)), 6);
-  const select = el("select", { onchange: (event) => { state.groupColumn = event.target.value; showGroupTable(); } },
-    groups.map(([name]) => option(name, words(name), name === column)));
+  const select = el(
+    "select",
+    {
+      onchange: (event) => {
+        state.groupColumn = event.target.value;
+        showGroupTable();
+      },
+    },
+    groups.map(([name]) => option(name, words(name), name === column)),
+  );
   const counted = Object.values(rows).some((r) => countOf(r) !== null);
   const body = Object.entries(rows).map(([value, metrics]) =>
-    el("tr", {}, el("th", { scope: "row" }, value), counted && el("td", { class: "number" }, fmt(countOf(metrics))), names.map((name) => numberCell(metricsOf(metrics)[name]))));
-  byId("group-table").replaceChildren(el("h2", {}, "By group"), el("label", {}, "Group by ", select),
-    table(null, [words(column), ...(counted ? ["tokens"] : []), ...names], body));
+    el(
+      "tr",
+      {},
+      el("th", { scope: "row" }, value),
+      counted && el("td", { class: "number" }, fmt(countOf(metrics))),
+      names.map((name) => numberCell(metricsOf(metrics)[name])),
+    ),
+  );
+  byId("group-table").replaceChildren(
+    el("h2", {}, "By group"),
+    el("label", {}, "Group by ", select),
+    table(null, [words(column), ...(counted ? ["tokens"] : []), ...names], body),
+  );
 }
 
 // A part of a comparison holds its metrics and counts under those names.

@@ -42,7 +42,8 @@ function yAxis(ticks, title) {
       svg("line", { class: "grid", x1: toX(0), x2: toX(1), y1: toY(share), y2: toY(share) }),
       svg("text", { class: "tick", x: FRAME.left - 6, y: toY(share) + 3.5, "text-anchor": "end" }, text),
     ]),
-    title && svg("text", { class: "axis-title", x: 11, y: toY(0.5), "text-anchor": "middle", transform: `rotate(-90 11 ${toY(0.5)})` }, title),
+    title &&
+      svg("text", { class: "axis-title", x: 11, y: toY(0.5), "text-anchor": "middle", transform: `rotate(-90 11 ${toY(0.5)})` }, title),
   ];
 }
 
@@ -59,7 +60,8 @@ function histogram({ label, series, xTitle, zeroLine, power }) {
   const decades = Math.max(1, Math.ceil(Math.log10(Math.max(...series.flatMap((s) => s.counts), 1) * 1.05)));
   const height = (count) => (count > 0 ? (Math.log10(count) + 0.3) / (decades + 0.3) : 0);
   const yTicks = [];
-  for (let d = 0; d <= decades; d += Math.ceil(decades / 5)) yTicks.push([height(10 ** d), (10 ** d).toLocaleString("en-US", { notation: "compact" })]);
+  for (let d = 0; d <= decades; d += Math.ceil(decades / 5))
+    yTicks.push([height(10 ** d), (10 ** d).toLocaleString("en-US", { notation: "compact" })]);
   const marks = series.map((s) => (series.length > 1 ? stepMarks(s, x.share, height) : barMarks(s, x.share, height, power)));
   const zero = zeroLine && edges[0] < 0 && edges.at(-1) > 0;
   const line = zero && svg("line", { class: "zero", x1: toX(x.share(0)), x2: toX(x.share(0)), y1: toY(0), y2: toY(1) });
@@ -75,19 +77,27 @@ function barMarks({ edges, counts }, xShare, height, power) {
     if (!count) return null;
     const [a, b] = [toX(xShare(edges[i])), toX(xShare(edges[i + 1]))];
     const title = svg("title", {}, `${binText(shown, i)}: ${plural(count, "token")}`);
-    return svg("rect", { class: "bar-mark", x: a, width: Math.max(b - a - 0.5, 0.8), y: toY(height(count)), height: height(count) * INNER_HEIGHT }, title);
+    return svg(
+      "rect",
+      { class: "bar-mark", x: a, width: Math.max(b - a - 0.5, 0.8), y: toY(height(count)), height: height(count) * INNER_HEIGHT },
+      title,
+    );
   });
 }
 
 function stepMarks({ edges, counts, css }, xShare, height) {
-  const corners = counts.map((count, i) => `L${toX(xShare(edges[i])).toFixed(1)},${toY(height(count)).toFixed(1)}H${toX(xShare(edges[i + 1])).toFixed(1)}`);
+  const corners = counts.map(
+    (count, i) => `L${toX(xShare(edges[i])).toFixed(1)},${toY(height(count)).toFixed(1)}H${toX(xShare(edges[i + 1])).toFixed(1)}`,
+  );
   return svg("path", { class: `line ${css}`, d: `M${toX(0)},${toY(0)}${corners.join("")}V${toY(0)}` });
 }
 
 const binText = (edges, i) => `${fmt(edges[i])} to ${fmt(edges[i + 1])}`;
 
 function histogramNumbers({ edges, counts }) {
-  const lines = counts.map((count, i) => count > 0 && el("tr", {}, el("th", { scope: "row" }, binText(edges, i)), el("td", { class: "number" }, fmt(count))));
+  const lines = counts.map(
+    (count, i) => count > 0 && el("tr", {}, el("th", { scope: "row" }, binText(edges, i)), el("td", { class: "number" }, fmt(count))),
+  );
   return table(null, ["from, to", "tokens"], lines.filter(Boolean));
 }
 
@@ -129,8 +139,12 @@ function lineMarks(s, xs, xShare, yShare) {
   const edge = (values) => fine.map((p) => [p[0], toY(yShare(values[p[3]]))]);
   const band = fine.length > 1 && svg("path", { class: `band ${s.css}`, d: path([...edge(s.lows), ...edge(s.highs).reverse()]) + "Z" });
   const dots = points.map((p) =>
-    svg("circle", { class: `dot ${s.css}`, cx: p[0], cy: p[1], r: points.length > 40 ? 1 : 2.6 },
-      svg("title", {}, `${s.name}, token ${fmt(xs[p[3]])}: ${fmt(p[2])}`)));
+    svg(
+      "circle",
+      { class: `dot ${s.css}`, cx: p[0], cy: p[1], r: points.length > 40 ? 1 : 2.6 },
+      svg("title", {}, `${s.name}, token ${fmt(xs[p[3]])}: ${fmt(p[2])}`),
+    ),
+  );
   return [band, svg("path", { class: `line ${s.css}`, d: path(points) }), dots];
 }
 
@@ -144,14 +158,20 @@ function density({ label, edges, counts, xTitle, yTitle }) {
   const cells = counts.flatMap((row, i) => row.map((count, j) => count > 0 && densityCell(edges, i, j, count, most, left, side, share)));
   const ticks = niceTicks(low, high, 4);
   const xTicks = ticks.map((t) => [(left + share(t) * side - FRAME.left) / INNER_WIDTH, tickText(t)]);
-  return frame(label,
+  return frame(
+    label,
     svg("rect", { class: "field", x: left, y: FRAME.top, width: side, height: side }),
     cells.filter(Boolean),
     svg("line", { class: "diagonal", x1: left, y1: toY(0), x2: left + side, y2: toY(1) }),
     xTicks.map(([s, text]) => svg("text", { class: "tick", x: toX(s), y: toY(0) + 15, "text-anchor": "middle" }, text)),
     ticks.map((t) => svg("text", { class: "tick", x: left - 6, y: toY(share(t)) + 3.5, "text-anchor": "end" }, tickText(t))),
     svg("text", { class: "axis-title", x: left + side / 2, y: FRAME.height - 5, "text-anchor": "middle" }, xTitle),
-    svg("text", { class: "axis-title", x: left - 38, y: toY(0.5), "text-anchor": "middle", transform: `rotate(-90 ${left - 38} ${toY(0.5)})` }, yTitle));
+    svg(
+      "text",
+      { class: "axis-title", x: left - 38, y: toY(0.5), "text-anchor": "middle", transform: `rotate(-90 ${left - 38} ${toY(0.5)})` },
+      yTitle,
+    ),
+  );
 }
 
 function densityCell(edges, i, j, count, most, left, side, share) {
@@ -169,7 +189,11 @@ function intervals({ label, rows, xTitle }) {
   const marks = rows.map((row, i) => {
     const y = FRAME.top + space * (i + 0.5);
     return [
-      svg("text", { class: "tick", x: left - 10, y: y + 4, "text-anchor": "end" }, row.name.length > 18 ? row.name.slice(0, 17) + "\u2026" : row.name),
+      svg(
+        "text",
+        { class: "tick", x: left - 10, y: y + 4, "text-anchor": "end" },
+        row.name.length > 18 ? row.name.slice(0, 17) + "\u2026" : row.name,
+      ),
       svg("line", { class: "track", x1: x(0), x2: x(1), y1: y, y2: y }),
       Number.isFinite(row.lo) && svg("line", { class: "whisker", x1: x(row.lo), x2: x(row.hi), y1: y, y2: y }),
       svg("circle", { class: "dot s1", cx: x(row.value), cy: y, r: 4 }),
@@ -177,7 +201,9 @@ function intervals({ label, rows, xTitle }) {
     ];
   });
   const bottom = FRAME.top + space * rows.length;
-  const ticks = [0, 0.25, 0.5, 0.75, 1].map((v) => svg("text", { class: "tick", x: x(v), y: bottom + 16, "text-anchor": "middle" }, String(v)));
+  const ticks = [0, 0.25, 0.5, 0.75, 1].map((v) =>
+    svg("text", { class: "tick", x: x(v), y: bottom + 16, "text-anchor": "middle" }, String(v)),
+  );
   const title = svg("text", { class: "axis-title", x: x(0.5), y: bottom + 34, "text-anchor": "middle" }, xTitle);
   const drawing = frame(label, marks, ticks, title);
   drawing.setAttribute("viewBox", `0 0 ${FRAME.width} ${bottom + 40}`);

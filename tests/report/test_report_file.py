@@ -28,7 +28,8 @@ def many_responses(words: list[str]):
 
 def _random_views(rng: np.random.Generator, num_words: int):
     ids_TV = (num_words * rng.random((NUM_TOKENS, 60)) ** 3).astype(np.int32)
-    logits_TV = -np.sort(rng.exponential(4, (NUM_TOKENS, 60)), axis=1) * np.arange(60) ** 0.5 * np.exp(rng.normal(1.0, 1.2, (NUM_TOKENS, 1)))
+    sharpness_T1 = np.exp(rng.normal(1.0, 1.2, (NUM_TOKENS, 1)))
+    logits_TV = -np.sort(rng.exponential(4, (NUM_TOKENS, 60)), axis=1) * np.arange(60) ** 0.5 * sharpness_T1
     rows_T = np.arange(NUM_TOKENS)
     probs_TV = np.exp(logits_TV)
     probs_TV /= probs_TV.sum(axis=1, keepdims=True)
@@ -39,12 +40,14 @@ def _random_views(rng: np.random.Generator, num_words: int):
         lp_TV -= np.log(np.exp(lp_TV).sum(axis=1, keepdims=True))
         order_TK = np.argsort(-lp_TV, axis=1, kind="stable")[:, :TOP_K]
         chosen_T = lp_TV[rows_T, pick_T]
-        views.append(
-            TokenView(
-                logprobs_T=chosen_T, entropy_T=-(np.exp(lp_TV) * lp_TV).sum(axis=1), rank_T=1 + (lp_TV > chosen_T[:, None]).sum(axis=1),
-                top_ids_TK=np.take_along_axis(ids_TV, order_TK, 1), top_logprobs_TK=np.take_along_axis(lp_TV, order_TK, 1),
-            )  # fmt: skip
+        view = TokenView(
+            logprobs_T=chosen_T,
+            entropy_T=-(np.exp(lp_TV) * lp_TV).sum(axis=1),
+            rank_T=1 + (lp_TV > chosen_T[:, None]).sum(axis=1),
+            top_ids_TK=np.take_along_axis(ids_TV, order_TK, 1),
+            top_logprobs_TK=np.take_along_axis(lp_TV, order_TK, 1),
         )
+        views.append(view)
     return ids_TV[rows_T, pick_T], *views
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from rl_onoff.report import ReportInput, write_report
+from rl_onoff.report import ReportInput, TokenView, write_report
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,11 @@ def no_console_error(page):
     assert page.errors() == []
 
 
+TOP_IDS = "return [...document.querySelectorAll(`#panel .s${arguments[0]} tbody tr[data-id]`)].map((row) => +row.dataset.id)"
+ALL_TOKENS = """return [...document.querySelectorAll('.response')].map(
+    (card) => [+card.dataset.r, card.querySelector('.tokens').textContent])"""
+
+
 def worst_of(run, v=0):
     return [np.abs(r.targets[v].logprobs_T - r.behaviour.logprobs_T).max() for r in run.responses]
 
@@ -37,7 +43,7 @@ def heading(response):
 
 
 def number(text):
-    return float(text.replace("−", "-").replace(",", ""))  # noqa: RUF001
+    return float(text.replace("−", "-").replace(",", ""))
 
 
 def test_verdict_policies_metrics_and_plots_are_shown(page, run, report):
@@ -46,11 +52,13 @@ def test_verdict_policies_metrics_and_plots_are_shown(page, run, report):
     assert "sampled vLLM" in page.find("#policies").text and "scored HuggingFace" in page.find("#policies").text
     k3 = run.comparisons[0]["overall"]["kl_k3"]
     assert number(page.find("#headline .value").text) == pytest.approx(k3["value"], rel=1e-3)
-    titles = page.texts("figure h3")
-    assert {"p against q", "Log-ratio of the sampled tokens", "Drift with length", "Effective sample size", "Entropy by position"} <= set(titles)
-    assert all(page.js("return [...document.querySelectorAll('figure svg')].map((s) => s.getAttribute('aria-label') && s.children.length > 3)"))
+    wanted = {"p against q", "Log-ratio of the sampled tokens", "Drift with length", "Effective sample size", "Entropy by position"}
+    assert wanted <= set(page.texts("figure h3"))
+    assert page.js(
+        "return [...document.querySelectorAll('figure svg')].every((s) => s.getAttribute('aria-label') && s.children.length > 3)"
+    )
     page.tab("metrics")
-    row = page.js("return [...document.querySelectorAll('#metric-table tr')].find((r) => r.querySelector('code')?.textContent === 'kl_k3').innerText")
+    row = next(row for row in page.all("#metric-table tr") if row.text.startswith("kl_k3")).text
     low, high = (number(x) for x in re.findall(r"\[(.*), (.*)\]", row)[0])
     assert (low, high) == (pytest.approx(k3["lo"], rel=1e-3), pytest.approx(k3["hi"], rel=1e-3))
     assert "meets the bar: < 0.015" in row
@@ -70,14 +78,10 @@ def test_a_clicked_token_shows_its_numbers(page, run, report):
             assert page.number("probability" + side) == pytest.approx(np.exp(view.logprobs_T[t]), rel=1e-6)
             assert page.number("rank" + side) == view.rank_T[t]
             assert page.number("entropy" + side) == pytest.approx(view.entropy_T[t], abs=1.3e-4)
-            shown = page.js(
-                "return [...document.querySelectorAll(`#panel .s${arguments[0]} tbody tr[data-id]`)].map((r) => [+r.dataset.id, parseFloat(r.querySelector('.share').textContent)])",
-                side,
-            )
-            assert [token for token, _ in shown][:10] == view.top_ids_TK[t].tolist()
-            percents = [percent / 100 for _, percent in shown][:10]
-            assert percents == pytest.approx(np.exp(view.top_logprobs_TK[t].astype(float)), rel=0.06, abs=6e-4)
-            assert page.js("return +document.querySelector(`#panel .s${arguments[0]} .sampled`).dataset.id", side) == response.token_ids_T[t]
+            assert page.js(TOP_IDS, side)[:10] == view.top_ids_TK[t].tolist()
+            shares = [float(text.split()[0].lstrip("<")) / 100 for text in page.texts(f"#panel .s{side} td.share")]
+            assert shares[:10] == pytest.approx(np.exp(view.top_logprobs_TK[t].astype(float)), rel=0.06, abs=6e-4)
+            assert int(page.find(f"#panel .s{side} .sampled").get_attribute("data-id")) == response.token_ids_T[t]
         ratio = float(target.logprobs_T[t]) - float(behaviour.logprobs_T[t])
         assert page.number("l") == pytest.approx(ratio, abs=1e-9)
         assert page.number("rho") == pytest.approx(np.exp(ratio), rel=1e-9)
@@ -90,7 +94,7 @@ def test_every_token_of_every_response_is_there(page, run, report):
     page.set("sort", "id")
     seen = {}
     while True:
-        seen |= dict(page.js("return [...document.querySelectorAll('.response')].map((e) => [+e.dataset.r, e.querySelector('.tokens').textContent])"))
+        seen |= dict(page.js(ALL_TOKENS))
         button = page.find("#pager [aria-label='Next page']")
         if button.get_attribute("disabled"):
             break
@@ -162,7 +166,8 @@ def test_colours_follow_the_choice(page, run, report):
     r = int(np.argmax(worst_of(run)))
     response = run.responses[r]
     ratio = response.targets[0].logprobs_T.astype(float) - response.behaviour.logprobs_T
-    classes = f"return [...document.querySelectorAll('.response[data-r=\"{r}\"] .token')].map((e) => e.classList.contains('plus') - e.classList.contains('minus'))"
+    sign = "e.classList.contains('plus') - e.classList.contains('minus')"
+    classes = f"return [...document.querySelectorAll('.response[data-r=\"{r}\"] .token')].map((e) => {sign})"
     assert page.js(classes) == np.sign(ratio).astype(int).tolist()
     page.set("colour", "rank1")
     assert page.js(classes) == (-(response.targets[0].rank_T > 1).astype(int)).tolist()
@@ -210,8 +215,10 @@ def test_roles_and_labels(page, report):
     unnamed = """return [...document.querySelectorAll("button, select, input")].filter(
         (e) => !(e.getAttribute("aria-label") || e.closest("label")?.textContent || e.textContent).trim()).map((e) => e.outerHTML)"""
     assert page.js(unnamed) == []
-    assert page.js("return [...document.querySelectorAll('[role=tab]')].every((t) => document.getElementById(t.getAttribute('aria-controls')).getAttribute('aria-labelledby') === t.id)")
-    assert page.js("return [...document.querySelectorAll('thead th')].every((h) => h.scope === 'col') && document.querySelectorAll('thead th').length > 10")
+    for tab in page.all("[role=tab]"):
+        panel = page.find("#" + tab.get_attribute("aria-controls"))
+        assert panel.get_attribute("aria-labelledby") == tab.get_attribute("id") and panel.get_attribute("role") == "tabpanel"
+    assert page.js("return [...document.querySelectorAll('thead th')].every((h) => h.scope === 'col')")
     assert page.find("#announce").get_attribute("aria-live") == "polite"
     assert page.js("return document.querySelectorAll('.tokens [tabindex=\"0\"]').length") == 10  # one stop a response
 
@@ -237,7 +244,8 @@ def test_text_stands_out_in_both_schemes(page, report, scheme):
           return (a + 0.05) / (b + 0.05);
         };
         const css = "h1, h3, .note, .token, .chips li, #panel td, #panel th, #panel caption, .ratio strong, .role, select, [role=tab]";
-        return [...document.querySelectorAll(css)].filter((e) => e.offsetParent).map((e) => [contrast(e), e.className + " " + e.textContent.slice(0, 20)]);
+        const name = (e) => e.className + " " + e.textContent.slice(0, 20);
+        return [...document.querySelectorAll(css)].filter((e) => e.offsetParent).map((e) => [contrast(e), name(e)]);
     """)
     page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert len(contrasts) > 100
@@ -254,7 +262,9 @@ def test_nothing_sticks_out(page, report, width):
     page.tab("tokens")
     page.find(".token").click()
     assert page.js("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-    assert page.js("const p = document.getElementById('panel').getBoundingClientRect(), t = document.querySelector('.token[aria-selected=true]').getBoundingClientRect(); return t.bottom <= p.top || t.right <= p.left")
+    box = "return document.querySelector(arguments[0]).getBoundingClientRect().toJSON()"
+    panel, token = page.js(box, "#panel"), page.js(box, ".token[aria-selected=true]")
+    assert token["bottom"] <= panel["top"] or token["right"] <= panel["left"]
 
 
 def test_a_worst_token_leads_to_its_place(page, run, report):
@@ -294,14 +304,29 @@ def test_several_targets(page, sample_run, tmp_path):
     assert number(page.find("#headline .value").text) == pytest.approx(k3, rel=1e-3)
 
 
+def test_a_sampler_that_gave_logprobs_alone(page, sample_run, tmp_path):
+    """What an engine reports while it samples has no lists; the lists of two scorers then stand for themselves."""
+    run = sample_run(6, (0.1, 1.5))
+    bare = [replace(r, behaviour=TokenView(logprobs_T=r.behaviour.logprobs_T)) for r in run.responses]
+    page.open(write_report(tmp_path / "bare.html", run.report(responses=bare)))
+    page.tab("tokens")
+    page.js("const s = document.getElementById('target'); s.value = '1'; s.dispatchEvent(new Event('change'))")
+    page.wait(lambda: page.all("#legend .scale"))
+    for r, t in ((0, 3), (4, 20)):
+        target = bare[r].targets[1]
+        page.choose(r, t)
+        assert len(page.all("#panel .top-list")) == 1 and page.js(TOP_IDS, "1")[:10] == target.top_ids_TK[t].tolist()
+        shares = [float(text.split()[0].lstrip("<")) / 100 for text in page.texts("#panel .s1 td.share")]
+        assert shares[:10] == pytest.approx(np.exp(target.top_logprobs_TK[t].astype(float)), rel=0.06, abs=6e-4)
+        assert page.number("l") == pytest.approx(float(target.logprobs_T[t]) - float(bare[r].behaviour.logprobs_T[t]), abs=1e-9)
+
+
 @pytest.mark.parametrize("which", ["behaviour", "target"])
 def test_one_policy_alone(page, sample_run, tmp_path, which):
-    from dataclasses import replace
-
     run = sample_run(12, (0.1,))
     views = {"targets": ()} if which == "behaviour" else {"behaviour": None}
     responses = [replace(r, **views) for r in run.responses]
-    alone = ReportInput(title="one", verdict="Sampled only.", policies=[{"engine": "vLLM"}], responses=responses, token_text=run.words.__getitem__)
+    alone = run.report(verdict="Sampled only.", policies=[{"engine": "vLLM"}], comparisons=[], responses=responses)
     page.open(write_report(tmp_path / "one.html", alone))
     page.tab("tokens")
     lowest = [(r.behaviour or r.targets[0]).logprobs_T.min() for r in responses]

@@ -1,0 +1,15 @@
+"""SGLang as it would look to us if a new version had moved what our hooks hold on to."""
+
+from __future__ import annotations
+
+from rl_onoff.backends.sglang import SGLangBackend
+
+
+class MovedSGLang(SGLangBackend):
+    def _start(self, in_engine: bool) -> None:
+        from sglang.srt.entrypoints.engine import Engine
+
+        from rl_onoff.probes import sglang as probes
+
+        probes.engine_class = lambda: Engine  # without our hooks
+        super()._start(in_engine)

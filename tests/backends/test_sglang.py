@@ -1,0 +1,223 @@
+"""What is SGLang's own: where its scheduler cuts, shares and mixes the work, and what happens when a part of it dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from rl_onoff.backends import BaseBackend, SGLangBackendConfig, create_backend
+from rl_onoff.backends.sglang import SGLangBackend
+from rl_onoff.errors import EngineDiedError, UsageError
+from rl_onoff.types import LogprobKind, Request, Response, Sampling, TokenScores, Want
+from tests.backends.moved_sglang import MovedSGLang
+from tests.conftest import SGLANG_PYTHON
+
+TOLERANCE = 2e-4  # nats, float32 against float32
+SAMPLER = Sampling(temperature=0.8, top_k=40, top_p=0.9)
+
+
+def start(model: str, **options: Any) -> BaseBackend:
+    options = {"python": SGLANG_PYTHON, "dtype": "float32", "context_length": 512} | options
+    backend = create_backend({"backend_type": "sglang", "model_name": model, "backend_specific": options})
+    backend.load()
+    return backend
+
+
+@pytest.fixture(scope="module")
+def chunked(smollm2: str) -> Iterator[BaseBackend]:
+    """A real model whose prefill is cut into pieces much shorter than its prompts and responses."""
+    with start(smollm2, engine_kwargs={"chunked_prefill_size": 32}) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def tiny_reference(tiny_llama: str) -> Any:
+    return reference_of(tiny_llama)
+
+
+def reference_of(folder: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarray]:
+    """The same numbers from a forward pass over the unpadded sequence."""
+    import torch
+
+    from rl_onoff.probes.token_stats import token_stats
+
+    sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int64))[None]
+    with torch.no_grad():
+        logits_TV = reference(sequence).logits[0, len(response.prompt_ids) - 1 : -1]
+    arrays = token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).arrays()
+    return {name: values for name, values in arrays.items() if values is not None}
+
+
+def assert_scores(scores: Sequence[TokenScores], responses: Sequence[Response], reference: Any, want: Want) -> None:
+    by_key = {score.key: score for score in scores}
+    assert len(scores) == len(by_key) == len(responses)
+    for response in responses:
+        score = by_key[response.key]
+        assert np.array_equal(score.token_ids_T, response.token_ids_T)
+        for name, expected in plain(reference, response, want).items():
+            got = getattr(score, name)
+            assert got.shape == expected.shape and got.dtype == expected.dtype, name
+            finite = np.isfinite(expected)
+            assert np.array_equal(np.isfinite(got), finite), name
+            if name in ("rank_T", "top_ids_TK"):
+                assert (got != expected).sum() <= 0.01 * got.size, name  # equal where not tied
+            else:
+                assert np.abs(got[finite] - expected[finite]).max(initial=0) < (5e-3 if name == "logits_TV" else TOLERANCE), name
+
+
+def response(text_ids: np.ndarray, num_prompt: int, num_tokens: int, sample: int = 0, shift: int = 0) -> Response:
+    token_ids_T = np.roll(text_ids, -shift)[num_prompt : num_prompt + num_tokens]
+    return Response(request_id="r", sample=sample, prompt_ids=text_ids[:num_prompt], token_ids_T=token_ids_T)
+
+
+@pytest.fixture(scope="module")
+def text_ids(chunked: BaseBackend) -> np.ndarray:
+    text = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. However, nobody knows why; see also the appendix. "
+    return np.asarray(chunked.encode(text * 8), np.int32)
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def test_eight_long_responses_share_a_prompt_in_pieces(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+    responses = [response(text_ids, 75, 10 + 7 * i, sample=i, shift=3 * i) for i in range(8)]
+    want = Want(top_k=5)
+    assert_scores(list(chunked.score(responses, want)), responses, reference, want)
+
+
+def test_what_is_cached_is_still_scored(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+    again = response(text_ids, 40, 50)
+    longer_prompt = response(text_ids, 70, 20)  # its prompt is in the cache, and so are its tokens
+    for _ in range(2):
+        assert_scores(list(chunked.score([again, longer_prompt][:1])), [again], reference, Want())
+        assert_scores(list(chunked.score([longer_prompt])), [longer_prompt], reference, Want())
+
+
+def test_full_logits(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+    responses = [response(text_ids, 1, 1), response(text_ids, 30, 40, sample=1)]
+    want = Want(full_logits=True, sampler=SAMPLER)
+    assert_scores(list(chunked.score(responses, want)), responses, reference, want)
+
+
+def test_the_public_api_says_the_same_and_its_use_is_announced(
+    tiny_llama: str, tiny_reference: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SGLangBackendConfig(model_name=tiny_llama, python=SGLANG_PYTHON, dtype="float32")
+    with caplog.at_level(logging.WARNING), MovedSGLang(config) as backend:
+        assert "statistics inside the engine do not work" in caplog.text
+        assert "sampling.seed has no effect" in caplog.text
+        assert not backend.info.in_engine_stats
+        ids = np.arange(100, 300, dtype=np.int32)
+        responses = [response(ids, 12, 1), response(ids, 12, 100, sample=1, shift=30)]  # the longer one in two pieces
+        want = Want(top_k=3, full_logits=True)
+        assert_scores(list(backend.score(responses, want)), responses, tiny_reference, want)
+
+
+def test_two_tensor_parallel_ranks(tiny_llama: str, tiny_reference: Any) -> None:
+    with start(tiny_llama, tp_size=2, logprob_kind="scaled") as backend:
+        assert backend.info.in_engine_stats
+        ids = np.arange(100, 200, dtype=np.int32)
+        responses = [response(ids, 12, 40, sample=i, shift=i) for i in range(3)]
+        want = Want(top_k=3, full_logits=True)
+        assert_scores(list(backend.score(responses, want)), responses, tiny_reference, want)
+
+        (completion,) = backend.complete([Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))])
+        assert completion.kind is LogprobKind.scaled
+        asked = Response(request_id="a", sample=0, prompt_ids=ids[:12], token_ids_T=completion.token_ids_T)
+        scaled = plain(tiny_reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
+        assert np.abs(completion.logprobs_T - scaled).max() < TOLERANCE
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_depends_on_its_seed_alone(chunked: BaseBackend, text_ids: np.ndarray) -> None:
+    base = Sampling(max_new_tokens=12, n=3, seed=5)
+    samplings = [base, base.replace(top_k=20, top_p=0.8), base.replace(min_p=0.1, temperature=1.5), base.replace(temperature=0.0)]
+    requests = [Request(id=str(i), prompt_ids=text_ids[: 9 + i], sampling=sampling) for i, sampling in enumerate(samplings)]
+    together = {completion.key: completion for completion in chunked.complete(requests)}
+    assert len(together) == 12
+    for i, request in enumerate(requests):
+        (alone,) = chunked.complete([Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))])
+        assert np.array_equal(alone.token_ids_T, together[alone.key].token_ids_T)
+    assert len({tuple(together["0", sample].token_ids_T) for sample in range(3)}) == 3
+    assert len({tuple(together["3", sample].token_ids_T) for sample in range(3)}) == 1
+
+
+def test_the_same_seed_draws_what_our_own_loop_draws(chunked: BaseBackend, text_ids: np.ndarray, smollm2: str) -> None:
+    huggingface = create_backend({"backend_type": "huggingface", "model_name": smollm2, "backend_specific": {"dtype": "float32"}})
+    sampling = Sampling(max_new_tokens=12, n=2, temperature=0.9, top_k=50, top_p=0.95, min_p=0.02, seed=3)
+    request = Request(id="a", prompt_ids=text_ids[:20], sampling=sampling)
+    ours = {c.key: c for c in chunked.complete([request])}
+    with huggingface:
+        for theirs in huggingface.complete([request]):
+            assert np.array_equal(theirs.token_ids_T, ours[theirs.key].token_ids_T)
+
+
+def test_the_engine_survives_an_abandoned_call(chunked: BaseBackend, text_ids: np.ndarray) -> None:
+    stream = chunked.complete([Request(id="a", prompt_ids=text_ids[:20], sampling=Sampling(max_new_tokens=300, n=6, stop=[" ", "."]))])
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert len(list(chunked.complete([Request(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))]))) == 1
+
+
+def test_limits_are_named_before_anything_runs(chunked: BaseBackend, text_ids: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="at most 32"):
+        list(chunked.complete([Request(id="a", prompt_ids=text_ids[:9], sampling=Sampling(stop=[f"s{i}" for i in range(33)]))]))
+    with pytest.raises(UsageError, match=r"backend\.logprob_kind"):
+        SGLangBackend(SGLangBackendConfig(model_name="smollm2", logprob_kind=LogprobKind.processed))
+
+
+def test_a_response_may_fill_the_context(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+    assert chunked.info.max_len == 512
+    prompt_ids = np.resize(text_ids, 510)
+    (completion,) = chunked.complete([Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=9))])
+    assert len(completion.token_ids_T) <= 2
+    full = Response(request_id="a", sample=0, prompt_ids=prompt_ids, token_ids_T=text_ids[:2])
+    assert_scores(list(chunked.score([full])), [full], reference, Want())
+
+
+def test_every_sampling_argument_is_explicit() -> None:
+    args = SGLangBackend.sampling_args(Sampling(top_k=0, temperature=0.0, max_new_tokens=7, stop=["x"]), (2, 5), seed=9)
+    assert args["top_k"] == 1 << 30 and args["temperature"] == 0 and args["stop_token_ids"] == [2, 5] and args["sampling_seed"] == 9
+    assert args["n"] == 1 and args["stop"] == ["x"] and args["repetition_penalty"] == 1.0 and args["max_new_tokens"] == 7
+
+
+# -- death -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["scheduler", "detokenizer"])
+def test_a_killed_part_of_the_engine_is_an_error_in_time(tiny_llama: str, part: str) -> None:
+    with start(tiny_llama) as backend:
+        worker = psutil.Process(backend._core.pid)
+        family = [worker, *worker.children(recursive=True)]
+        victim = next(child for child in family if part in " ".join(child.cmdline()))
+        prompt_ids = np.arange(100, 110, dtype=np.int32)
+        stream = backend.complete([Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400, n=100))])
+        first = None
+        began = time.monotonic()
+        with pytest.raises(EngineDiedError) as caught:
+            for completion in stream:
+                if first is None:
+                    first = completion.key
+                    os.kill(victim.pid, signal.SIGKILL)
+                    began = time.monotonic()
+        assert time.monotonic() - began < 10
+        assert first not in caught.value.in_flight
+        assert len(caught.value.in_flight) > 0
+    assert not psutil.wait_procs(family, timeout=10)[1]
