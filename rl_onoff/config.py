@@ -22,6 +22,7 @@ class Stage(Enum):
 
     generate = "generate"
     score = "score"
+    compare = "compare"
 
 
 class Format(Enum):
@@ -112,6 +113,8 @@ class ScoreConfig:
     """A .parquet or .jsonl of prompts and responses made elsewhere; null scores this run folder's completions."""
     top_k: int = 20
     """How many of the most likely tokens to keep at every position."""
+    own: bool = True
+    """Score with the engine that sampled too, so that its whole distribution can be compared and its noise is known."""
     full_logits: bool = False
     """Also keep every position's whole row of logits (4 bytes × vocabulary a token on disk)."""
     processed: bool = True
@@ -176,7 +179,7 @@ class RunConfig:
     """How tokens are scored."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is logged."""
-    metric: str = "score/logprob_mean"
+    metric: str = "generate/logprob_mean"
     """The number a sweeper such as Optuna is given when the run ends."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hydra.utils import instantiate
 
 from rl_onoff import stages
 from rl_onoff.backends.config import EngineConfig
+from rl_onoff.comparing import compare_run, own_scores, verdict_of, write_page
+from rl_onoff.comparison import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data import check_lengths, load_responses, make_requests
 from rl_onoff.errors import UsageError
@@ -37,7 +40,9 @@ class Run:
     folder: RunDir
     tracker: Tracker
     slot: Slot
-    speeds: dict[str, float]  # tokens/s of the stages that computed something
+    speeds: dict[str, float] = field(default_factory=dict)  # tokens/s of the stages that computed something
+    comparisons: dict[str, Comparison] = field(default_factory=dict)  # by the name of the target's scores
+    page: Path | None = None
 
     def progress(self, stage: str, total: int) -> Progress:
         return Progress(stage, total, self.tracker.log, self.config.tracking.log_every_s)
@@ -52,11 +57,13 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, overrides: S
     failed = True
     try:
         with Slot() as slot:
-            this = Run(config, rows, folder, tracker, slot, {})
+            this = Run(config, rows, folder, tracker, slot)
             for stage in config.stages:
                 STAGES[stage](this)
         summary = summarise(folder)
         summary.values.update(this.speeds)
+        for name, comparison in this.comparisons.items():
+            summary.values.update(flat(name, comparison))
         report(this, summary)
         failed = False
         return summary.values.get(config.metric)
@@ -88,11 +95,17 @@ def engines(config: RunConfig) -> dict[str, EngineConfig]:
 
 
 def scorers(config: RunConfig) -> dict[str, EngineConfig]:
-    """Name of the scores -> the engine that makes them."""
-    if config.targets and config.target is None:
-        return dict(config.targets)
-    engine = config.target or config.backend
-    return {config.score.name or default_name(engine): engine, **config.targets}
+    """Name of the scores -> the engine that makes them; the engine that sampled comes first."""
+    targets = list(config.targets.items())
+    if config.target is not None:
+        targets.insert(0, (config.score.name or default_name(config.target), config.target))
+    found: dict[str, EngineConfig] = {}
+    if not targets or (config.score.own and Stage.generate in config.stages):
+        found[config.score.name if config.score.name and not targets else default_name(config.backend)] = config.backend
+    for name, engine in targets:
+        if engine not in found.values():
+            found[name if name not in found else f"{name}-target"] = engine
+    return found
 
 
 def default_name(engine: EngineConfig) -> str:
@@ -184,7 +197,18 @@ def wanted(this: Run) -> Want:
     return Want(top_k=config.score.top_k, full_logits=config.score.full_logits, sampler=sampler)
 
 
-STAGES = {Stage.generate: generate, Stage.score: score}
+def compare(this: Run) -> None:
+    """Compare every table of scores with what was sampled, and write the page. Reads the disk alone."""
+    comparisons = compare_run(this.folder)
+    if not comparisons:
+        raise UsageError(f"{this.folder.path} has nothing to compare: it needs responses with logprobs, and scores of them")
+    this.comparisons.update(comparisons)
+    own = own_scores(this.folder)
+    tokenizer = build(this.config.backend).get_tokenizer()
+    this.page = write_page(this.folder, comparisons, own, tokenizer)
+
+
+STAGES = {Stage.generate: generate, Stage.score: score, Stage.compare: compare}
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -192,8 +216,9 @@ STAGES = {Stage.generate: generate, Stage.score: score}
 
 def report(this: Run, summary: Summary) -> None:
     """Write, print and log what the run found."""
-    config, folder, tracker = this.config, this.folder, this.tracker
-    folder.write_json("metrics.json", summary.values)
+    folder, tracker = this.folder, this.tracker
+    comparisons = {name: comparison.to_dict() for name, comparison in this.comparisons.items()}
+    folder.write_json("metrics.json", {"values": summary.values, "comparisons": comparisons})
     tracker.summary(summary.values)
     for name, (counts, edges) in summary.histograms.items():
         tracker.histogram(name, counts, edges)
@@ -201,11 +226,24 @@ def report(this: Run, summary: Summary) -> None:
     if folder.completions.exists():
         rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
         tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
-    if config.tracking.artifact:
-        tracker.artifact(folder.path)
+    if this.page is not None:
+        tracker.html("report", this.page)
+    tracker.artifact(folder.path)
     print(as_text(summary.values))
+    if this.comparisons:
+        print(f"\n  {verdict_of(folder, this.comparisons)}")
     print(f"\n  run folder  {folder.path}")
+    if this.page is not None:
+        print(f"  page        {this.page}")
     if tracker.where:
         print(f"  W&B         {tracker.where}")
 
 
+HEADLINES = ("kl", "kl_k3", "logprob_diff_mean", "logprob_diff_max", "prob_pearson", "ess_token", "ess_seq", "ppl_ratio", "kl_forward_topk",
+             "kl_forward", "argmax_agreement", "impossible_fraction")  # fmt: skip
+
+
+def flat(name: str, comparison: Comparison) -> dict[str, float]:
+    """The headline metrics of a comparison, as `onoff/<name>/<metric>`."""
+    estimates = {metric: comparison[metric].value for metric in HEADLINES if metric in comparison}
+    return {f"onoff/{name}/{metric}": value for metric, value in estimates.items() if math.isfinite(value)}

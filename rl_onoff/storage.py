@@ -93,11 +93,11 @@ class Table:
     def exists(self) -> bool:
         return bool(self.shards())
 
-    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        """All rows, a small batch in memory at a time; lists of numbers come as numpy arrays."""
+    def rows(self, columns: Sequence[str] | None = None, shards: Sequence[Path] | None = None) -> Iterator[Row]:
+        """All rows (of these shards), a small batch in memory at a time; lists of numbers come as numpy arrays."""
         import pyarrow.parquet as pq
 
-        for shard in self.shards():
+        for shard in self.shards() if shards is None else shards:
             with pq.ParquetFile(shard) as file:
                 for batch in file.iter_batches(batch_size=64, columns=list(columns) if columns else None):
                     values = {name: _values(batch.column(name)) for name in batch.schema.names}

@@ -114,6 +114,18 @@ LABELS = {
     "num_responses": "responses judged",
     "reward_mean": "mean reward",
     "accuracy": "accuracy",
+    "kl": "KL, k1 estimate (nats)",
+    "kl_k3": "KL, k3 estimate (nats)",
+    "logprob_diff_mean": "mean |log p - log q|",
+    "logprob_diff_max": "max |log p - log q|",
+    "prob_pearson": "correlation of p and q",
+    "ess_token": "effective sample, tokens",
+    "ess_seq": "effective sample, sequences",
+    "ppl_ratio": "perplexity ratio",
+    "kl_forward_topk": "exact KL on top tokens (nats)",
+    "kl_forward": "exact KL (nats)",
+    "argmax_agreement": "same likeliest token",
+    "impossible_fraction": "tokens impossible for target",
 }
 
 
@@ -127,7 +139,7 @@ def as_text(values: Mapping[str, float]) -> str:
     lines = []
     for section, numbers in sections.items():
         lines += ["", f"  {section}"]
-        lines += [f"    {label:<30}{_number(value):>12}" for label, value in numbers]
+        lines += [f"    {label:<32}{_number(value):>12}" for label, value in numbers]
     return "\n".join(lines[1:])
 
 

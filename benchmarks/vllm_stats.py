@@ -1,0 +1,97 @@
+"""Token statistics of vLLM: what they cost beside the plain forward pass, and beside vLLM's own public API.
+
+    python benchmarks/vllm_stats.py [--model smollm2] [--dtype float32] [--rounds 5]
+
+2 prompts of 256 tokens with 8 responses of 64 each. All variants run in one engine, in turn, so that what else the machine
+does falls on all alike; the numbers are ratios of medians. "forward" is the engine with max_tokens=1 on the same sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rl_onoff.backends import VLLMBackendConfig
+from rl_onoff.backends.vllm import VLLMBackend, _jobs, _prefix
+from rl_onoff.types import Response, Want
+
+
+def work(vocab_size: int, prompts: int = 2, samples: int = 8, prompt_tokens: int = 256, tokens: int = 64, seed: int = 0) -> list[Response]:
+    rng = np.random.default_rng(seed)
+
+    def random(count: int) -> np.ndarray:
+        return rng.integers(100, vocab_size, count, dtype=np.int32)
+
+    prompt_ids = [random(prompt_tokens) for _ in range(prompts)]
+    return [Response(request_id=str(p), sample=s, prompt_ids=prompt_ids[p], token_ids_T=random(tokens)) for p in range(prompts) for s in range(samples)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    from vllm import SamplingParams
+
+    backend = VLLMBackend(VLLMBackendConfig(model_name=args.model, dtype=args.dtype, max_model_len=1024, worker=False))
+    with backend:
+        engine = backend._engine
+        seeds = iter(range(1_000_000))
+
+        def run(responses: list[Response], **params: Any) -> None:
+            """The whole sequences, nothing cached."""
+            fresh = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
+            for _ in engine.run((None, _prefix(r), SamplingParams(**fresh | params)) for r in responses):
+                pass
+
+        def in_engine(responses: list[Response], want: Want, cached: bool) -> None:
+            import rl_onoff.backends.vllm as module
+
+            module._jobs = _jobs if cached else lambda r, n, _: _jobs(r, n, True)
+            assert sum(1 for _ in backend._stats(responses, want)) == len(responses)
+            module._jobs = _jobs
+
+        def fresh() -> list[Response]:
+            return work(engine.vocab_size, seed=next(seeds))
+
+        warm = fresh()
+        variants: dict[str, Callable[[], None]] = {
+            "forward": lambda: run(fresh()),
+            "public prompt_logprobs=0 (one number a token)": lambda: run(fresh(), prompt_logprobs=0),
+            "in-engine, statistics": lambda: in_engine(fresh(), Want(), False),
+            "in-engine, statistics and top 5": lambda: in_engine(fresh(), Want(top_k=5), False),
+            "in-engine, prompts shared, cold": lambda: in_engine(fresh(), Want(top_k=5), True),
+            "in-engine, prompts shared, warm": lambda: in_engine(warm, Want(top_k=5), True),
+        }
+        times: dict[str, list[float]] = {name: [] for name in variants}
+        for round_ in range(args.rounds + 1):
+            for name, variant in variants.items():
+                began = time.perf_counter()
+                variant()
+                if round_:  # the first warms up
+                    times[name].append(time.perf_counter() - began)
+        forward = statistics.median(times["forward"])
+        for name, taken in times.items():
+            print(f"{name:<50} {statistics.median(taken) / forward:5.2f} x forward   (best of each: {min(taken) / min(times['forward']):.2f})")
+
+        engine.model.max_logprobs = -1  # so that the public path can run in this same engine
+        one = work(engine.vocab_size, prompts=1, samples=1)
+        taken = []
+        for _ in range(3):
+            began = time.perf_counter()
+            in_engine(one, Want(full_logits=True), False)
+            taken.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        run(one, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True)
+        public = time.perf_counter() - began
+        print(f"full logits of one 320-token sequence: in-engine is {public / statistics.median(taken):.0f} times as fast as the flat public path")
+
+
+if __name__ == "__main__":
+    main()

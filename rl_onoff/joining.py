@@ -1,0 +1,183 @@
+"""Two views of every response, joined on disk by (request id, sample), for the metrics and for the page.
+
+What a response is small in (ids, logprobs, text) is read once and kept; what is large (top tokens, full logits) is looked up a
+shard at a time, so that memory does not grow with the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.comparison import Pair, Side
+from rl_onoff.report import ReportResponse, TokenView
+from rl_onoff.storage import Key, Row, RunDir, Table
+from rl_onoff.types import LogprobKind
+
+SHARDS_HELD = 4  # shards of one table in memory: rows of two tables come in nearly the same order
+
+GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
+
+
+class Lookup:
+    """Rows of a table by key; holds a few shards at a time."""
+
+    def __init__(self, table: Table):
+        self._table = table
+        self._shard_of: dict[Key, Path] = {}
+        self._held: OrderedDict[Path, dict[Key, Row]] = OrderedDict()
+        for shard in table.shards():
+            for row in table.rows(["request_id", "sample"], shards=[shard]):
+                self._shard_of[row["request_id"], row["sample"]] = shard
+
+    def get(self, key: Key) -> Row | None:
+        """The row of this key, None when the table has none."""
+        shard = self._shard_of.get(key)
+        if shard is None:
+            return None
+        if shard not in self._held:
+            if len(self._held) >= SHARDS_HELD:
+                self._held.popitem(last=False)
+            self._held[shard] = {(row["request_id"], row["sample"]): row for row in self._table.rows(shards=[shard])}
+        self._held.move_to_end(shard)
+        return self._held[shard][key]
+
+
+def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[str] = ()) -> Iterator[Pair]:
+    """Every response of the run that `scores/<target>` has: the sampler's logprobs against the target's.
+
+    `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled logprobs,
+    or in their place where the responses came without. Processed logprobs are compared with processed ones.
+    """
+    targets = Lookup(run.scores(target))
+    owns = Lookup(run.scores(own)) if own is not None and own != target else None
+    for row in run.completions.rows():
+        key = row["request_id"], row["sample"]
+        scored, own_row = targets.get(key), owns.get(key) if owns is not None else None
+        if scored is None or (row["logprobs"] is None and own_row is None):
+            continue
+        kind = LogprobKind.raw if row["logprobs"] is None else LogprobKind[row["logprob_kind"]]
+        yield Pair(
+            request_id=key[0],
+            sample=key[1],
+            behaviour=_behaviour(row, own_row, kind),
+            target=_side(scored, kind),
+            groups=groups_of(row, group_columns),
+        )
+
+
+def _behaviour(row: Row, own: Row | None, kind: LogprobKind) -> Side:
+    if own is None:
+        return Side(token_ids_T=row["token_ids"], logprobs_T=row["logprobs"], kind=kind)
+    return _side(own, kind, logprobs=row["logprobs"])
+
+
+def _side(scores: Row, kind: LogprobKind, logprobs: Any = None) -> Side:
+    """A row of a scores table as one side of a comparison of `kind`; `logprobs` stand in place of the scored ones."""
+    if logprobs is None:
+        logprobs = scores["logprobs"] if kind is LogprobKind.raw else scores["processed_logprobs"]
+    has_top = scores["top_ids"] is not None and scores["top_ids"].shape[-1] > 0
+    return Side(
+        token_ids_T=scores["token_ids"],
+        logprobs_T=logprobs,
+        kind=kind,
+        entropy_T=scores["entropy"],
+        rank_T=scores["rank"],
+        top_ids_TK=scores["top_ids"] if has_top else None,
+        top_logprobs_TK=scores["top_logprobs"] if has_top else None,
+        logits_TV=scores["logits"],
+        distribution_kind=LogprobKind.raw,
+        processed_logprobs_T=scores["processed_logprobs"],
+        nucleus_mass_T=scores["nucleus_mass"],
+    )
+
+
+def groups_of(row: Row, columns: Sequence[str]) -> dict[str, str]:
+    """The groups a response belongs to: those columns of its row that have a value, and whether its answer was right."""
+    meta = json.loads(row["meta"] or "{}")
+    groups = {name: str(meta[name]) for name in columns if meta.get(name) is not None}
+    if row["reward"] is not None:
+        groups["reward"] = "right" if row["reward"] >= 1 else "wrong"
+    return groups
+
+
+def group_columns(run: RunDir) -> list[str]:
+    """Columns of the data that make groups: everything but question and answer that has few values."""
+    values: dict[str, set[str]] = {}
+    for row in run.completions.rows(["meta"]):
+        for name, value in json.loads(row["meta"] or "{}").items():
+            if name not in ("question", "answer") and isinstance(value, str | int | float | bool):
+                values.setdefault(name, set()).add(str(value))
+    return [name for name, seen in values.items() if 1 < len(seen) <= GROUP_LIMIT]
+
+
+def report_responses(
+    run: RunDir, targets: Sequence[str], own: str | None, token_text: Callable[[int], str], columns: Sequence[str]
+) -> Iterator[ReportResponse]:
+    """Every response as the page shows it."""
+    lookups = {name: Lookup(run.scores(name)) for name in {*targets, *([own] if own else [])}}
+    for row in run.completions.rows():
+        key = row["request_id"], row["sample"]
+        scored = [lookups[name].get(key) for name in targets]
+        if any(scores is None for scores in scored):
+            continue
+        own_row = lookups[own].get(key) if own else None
+        yield ReportResponse(
+            request_id=key[0],
+            sample=key[1],
+            prompt=row["prompt"] or "",
+            text=row["text"] or "",
+            tokens=[token_text(int(i)) for i in row["token_ids"]],
+            token_ids_T=row["token_ids"],
+            behaviour=_view(own_row, row["logprobs"]),
+            targets=[_view(scores, None) for scores in scored],  # type: ignore[misc]
+            reward=row["reward"],
+            finish_reason=row["finish_reason"] or "",
+            groups=groups_of(row, columns),
+        )
+
+
+def _view(scores: Row | None, logprobs: Any) -> TokenView | None:
+    if scores is None:
+        return None if logprobs is None else TokenView(logprobs_T=logprobs)
+    return TokenView(
+        logprobs_T=scores["logprobs"] if logprobs is None else logprobs,
+        entropy_T=scores["entropy"],
+        rank_T=scores["rank"],
+        top_ids_TK=scores["top_ids"],
+        top_logprobs_TK=scores["top_logprobs"],
+    )
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """Text of one token id, special tokens shown."""
+
+    @cache
+    def text(token_id: int) -> str:
+        return tokenizer.decode([token_id])
+
+    return text
+
+
+def facts(name: str, record: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """What the page says about a policy, from the record beside its rows."""
+    engine, config = record.get("engine", {}), record.get("config", {})
+    backend = config.get("backend", {})
+    found = {
+        "role": role,
+        "name": name,
+        "engine": engine.get("engine"),
+        "model": backend.get("model_name"),
+        "dtype": engine.get("dtype"),
+        "version": engine.get("version"),
+        "logprobs": backend.get("logprob_kind"),
+    }
+    sampling = config.get("sampling")
+    if sampling:
+        shown = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")
+        found["sampling"] = ", ".join(f"{key} {sampling[key]:g}" for key in shown if key in sampling)
+    return {key: value for key, value in found.items() if value is not None}
