@@ -20,12 +20,13 @@ from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data import check_lengths, load_responses, make_requests
 from rl_onoff.errors import UsageError
 from rl_onoff.progress import Progress
+from rl_onoff.redaction import redact
 from rl_onoff.rewards import load_reward
 from rl_onoff.rows import Row, load_rows
 from rl_onoff.slot import Slot, build
 from rl_onoff.storage import RunDir, Table
 from rl_onoff.summary import Summary, as_text, summarise
-from rl_onoff.tracking import Tracker, redact
+from rl_onoff.tracking import Tracker
 from rl_onoff.types import Sampling, Want
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from enum import Enum
 from functools import wraps
 from itertools import islice
 from numbers import Real
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
 
 from rl_onoff.config import TrackingConfig, TrackingMode
 from rl_onoff.errors import MissingDependencyError, UsageError
+from rl_onoff.redaction import redact, redact_override, secret_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -312,67 +311,6 @@ def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
 
 def _kind(cell: Any) -> type:
     return next((kind for kind in (bool, Real, str) if isinstance(cell, kind)), object)
-
-
-# --- secrets -------------------------------------------------------------------------------------------------------------------
-
-MASK = "***"
-_SECRET_KEY = re.compile(
-    r"(^|_)(token|secrets?|password|passwd|passphrase|credentials?|authorization|bearer|api_?keys?|(access|private|secret|auth)_keys?)$"
-)
-_TOKENIZER_KEY = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|image|start|end|special)_token$")
-_ITEM = re.compile(r"""(["']?([\w-]+)["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,{}\[\]]+)""")
-_LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
-
-
-def is_secret_key(key: str) -> bool:
-    """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`, `tokenizer`."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
-    snake = re.sub(r"[^a-z0-9]+", "_", snake).strip("_")
-    return bool(_SECRET_KEY.search(snake)) and not _TOKENIZER_KEY.search(snake)
-
-
-def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
-    """Values of the environment's secrets, to be found again where a config interpolated them; short ones would match by chance."""
-    return frozenset(value for key, value in environ.items() if is_secret_key(key) and len(value) >= 8)
-
-
-def redact(value: Any, secrets: Collection[str] = ()) -> Any:
-    """A copy, in plain lists and dicts, with '***' for values under a key that names a secret, for `secrets` inside any text
-    and for a login inside a URL. Enums become their values and paths text, so that the copy can be written down.
-    """
-    if isinstance(value, Mapping):
-        return {key: _mask(item, key) if is_secret_key(str(key)) else redact(item, secrets) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [redact(item, secrets) for item in value]
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, str | Path):
-        text = str(value)
-        for secret in sorted(secrets, key=len, reverse=True):
-            text = text.replace(secret, MASK)
-        return _LOGIN_IN_URL.sub(MASK, text)
-    return value
-
-
-def _mask(value: Any, key: str) -> Any:
-    """Masks every leaf but the ones that cannot be a secret: nothing, a switch, and the number of a `…token`."""
-    if isinstance(value, Mapping):
-        return {inner: _mask(item, key) for inner, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mask(item, key) for item in value]
-    if value in (None, "") or isinstance(value, bool) or (isinstance(value, int | float) and key.lower().endswith("token")):
-        return value
-    return MASK
-
-
-def redact_override(argument: str, secrets: Collection[str] = ()) -> str:
-    """The same for an argument of a command line: `a.hf_token=…`, and `a={hf_token: …}` too."""
-    key, equals, value = argument.partition("=")
-    if equals and value and is_secret_key(key):
-        return f"{key}={MASK}"
-    inside = _ITEM.sub(lambda item: f"{item[1]}{MASK}" if is_secret_key(item[2]) else item[0], argument)
-    return redact(inside, secrets)
 
 
 @contextmanager

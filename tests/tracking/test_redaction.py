@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from rl_onoff.config import TrackingMode
-from rl_onoff.tracking import is_secret_key, redact, redact_override, secret_values
+from rl_onoff.redaction import is_secret_key, redact, redact_override, secret_values
 
 
 @pytest.mark.parametrize(
