@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Sampling
+from rl_onoff.sampling import Sampling
 
 
 class Stage(Enum):
@@ -207,6 +207,9 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
+    # Hydra copies the store, every schema in it, each time it lists a group, which --help and shell completion do a hundred times.
+    # What it takes out of the store it copies anyway.
+    ConfigStore.__deepcopy__ = lambda self, memo: self
     store.store(name="run", group="schema", node=RunConfig)
     for (group, name), schema in SCHEMAS.items():
         store.store(name=name, group=f"schema/{group}", node=schema)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import (
     ENGINE_CONFIGS,
     BackendConfig,
@@ -17,10 +16,20 @@ from rl_onoff.backends.config import (
     VLLMBackendConfig,
 )
 
+if TYPE_CHECKING:
+    from rl_onoff.backends.base import BaseBackend, EngineInfo
+
 __all__ = [
     "ENGINE_CONFIGS", "BackendConfig", "BaseBackend", "EngineConfig", "EngineInfo", "FakeBackendConfig", "HuggingFaceBackendConfig",
     "SGLangBackendConfig", "VLLMBackendConfig", "backend_class", "create_backend",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The interface itself, once somebody asks for it: the schemas alone, which `--help` needs, do without numpy."""
+    if name not in ("BaseBackend", "EngineInfo"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("rl_onoff.backends.base"), name)
 
 
 def backend_class(target: str) -> type[BaseBackend]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from rl_onoff.errors import UsageError
-from rl_onoff.types import LogprobKind
+from rl_onoff.sampling import LogprobKind
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 

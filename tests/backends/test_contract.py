@@ -272,7 +272,12 @@ def test_full_logits(backend: BaseBackend, reference: Any) -> None:
 
 @pytest.mark.parametrize(
     "sampler",
-    [Sampling(temperature=0.6), Sampling(temperature=0.8, top_k=10), Sampling(top_p=0.8), Sampling(temperature=1.2, top_k=50, top_p=0.9, min_p=0.02)],
+    [
+        Sampling(temperature=0.6),
+        Sampling(temperature=0.8, top_k=10),
+        Sampling(top_p=0.8),
+        Sampling(temperature=1.2, top_k=50, top_p=0.9, min_p=0.02),
+    ],
     ids=["temperature", "top_k", "top_p", "all"],
 )
 def test_the_sampler_s_view(backend: BaseBackend, sampler: Sampling) -> None:
@@ -349,7 +354,7 @@ def test_encode_and_decode(backend: BaseBackend) -> None:
 
 def test_wrong_input_is_one_sentence(backend: BaseBackend) -> None:
     empty = np.zeros(0, np.int32)
-    with pytest.raises(UsageError, match="prompt .* is empty"):
+    with pytest.raises(UsageError, match=r"prompt .* is empty"):
         backend.generate("" if backend.name == "fake" else empty)
     with pytest.raises(UsageError, match="context holds"):
         backend.generate(np.ones(backend.info.max_len, np.int32))
@@ -368,7 +373,7 @@ def test_wrong_input_is_one_sentence(backend: BaseBackend) -> None:
 def test_a_backend_must_be_loaded(backend: BaseBackend) -> None:
     fresh = type(backend)(backend.config)
     assert not fresh.is_loaded()
-    with pytest.raises(EngineError, match="call backend.load"):
+    with pytest.raises(EngineError, match=r"call backend\.load"):
         fresh.generate("Hello")
     fresh.close()
 

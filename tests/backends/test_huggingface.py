@@ -1,0 +1,218 @@
+"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, and models that do not split."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rl_onoff.backends import BaseBackend, create_backend
+from rl_onoff.types import LogprobKind, Request, Response, Sampling, Want
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama: str) -> Iterator[BaseBackend]:
+    with create_backend(
+        {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": {"torch_dtype": "float32"}}
+    ) as backend:
+        yield backend
+
+
+def random_model(folder: Any, config: Any, tokenizer_from: str) -> str:
+    """A random model of any family, saved with the built-in model's tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(folder)
+    return str(folder)
+
+
+def families() -> dict[str, Any]:
+    """Models that differ in what bites: absolute positions, soft-capped logits, scaled logits, sliding windows, tied heads."""
+    from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, MistralConfig
+
+    shape: dict[str, Any] = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+                             "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 2,
+                             "bos_token_id": 1}  # fmt: skip
+    return {
+        "gpt2": GPT2Config(vocab_size=49152, n_embd=64, n_layer=2, n_head=2, n_positions=256, eos_token_id=2, bos_token_id=1),
+        "gemma2": Gemma2Config(**shape, final_logit_softcapping=5.0, sliding_window=8, query_pre_attn_scalar=32),
+        "cohere": CohereConfig(**{k: v for k, v in shape.items() if k != "head_dim"}, logit_scale=0.25),
+        "granite": GraniteConfig(**{k: v for k, v in shape.items() if k != "head_dim"}, logits_scaling=3.0),
+        "mistral": MistralConfig(**shape, sliding_window=8),
+    }
+
+
+def some_responses(seed: int, count: int = 12) -> list[Response]:
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return rng.integers(5, 49000, int(rng.integers(low, high))).astype(np.int32)
+
+    alone = [Response(request_id=f"{i}", sample=0, prompt_ids=ids(1, 30), token_ids_T=ids(1, 40)) for i in range(count)]
+    prompt_ids = ids(20, 30)
+    return alone + [Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=ids(1, 40)) for i in range(4)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "cohere", "granite", "mistral"])
+def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(family: str, tmp_path: Any, smollm2: str) -> None:
+    path = random_model(tmp_path, families()[family], smollm2)
+    with create_backend({"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}) as backend:
+        assert backend._split.splits
+        responses = {r.key: r for r in some_responses(1)}
+        for scores in backend.score(responses.values(), Want(full_logits=True)):
+            response = responses[scores.key]
+            sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64))
+            with torch.no_grad():
+                plain = backend._split.whole(sequence).logits[0, len(response.prompt_ids) - 1 : -1].float().numpy()
+            assert scores.logits_TV is not None
+            np.testing.assert_allclose(scores.logits_TV, plain, atol=1e-4)
+        # decoding pads on the left: the tokens of a mixed batch are those of each prompt alone
+        requests = [
+            Request(id=r.request_id, prompt_ids=r.prompt_ids, sampling=Sampling(max_new_tokens=6, temperature=0))
+            for r in some_responses(2, 5)[:5]
+        ]
+        together = {c.key: c for c in backend.complete(requests)}
+        for request in requests:
+            (alone,) = backend.complete([request])
+            assert alone.token_ids_T.tolist() == together[alone.key].token_ids_T.tolist()
+            np.testing.assert_allclose(alone.logprobs_T, together[alone.key].logprobs_T, atol=1e-4)
+
+
+def test_a_model_that_does_not_split_is_scored_whole(tiny: BaseBackend, caplog: pytest.LogCaptureFixture) -> None:
+    from rl_onoff.probes.huggingface import SplitModel
+
+    expected = {s.key: s.logprobs_T for s in tiny.score(some_responses(3))}
+    split = tiny._split
+    try:
+        head = split.whole.get_output_embeddings
+        split.whole.get_output_embeddings = lambda: torch.nn.Linear(64, 49152)  # a head that is not the model's
+        tiny._split = SplitModel(split.whole)
+        split.whole.get_output_embeddings = head
+        assert not tiny._split.splits and "cannot be split" in caplog.text
+        for scores in tiny.score(some_responses(3), Want(top_k=2)):
+            np.testing.assert_allclose(scores.logprobs_T, expected[scores.key], atol=1e-4)
+        (completion,) = tiny.complete([Request(id="a", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=4))])
+        assert len(completion.token_ids_T) == 4
+    finally:
+        tiny._split = split
+
+
+def test_gradients_of_given_responses_reach_the_weights(tiny: BaseBackend) -> None:
+    logits = tiny.get_logits(["The capital of France is", "One plus one is"], [" Paris, I think", " two"], compute_gradients=True)
+    weight = tiny._split.whole.model.layers[0].self_attn.q_proj.weight
+    weight.grad = None
+    loss = sum(-row.log_softmax(-1)[:, 0].sum() for row in logits)
+    loss.backward()
+    gradient = weight.grad.clone()
+    assert gradient.abs().sum() > 0
+    # against a finite difference along the gradient
+    step = 1e-3 / float(gradient.norm())
+    with torch.no_grad():
+        weight += step * gradient
+    moved = tiny.get_logits(["The capital of France is", "One plus one is"], [" Paris, I think", " two"])
+    with torch.no_grad():
+        weight -= step * gradient
+    change = sum(-torch.as_tensor(row).log_softmax(-1)[:, 0].sum() for row in moved) - loss.detach()
+    assert float(change) == pytest.approx(float(step * (gradient**2).sum()), rel=0.1)
+
+
+def test_gradients_of_a_generation(tiny: BaseBackend) -> None:
+    result = tiny.generate("The capital of France is", max_length=4, compute_gradients=True)
+    assert result["logits"].requires_grad and result["logits"].shape == (len(result["token_ids"]), 49152)
+    result["logits"].sum().backward()
+    plain = tiny.get_logits(tiny.encode("The capital of France is"), result["token_ids"])
+    np.testing.assert_allclose(result["logits"].detach().numpy(), plain, atol=1e-4)
+
+
+def test_scoring_still_builds_no_graph_after_gradients_were_asked_for(tiny: BaseBackend) -> None:
+    tiny.get_logits("a", "b", compute_gradients=True)
+    assert isinstance(tiny.get_logits("a", "b"), np.ndarray)
+    assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_the_context_ends_a_response(tiny: BaseBackend) -> None:
+    request = Request(id="long", prompt_ids=np.arange(5, 5 + tiny.info.max_len - 3, dtype=np.int32), sampling=Sampling(temperature=0))
+    (completion,) = tiny.complete([request])
+    assert 1 <= len(completion.token_ids_T) <= 3
+
+
+def test_nothing_comes_from_the_generation_config(tiny_llama: str, tmp_path: Any) -> None:
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps(settings | {"top_k": 1, "repetition_penalty": 5.0, "do_sample": True, "temperature": 0.1})
+    )
+    requests = [Request(id="0", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=30, seed=4))]
+    ids = []
+    for path in (tiny_llama, str(folder)):
+        with create_backend({"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}) as backend:
+            ids.append(next(iter(backend.complete(requests))).token_ids_T.tolist())
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("kind", list(LogprobKind))
+def test_kinds_of_logprobs(tiny_llama: str, kind: LogprobKind) -> None:
+    options = {"torch_dtype": "float32", "logprob_kind": kind.value}
+    sampling = Sampling(max_new_tokens=12, temperature=0.5, top_k=5, seed=2)
+    prompt_ids = np.arange(9, dtype=np.int32)
+    with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}) as backend:
+        (completion,) = backend.complete([Request(id="0", prompt_ids=prompt_ids, sampling=sampling)])
+        response = Response(request_id="0", sample=0, prompt_ids=prompt_ids, token_ids_T=completion.token_ids_T)
+        (scores,) = backend.score([response], Want(sampler=sampling, full_logits=True))
+    assert completion.kind is kind and scores.logits_TV is not None
+    scaled = (
+        torch.as_tensor(scores.logits_TV / 0.5)
+        .log_softmax(-1)
+        .gather(-1, torch.as_tensor(completion.token_ids_T.astype(np.int64))[:, None])
+    )
+    expected = {
+        LogprobKind.raw: scores.logprobs_T,
+        LogprobKind.processed: scores.processed_logprobs_T,
+        LogprobKind.scaled: scaled[:, 0].numpy(),
+    }
+    np.testing.assert_allclose(completion.logprobs_T, expected[kind], atol=1e-4)
+
+
+def test_draws_follow_the_distribution() -> None:
+    from rl_onoff.backends.sampler import draw
+
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(4000, 1)
+    uniforms = np.random.default_rng(0).random(4000)
+    tokens, logprobs = draw(logits, [Sampling()] * 4000, uniforms, LogprobKind.raw)
+    expected = torch.softmax(logits[0], -1).numpy()
+    np.testing.assert_allclose(np.bincount(tokens, minlength=5) / 4000, expected, atol=0.025)
+    np.testing.assert_allclose(logprobs, np.log(expected[tokens]), atol=1e-5)
+    tokens, _ = draw(logits, [Sampling(top_k=2)] * 4000, uniforms, LogprobKind.processed)
+    assert set(tokens.tolist()) == {0, 1}
+
+
+def test_peak_memory_stays_far_below_the_full_logits(tiny_llama: str) -> None:
+    """Scoring a batch must not hold (batch, length, vocabulary): measured in a process of its own, as peak over the weights."""
+    code = f"""
+import resource, numpy as np
+from rl_onoff.backends import create_backend
+from rl_onoff.types import Response, Want
+rng = np.random.default_rng(0)
+ids = lambda n: rng.integers(5, 49000, n).astype(np.int32)
+responses = [Response(request_id=str(i), sample=0, prompt_ids=ids(8), token_ids_T=ids(240)) for i in range(16)]
+backend = create_backend({{"backend_type": "huggingface", "model_name": {tiny_llama!r}, "backend_specific": {{"torch_dtype": "float32"}}}})
+backend.load()
+list(backend.score(responses[:1], Want(top_k=5)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+list(backend.score(responses, Want(top_k=5)))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    naive_mib = 16 * 248 * 49152 * 4 / 2**20
+    assert float(run.stdout) < naive_mib / 4
