@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 from difflib import get_close_matches
@@ -17,11 +18,14 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl_onoff.config import field_names, register
 from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.redaction import all_secrets, protect_log, redact_override, write_yaml
+from rl_onoff.storage import DISK_ERRORS, RunDir, disk_error
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +34,7 @@ TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep t
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 
-_failures: list[OnOffError] = []
+_failures: list[Exception] = []
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -38,20 +42,42 @@ def job(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; returns the number `metric` names, for a sweeper that optimises it."""
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
-    in_sweep = hydra_config.mode is not None and hydra_config.mode.name == "MULTIRUN"
-    overrides = list(hydra_config.overrides.task)
+    in_sweep = hydra_config.mode is RunMode.MULTIRUN
+    here = "basic_launcher" in hydra_config.launcher._target_  # else the launcher carries errors home from another process
     try:
-        config = _checked(cfg)  # before the heavy imports, so that an error is instant
-        from rl_onoff.run import run
-
-        return run(config, path, group=path.parent.name if in_sweep else None, overrides=overrides)
-    except OnOffError as error:
-        if not _is_basic(hydra_config.launcher):
-            raise  # the job runs in a process of its own: the launcher carries the error home
+        return _run(cfg, hydra_config, path, in_sweep)
+    except KeyboardInterrupt:
+        if here:
+            secrets = all_secrets(_plain(cfg))
+            folder = f"sweep_dir={hydra_config.sweep.dir}" if in_sweep else f"run_dir={path}"
+            log.warning("stopped; everything finished so far is in %s. To go on: %s", path, _continue_command(folder, secrets))
+        raise
+    except Exception as error:  # whatever it is, the other jobs of a sweep go on, and main() tells it
+        if not here:
+            raise
         _failures.append(error)
         if in_sweep:
-            log.error("job %s failed and the sweep goes on: %s", path.name, error)
+            log.error("job %s failed and the sweep goes on: %s", path.name, error, exc_info=not isinstance(error, OnOffError))
         return None
+
+
+def _run(cfg: DictConfig, hydra_config: DictConfig, path: Path, in_sweep: bool) -> float | None:
+    """Everything of a job that can fail."""
+    secrets = all_secrets(_plain(cfg))
+    protect_log(secrets)
+    folder = RunDir(path)
+    with folder.lock():
+        for name, node in {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.overrides.task}.items():
+            value = _plain(node)
+            write_yaml(path / ".hydra" / f"{name}.yaml", {"hydra": value} if name == "hydra" else value, secrets)
+        whole_sweep = Path(hydra_config.sweep.dir) / "multirun.yaml"
+        if in_sweep and whole_sweep.exists():
+            write_yaml(whole_sweep, _plain(OmegaConf.load(whole_sweep)), secrets)
+        config = _checked(cfg)  # before the heavy imports, so that an error is instant
+        protect_log(all_secrets(OmegaConf.to_container(cfg, resolve=True)))
+        from rl_onoff.run import run
+
+        return run(config, path, group=path.parent.name if in_sweep else None)
 
 
 def _checked(cfg: DictConfig) -> Any:
@@ -62,17 +88,18 @@ def _checked(cfg: DictConfig) -> Any:
         raise UsageError(f"{error}: an option of the engine's own is set as +backend.engine_kwargs.NAME=VALUE") from error
 
 
+def _plain(config: Any) -> Any:
+    return OmegaConf.to_container(config, enum_to_str=True)
+
+
 def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
+    logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
     sys.argv[1:] = [_short_model(argument) for argument in sys.argv[1:]]
-    if sys.argv[1:] == ["doctor"]:
-        from rl_onoff.doctor import doctor
-
-        sys.exit(doctor())
     try:
         job()
     except KeyboardInterrupt:
@@ -84,28 +111,30 @@ def main() -> None:
     if _failures:
         if keeps_traceback:
             raise _failures[0]
-        if len(_failures) > 1:
-            _exit(f"{len(_failures)} jobs of the sweep failed, the first because: {_failures[0]}", _failures[0].exit_code)
-        _fail(_failures[0])
+        _fail(_failures[0], f"{len(_failures)} jobs of the sweep failed, the first because: " if len(_failures) > 1 else "")
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception, before: str = "") -> NoReturn:
     """One sentence on stderr and an exit code; an error nobody foresaw keeps its traceback."""
     cause: Any = error
     while cause is not None and not isinstance(cause, OnOffError):
         cause = cause.__cause__
     if isinstance(cause, OnOffError):
-        _exit(str(cause), cause.exit_code)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        _exit(_config_error(error), UsageError.exit_code)
-    if isinstance(error, OSError) and error.filename is not None:
-        _exit(f"cannot use {error.filename} ({error.strerror}): set run_dir (or sweep_dir) to a folder you can write to", 1)
-    raise error
-
-
-def _exit(sentence: str, code: int) -> NoReturn:
-    print(f"rl-onoff: {sentence}", file=sys.stderr)
+        sentence, code = str(cause), cause.exit_code
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        sentence, code = _config_error(error), UsageError.exit_code
+    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        sentence, code = str(disk_error(error, Path(error.filename or "the run folder"))), OnOffError.exit_code
+    else:
+        raise error
+    print(f"rl-onoff: {before}{sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def _continue_command(folder: str, secrets: frozenset[str]) -> str:
+    """The command line as it was given, secrets masked, with the folder it goes on in."""
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir="))]
+    return shlex.join(["rl-onoff", *(redact_override(argument, secrets) for argument in kept), folder])
 
 
 def _config_error(error: Exception) -> str:
@@ -131,10 +160,6 @@ def _short_model(argument: str) -> str:
         return argument
     choices = {file.stem for file in (CONF / "model").glob("*.yaml")}
     return argument if all(name in choices for name in value.split(",")) else f"model.name={value}"
-
-
-def _is_basic(launcher: DictConfig) -> bool:
-    return "basic_launcher" in launcher._target_
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -14,6 +14,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from rl_onoff.storage import write_whole
+
 MASK = "***"
 MIN_LENGTH = 8  # of a value that is looked for in other texts; a shorter one would match by chance
 _SECRET_KEY = re.compile(
@@ -85,16 +89,9 @@ def redact_override(argument: str, secrets: Collection[str] = ()) -> str:
     return redact(inside, secrets)
 
 
-def redact_yaml(file: Path, secrets: Collection[str] = ()) -> None:
-    """Take the secrets out of one of Hydra's files (config, overrides, its own config), which it writes as they were given."""
-    from omegaconf import OmegaConf
-
-    from rl_onoff.storage import write_whole
-
-    before = OmegaConf.to_container(OmegaConf.load(file))
-    after = redact(_redact_overrides(before, secrets), secrets)
-    if after != before:
-        write_whole(file, OmegaConf.to_yaml(OmegaConf.create(after)))
+def write_yaml(file: Path, config: Any, secrets: Collection[str] = ()) -> None:
+    """Write a config, its interpolations kept, as Hydra would, without the secrets."""
+    write_whole(file, OmegaConf.to_yaml(OmegaConf.create(redact(_redact_overrides(config, secrets), secrets))))
 
 
 def _redact_overrides(value: Any, secrets: Collection[str]) -> Any:

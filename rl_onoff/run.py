@@ -160,13 +160,10 @@ def score(this: Run) -> None:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
     if config.score.responses is not None:
-        if not folder.completions.exists():
-            engine = next(iter(scorers(config).values()))
-            given = load_responses(config.score.responses, build(engine).get_tokenizer())
-            folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
-            stages.take_in(folder, given)
-        else:
-            folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
+        tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
+        given = load_responses(config.score.responses, tokenizer)
+        folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
+        stages.take_in(folder, given, tokenizer)
     if not folder.completions.exists():
         raise UsageError(
             f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a file, "

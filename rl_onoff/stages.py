@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
+from rl_onoff.data import GivenResponse
 from rl_onoff.errors import UsageError
 from rl_onoff.progress import Progress
 from rl_onoff.storage import Row, RunDir, Table
-from rl_onoff.types import Completion, LogprobKind, Request, Response, TokenScores, Want
+from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +144,8 @@ def scores_row(scores: TokenScores) -> Row:
 # -- responses made elsewhere ------------------------------------------------------------------------------------------
 
 
-def take_in(run: RunDir, given: Iterable[Any]) -> None:
-    """Put responses made elsewhere (data.load_responses) into the run, as if it had sampled them."""
+def take_in(run: RunDir, given: Iterable[GivenResponse], tokenizer: Any) -> None:
+    """Put responses made elsewhere into the run, as if it had sampled them; the prompt's text is for people alone."""
     done = run.completions.keys()
     with run.completions.writer() as writer:
         for item in given:
@@ -153,13 +154,13 @@ def take_in(run: RunDir, given: Iterable[Any]) -> None:
             writer.append({
                 "request_id": item.response.request_id,
                 "sample": item.response.sample,
-                "prompt": item.prompt,
+                "prompt": tokenizer.decode(item.response.prompt_ids.tolist()),
                 "prompt_ids": item.response.prompt_ids,
                 "token_ids": item.response.token_ids_T,
                 "text": item.text,
                 "logprobs": item.logprobs_T,
-                "logprob_kind": (item.kind or LogprobKind.raw).value if item.logprobs_T is not None else None,
+                "logprob_kind": None if item.kind is None else item.kind.value,
                 "finish_reason": None,
-                "reward": item.reward,
+                "reward": item.meta.get("reward"),
                 "meta": json.dumps(dict(item.meta), ensure_ascii=False, default=str),
             })

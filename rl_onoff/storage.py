@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +52,9 @@ COLUMNS: dict[str, dict[str, str]] = {
 
 RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
 
+LOCK = ".lock"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.EFBIG)
+
 Row = dict[str, Any]
 Key = tuple[str, int]
 
@@ -60,6 +64,26 @@ class RunDir:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing here meanwhile; UsageError when one does already."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UsageError(
+                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a sweep) to another folder"
+            ) from error
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def completions(self) -> Table:

@@ -123,7 +123,9 @@ class BaseBackend(ABC):
         self._core = core
 
     def _place(self) -> Core:
-        """Where the engine runs: this object itself, a worker process, or a pool of workers."""
+        """Where the engine runs: this object itself, or a worker process."""
+        if (self.config.dp_size or 1) > 1:
+            raise UsageError(f"backend.dp_size is {self.config.dp_size}, but there are no replicas yet: set backend.dp_size=1")
         hosted = self.worker_by_default if self.config.worker is None else self.config.worker
         if not hosted and self.config.python is None:
             return self

@@ -12,7 +12,7 @@ import numpy as np
 
 from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig, HuggingFaceBackendConfig
-from rl_onoff.errors import EngineError, MissingDependencyError
+from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class HuggingFaceBackend(BaseBackend):
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         config = self.config
+        if (config.tp_size or 1) > 1:
+            raise UsageError(
+                f"backend.tp_size is {config.tp_size}, which this backend cannot do yet: set backend.device_map=auto to use several GPUs"
+            )
         device_map = config.device_map
         if device_map is None and config.device is None and torch.cuda.device_count() > 1:
             device_map = "auto"
