@@ -4,6 +4,7 @@
 
 2 prompts of 256 tokens with 8 responses of 64 each. All variants run in one engine, in turn, so that what else the machine
 does falls on all alike; the numbers are ratios of medians. "forward" is the engine with max_tokens=1 on the same sequences.
+Full logits are timed against `prompt_logprobs=-1, flat_logprobs=True, detokenize=False` before its lists are made arrays.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends import VLLMBackendConfig
+from rl_onoff.backends import vllm as module
 from rl_onoff.backends.vllm import VLLMBackend, _jobs, _prefix
 from rl_onoff.types import Response, Want
 
@@ -28,7 +30,11 @@ def work(vocab_size: int, prompts: int = 2, samples: int = 8, prompt_tokens: int
         return rng.integers(100, vocab_size, count, dtype=np.int32)
 
     prompt_ids = [random(prompt_tokens) for _ in range(prompts)]
-    return [Response(request_id=str(p), sample=s, prompt_ids=prompt_ids[p], token_ids_T=random(tokens)) for p in range(prompts) for s in range(samples)]
+    return [
+        Response(request_id=str(p), sample=sample, prompt_ids=ids, token_ids_T=random(tokens))
+        for p, ids in enumerate(prompt_ids)
+        for sample in range(samples)
+    ]
 
 
 def main() -> None:
@@ -45,14 +51,13 @@ def main() -> None:
         seeds = iter(range(1_000_000))
 
         def run(responses: list[Response], **params: Any) -> None:
-            """The whole sequences, nothing cached."""
-            fresh = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
-            for _ in engine.run((None, _prefix(r), SamplingParams(**fresh | params)) for r in responses):
+            """The whole sequences, nothing cached; one at a time where every number comes back as an object."""
+            plain = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
+            most = 1 if params.get("prompt_logprobs") == -1 else None
+            for _ in engine.run(((None, _prefix(r), SamplingParams(**plain | params)) for r in responses), most):
                 pass
 
         def in_engine(responses: list[Response], want: Want, cached: bool) -> None:
-            import rl_onoff.backends.vllm as module
-
             module._jobs = _jobs if cached else lambda r, n, _: _jobs(r, n, True)
             assert sum(1 for _ in backend._stats(responses, want)) == len(responses)
             module._jobs = _jobs
@@ -72,25 +77,25 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in variants}
         for round_ in range(args.rounds + 1):
             for name, variant in variants.items():
-                began = time.perf_counter()
-                variant()
+                taken_s = clock(variant)
                 if round_:  # the first warms up
-                    times[name].append(time.perf_counter() - began)
+                    times[name].append(taken_s)
         forward = statistics.median(times["forward"])
         for name, taken in times.items():
-            print(f"{name:<50} {statistics.median(taken) / forward:5.2f} x forward   (best of each: {min(taken) / min(times['forward']):.2f})")
+            print(f"{name:<50} {statistics.median(taken) / forward:5.2f} x forward (best: {min(taken) / min(times['forward']):.2f})", flush=True)
 
         engine.model.max_logprobs = -1  # so that the public path can run in this same engine
-        one = work(engine.vocab_size, prompts=1, samples=1)
-        taken = []
-        for _ in range(3):
-            began = time.perf_counter()
-            in_engine(one, Want(full_logits=True), False)
-            taken.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        run(one, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True)
-        public = time.perf_counter() - began
-        print(f"full logits of one 320-token sequence: in-engine is {public / statistics.median(taken):.0f} times as fast as the flat public path")
+        for name, samples in (("one response of 64 tokens to a prompt of 256", 1), ("eight that share their prompt", 8)):
+            taken = [clock(lambda n=samples: in_engine(work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True))]
+            taken += [clock(lambda n=samples: in_engine(work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True))]
+            public = clock(lambda n=samples: run(work(engine.vocab_size, 1, n), prompt_logprobs=-1, logprobs=-1, flat_logprobs=True))
+            print(f"full logits, {name}: in-engine {public / min(taken):.0f} times as fast as the flat public path", flush=True)
+
+
+def clock(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ def main() -> None:
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
+    if sys.argv[1:] == ["doctor"]:
+        from rl_onoff.doctor import doctor
+
+        sys.exit(doctor())
     sys.argv[1:] = [_short_model(argument) for argument in sys.argv[1:]]
     try:
         job()

@@ -6,15 +6,22 @@ below it (docs/configuration.md is made from them). Nothing here imports an engi
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
 from rl_onoff.errors import UsageError
+from rl_onoff.redaction import redact_override
 from rl_onoff.sampling import Sampling
+
+
+MAX_FOLDER_NAME = 200  # bytes; file systems hold 255, and W&B 128 characters of a name it is not given
 
 
 class Stage(Enum):
@@ -202,9 +209,19 @@ def field_names() -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def job_folder(overrides: Sequence[str]) -> str:
+    """The name of a sweep's job: its overrides, without secrets, slashes (a model's path), or more than a file name may hold."""
+    named = [redact_override(override) for override in overrides if not override.startswith(("run_dir=", "sweep_dir="))]
+    name = re.sub(r"[/\\]+", "_", ",".join(sorted(named))) or "job"
+    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    return name if len(name.encode()) <= MAX_FOLDER_NAME else f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
+
+
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore: `schema/<group>/<name>`, and the whole run as `schema/run`."""
     from hydra.core.config_store import ConfigStore
+
+    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
     store = ConfigStore.instance()
     # Hydra copies the store, every schema in it, each time it lists a group, which --help and shell completion do a hundred times.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +47,7 @@ class Run:
         return Progress(stage, total, self.tracker.log, self.config.tracking.log_every_s)
 
 
-def run(config: RunConfig, path: Path, *, group: str | None = None, overrides: Sequence[str] = ()) -> float | None:
+def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
     """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
     rows = check(config)
     folder = RunDir(path)
@@ -68,9 +66,6 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, overrides: S
         report(this, summary)
         failed = False
         return summary.values.get(config.metric)
-    except KeyboardInterrupt:
-        log.warning("stopped; everything finished so far is in %s. To go on: %s", path, continue_command(path, overrides))
-        raise
     finally:
         tracker.close(failed)
 
@@ -117,11 +112,6 @@ def default_name(engine: EngineConfig) -> str:
 
 def job_type(config: RunConfig) -> str:
     return "+".join(stage.value for stage in config.stages)
-
-
-def continue_command(path: Path, overrides: Sequence[str]) -> str:
-    kept = [override for override in overrides if not override.startswith(("run_dir=", "sweep_dir="))]
-    return shlex.join(["rl-onoff", *kept, f"run_dir={path}"])
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------

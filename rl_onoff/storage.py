@@ -101,8 +101,7 @@ class RunDir:
         return write_whole(self.path / name, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(self.path / name)
 
 
 class Table:
@@ -119,22 +118,26 @@ class Table:
 
     def rows(self, columns: Sequence[str] | None = None, shards: Sequence[Path] | None = None) -> Iterator[Row]:
         """All rows (of these shards), a small batch in memory at a time; lists of numbers come as numpy arrays."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         for shard in self.shards() if shards is None else shards:
-            with pq.ParquetFile(shard) as file:
-                for batch in file.iter_batches(batch_size=64, columns=list(columns) if columns else None):
-                    values = {name: _values(batch.column(name)) for name in batch.schema.names}
-                    for i in range(batch.num_rows):
-                        yield {name: column[i] for name, column in values.items()}
+            try:
+                with pq.ParquetFile(shard) as file:
+                    for batch in file.iter_batches(batch_size=64, columns=list(columns) if columns else None):
+                        values = {name: _values(batch.column(name)) for name in batch.schema.names}
+                        for i in range(batch.num_rows):
+                            yield {name: column[i] for name, column in values.items()}
+            except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
+                cause = " ".join(str(error).split()).rstrip(".")
+                raise OnOffError(f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again") from error
 
     def keys(self) -> set[Key]:
         return {(row["request_id"], row["sample"]) for row in self.rows(["request_id", "sample"])}
 
     def record(self) -> dict[str, Any]:
         """What the rows depend on, and the engine that made them; empty for a table that has none."""
-        file = self.path / RECORD
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(self.path / RECORD) or {}
 
     def claim(self, config: Mapping[str, Any]) -> None:
         """Say what the rows depend on; raises UsageError when rows are there that another config made."""
@@ -152,7 +155,6 @@ class Table:
         self._write_record({**self.record(), **facts})
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0) -> Writer:
@@ -165,12 +167,16 @@ class Writer:
     def __init__(self, table: Table, max_rows: int, max_seconds: float):
         self.table, self.max_rows, self.max_seconds = table, max_rows, max_seconds
         self._rows: list[Row] = []
+        self._shard: Path | None = None  # where the rows held go
         self._since = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.table.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.table.path.glob(".part-*"):
-            leftover.unlink()
+        try:
+            self.table.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.table.path.glob(".part-*"):
+                leftover.unlink()
+        except OSError as error:
+            raise disk_error(error, self.table.path) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -187,29 +193,39 @@ class Writer:
         """Put what is held into a shard of its own."""
         if not self._rows:
             return
+        if self._shard is None:
+            shards = self.table.shards()
+            number = int(shards[-1].stem.removeprefix("part-")) + 1 if shards else 0
+            self._shard = self.table.path / f"part-{number:06d}.parquet"
+        if not self._shard.exists():  # it does when a Ctrl-C came between the rename and the lines below
+            self._write(self._shard)
+        self._rows = []
+        self._shard = None
+
+    def _write(self, shard: Path) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         fields = {name: _arrow_type(kind) for name, kind in self.table.columns.items()}
         columns = [pa.array([row.get(name) for row in self._rows], type=kind) for name, kind in fields.items()]
-        shards = self.table.shards()
-        number = int(shards[-1].stem.removeprefix("part-")) + 1 if shards else 0
-        final = self.table.path / f"part-{number:06d}.parquet"
-        partial = final.with_name(f".{final.name}")
+        partial = shard.with_name(f".{shard.name}")
         try:
             pq.write_table(pa.table(columns, names=list(fields)), partial, compression="zstd")
             _sync(partial)
-            partial.rename(final)
+            partial.rename(shard)
+            _sync(shard.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise disk_error(error, self.table.path) from error
-        self._rows = []
 
 
 def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OnOffError(f"the disk that holds {path} is full: free some space and go on with the same run_dir; nothing written is lost")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OnOffError(
+            f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same run_dir,"
+            " nothing written is lost; or set run_dir to a folder on another disk"
+        )
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
 
@@ -226,6 +242,14 @@ def write_whole(file: Path, text: str) -> Path:
     return file
 
 
+def read_json(file: Path) -> Any:
+    """The content of a small file of ours, None when it is not there."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (ValueError, OSError) as error:
+        raise OnOffError(f"{file} cannot be read ({error}): restore it, or set run_dir to a new folder") from error
+
+
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
     """The leaves in which two nested configs differ, as `a.b: 1 -> 2`."""
     if isinstance(before, dict) and isinstance(after, dict):
@@ -235,8 +259,12 @@ def differences(before: Any, after: Any, name: str = "") -> list[str]:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _arrow_type(kind: str) -> Any:
