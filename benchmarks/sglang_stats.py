@@ -3,8 +3,8 @@
     bash tests/engines/build_sglang.sh && PYTHONPATH=. .venv-sglang/bin/python benchmarks/sglang_stats.py
 
 Prints ratios, measured side by side in one run, each the median of rounds in which every way has its turn. "Stats" are chosen
-logprob, entropy, logsumexp, rank and top-5. Work: 2 prompts of 256 tokens with 8 responses of 64 tokens each; the cache
-is flushed before every turn.
+logprob, entropy, logsumexp, rank and top-5. Work: 2 prompts of 256 tokens (--prompts) with 8 responses of 64 tokens each; the
+cache is flushed before every turn.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from rl_onoff.types import Response, Want
 def work(vocab_size: int, num_prompts: int, num_prompt: int, num_responses: int, num_tokens: int) -> list[Response]:
     rng = np.random.default_rng(0)
     prompts = rng.integers(100, vocab_size - 100, (num_prompts, num_prompt), dtype=np.int32)
+    tokens = rng.integers(100, vocab_size - 100, (num_prompts, num_responses, num_tokens), dtype=np.int32)
     return [
-        Response(request_id=str(i), sample=j, prompt_ids=prompt, token_ids_T=rng.integers(100, vocab_size - 100, num_tokens, dtype=np.int32))
-        for i, prompt in enumerate(prompts)
+        Response(request_id=str(i), sample=j, prompt_ids=prompts[i], token_ids_T=tokens[i, j])
+        for i in range(num_prompts)
         for j in range(num_responses)
     ]
 
@@ -95,7 +96,7 @@ def compare(ways: Ways, named: dict[str, Callable[[], None]], rounds: int) -> No
     base, *_ = times
     for name, seconds in times.items():
         ratios = [a / b for a, b in zip(seconds, times[base], strict=True)]
-        print(f"{name:60}{statistics.median(ratios):8.2f}")
+        print(f"{name:60}{statistics.median(ratios):8.2f}", flush=True)
     print()
 
 
@@ -103,12 +104,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with SGLangBackend(SGLangBackendConfig(model_name=args.model, dtype=args.dtype, context_length=1024, worker=False)) as backend:
         vocab_size = backend.info.vocab_size
         print(f"{args.model} {args.dtype}, SGLang {backend.info.version}: relative time\n")
-        ways = Ways(backend, work(vocab_size, 2, 256, 8, 64))
+        ways = Ways(backend, work(vocab_size, args.prompts, 256, 8, 64))
         statistics_ways = {
             "plain forward": ways.plain,
             "public logprob_start_len (one number a token)": ways.public,

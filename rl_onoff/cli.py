@@ -96,6 +96,7 @@ def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where processes share cores
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
@@ -103,11 +104,19 @@ def main() -> None:
         from rl_onoff.doctor import doctor
 
         sys.exit(doctor())
+    sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
     sys.argv[1:] = [_short_model(argument) for argument in sys.argv[1:]]
+    if sys.argv[1:] == ["doctor"]:
+        from rl_onoff.doctor import doctor
+
+        sys.exit(doctor())
     try:
         job()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `rl-onoff --cfg job | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if keeps_traceback:
             raise

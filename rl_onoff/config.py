@@ -18,10 +18,10 @@ from omegaconf import MISSING, OmegaConf
 from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.redaction import redact_override
-from rl_onoff.sampling import Sampling
+from rl_onoff.sampling import LogprobKind, Sampling
 
-
-MAX_FOLDER_NAME = 200  # bytes; file systems hold 255, and W&B 128 characters of a name it is not given
+COLUMN_ROLES = ("id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward")
+MAX_FOLDER_NAME = 120  # bytes; a file system takes 255, but W&B only 128 as a run's name
 
 
 class Stage(Enum):
@@ -30,6 +30,23 @@ class Stage(Enum):
     generate = "generate"
     score = "score"
     compare = "compare"
+    matrix = "matrix"
+    attribute = "attribute"
+
+
+class Rung(Enum):
+    """A cause that the attribution tries, in this order; a change that explains something is kept for the rungs after it."""
+
+    noise = "noise"  # the same engine scores the same tokens in other batches
+    end_token = "end_token"  # the last token is there on one side only, or is treated differently
+    retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
+    transform = "transform"  # raw, scaled and processed logprobs taken for one another
+    decode = "decode"  # what the engine reports while it samples, against its own prefill
+    lm_head = "lm_head"  # LM head in float32
+    dtype = "dtype"  # all weights in float32
+    tensor_parallel = "tensor_parallel"  # one device
+    engine = "engine"  # one engine for both sides
+    weights = "weights"  # one model for both sides
 
 
 class Format(Enum):
@@ -133,6 +150,47 @@ class ScoreConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """What the compare stage reads, where it is not this run folder: earlier runs, and files made elsewhere."""
+
+    behaviour: str | None = None
+    """Who sampled: a run folder, or a .jsonl or .parquet file with token ids and logprobs; null is this run folder."""
+    target: str | None = None
+    """Who scored: a run folder, one of its scores as FOLDER:NAME, or a file; null is what scored the behaviour's own folder or file."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What a file's columns are called where that is not found out, e.g. +compare.columns.behaviour=vllm_logprobs."""
+    behaviour_kind: LogprobKind | None = None
+    """Kind of the behaviour's logprobs in a file; null is what its column logprob_kind says, else raw."""
+    target_kind: LogprobKind | None = None
+    """Kind of the target's logprobs in a file; null is the kind of the behaviour's."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, or ids where it has none."""
+
+    def __post_init__(self) -> None:
+        for role in self.columns:
+            if role not in COLUMN_ROLES:
+                raise UsageError(
+                    f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set +compare.columns.token_ids=responses"
+                )
+
+
+@dataclass(kw_only=True, slots=True)
+class AttributeConfig:
+    """How the gap between behaviour and target is taken apart."""
+
+    target: str | None = None
+    """Name of the scores whose gap is explained; null is the furthest from the behaviour."""
+    rungs: list[Rung] = field(default_factory=list)
+    """Causes to try; empty is all of them."""
+    limit: int | None = 256
+    """Most responses that are scored again, chosen at random but always the same; null is all."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"attribute.limit is {self.limit} but must be at least 1: set attribute.limit=256, or null for all responses")
+
+
+@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     """Where the run is logged."""
 
@@ -174,6 +232,8 @@ class RunConfig:
     """The engine and weights that score; null is the backend that samples."""
     targets: dict[str, EngineConfig] = field(default_factory=dict)
     """More engines that score, each under a name of its own."""
+    policies: dict[str, EngineConfig] = field(default_factory=dict)
+    """The engines of experiment=matrix by name: each samples, each scores what all of them sampled."""
     model: ModelConfig = MISSING
     """The weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -184,6 +244,10 @@ class RunConfig:
     """How responses are judged."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """How tokens are scored."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """What is compared."""
+    attribute: AttributeConfig = field(default_factory=AttributeConfig)
+    """How a gap is explained."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is logged."""
     metric: str = "generate/logprob_mean"
@@ -197,6 +261,8 @@ SCHEMAS: dict[tuple[str, str], Any] = {
     ("sampling", "sampling"): Sampling,
     ("reward", "reward"): RewardConfig,
     ("score", "score"): ScoreConfig,
+    ("compare", "compare"): CompareConfig,
+    ("attribute", "attribute"): AttributeConfig,
     ("tracking", "tracking"): TrackingConfig,
 }
 

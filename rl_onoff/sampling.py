@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -40,18 +41,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1"),
-            (self.temperature >= 0, "temperature", "0 (greedy) or larger"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (1 keeps every token)"),
-            (self.top_k >= 0, "top_k", "0 (keeps every token) or larger"),
-            (0 <= self.min_p <= 1, "min_p", "between 0 and 1"),
-            (self.n >= 1, "n", "at least 1"),
-            (all(self.stop), "stop", "a list of strings none of which is empty"),
-            (0 <= self.seed < 2**63, "seed", "between 0 and 2^63 - 1"),
+            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1", 512),
+            (0 <= self.temperature < math.inf, "temperature", "a number from 0 (greedy) on", 1),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (which keeps every token)", 1),
+            (self.top_k >= 0, "top_k", "0 (which keeps every token) or larger", 0),
+            (0 <= self.min_p <= 1, "min_p", "from 0 (which keeps every token) to 1", 0),
+            (self.n >= 1, "n", "at least 1", 1),
+            (all(self.stop), "stop", "a list of strings, none of them empty", "[]"),
+            (0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", 0),
         )
-        for fine, name, want in checks:
+        for fine, name, want, example in checks:
             if not fine:
-                raise UsageError(f"sampling.{name} is {getattr(self, name)!r} but must be {want}: set sampling.{name}=…")
+                value = getattr(self, name)
+                raise UsageError(f"sampling.{name} is {value!r} but must be {want}: set sampling.{name}={example}, for example")
 
     @property
     def greedy(self) -> bool:

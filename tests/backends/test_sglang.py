@@ -39,6 +39,13 @@ def chunked(smollm2: str) -> Iterator[BaseBackend]:
 
 
 @pytest.fixture(scope="module")
+def pair(tiny_llama: str) -> Iterator[BaseBackend]:
+    """Two tensor-parallel ranks; the last test that uses it kills one."""
+    with start(tiny_llama, tp_size=2, logprob_kind="scaled") as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
 def tiny_reference(tiny_llama: str) -> Any:
     return reference_of(tiny_llama)
 
@@ -128,19 +135,18 @@ def test_the_public_api_says_the_same_and_its_use_is_announced(
         assert_scores(list(backend.score(responses, want)), responses, tiny_reference, want)
 
 
-def test_two_tensor_parallel_ranks(tiny_llama: str, tiny_reference: Any) -> None:
-    with start(tiny_llama, tp_size=2, logprob_kind="scaled") as backend:
-        assert backend.info.in_engine_stats
-        ids = np.arange(100, 200, dtype=np.int32)
-        responses = [response(ids, 12, 40, sample=i, shift=i) for i in range(3)]
-        want = Want(top_k=3, full_logits=True)
-        assert_scores(list(backend.score(responses, want)), responses, tiny_reference, want)
+def test_two_tensor_parallel_ranks(pair: BaseBackend, tiny_reference: Any) -> None:
+    assert pair.info.in_engine_stats
+    ids = np.arange(100, 200, dtype=np.int32)
+    responses = [response(ids, 12, 40, sample=i, shift=i) for i in range(3)]
+    want = Want(top_k=3, full_logits=True)
+    assert_scores(list(pair.score(responses, want)), responses, tiny_reference, want)
 
-        (completion,) = backend.complete([Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))])
-        assert completion.kind is LogprobKind.scaled
-        asked = Response(request_id="a", sample=0, prompt_ids=ids[:12], token_ids_T=completion.token_ids_T)
-        scaled = plain(tiny_reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
-        assert np.abs(completion.logprobs_T - scaled).max() < TOLERANCE
+    (completion,) = pair.complete([Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))])
+    assert completion.kind is LogprobKind.scaled
+    asked = Response(request_id="a", sample=0, prompt_ids=ids[:12], token_ids_T=completion.token_ids_T)
+    scaled = plain(tiny_reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
+    assert np.abs(completion.logprobs_T - scaled).max() < TOLERANCE
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -201,23 +207,29 @@ def test_every_sampling_argument_is_explicit() -> None:
 # -- death -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["scheduler", "detokenizer"])
-def test_a_killed_part_of_the_engine_is_an_error_in_time(tiny_llama: str, part: str) -> None:
+def test_a_killed_scheduler_is_an_error_in_time(pair: BaseBackend) -> None:
+    kill_and_see(pair, "scheduler")
+
+
+def test_a_killed_detokenizer_is_an_error_in_time(tiny_llama: str) -> None:
     with start(tiny_llama) as backend:
-        worker = psutil.Process(backend._core.pid)
-        family = [worker, *worker.children(recursive=True)]
-        victim = next(child for child in family if part in " ".join(child.cmdline()))
-        prompt_ids = np.arange(100, 110, dtype=np.int32)
-        stream = backend.complete([Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400, n=100))])
-        first = None
-        began = time.monotonic()
-        with pytest.raises(EngineDiedError) as caught:
-            for completion in stream:
-                if first is None:
-                    first = completion.key
-                    os.kill(victim.pid, signal.SIGKILL)
-                    began = time.monotonic()
-        assert time.monotonic() - began < 10
-        assert first not in caught.value.in_flight
-        assert len(caught.value.in_flight) > 0
+        kill_and_see(backend, "detokenizer")
+
+
+def kill_and_see(backend: BaseBackend, part: str) -> None:
+    """Kill a part of the engine once the first of many responses has come; this process must live on to say so."""
+    worker = psutil.Process(backend._core.pid)  # type: ignore[union-attr]
+    family = [worker, *worker.children(recursive=True)]
+    victim = next(child for child in family if part in " ".join(child.cmdline()))
+    sampling = Sampling(max_new_tokens=400, n=100)
+    first, began = None, 0.0
+    with pytest.raises(EngineDiedError) as caught:
+        for completion in backend.complete([Request(id="a", prompt_ids=np.arange(100, 110, dtype=np.int32), sampling=sampling)]):
+            if first is None:
+                first, began = completion.key, time.monotonic()
+                os.kill(victim.pid, signal.SIGKILL)
+    assert time.monotonic() - began < 10
+    assert first not in caught.value.in_flight
+    assert len(caught.value.in_flight) > 0
+    backend.close()
     assert not psutil.wait_procs(family, timeout=10)[1]
