@@ -2,73 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from rl_onoff.comparison import Comparison, compare, verdict
-from rl_onoff.joining import facts, group_columns, pairs, report_responses, token_texts
+from rl_onoff.joining import facts, group_columns, pairs, report_responses
 from rl_onoff.metrics import METRICS
+from rl_onoff.recorded import check_tokenizers
 from rl_onoff.report import ReportInput, write_report
+from rl_onoff.sources import own_scores
 from rl_onoff.storage import RunDir
 
 
-def own_scores(run: RunDir) -> str | None:
-    """The scores made by the engine and weights that sampled, if the run has them."""
-    sampled_by = run.completions.record().get("config", {}).get("backend")
-    for name in run.score_names():
-        if sampled_by is not None and run.scores(name).record().get("config", {}).get("backend") == sampled_by:
-            return name
-    return None
-
-
-def compare_run(run: RunDir) -> dict[str, Comparison]:
+def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
     """Every table of scores against what was sampled, by the table's name; the behaviour's own scores come first."""
-    own, columns = own_scores(run), group_columns(run)
+    own, columns = own or own_scores(run), group_columns(run)
     names = sorted(run.score_names(), key=lambda name: (name != own, name))
     comparisons = {}
     for name in names:
+        check_tokenizers(run.completions.record(), run.scores(name).record(), name)
         joined = pairs(run, name, own, group_columns=columns)
         first = next(joined, None)
         if first is not None:
-            comparisons[name] = compare(_chain(first, joined))
+            comparisons[name] = compare(chain([first], joined))
     return comparisons
 
 
-def noise_floor(run: RunDir, comparisons: Mapping[str, Comparison]) -> float | None:
+def noise_floor(own: str | None, comparisons: Mapping[str, Comparison]) -> float | None:
     """Mean k3 KL between what the engine said while it sampled and when it scored the same tokens; None when not measured."""
-    own = own_scores(run)
     return comparisons[own]["kl_k3"].value if own in comparisons and len(comparisons) > 1 else None
 
 
-def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
+def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> str:
+    """Name of the target with the largest mean k3 KL; the behaviour's own scores only where there is no other."""
+    others = {name: c for name, c in comparisons.items() if name != own} or comparisons
+    return max(others, key=lambda name: others[name]["kl_k3"].value)
+
+
+def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | None = None) -> str:
     """One sentence about the target that is furthest away."""
-    own = own_scores(run)
-    others = {name: c for name, c in comparisons.items() if name != own} or dict(comparisons)
-    name, worst = max(others.items(), key=lambda item: item[1]["kl_k3"].value)
-    said = verdict(worst, noise_floor(run, comparisons))
-    return said if len(others) == 1 else f"{name}: {said}"
+    own = own or own_scores(run)
+    name = furthest(own, comparisons)
+    said = verdict(comparisons[name], noise_floor(own, comparisons))
+    return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
 
 
-def write_page(run: RunDir, comparisons: Mapping[str, Comparison], own: str | None, tokenizer: Any) -> Path:
+def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str], own: str | None = None) -> Path:
     """`report.html`: targets in the order of how far they are, the behaviour's own scores last."""
+    own = own or own_scores(run)
     names = sorted(comparisons, key=lambda name: (name == own, -comparisons[name]["kl_k3"].value))
     behaviour = facts("behaviour", run.completions.record(), "behaviour")
-    text = token_texts(tokenizer)
     return write_report(
         run.path / "report.html",
         ReportInput(
             title=f"{behaviour.get('model', run.path.name)}: how on-policy?",
-            verdict=verdict_of(run, comparisons),
+            verdict=verdict_of(run, comparisons, own),
             policies=[behaviour, *(facts(name, run.scores(name).record(), "target") for name in names)],
-            responses=report_responses(run, names, own, text, group_columns(run)),
+            responses=report_responses(run, names, own, token_text, group_columns(run)),
             comparisons=[{"name": name, **comparisons[name].to_dict()} for name in names],
             metric_info=METRICS,
-            token_text=text,
+            token_text=token_text,
+            attribution=run.read_json("attribution.json"),
         ),
     )
-
-
-def _chain(first: Any, rest: Any) -> Any:
-    yield first
-    yield from rest

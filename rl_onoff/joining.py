@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_onoff.comparison import Pair, Side
+from rl_onoff.errors import UsageError
 from rl_onoff.report import ReportResponse, TokenView
 from rl_onoff.storage import Key, Row, RunDir, Table
-from rl_onoff.types import LogprobKind
+from rl_onoff.types import LogprobKind, Sampling
 
 SHARDS_HELD = 4  # shards of one table in memory: rows of two tables come in nearly the same order
 
@@ -53,33 +55,40 @@ def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[
     `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled logprobs,
     or in their place where the responses came without. Processed logprobs are compared with processed ones.
     """
-    targets = Lookup(run.scores(target))
+    targets, target_sampler = Lookup(run.scores(target)), sampler_of(run.scores(target))
     owns = Lookup(run.scores(own)) if own is not None and own != target else None
+    own_sampler = sampler_of(run.scores(own)) if own is not None else None
+    drawn_with = run.completions.record().get("config", {}).get("sampling")
     for row in run.completions.rows():
         key = row["request_id"], row["sample"]
         scored, own_row = targets.get(key), owns.get(key) if owns is not None else None
         if scored is None or (row["logprobs"] is None and own_row is None):
             continue
         kind = LogprobKind.raw if row["logprobs"] is None else LogprobKind[row["logprob_kind"]]
+        if kind is not LogprobKind.raw and drawn_with and target_sampler and not _same_transform(Sampling(**drawn_with), target_sampler):
+            raise UsageError(
+                f"the behaviour's logprobs are {kind.value} and {target} was scored under another sampler than the one that drew the tokens: "
+                "score them again in a folder of their own, with the sampling options of the run that sampled"
+            )
         yield Pair(
             request_id=key[0],
             sample=key[1],
-            behaviour=_behaviour(row, own_row, kind),
-            target=_side(scored, kind),
+            behaviour=_behaviour(row, own_row, kind, own_sampler),
+            target=_side(scored, kind, target_sampler),
             groups=groups_of(row, group_columns),
         )
 
 
-def _behaviour(row: Row, own: Row | None, kind: LogprobKind) -> Side:
+def _behaviour(row: Row, own: Row | None, kind: LogprobKind, sampler: Sampling | None) -> Side:
     if own is None:
         return Side(token_ids_T=row["token_ids"], logprobs_T=row["logprobs"], kind=kind)
-    return _side(own, kind, logprobs=row["logprobs"])
+    return _side(own, kind, sampler, logprobs=row["logprobs"])
 
 
-def _side(scores: Row, kind: LogprobKind, logprobs: Any = None) -> Side:
+def _side(scores: Row, kind: LogprobKind, sampler: Sampling | None, logprobs: Any = None) -> Side:
     """A row of a scores table as one side of a comparison of `kind`; `logprobs` stand in place of the scored ones."""
     if logprobs is None:
-        logprobs = scores["logprobs"] if kind is LogprobKind.raw else scores["processed_logprobs"]
+        logprobs = scored_as(scores, kind, sampler)
     has_top = scores["top_ids"] is not None and scores["top_ids"].shape[-1] > 0
     return Side(
         token_ids_T=scores["token_ids"],
@@ -94,6 +103,41 @@ def _side(scores: Row, kind: LogprobKind, logprobs: Any = None) -> Side:
         processed_logprobs_T=scores["processed_logprobs"],
         nucleus_mass_T=scores["nucleus_mass"],
     )
+
+
+def scored_as(scores: Row, kind: LogprobKind, sampler: Sampling | None) -> np.ndarray:
+    """A scored response's logprobs as logprobs of `kind`; refused where they cannot be had from what was kept.
+
+    Scores are raw and, under `sampler`, processed; what the sampler kept of the probability joins the two, so the scaled ones
+    are the processed ones plus the logarithm of the kept mass.
+    """
+    stored = LogprobKind(scores["logprob_kind"] or "raw")
+    where = f"response {scores['request_id']}/{scores['sample']}"
+    if stored is kind or (stored is LogprobKind.raw and kind is LogprobKind.scaled and sampler and sampler.temperature in (0, 1)):
+        return scores["logprobs"]
+    if stored is not LogprobKind.raw or scores["processed_logprobs"] is None or (sampler is None and kind is LogprobKind.scaled):
+        raise UsageError(
+            f"the behaviour's logprobs of {where} are {kind.value} and the target's are {stored.value}: score the tokens with "
+            "score.processed=true, or say what a file's logprobs are in compare.behaviour_kind and compare.target_kind"
+        )
+    if kind is LogprobKind.processed:
+        return scores["processed_logprobs"]
+    if np.isneginf(scores["processed_logprobs"]).any():
+        raise UsageError(
+            f"the scaled logprobs of {where} are not known, since the target's sampler could not have drawn some of its tokens: "
+            "sample with backend.logprob_kind=raw or processed"
+        )
+    return scores["processed_logprobs"] + np.log(scores["nucleus_mass"])
+
+
+def sampler_of(table: Table) -> Sampling | None:
+    """The sampler whose transform a table's processed logprobs are under."""
+    sampler = table.record().get("config", {}).get("want", {}).get("sampler")
+    return Sampling(**sampler) if sampler else None
+
+
+def _same_transform(ours: Sampling, theirs: Sampling) -> bool:
+    return all(getattr(ours, name) == getattr(theirs, name) for name in ("temperature", "top_p", "top_k", "min_p"))
 
 
 def groups_of(row: Row, columns: Sequence[str]) -> dict[str, str]:
@@ -151,16 +195,6 @@ def _view(scores: Row | None, logprobs: Any) -> TokenView | None:
         top_ids_TK=scores["top_ids"],
         top_logprobs_TK=scores["top_logprobs"],
     )
-
-
-def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """Text of one token id, special tokens shown."""
-
-    @cache
-    def text(token_id: int) -> str:
-        return tokenizer.decode([token_id])
-
-    return text
 
 
 def facts(name: str, record: Mapping[str, Any], role: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         _take_in_completions(here, file, config)
         if config.target is None:
             name = file.columns["target"]
-            scores[name] = _take_in_scores(here, file, name, config)
+            scores[name] = _take_in_scores(here, file, name, config, here.completions)
     else:
         behaviour = here if config.behaviour is None else _folder(config.behaviour, "compare.behaviour")
         if not behaviour.completions.exists():
@@ -76,19 +76,20 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         own = own_scores(behaviour)
         scores = {name: behaviour.scores(name) for name in behaviour.score_names() if config.target is None or name == own}
     if config.target is not None:
-        scores |= _target(config, here, taken=scores)
+        scores |= _target(config, here, behaviour.completions, taken=scores)
     joined = Joined(here.path, behaviour.completions, scores, own)
     for name in scores:
         _check_common(joined, name)
     return joined
 
 
-def _target(config: CompareConfig, here: RunDir, taken: Mapping[str, Table]) -> dict[str, Table]:
+def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapping[str, Table]) -> dict[str, Table]:
     """The tables of scores that compare.target names, under names that are free."""
     assert config.target is not None
     if _is_file(config.target, "compare.target"):
         file = open_export(config.target, key="compare.target", columns=config.columns)
-        return {Path(config.target).stem: _take_in_scores(here, file, Path(config.target).stem, config)}
+        name = Path(config.target).stem
+        return {name: _take_in_scores(here, file, name, config, completions)}
     path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
     folder = _folder(path, "compare.target")
     names = folder.score_names()
@@ -151,12 +152,12 @@ def _take_in_completions(here: RunDir, file: ExportFile, config: CompareConfig) 
         table.describe(pieces=pieces)
 
 
-def _take_in_scores(here: RunDir, file: ExportFile, name: str, config: CompareConfig) -> Table:
+def _take_in_scores(here: RunDir, file: ExportFile, name: str, config: CompareConfig, completions: Table) -> Table:
     """A file's logprobs as a table of scores; they stand in the behaviour's column where the file is one policy's alone."""
     side = "target" if "target" in file.columns else "behaviour"
     table = here.scores(name)
     table.claim(_claim(file, config.target or config.behaviour, config.target_kind))
-    behaviours = next(here.completions.rows(["logprob_kind"]), {}).get("logprob_kind")
+    behaviours = next(completions.rows(["logprob_kind"]), {}).get("logprob_kind")
     kind = _default_kind(config.target_kind, file, "target", LogprobKind(behaviours or "raw"))
     done = table.keys()
     with table.writer() as writer:
