@@ -85,7 +85,11 @@ def _checked(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a field added with `+`, which the schema does not have
-        raise UsageError(f"{error}: an option of the engine's own is set as +backend.engine_kwargs.NAME=VALUE") from error
+        schema = getattr(error.obj, "__class__", type(None)).__name__.removesuffix("Config")
+        raise UsageError(
+            f"the option {error.name!r}, added with +, is none of {schema}'s (docs/configuration.md): remove it, or set an option of the"
+            " engine's own as +backend.engine_kwargs.NAME=VALUE"
+        ) from error
 
 
 def _plain(config: Any) -> Any:
@@ -136,7 +140,7 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
         sentence, code = str(cause), cause.exit_code
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = _config_error(error), UsageError.exit_code
-    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    elif isinstance(error, OSError) and (error.errno in DISK_ERRORS or error not in _failures):  # else Hydra could not make its folder
         sentence, code = str(disk_error(error, Path(error.filename or "the run folder"))), OnOffError.exit_code
     else:
         raise error
@@ -150,13 +154,29 @@ def _continue_command(folder: str, secrets: frozenset[str]) -> str:
     return shlex.join(["rl-onoff", *(redact_override(argument, secrets) for argument in kept), folder])
 
 
+SENTENCES = (  # what Hydra says -> the cause, then the override that mends it
+    (r"Could not find '(\S+)/(\S+)' Available options in '\S+': (.+)", r"\1=\2 is not one of the choices: set \1 to one of \3"),
+    (r"Could not (?:override|delete from config)\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", r"there is no option \1"),
+    (r"Error merging override (\S+?)=(.*?) (field '\S+' is not Optional)", r"\1=\2 is refused: this option cannot be null, set it to a value"),
+    (r"Error merging override ([^\s=]+)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)", r"\1=\2 is refused (\3): set \1 to a value of its type"),
+    (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
+    (r"(?:Error parsing override '([^']*)' )?(.*(?:no viable alternative|extraneous|mismatched|token recognition).*)",
+     r"an override cannot be read (\2): put quotes around a value with blanks, commas or brackets, as in 'data.system=\"Be brief, please.\"'"),
+    (r"Ambiguous value for argument '([^']+)' .*", r"\1 has several values: add -m to run each of them, or write NAME=[a,b] for a list"),
+)  # fmt: skip
+
+
 def _config_error(error: Exception) -> str:
-    """Hydra's message and its cause in one line, with the nearest name where one was misspelt, and where to look."""
-    words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__)))))
-    name = re.search(r"Could not override '([^']+)'", words)
+    """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt, and where to look."""
+    words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__))))).removeprefix("In 'config': ").rstrip(".")
+    for pattern, sentence in SENTENCES:
+        if found := re.fullmatch(pattern, words, re.DOTALL):
+            words = found.expand(sentence)
+            break
+    name = re.fullmatch(r"there is no option (\S+)", words)
     near = get_close_matches(name[1], field_names(), n=1, cutoff=0.7) if name else []
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"{words.rstrip('.')}.{hint} (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
+    hint = f": did you mean {near[0]}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE" if name else ""
+    return f"{words}{hint} (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
 
 
 def _words(error: BaseException | None) -> str:

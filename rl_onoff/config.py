@@ -145,6 +145,8 @@ class ScoreConfig:
     """Also score under the sampler's transform (temperature, top-k, top-p, min-p): processed logprob and kept mass."""
 
     def __post_init__(self) -> None:
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise UsageError(f"score.name is {self.name!r} but must be a plain name, for it is a folder under scores/: set score.name=mine")
         if self.top_k < 0:
             raise UsageError(f"score.top_k is {self.top_k} but must be 0 or larger: set score.top_k=20")
 
@@ -234,7 +236,7 @@ class RunConfig:
     """More engines that score, each under a name of its own."""
     policies: dict[str, EngineConfig] = field(default_factory=dict)
     """The engines of experiment=matrix by name: each samples, each scores what all of them sampled."""
-    model: ModelConfig = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
     """The weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """The prompts."""
@@ -252,6 +254,12 @@ class RunConfig:
     """Where the run is logged."""
     metric: str = "generate/logprob_mean"
     """The number a sweeper such as Optuna is given when the run ends."""
+
+    def __post_init__(self) -> None:
+        for group, names in (("targets", self.targets), ("policies", self.policies)):
+            for name in names:
+                if not re.fullmatch(r"\w[\w.+-]*", name):
+                    raise UsageError(f"{group} has the name {name!r}, which cannot be a folder's: call it {group}.mine, for example")
 
 
 SCHEMAS: dict[tuple[str, str], Any] = {
@@ -284,7 +292,7 @@ def job_folder(overrides: Sequence[str]) -> str:
 
 
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore: `schema/<group>/<name>`, and the whole run as `schema/run`."""
+    """Put the schemas into Hydra's ConfigStore: the whole run as `schema/run`, the engines as `schema/backend/<name>`."""
     from hydra.core.config_store import ConfigStore
 
     OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
@@ -294,5 +302,5 @@ def register() -> None:
     # What it takes out of the store it copies anyway.
     ConfigStore.__deepcopy__ = lambda self, memo: self
     store.store(name="run", group="schema", node=RunConfig)
-    for (group, name), schema in SCHEMAS.items():
-        store.store(name=name, group=f"schema/{group}", node=schema)
+    for name, schema in ENGINE_CONFIGS.items():  # the other groups have one schema each, which the run's holds already
+        store.store(name=name, group="schema/backend", node=schema)

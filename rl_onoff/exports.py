@@ -78,8 +78,9 @@ def open_export(path: str, *, key: str, columns: Mapping[str, str]) -> ExportFil
     found = {role: table.column(name, f"compare.columns.{role}") for role, name in columns.items()}
     for role, names in COLUMNS.items():
         if role not in found:
-            fitting = (name for name in names if name in table.columns and _fits(role, table.records[0].get(name)))
-            found.update({role: name for name in [next(fitting, None)] if name is not None})
+            fitting = [name for name in names if name in table.columns and _fits(role, table.records[0].get(name))]
+            if fitting:
+                found[role] = fitting[0]
     if "token_ids" not in found:
         raise UsageError(
             f"{table.name} has no column with lists of token ids but {', '.join(table.columns)}: set +compare.columns.token_ids=NAME"
@@ -105,7 +106,9 @@ def _fits(role: str, value: Any) -> bool:
 
 def _export(row: Mapping[str, Any], record: Mapping[str, Any], request_id: str, sample: int, where: str) -> Export:
     ids_T = _numbers(row.get("token_ids"), np.int64, where, "token ids")
-    logprobs = {who: _numbers(row[who], np.float64, where, f"{who} logprobs") for who in ("behaviour", "target") if row.get(who) is not None}
+    logprobs = {
+        who: _numbers(row[who], np.float64, where, f"{who} logprobs") for who in ("behaviour", "target") if row.get(who) is not None
+    }
     prompt_ids = _numbers(row.get("prompt_ids") or [], np.int64, where, "prompt ids")
     mask_T = _mask(row, record, len(ids_T), where)
     ids_T, mask_T, cut = _response_part(ids_T, mask_T, logprobs, record, where)

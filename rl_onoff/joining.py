@@ -67,8 +67,8 @@ def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[
         kind = LogprobKind.raw if row["logprobs"] is None else LogprobKind[row["logprob_kind"]]
         if kind is not LogprobKind.raw and drawn_with and target_sampler and not _same_transform(Sampling(**drawn_with), target_sampler):
             raise UsageError(
-                f"the behaviour's logprobs are {kind.value} and {target} was scored under another sampler than the one that drew the tokens: "
-                "score them again in a folder of their own, with the sampling options of the run that sampled"
+                f"the behaviour's logprobs are {kind.value} and {target} was scored under another sampler than the one that drew the "
+                "tokens: score them again in a folder of their own, with the sampling options of the run that sampled"
             )
         yield Pair(
             request_id=key[0],

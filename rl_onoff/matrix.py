@@ -55,7 +55,9 @@ class Matrix:
         if k3 <= floor:
             return f"On-policy: {said}, not above the noise floor of {floor:.2g}."
         if k3 < ON_POLICY_K3:
-            return f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below; the noise floor is {floor:.2g}."
+            return (
+                f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below; the noise floor is {floor:.2g}."
+            )
         if k3 < PRIME_RL_BAR:
             return f"Close: {said}, above the noise floor of {floor:.2g}, but under prime-rl's bar of {PRIME_RL_BAR}."
         return f"Off-policy: {said}, over prime-rl's bar of {PRIME_RL_BAR}; the noise floor is {floor:.2g}."

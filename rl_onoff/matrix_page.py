@@ -16,7 +16,8 @@ TABLES = (
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --line: #d4d8dd; --dim: #5f6670; --heat: 214, 110, 20 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --paper: #16181b; --line: #3a3f46; --dim: #a2a9b3; --heat: 240, 140, 50 } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin: 2rem 0 0 } p.note { color: var(--dim); margin: 0 0 .5rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse } a { color: inherit }
 th, td { border: 1px solid var(--line); padding: .4rem .8rem } th { text-align: left; font-weight: 600 }
@@ -40,7 +41,9 @@ def matrix_page(names: Sequence[str], rows: Sequence[Mapping[str, Any]], verdict
         parts.append(f'<h2>{html.escape(title)}</h2><p class="note">{html.escape(note)}</p>{_table(names, cells, metric)}')
     first = rows[0]
     parts.append("<h2>Each policy's own samples</h2><ul>")
-    parts += [f'<li><a href="{html.escape(name)}/report.html">{html.escape(name)}</a>: {html.escape(sentences[name])}</li>' for name in names]
+    parts += [
+        f'<li><a href="{html.escape(name)}/report.html">{html.escape(name)}</a>: {html.escape(sentences[name])}</li>' for name in names
+    ]
     parts.append(f'</ul><p class="note">{first["responses"]:,} responses of each policy; the same numbers are in matrix.csv.</p>')
     return "\n".join(parts) + "</main></body></html>\n"
 

@@ -14,6 +14,7 @@ from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import MASK, redact
 from rl_onoff.sampling import LogprobKind, Sampling
 from rl_onoff.slot import build
+from rl_onoff.storage import differences
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> Engin
     if computed is None:
         return None
     for engine in known:
-        if json.loads(json.dumps(redact(engine.what_it_computes()))) == computed:
+        if not differences(computed, json.loads(json.dumps(redact(engine.what_it_computes())))):
             return engine
     if MASK in json.dumps(computed):
         raise UsageError(
@@ -80,19 +81,26 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
 
 
 def texts_of(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Callable[[int], str]:
-    """How the page writes tokens out: by the tokenizer that is named, else by the first engine that the records name, else by the
-    pieces of text that came with the ids, else as the ids themselves.
-    """
+    """How the page writes tokens out: by the tokenizer, else by the pieces of text that came with the ids, else as ids."""
+    records = list(records)
+    loaded = texts_tokenizer(records, tokenizer, known)
+    if loaded is not None:
+        return token_texts(loaded)
+    pieces = next((record["pieces"] for record in records if record.get("pieces")), {})
+    return lambda token_id: pieces.get(str(token_id), f"⟨{token_id}⟩")
+
+
+def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Any:
+    """The tokenizer that is named, else that of the first engine that the records name; None where there is none to be had."""
     if tokenizer is not None:
         from rl_onoff.tokenizers import load_tokenizer
 
-        return token_texts(load_tokenizer(tokenizer))
-    known, pieces = list(known), {}
+        return load_tokenizer(tokenizer)
+    known = list(known)
     for record in records:
-        pieces = pieces or record.get("pieces") or {}
         try:
             if (engine := engine_of(record, known)) is not None:
-                return token_texts(build(engine).get_tokenizer())
+                return build(engine).get_tokenizer()
         except (OnOffError, OSError) as error:
-            log.warning("the page shows tokens as pieces or ids, since the tokenizer cannot be loaded: %s", error)
-    return lambda token_id: pieces.get(str(token_id), f"⟨{token_id}⟩")
+            log.warning("tokens are not written out by the tokenizer of %s: %s", record.get("config", {}).get("backend"), error)
+    return None

@@ -251,7 +251,7 @@ def look_up(record: Mapping[str, Any], column: str) -> Any:
 
 def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     """A prompt as text, chat messages or token ids; anything else, and an empty one, is refused."""
-    mend = f"fill column {column} or set {key} to another column"
+    mend = f"fill column {column} or set {key} to another {'file' if key == 'score.responses' else 'column'}"
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         raise UsageError(f"{where} has an empty prompt: {mend}")
     if isinstance(value, str):

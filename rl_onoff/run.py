@@ -11,17 +11,21 @@ from typing import Any
 from hydra.utils import instantiate
 
 from rl_onoff import stages
+from rl_onoff.attribute import run_attribute
 from rl_onoff.backends.config import EngineConfig
-from rl_onoff.comparing import compare_run, own_scores, verdict_of, write_page
+from rl_onoff.comparing import compare_run, verdict_of, write_page
 from rl_onoff.comparison import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data import check_lengths, load_responses, make_requests
 from rl_onoff.errors import UsageError
+from rl_onoff.matrix import check_policies, run_matrix
 from rl_onoff.progress import Progress
+from rl_onoff.recorded import landmarks, texts_of
 from rl_onoff.redaction import redact
 from rl_onoff.rewards import load_reward
 from rl_onoff.rows import Row, load_rows
 from rl_onoff.slot import Slot, build
+from rl_onoff.sources import open_sources
 from rl_onoff.storage import RunDir, Table
 from rl_onoff.summary import Summary, as_text, summarise
 from rl_onoff.tracking import Tracker
@@ -39,8 +43,10 @@ class Run:
     folder: RunDir
     tracker: Tracker
     slot: Slot
-    speeds: dict[str, float] = field(default_factory=dict)  # tokens/s of the stages that computed something
+    values: dict[str, float] = field(default_factory=dict)  # what the stages found and no shard holds: tokens/s, the matrix, shares
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by the name of the target's scores
+    sections: dict[str, Any] = field(default_factory=dict)  # of metrics.json, besides values and comparisons
+    texts: list[str] = field(default_factory=list)  # for the terminal
     page: Path | None = None
 
     def progress(self, stage: str, total: int) -> Progress:
@@ -59,8 +65,8 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
             this = Run(config, rows, folder, tracker, slot)
             for stage in config.stages:
                 STAGES[stage](this)
-        summary = summarise(folder)
-        summary.values.update(this.speeds)
+        summary = summarise(this.folder)
+        summary.values.update(this.values)
         for name, comparison in this.comparisons.items():
             summary.values.update(flat(name, comparison))
         report(this, summary)
@@ -75,7 +81,9 @@ def check(config: RunConfig) -> list[Row]:
     for engine in engines(config).values():
         build(engine)
     reward_of(config)
-    return load_rows(config.data) if Stage.generate in config.stages else []
+    if Stage.matrix in config.stages:
+        check_policies(config)
+    return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
 
 
 def reward_of(config: RunConfig) -> stages.Reward | None:
@@ -87,6 +95,8 @@ def engines(config: RunConfig) -> dict[str, EngineConfig]:
     found = {"behaviour": config.backend} if Stage.generate in config.stages else {}
     if Stage.score in config.stages:
         found.update(scorers(config))
+    if Stage.matrix in config.stages:
+        found.update(config.policies)
     return found
 
 
@@ -133,10 +143,10 @@ def generate(this: Run) -> None:
         return
     backend = this.slot.get(engine)
     check_lengths(missing, backend.info.max_len)
-    completions.describe(engine=asdict(backend.info))
+    completions.describe(engine=asdict(backend.info), tokenizer=landmarks(tokenizer))
     progress = this.progress("generate", total)
     stages.generate(this.folder, missing, backend, reward_of(config), progress)
-    this.speeds["generate/tokens_per_s"] = progress.tokens_per_s
+    this.values["generate/tokens_per_s"] = progress.tokens_per_s
 
 
 def generate_record(config: RunConfig) -> dict[str, Any]:
@@ -171,10 +181,10 @@ def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
         log.info("score: all responses are scored already in %s", table.path)
         return
     backend = this.slot.get(engine)
-    table.describe(engine=asdict(backend.info))
+    table.describe(engine=asdict(backend.info), tokenizer=landmarks(backend.get_tokenizer()))
     progress = this.progress("score", total)
     stages.score(this.folder, table, backend, want, progress)
-    this.speeds[f"score/{name}/tokens_per_s"] = progress.tokens_per_s
+    this.values[f"score/{name}/tokens_per_s"] = progress.tokens_per_s
 
 
 def wanted(this: Run) -> Want:
@@ -187,16 +197,54 @@ def wanted(this: Run) -> Want:
 
 def compare(this: Run) -> None:
     """Compare every table of scores with what was sampled, and write the page. Reads the disk alone."""
-    comparisons = compare_run(this.folder)
+    config = this.config
+    this.folder = folder = open_sources(config.compare, this.folder)
+    comparisons = compare_run(folder)
     if not comparisons:
-        raise UsageError(f"{this.folder.path} has nothing to compare: it needs responses with logprobs, and scores of them")
+        raise UsageError(f"{folder.path} has nothing to compare: it needs responses with logprobs, and scores of them")
     this.comparisons.update(comparisons)
-    own = own_scores(this.folder)
-    tokenizer = build(this.config.backend).get_tokenizer()
-    this.page = write_page(this.folder, comparisons, own, tokenizer)
+    records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
+    this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
 
 
-STAGES = {Stage.generate: generate, Stage.score: score, Stage.compare: compare}
+def matrix(this: Run) -> None:
+    """Every policy samples, every policy scores all samples."""
+    found = run_matrix(this, generate, _score)
+    this.values.update(found.values())
+    this.sections["matrix"] = {"policies": found.names, "cells": found.rows(), "verdict": found.verdict()}
+    this.texts += [found.as_text(), f"  {found.verdict()}"]
+    this.page = this.folder.path / "matrix.html"
+    rows = found.rows()
+    this.tracker.table("matrix", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
+
+
+def attribute(this: Run) -> None:
+    """Say why the target differs from the behaviour, and put it into the page."""
+    this.folder = open_sources(this.config.compare, this.folder)
+    found = run_attribute(this, known_engines(this.config))
+    this.values.update(found.values())
+    this.sections["attribution"] = found.to_dict()
+    this.texts.append(found.as_text())
+    rows = [row.to_dict() for row in found.rows]
+    this.tracker.table("attribution", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
+    try:
+        compare(this)
+    except UsageError as error:  # ids or kinds that differ: the very causes that the ladder may have named
+        log.warning("no page: %s", error)
+
+
+def known_engines(config: RunConfig) -> list[EngineConfig]:
+    """Every engine the config has, for finding the one that made a table again."""
+    return [*([config.target] if config.target else []), config.backend, *config.targets.values(), *config.policies.values()]
+
+
+STAGES = {
+    Stage.generate: generate,
+    Stage.score: score,
+    Stage.compare: compare,
+    Stage.matrix: matrix,
+    Stage.attribute: attribute,
+}
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
@@ -206,7 +254,7 @@ def report(this: Run, summary: Summary) -> None:
     """Write, print and log what the run found."""
     folder, tracker = this.folder, this.tracker
     comparisons = {name: comparison.to_dict() for name, comparison in this.comparisons.items()}
-    folder.write_json("metrics.json", {"values": summary.values, "comparisons": comparisons})
+    folder.write_json("metrics.json", {"values": summary.values, "comparisons": comparisons, **this.sections})
     tracker.summary(summary.values)
     for name, (counts, edges) in summary.histograms.items():
         tracker.histogram(name, counts, edges)
@@ -217,7 +265,7 @@ def report(this: Run, summary: Summary) -> None:
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
-    print(as_text(summary.values))
+    print("\n\n".join([as_text({k: v for k, v in summary.values.items() if not k.startswith(("matrix/", "attribute/"))}), *this.texts]))
     if this.comparisons:
         print(f"\n  {verdict_of(folder, this.comparisons)}")
     print(f"\n  run folder  {folder.path}")

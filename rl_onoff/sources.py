@@ -135,19 +135,21 @@ def _take_in_completions(here: RunDir, file: ExportFile, config: CompareConfig) 
             pieces.update(zip(map(str, row.token_ids_T.tolist()), row.pieces or (), strict=False))
             if (row.request_id, row.sample) in done:
                 continue
-            writer.append({
-                "request_id": row.request_id,
-                "sample": row.sample,
-                "prompt": row.prompt,
-                "prompt_ids": row.prompt_ids,
-                "token_ids": row.token_ids_T,
-                "text": row.text,
-                "logprobs": row.behaviour_T,
-                "logprob_kind": (config.behaviour_kind or row.kind or kind).value,
-                "finish_reason": None,
-                "reward": row.reward,
-                "meta": json.dumps(dict(row.meta), ensure_ascii=False, default=str),
-            })
+            writer.append(
+                {
+                    "request_id": row.request_id,
+                    "sample": row.sample,
+                    "prompt": row.prompt,
+                    "prompt_ids": row.prompt_ids,
+                    "token_ids": row.token_ids_T,
+                    "text": row.text,
+                    "logprobs": row.behaviour_T,
+                    "logprob_kind": (config.behaviour_kind or row.kind or kind).value,
+                    "finish_reason": None,
+                    "reward": row.reward,
+                    "meta": json.dumps(dict(row.meta), ensure_ascii=False, default=str),
+                }
+            )
     if pieces:
         table.describe(pieces=pieces)
 
@@ -163,13 +165,15 @@ def _take_in_scores(here: RunDir, file: ExportFile, name: str, config: CompareCo
     with table.writer() as writer:
         for row in file.rows():
             if (row.request_id, row.sample) not in done:
-                writer.append({
-                    "request_id": row.request_id,
-                    "sample": row.sample,
-                    "token_ids": row.token_ids_T,
-                    "logprobs": row.target_T if side == "target" else row.behaviour_T,
-                    "logprob_kind": (config.target_kind or row.kind or kind).value,
-                })
+                writer.append(
+                    {
+                        "request_id": row.request_id,
+                        "sample": row.sample,
+                        "token_ids": row.token_ids_T,
+                        "logprobs": row.target_T if side == "target" else row.behaviour_T,
+                        "logprob_kind": (config.target_kind or row.kind or kind).value,
+                    }
+                )
     return table
 
 

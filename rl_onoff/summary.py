@@ -63,8 +63,9 @@ def _scores(table: Table, prefix: str, summary: Summary) -> None:
     for row in table.rows(["logprobs", "entropy", "rank", "nucleus_mass"]):
         responses += 1
         logprobs.add(row["logprobs"])
-        entropies.add(row["entropy"])
-        first += int((row["rank"] == 1).sum())
+        if row["entropy"] is not None:  # scores made elsewhere are logprobs alone
+            entropies.add(row["entropy"])
+            first += int((row["rank"] == 1).sum())
         if row["nucleus_mass"] is not None:
             masses.add(row["nucleus_mass"])
     values = summary.values
@@ -72,12 +73,13 @@ def _scores(table: Table, prefix: str, summary: Summary) -> None:
     values[f"{prefix}/tokens"] = logprobs.count
     values[f"{prefix}/logprob_mean"] = logprobs.mean
     values[f"{prefix}/perplexity"] = float(np.exp(-logprobs.mean))
-    values[f"{prefix}/entropy_mean"] = entropies.mean
-    values[f"{prefix}/likeliest_fraction"] = first / logprobs.count
+    if entropies.count:
+        values[f"{prefix}/entropy_mean"] = entropies.mean
+        values[f"{prefix}/likeliest_fraction"] = first / entropies.count
+        summary.histograms[f"{prefix}/entropy"] = entropies.counts, entropies.edges
     if masses.count:
         values[f"{prefix}/nucleus_mass_mean"] = masses.mean
     summary.histograms[f"{prefix}/logprob"] = logprobs.counts, logprobs.edges
-    summary.histograms[f"{prefix}/entropy"] = entropies.counts, entropies.edges
 
 
 class _Histogram:

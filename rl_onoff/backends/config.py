@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from rl_onoff.errors import UsageError
 from rl_onoff.sampling import LogprobKind
@@ -66,6 +66,28 @@ class EngineConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.placement}
         return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
+    @property
+    def num_devices(self) -> int:
+        """Devices that one replica is split over."""
+        return self.tp_size or 1
+
+    # The same engine with one thing changed: what the attribution tries.
+
+    def with_dtype(self, dtype: str) -> Self:
+        return dataclasses.replace(self, dtype=dtype)
+
+    def with_float32_head(self) -> Self | None:
+        """With the LM head in float32; None where the engine cannot do that."""
+        return None
+
+    def on_one_device(self) -> Self:
+        return dataclasses.replace(self, tp_size=1)
+
+    def with_model_of(self, other: EngineConfig) -> Self:
+        """With the other's weights and tokenizer."""
+        names = ("model_name", "revision", "tokenizer", "trust_remote_code")
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
+
     def __post_init__(self) -> None:
         for name in ("tp_size", "dp_size"):
             value = getattr(self, name)
@@ -103,6 +125,8 @@ class HuggingFaceBackendConfig(EngineConfig):
     """The engine's own name for dtype."""
     device_map: str | None = None
     """auto, balanced, …: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is auto."""
+    head_dtype: str | None = None
+    """Type the LM head computes in: float32, or null for the weights' own."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, …; null is the engine's choice."""
     batch_size: int = 16
@@ -118,6 +142,8 @@ class HuggingFaceBackendConfig(EngineConfig):
         if self.torch_dtype not in (None, *DTYPES):
             raise UsageError(f"backend.torch_dtype is {self.torch_dtype!r} but must be one of {', '.join(DTYPES)}: set model.dtype=float32")
         self._same("dtype", "torch_dtype")
+        if self.head_dtype not in (None, "float32"):
+            raise UsageError(f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32")
         for name in ("batch_size", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16")
@@ -125,6 +151,12 @@ class HuggingFaceBackendConfig(EngineConfig):
     @property
     def weights_dtype(self) -> str:
         return self._same("dtype", "torch_dtype") or "auto"
+
+    def with_dtype(self, dtype: str) -> Self:
+        return dataclasses.replace(self, dtype=dtype, torch_dtype=dtype)
+
+    def with_float32_head(self) -> Self:
+        return dataclasses.replace(self, head_dtype="float32")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -158,8 +190,19 @@ class VLLMBackendConfig(EngineConfig):
             )
 
     @property
+    def num_devices(self) -> int:
+        return self.tensor_parallel
+
+    @property
     def tensor_parallel(self) -> int:
         return self._same("tp_size", "tensor_parallel_size") or 1
+
+    def on_one_device(self) -> Self:
+        return dataclasses.replace(self, tp_size=1, tensor_parallel_size=1)
+
+    def with_float32_head(self) -> Self:
+        overrides = {**self.engine_kwargs.get("hf_overrides", {}), "head_dtype": "float32"}
+        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "hf_overrides": overrides})
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,6 +228,9 @@ class SGLangBackendConfig(EngineConfig):
                 f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: "
                 "set backend.mem_fraction_static=0.85"
             )
+
+    def with_float32_head(self) -> Self:
+        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "enable_fp32_lm_head": True})
 
 
 @dataclass(kw_only=True, slots=True)

@@ -73,6 +73,8 @@ class HuggingFaceBackend(BaseBackend):
         model.eval()
         model.requires_grad_(False)
         self._split = SplitModel(model)
+        if config.head_dtype == "float32":
+            self._split.use_float32_head()
         self._info = EngineInfo(
             engine=self.name,
             version=transformers.__version__,

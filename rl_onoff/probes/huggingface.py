@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from rl_onoff.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +27,7 @@ class SplitModel:
         self.whole = model
         self._body = model.base_model
         self._lm_head = model.get_output_embeddings()
+        self._head_dtype: Any = None  # of the hidden states that the head is given; None: as they come
         self._after_head = _after_head(model.config)
         self._whole_keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.splits = self._lm_head is not None and self._body is not model and self._agrees()
@@ -48,7 +52,16 @@ class SplitModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states of any leading shape."""
-        return self._after_head(self._lm_head(hidden.to(self._lm_head.weight.device)))
+        return self._after_head(self._lm_head(hidden.to(device=self._lm_head.weight.device, dtype=self._head_dtype)))
+
+    def use_float32_head(self) -> None:
+        """Compute the logits in float32 from now on. The head is copied: its weight may be the embedding's, which stays as it is."""
+        if not self.splits:
+            raise UsageError("the LM head of this model cannot be taken apart from its body: set backend.head_dtype=null")
+        import torch
+
+        self._lm_head = copy.deepcopy(self._lm_head).float()
+        self._head_dtype = torch.float32
 
     def last_logits(self, **inputs: Any) -> tuple[Tensor, Any]:
         """(logits of the last position (B, V), cache)."""

@@ -54,4 +54,5 @@ class ReportInput:
     comparisons: Sequence[Mapping[str, Any]] = ()
     metric_info: Mapping[str, Any] = field(default_factory=dict)
     token_text: Callable[[int], str] | None = None  # text of a token id; None: ids outside the responses are shown as numbers
+    attribution: Mapping[str, Any] | None = None  # Attribution.to_dict(): why the gap is there; None: nobody asked
     num_tokens: int | None = None  # response tokens to come; None: the first comparison's counts.tokens, else a guess

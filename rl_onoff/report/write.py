@@ -28,6 +28,7 @@ SCRIPTS = (
     "codec.js",
     "plots.js",
     "metrics.js",
+    "attribution.js",
     "plots_page.js",
     "colours.js",
     "filters.js",
@@ -87,7 +88,7 @@ def _summary(report: ReportInput) -> dict[str, Any]:
     """What is worked out before the responses are read; infos of metrics that nobody measured are left out."""
     known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
     info = {name: _info(value) for name, value in report.metric_info.items() if name in known}
-    return {**{name: getattr(report, name) for name in ("title", "verdict", "policies", "comparisons")}, "metric_info": info}
+    return {**{name: getattr(report, name) for name in ("title", "verdict", "policies", "comparisons", "attribution")}, "metric_info": info}
 
 
 def _info(value: Any) -> dict[str, Any]:

@@ -105,6 +105,7 @@ async function start() {
   showTargetSelect();
   showSize();
   showPolicies();
+  showAttribution();
   showPanel();
   await loadTokenTexts();
   state.colour = colourings()[0]?.[0] ?? "l";

@@ -1,0 +1,23 @@
+// Why the gap is there: a row for every cause that was tried, or why it was not.
+
+function showAttribution() {
+  const { attribution } = summary;
+  if (!attribution) return;
+  const rows = attribution.rows.map((row) => {
+    const share = num(row.share);
+    return el(
+      "tr",
+      { class: Number.isNaN(share) ? "note" : null },
+      el("th", { scope: "row" }, words(row.rung), el("span", { class: "note block-note" }, row.changed)),
+      [row.before, row.after].map((x) => el("td", { class: "number" }, fmt(x))),
+      el("td", { class: "number" }, Number.isNaN(share) ? "\u2013" : `${Math.round(share * 100)}\u00a0%`),
+      el("td", {}, row.verdict),
+    );
+  });
+  byId("attribution").replaceChildren(
+    el("h2", {}, `Why ${attribution.target} differs`),
+    el("p", {}, attribution.sentence),
+    table(null, ["changed", "k3 KL before", "after", "share of the gap", "verdict"], rows),
+    el("p", { class: "note" }, "A change that explains a tenth of the gap or more is kept for the rows after it; the noise row's share is the floor's."),
+  );
+}
