@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every worker has it
     with SGLangBackend(SGLangBackendConfig(model_name=args.model, dtype=args.dtype, context_length=1024, worker=False)) as backend:
         vocab_size = backend.info.vocab_size
         print(f"{args.model} {args.dtype}, SGLang {backend.info.version}: relative time\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 from rl_onoff import stages
 from rl_onoff.attribution import KEEP, NOTHING_LEFT, Attribution, Row, View, Views, gap, share_of, skipped, tried
 from rl_onoff.backends.config import EngineConfig
-from rl_onoff.comparing import compare_run, furthest
 from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.joining import sampler_of, scored_as
@@ -62,10 +62,14 @@ class State:
     target: EngineConfig | None
     same_ids_only: bool = False  # compare up to the first token in which the ids differ
     without_last: frozenset[Key] = frozenset()  # responses whose last token is left out
+    without: frozenset[Key] = frozenset()  # responses that are left out
 
     def gap(self) -> float:
         q, p = dict(self.q.views(self.kind)), dict(self.p.views(self.kind))
         for key in q.keys() & p.keys():
+            if key in self.without:
+                del q[key]
+                continue
             if self.same_ids_only:
                 same = common_prefix(q[key].token_ids_T, p[key].token_ids_T)
                 q[key], p[key] = (View(side.token_ids_T[:same], side.logprobs_T[:same]) for side in (q[key], p[key]))
@@ -170,6 +174,9 @@ class Ladder:
                 log.info("attribute: %s cannot be tried: %s", candidate.changed, error)
         if not gaps:
             raise NotTried("what was kept of the scores does not allow it")
+        gaps = [item for item in gaps if not math.isnan(item[0])]
+        if not gaps:
+            raise NotTried("it would leave no token to compare")
         after, best = min(gaps, key=lambda item: item[0])
         return best, after
 
@@ -220,7 +227,16 @@ def _target(this: Run) -> str:
             raise UsageError(f"{folder.path} has no scores {asked!r} but {', '.join(names)}: set attribute.target to one of them")
         return asked
     others = [name for name in names if name != own_scores(folder)] or names
-    return others[0] if len(others) == 1 else furthest(own_scores(folder), compare_run(folder))
+    if len(others) == 1:
+        return others[0]
+    rows = (row for row in folder.completions.rows(COLUMNS[:5]) if row["logprobs"] is not None)
+    q = Source({(row["request_id"], row["sample"]): row for row in rows}, reported=True)
+    kind = LogprobKind(next(iter(q.rows.values()))["logprob_kind"]) if q.rows else LogprobKind.raw
+    gaps = {}
+    for name in others:
+        p = Source(_rows(folder.scores(name), set(q.rows)), sampler_of(folder.scores(name)))
+        gaps[name] = State(q=q, p=p, kind=kind, behaviour=None, target=None).gap()
+    return max(gaps, key=gaps.__getitem__)
 
 
 def _rows(table: Table, keys: set[Key]) -> dict[Key, StoredRow]:

@@ -21,6 +21,7 @@ from rl_onoff.storage import Key
 
 KEEP = 0.1  # least share of the gap for which a change is kept, and called part of the cause
 MOST = 0.5  # least share that is called the main cause
+ROUNDING = 1e-11  # nats a token: what float32 logprobs cannot resolve; no floor is lower
 NOTHING_LEFT = 0.02  # of the gap: below this, no further rung is tried
 
 CAUSES: dict[Rung, str] = {
@@ -107,7 +108,7 @@ def tried(rung: Rung, changed: str, before: float, after: float, whole: float, f
         verdict = f"part of the cause: {cause}"
     else:
         grows = " (the gap grows)" if after > before * 1.1 + floor else ""
-        verdict = f"not the cause{grows}" + (f": {detail}" if detail else "")
+        verdict = f"not the cause{grows}"
     return Row(rung=rung, changed=changed, before=before, after=after, share=share, verdict=verdict)
 
 
@@ -152,7 +153,7 @@ class Attribution:
         size = size[:-1]
         others = [row for row in self.rows if row is not main and row.rung is not Rung.noise and (row.share or 0) >= KEEP]
         said = f"{size[0].upper()}{size[1:]}, {'comes' if (main.share or 0) >= MOST else 'comes in part'} from "
-        said += f"{main.verdict.partition(': ')[2]}; with {main.changed} it is {main.after:.2g}, which explains {main.share:.0%} of it"
+        said += f"{main.verdict.partition(': ')[2]}; with {main.changed} it is {_number(main.after)}, which explains {main.share:.0%} of it"
         for row in others:
             said += f"; {row.share:.0%} more is {row.verdict.partition(': ')[2]}"
         return f"{said}; {rest:.0%} is left.{small}" if rest >= KEEP else f"{said}.{small}"
@@ -180,3 +181,7 @@ class Attribution:
             share = "" if row.share is None else f"{row.share:.0%}"
             lines.append(f"    {row.rung.value:<16}{numbers[0]:>10}{numbers[1]:>10}{share:>7}  {row.verdict}")
         return "\n".join([*lines, "", f"  {self.sentence()}"])
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.2g}"

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,10 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rl_onoff.config import field_names, register
+from rl_onoff.config import register
+from rl_onoff.config_errors import config_sentence
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.redaction import all_secrets, protect_log, redact_override, write_yaml
-from rl_onoff.storage import DISK_ERRORS, RunDir, disk_error
+from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
+from rl_onoff.storage import DISK_ERRORS, RunDir, disk_error, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +68,10 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, path: Path, in_sweep: bool) 
     with folder.lock():
         for name, node in {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.overrides.task}.items():
             value = _plain(node)
-            write_yaml(path / ".hydra" / f"{name}.yaml", {"hydra": value} if name == "hydra" else value, secrets)
+            _write_yaml(path / ".hydra" / f"{name}.yaml", {"hydra": value} if name == "hydra" else value, secrets)
         whole_sweep = Path(hydra_config.sweep.dir) / "multirun.yaml"
         if in_sweep and whole_sweep.exists():
-            write_yaml(whole_sweep, _plain(OmegaConf.load(whole_sweep)), secrets)
+            _write_yaml(whole_sweep, _plain(OmegaConf.load(whole_sweep)), secrets)
         config = _checked(cfg)  # before the heavy imports, so that an error is instant
         protect_log(all_secrets(OmegaConf.to_container(cfg, resolve=True)))
         from rl_onoff.run import run
@@ -85,15 +84,19 @@ def _checked(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a field added with `+`, which the schema does not have
-        schema = getattr(error.obj, "__class__", type(None)).__name__.removesuffix("Config")
         raise UsageError(
-            f"the option {error.name!r}, added with +, is none of {schema}'s (docs/configuration.md): remove it, or set an option of the"
-            " engine's own as +backend.engine_kwargs.NAME=VALUE"
+            f"an option added with + is not in the schema ({error}): remove it; one of the engine's own is set as"
+            " +backend.engine_kwargs.NAME=VALUE"
         ) from error
 
 
 def _plain(config: Any) -> Any:
     return OmegaConf.to_container(config, enum_to_str=True)
+
+
+def _write_yaml(file: Path, config: Any, secrets: frozenset[str]) -> None:
+    """Write a config as Hydra would, its interpolations kept, but without the secrets."""
+    write_whole(file, OmegaConf.to_yaml(OmegaConf.create(redact_config(config, secrets))))
 
 
 def main() -> None:
@@ -133,15 +136,17 @@ def main() -> None:
 
 def _fail(error: Exception, before: str = "") -> NoReturn:
     """One sentence on stderr and an exit code; an error nobody foresaw keeps its traceback."""
-    cause: Any = error
-    while cause is not None and not isinstance(cause, OnOffError):
-        cause = cause.__cause__
-    if isinstance(cause, OnOffError):
-        sentence, code = str(cause), cause.exit_code
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    ours = next((link for link in chain if isinstance(link, OnOffError)), None)
+    disk = next((link for link in chain if isinstance(link, OSError)), None)
+    if ours is not None:
+        sentence, code = str(ours), ours.exit_code
     elif isinstance(error, HydraException | OmegaConfBaseException):
-        sentence, code = _config_error(error), UsageError.exit_code
-    elif isinstance(error, OSError) and (error.errno in DISK_ERRORS or error not in _failures):  # else Hydra could not make its folder
-        sentence, code = str(disk_error(error, Path(error.filename or "the run folder"))), OnOffError.exit_code
+        sentence, code = config_sentence(error), UsageError.exit_code
+    elif disk is not None and (disk.errno in DISK_ERRORS or error not in _failures):  # not of a job: Hydra could not make its folder
+        sentence, code = str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
     else:
         raise error
     print(f"rl-onoff: {before}{sentence}", file=sys.stderr)
@@ -152,38 +157,6 @@ def _continue_command(folder: str, secrets: frozenset[str]) -> str:
     """The command line as it was given, secrets masked, with the folder it goes on in."""
     kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir="))]
     return shlex.join(["rl-onoff", *(redact_override(argument, secrets) for argument in kept), folder])
-
-
-SENTENCES = (  # what Hydra says -> the cause, then the override that mends it
-    (r"Could not find '(\S+)/(\S+)' Available options in '\S+': (.+)", r"\1=\2 is not one of the choices: set \1 to one of \3"),
-    (r"Could not (?:override|delete from config)\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", r"there is no option \1"),
-    (r"Error merging override (\S+?)=(.*?) (field '\S+' is not Optional)", r"\1=\2 is refused: this option cannot be null, set it to a value"),
-    (r"Error merging override ([^\s=]+)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)", r"\1=\2 is refused (\3): set \1 to a value of its type"),
-    (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
-    (r"(?:Error parsing override '([^']*)' )?(.*(?:no viable alternative|extraneous|mismatched|token recognition).*)",
-     r"an override cannot be read (\2): put quotes around a value with blanks, commas or brackets, as in 'data.system=\"Be brief, please.\"'"),
-    (r"Ambiguous value for argument '([^']+)' .*", r"\1 has several values: add -m to run each of them, or write NAME=[a,b] for a list"),
-)  # fmt: skip
-
-
-def _config_error(error: Exception) -> str:
-    """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt, and where to look."""
-    words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__))))).removeprefix("In 'config': ").rstrip(".")
-    for pattern, sentence in SENTENCES:
-        if found := re.fullmatch(pattern, words, re.DOTALL):
-            words = found.expand(sentence)
-            break
-    name = re.fullmatch(r"there is no option (\S+)", words)
-    near = get_close_matches(name[1], field_names(), n=1, cutoff=0.7) if name else []
-    hint = f": did you mean {near[0]}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE" if name else ""
-    return f"{words}{hint} (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
-
-
-def _words(error: BaseException | None) -> str:
-    """An exception's message in one line, without Hydra's trace of keys, types and search paths."""
-    noise = ("full_key:", "object_type=", "reference_type=", "To append to your config use", "Config search path", "provider=", "See https")
-    lines = [line.strip() for line in str(error or "").splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(noise))
 
 
 def _short_model(argument: str) -> str:

@@ -21,7 +21,7 @@ from rl_onoff.redaction import redact_override
 from rl_onoff.sampling import LogprobKind, Sampling
 
 COLUMN_ROLES = ("id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward")
-MAX_FOLDER_NAME = 120  # bytes; a file system takes 255, but W&B only 128 as a run's name
+MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
 
 
 class Stage(Enum):

@@ -72,9 +72,13 @@ class ExportFile:
             yield _export(row, record, request_id, sample, self.table.where(index))
 
 
-def open_export(path: str, *, key: str, columns: Mapping[str, str]) -> ExportFile:
-    """Find the columns of a .jsonl or .parquet file; `columns` (compare.columns) says what they are called where that is not known."""
+def open_export(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> ExportFile:
+    """Find the columns of a .jsonl or .parquet file; `columns` (compare.columns) says what they are called where that is not known.
+
+    They are said once for both files where there are two, so `one_of_two` may lack some of them.
+    """
     table = read_table(path, key=key)
+    columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
     found = {role: table.column(name, f"compare.columns.{role}") for role, name in columns.items()}
     for role, names in COLUMNS.items():
         if role not in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -23,9 +24,12 @@ from rl_onoff.matrix_page import matrix_page
 from rl_onoff.metrics import PRIME_RL_BAR
 from rl_onoff.recorded import texts_of
 from rl_onoff.storage import RunDir, Table, write_whole
+from rl_onoff.summary import summarise
 
 if TYPE_CHECKING:
     from rl_onoff.run import Run
+
+log = logging.getLogger(__name__)
 
 CELL_METRICS = ("kl_k3", "logprob_diff_mean", "logprob_diff_max", "ess_token", "ess_seq", "kl_forward_topk", "argmax_agreement")
 
@@ -123,23 +127,26 @@ def run_matrix(this: Run, generate: Callable[[Run], None], score: Callable[[Run,
     """Sample with every policy, score with every policy, last one first since it is still loaded; then compare, and write it all down."""
     policies = this.config.policies
     subs = {
-        name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(this.folder.path / name), page=None, comparisons={})
+        name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(this.folder.path / name), values={})
         for name, engine in policies.items()
     }
-    for sub in subs.values():
+    for name, sub in subs.items():
+        log.info("matrix: %s samples", name)
         generate(sub)
     for name in reversed(policies):
-        for sub in subs.values():
+        for sampled, sub in subs.items():
+            log.info("matrix: %s scores what %s sampled", name, sampled)
             score(sub, sub.folder.scores(name), policies[name], name)
     cells: dict[tuple[str, str], Comparison] = {}
     for a, sub in subs.items():
         comparisons = compare_run(sub.folder, own=a)
         text = texts_of([sub.folder.completions.record()], None, policies.values())
         write_page(sub.folder, comparisons, text, own=a)
-        sub.folder.write_json("metrics.json", {"values": {}, "comparisons": {b: c.to_dict() for b, c in comparisons.items()}})
+        values = summarise(sub.folder).values | sub.values
+        sub.folder.write_json("metrics.json", {"values": values, "comparisons": {b: c.to_dict() for b, c in comparisons.items()}})
         missing = [b for b in policies if b not in comparisons]
         if missing:
-            raise UsageError(f"{sub.folder.path} has no logprobs to compare with {missing[0]}: set sampling.max_new_tokens=16 or more")
+            raise UsageError(f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: take other prompts in data.path")
         cells |= {(a, b): comparisons[b] for b in policies}
     matrix = Matrix(list(policies), cells)
     write_whole(this.folder.path / "matrix.csv", matrix.to_csv())

@@ -14,10 +14,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from rl_onoff.storage import write_whole
-
 MASK = "***"
 MIN_LENGTH = 8  # of a value that is looked for in other texts; a shorter one would match by chance
 _SECRET_KEY = re.compile(
@@ -89,13 +85,12 @@ def redact_override(argument: str, secrets: Collection[str] = ()) -> str:
     return redact(inside, secrets)
 
 
-def write_yaml(file: Path, config: Any, secrets: Collection[str] = ()) -> None:
-    """Write a config, its interpolations kept, as Hydra would, without the secrets."""
-    write_whole(file, OmegaConf.to_yaml(OmegaConf.create(redact(_redact_overrides(config, secrets), secrets))))
+def redact_config(config: Any, secrets: Collection[str] = ()) -> Any:
+    """`redact` for Hydra's configs, in which the items of a list, and the name of a job's folder, may be overrides."""
+    return redact(_redact_overrides(config, secrets), secrets)
 
 
 def _redact_overrides(value: Any, secrets: Collection[str]) -> Any:
-    """The texts that are overrides: each item of a list, and the folder name that Hydra makes of them."""
     if isinstance(value, Mapping):
         return {
             key: ",".join(redact_override(part, secrets) for part in item.split(","))

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rl_onoff.attribution import CAUSES, CHANGES, MOST, Row, gap
+from rl_onoff.attribution import CAUSES, CHANGES, MOST, ROUNDING, Row, gap
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.config import Rung
 from rl_onoff.recorded import texts_tokenizer
-from rl_onoff.storage import Key
+from rl_onoff.storage import Key, differences
 from rl_onoff.types import LogprobKind
 from rl_onoff.weights import different_tensors
 
@@ -41,11 +41,11 @@ def noise(ladder: Ladder, state: State) -> Row:
     batched = state.p
     if ids_differ(state) or not _is_recorded(ladder):
         batched = ladder.rescore(state.target)  # what lies in the table was not made of these ids, or not by this engine
-    ladder.floor = gap(batched.views(LogprobKind.raw), alone.views(LogprobKind.raw))
-    whole = state.gap()
+    measured, whole = gap(batched.views(LogprobKind.raw), alone.views(LogprobKind.raw)), state.gap()
+    ladder.floor = max(measured, ROUNDING)
     share = min(1.0, ladder.floor / whole) if whole > 0 else 1.0
-    said = f"the noise floor is {ladder.floor:.2g}: " + ("the gap is not above it" if whole <= ladder.floor else "the gap is above it")
-    return Row(rung=Rung.noise, changed=CHANGES[Rung.noise], after=ladder.floor, share=share, verdict=said)
+    said = "the gap is not above the noise floor" if whole <= ladder.floor else "the gap is above the noise floor"
+    return Row(rung=Rung.noise, changed=CHANGES[Rung.noise], after=measured, share=share, verdict=said)
 
 
 def _is_recorded(ladder: Ladder) -> bool:
@@ -81,6 +81,15 @@ def retokenised(ladder: Ladder, state: State) -> list[Candidate] | Row:
     engines = [engine for engine in (state.behaviour, state.target) if engine is not None]
     tokenizer = texts_tokenizer(records, ladder.this.config.compare.tokenizer, engines)
     differ, total = ids_differ(state), len(state.q.rows)
+    unfit = frozenset(key for key, row in state.q.rows.items() if len(row["logprobs"]) != len(row["token_ids"]))
+    if unfit:
+        detail = (
+            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, which are not the sampled ones then"
+        )
+        if len(unfit) == total:
+            said = f"the main cause: {detail}"
+            return Row(rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=state.gap(), share=1.0, verdict=said)
+        return [Candidate("the responses whose logprobs fit their ids", replace(state, without=unfit), detail)]
     if tokenizer is None:
         if differ:
             return [Candidate("the tokens both sides hold", replace(state, same_ids_only=True), f"other ids in {len(differ)} responses")]
@@ -180,16 +189,18 @@ def _each_and_both(
 
 
 def engine(ladder: Ladder, state: State) -> list[Candidate]:
-    """The target's weights and type in the behaviour's engine."""
+    """The target's weights and type in the behaviour's engine, with its options."""
     if state.behaviour is None or state.target is None:
         raise NotTried("an engine is not recorded")
-    here = state.behaviour.with_model_of(state.target).with_dtype(state.target.weights_dtype)
-    if here.name == state.target.name:
-        raise NotTried(f"both sides are {here.name}")
-    words = f"the target's weights in {here.name}"
-    return [
-        Candidate(words, replace(state, p=ladder.rescore(here), target=here), f"the engine: {state.target.name} and {here.name} differ")
-    ]
+    dtype = None if state.target.weights_dtype == "auto" else state.target.weights_dtype
+    here = replace(state.behaviour.with_model_of(state.target).with_dtype(dtype), logprob_kind=state.target.logprob_kind)
+    options = differences(state.target.what_it_computes(), here.what_it_computes())
+    if not options:
+        raise NotTried(f"both sides are {here.name} with the same options")
+    ours, theirs = here.name, state.target.name
+    cause = f"{theirs} and {ours} differ" if ours != theirs else f"the options of {ours} differ ({'; '.join(options)})"
+    words = f"the target's weights in {ours}" if ours != theirs else f"the behaviour's options of {ours}"
+    return [Candidate(words, replace(state, p=ladder.rescore(here), target=here), f"the engine: {cause}")]
 
 
 def weights(ladder: Ladder, state: State) -> list[Candidate]:

@@ -53,12 +53,11 @@ def own_scores(run: RunDir) -> str | None:
 
 def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
     """The run folder that `config` describes: `here` itself where it names nothing."""
-    if config.behaviour is None and config.target is None:
+    if isinstance(here, Joined) or (config.behaviour is None and config.target is None):
         return here
-    columns = dict(config.columns)
     scores: dict[str, Table] = {}
     if config.behaviour is not None and _is_file(config.behaviour, "compare.behaviour"):
-        file = open_export(config.behaviour, key="compare.behaviour", columns=columns)
+        file = open_export(config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=config.target is not None)
         behaviour, own = here, None
         if config.target is None and "target" not in file.columns:
             raise UsageError(
@@ -87,7 +86,7 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
     """The tables of scores that compare.target names, under names that are free."""
     assert config.target is not None
     if _is_file(config.target, "compare.target"):
-        file = open_export(config.target, key="compare.target", columns=config.columns)
+        file = open_export(config.target, key="compare.target", columns=config.columns, one_of_two=config.behaviour is not None)
         name = Path(config.target).stem
         return {name: _take_in_scores(here, file, name, config, completions)}
     path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
@@ -102,7 +101,8 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
 
 
 def _is_file(path: str, key: str) -> bool:
-    if Path(path).is_dir() or (not Path(path).is_file() and Path(path.rpartition(":")[0]).is_dir()):
+    folder = path.rpartition(":")[0]
+    if Path(path).is_dir() or (not Path(path).is_file() and folder and Path(folder).is_dir()):
         return False
     if Path(path).suffix in FILES:
         return True

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.redaction import redact, secret_values
 
 COLUMNS: dict[str, dict[str, str]] = {
     "completions": {
@@ -143,7 +144,7 @@ class Table:
         """Say what the rows depend on; raises UsageError when rows are there that another config made."""
         before = self.record().get("config")
         if before is not None and self.exists():
-            changes = differences(before, json.loads(json.dumps(config)))
+            changes = differences(before, json.loads(json.dumps(redact(config, secret_values(os.environ)))))
             if changes:
                 raise UsageError(
                     f"{self.path} holds rows of another config ({'; '.join(changes)}): undo the change, or set run_dir to a new folder"
@@ -155,7 +156,7 @@ class Table:
         self._write_record({**self.record(), **facts})
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
-        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.path / RECORD, json.dumps(redact(record, secret_values(os.environ)), indent=2, ensure_ascii=False) + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0) -> Writer:
         return Writer(self, max_rows, max_seconds)

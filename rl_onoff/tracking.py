@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 STEP = "progress/responses"
 """What progress is plotted against: responses finished in the running stage."""
 MAX_HTML_BYTES = 25_000_000
+MAX_NAME = 128
+"""Most characters W&B takes as a run's name."""
 START_TIMEOUT_S = 15.0
 FINISH_TIMEOUT_S = 60.0
 ARTIFACT_TIMEOUT_S = 1800.0
@@ -161,7 +163,7 @@ class WandbTracker:
                     entity=self.config.entity,
                     group=self.config.group or group,
                     job_type=job_type,
-                    name=self.config.name or self._run_dir.name,
+                    name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # a sweep's job is called by all its overrides
                     tags=list(self.config.tags),
                     config=redact(config, secrets),
                     dir=str(self._run_dir),

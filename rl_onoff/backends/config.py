@@ -73,7 +73,7 @@ class EngineConfig:
 
     # The same engine with one thing changed: what the attribution tries.
 
-    def with_dtype(self, dtype: str) -> Self:
+    def with_dtype(self, dtype: str | None) -> Self:
         return dataclasses.replace(self, dtype=dtype)
 
     def with_float32_head(self) -> Self | None:
@@ -152,7 +152,7 @@ class HuggingFaceBackendConfig(EngineConfig):
     def weights_dtype(self) -> str:
         return self._same("dtype", "torch_dtype") or "auto"
 
-    def with_dtype(self, dtype: str) -> Self:
+    def with_dtype(self, dtype: str | None) -> Self:
         return dataclasses.replace(self, dtype=dtype, torch_dtype=dtype)
 
     def with_float32_head(self) -> Self:

@@ -91,10 +91,7 @@ class FakeBackend(BaseBackend):
         from rl_onoff.probes.token_stats import token_stats
 
         for response in responses:
-            logits_TV = self._logits_of(response)
-            stats = token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want)
-            arrays = {name: value for name, value in stats.arrays().items() if value is not None}
-            yield TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
+            yield token_stats(self._logits_of(response), torch.as_tensor(response.token_ids_T), want).of(response)
 
     def _close(self) -> None:
         self._table = None

@@ -59,7 +59,7 @@ class HuggingFaceBackend(BaseBackend):
         dtype = config.weights_dtype
         files = resolve(config.model_name, revision=config.revision)
         with hub_errors(config.model_name):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 files.path,
                 revision=files.revision or "main",
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -200,7 +200,7 @@ class HuggingFaceBackend(BaseBackend):
         scores, start = [], 0
         for response in batch:
             end = start + len(response.token_ids_T)
-            scores.append(_scores(response, stats[start:end]))
+            scores.append(stats[start:end].of(response))
             start = end
         return scores
 
@@ -209,7 +209,7 @@ class HuggingFaceBackend(BaseBackend):
         from rl_onoff.probes.token_stats import token_stats
 
         logits_TV = self._whole_logits(response)
-        return _scores(response, token_stats(logits_TV, self._tensor(response.token_ids_T).to(logits_TV.device), want))
+        return token_stats(logits_TV, self._tensor(response.token_ids_T).to(logits_TV.device), want).of(response)
 
     def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
         import torch
@@ -239,11 +239,6 @@ class HuggingFaceBackend(BaseBackend):
 
 def _prompt_key(response: Response) -> bytes:
     return np.asarray(response.prompt_ids, np.int32).tobytes()
-
-
-def _scores(response: Response, stats: Any) -> TokenScores:
-    arrays = {name: value for name, value in stats.arrays().items() if value is not None}
-    return TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
 
 
 def context_length(config: Any) -> int:

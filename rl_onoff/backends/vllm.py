@@ -81,8 +81,7 @@ class VLLMBackend(BaseBackend):
 
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
         for response, stats in (self._stats if self._in_engine else self._public_stats)(responses, want):
-            arrays: dict[str, Any] = {name: value for name, value in stats.arrays().items() if value is not None}
-            yield TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
+            yield stats.of(response)
 
     def _close(self) -> None:
         engine, self._engine = self._engine, None

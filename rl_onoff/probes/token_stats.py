@@ -6,17 +6,16 @@ logits are never changed: they may be the engine's own buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from rl_onoff.types import Response, Sampling, TokenScores, Want
 
-    from rl_onoff.types import Sampling, Want
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CPU_CHUNK_BYTES = 6 * 2**20  # a chunk that stays in cache is what a CPU likes best
 GPU_CHUNK_BYTES = 256 * 2**20
@@ -41,15 +40,18 @@ class TokenStats:
     def concatenate(cls, parts: list[TokenStats]) -> TokenStats:
         """The rows of all parts, in order."""
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        return cls(**{name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()})
+        joined: dict[str, Any] = {name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
+        return cls(**joined)
 
     def __getitem__(self, rows: slice) -> TokenStats:
-        return TokenStats(**{f.name: None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self)})
+        cut: dict[str, Any] = {f.name: None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self)}
+        return TokenStats(**cut)
 
-    def arrays(self) -> dict[str, np.ndarray | None]:
-        """The fields by the names TokenScores has for them."""
+    def of(self, response: Response) -> TokenScores:
+        """These statistics as the scores of a response, whose tokens the rows are."""
         suffix = {"top_ids": "_TK", "top_logprobs": "_TK", "logits": "_TV"}
-        return {f.name + suffix.get(f.name, "_T"): getattr(self, f.name) for f in fields(self)}
+        arrays: dict[str, Any] = {f.name + suffix.get(f.name, "_T"): getattr(self, f.name) for f in fields(self)}
+        return TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:

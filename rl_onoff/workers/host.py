@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ from rl_onoff.backends.config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 from rl_onoff.workers import wire
+from rl_onoff.workers.devices import Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
 
 HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a cold network disk is slow
 CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
 BUSY_CLOSE_SECONDS = 2.0  # the same, in the middle of work nobody wants any more
+PERIOD = 0.2  # seconds between two looks at whether the worker lives
 
 Key = tuple[str, int]
 Error = TypeVar("Error", bound=OnOffError)
@@ -35,8 +37,11 @@ Error = TypeVar("Error", bound=OnOffError)
 class Host:
     """Runs one backend in a worker process. One call at a time; a new call drops what an older one had not yielded."""
 
-    def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None):
-        self._class, self._config = backend_class, config
+    def __init__(
+        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, place: Place = Place()
+    ):
+        self._class, self._config, self._place = backend_class, config, place
+        self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
         self._log_folder = log_folder or os.environ.get(LOG_FOLDER)
         self._worker: WorkerProcess | None = None
         self._call = 0  # the number of the latest call
@@ -48,13 +53,23 @@ class Host:
         """The worker's process id, None when it is not running."""
         return self._worker.pid if self._worker else None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker runs, as far as can be told without asking it."""
+        if self._worker is None or self._worker.channel.torn:
+            return False
+        with suppress(wire.PeerGoneError):
+            self._worker.check()
+            return True
+        return False
+
     # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
         config = dataclasses.asdict(self._config)
         if why := wire.fits(config):
             raise UsageError(f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}")
-        self._worker = WorkerProcess(self._class, self._config.python, self._log_folder)
+        self._worker = WorkerProcess(self._class, self._config.python, self._log_folder, self._place)
         try:
             self._hello()
             self._send(wire.Load(target=f"{self._class.__module__}:{self._class.__qualname__}", config=config))
@@ -166,6 +181,9 @@ class Host:
         worker = self._alive()
         while True:
             try:
+                while not worker.channel.readable(PERIOD):  # between two messages: here alone can a call be left without harm
+                    worker.check()
+                    self.interrupt()
                 message = worker.channel.receive()
             except wire.PeerGoneError:
                 raise self._died() from None

@@ -22,6 +22,7 @@ import psutil
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import sessions, wire
+from rl_onoff.workers.devices import Place
 
 LOG_FOLDER = "RL_ONOFF_WORKER_LOGS"  # environment: where workers' logs are kept; unset: they go when the worker closes
 TAIL_LINES = 25
@@ -33,7 +34,9 @@ _numbers = itertools.count()
 class WorkerProcess:
     """Starts `python -m rl_onoff.workers.child` in a session and a temporary folder of its own."""
 
-    def __init__(self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None):
+    def __init__(
+        self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None, place: Place = Place()
+    ):
         self.python = python or sys.executable
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
@@ -47,7 +50,7 @@ class WorkerProcess:
                 self._popen = subprocess.Popen(
                     [self.python, "-m", "rl_onoff.workers.child", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
-                    start_new_session=True, env=self._environment(backend_class),
+                    start_new_session=True, env=self._environment(backend_class) | place.environment,
                 )  # fmt: skip
             except OSError as e:
                 ours.close()
@@ -56,9 +59,12 @@ class WorkerProcess:
                     f"backend.python={self.python} cannot be run ({e.strerror}): set backend.python to a Python interpreter"
                 ) from None
         self.pid = self._popen.pid
+        if place.cores:
+            with suppress(OSError):  # it is gone already
+                os.sched_setaffinity(self.pid, place.cores)  # before it starts threads, which inherit it
         self._process = psutil.Process(self.pid)
         self.deadline: float | None = None  # monotonic time by which the worker must have spoken
-        self.channel = wire.Channel(ours, self._check)
+        self.channel = wire.Channel(ours, self.check)
         self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid())
 
     def _environment(self, backend_class: type[BaseBackend]) -> dict[str, str]:
@@ -86,7 +92,8 @@ class WorkerProcess:
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise PeerGoneError when the process has ended, or has not spoken in time."""
         late = self.deadline is not None and time.monotonic() > self.deadline
         if late or not sessions.alive(self._process):
             raise wire.PeerGoneError

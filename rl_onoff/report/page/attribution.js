@@ -14,10 +14,12 @@ function showAttribution() {
       el("td", {}, row.verdict),
     );
   });
+  const shown = table(null, ["changed", "k3 KL before", "after", "share of the gap", "verdict"], rows);
+  shown.querySelector("thead th:last-child").classList.remove("number");
   byId("attribution").replaceChildren(
     el("h2", {}, `Why ${attribution.target} differs`),
     el("p", {}, attribution.sentence),
-    table(null, ["changed", "k3 KL before", "after", "share of the gap", "verdict"], rows),
+    shown,
     el("p", { class: "note" }, "A change that explains a tenth of the gap or more is kept for the rows after it; the noise row's share is the floor's."),
   );
 }

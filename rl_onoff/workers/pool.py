@@ -1,0 +1,116 @@
+"""Replicas of an engine that share out the work: `backend.dp_size` workers, each with devices of its own.
+
+A pool is a `Core`, like one engine. A response does not depend on the replica that computes it (its seed is its own), so it
+does not matter who takes what: whoever has nothing to do takes the next share, results are handed on as they come, and what
+a dead replica held goes to the others while it starts again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.config import EngineConfig
+from rl_onoff.errors import EngineDiedError, EngineError
+from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.workers.devices import places
+from rl_onoff.workers.replica import Call, Replica
+from rl_onoff.workers.shares import Item, Key, items_of_requests, items_of_responses, requests_of
+
+log = logging.getLogger(__name__)
+
+NAMED = 10  # lost responses that an error names
+
+
+class Pool:
+    """Runs `config.dp_size` workers of one backend. One call at a time; a call that is left early leaves the pool usable."""
+
+    def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None):
+        self._class, self._config = backend_class, config
+        self._log_folder = log_folder
+        self._replicas: list[Replica] = []
+        self._call: Call | None = None
+
+    @property
+    def pids(self) -> list[int | None]:
+        """The workers' process ids, None for one that is not running."""
+        return [replica.pid for replica in self._replicas]
+
+    def _load(self) -> EngineInfo:
+        number = self._config.dp_size or 1
+        log.info("starting %d replicas of %s", number, self._class.name)
+        self._replicas = [
+            Replica(self._class, self._config, self._log_folder, place) for place in places(number, self._config.gpus_per_replica)
+        ]
+        loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
+        infos = []
+        try:
+            for replica in self._replicas:
+                replica.load(loaded)
+            while len(infos) < number:
+                info = loaded.get()
+                if isinstance(info, BaseException):
+                    raise info
+                infos.append(info)
+        except BaseException:
+            self._close()
+            raise
+        return dataclasses.replace(
+            infos[0], max_len=min(info.max_len for info in infos), in_engine_stats=all(info.in_engine_stats for info in infos)
+        )
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        bare = [dataclasses.replace(request, prompt="", meta={}) for request in requests]
+        yield from self._share_out(items_of_requests(bare), lambda host, items: host._generate(requests_of(items)))
+
+    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+        yield from self._share_out(items_of_responses(responses), lambda host, items: host._score([item.what for item in items], want))
+
+    def _close(self) -> None:
+        replicas, self._replicas = self._replicas, []
+        if self._call is not None:
+            self._call.stop()
+        for replica in replicas:
+            replica.close()
+        for replica in replicas:
+            replica.join()
+
+    def _share_out(self, items: list[Item], run: Callable[[Any, list[Item]], Iterator[Any]]) -> Iterator[Any]:
+        if not self._replicas:
+            raise EngineDiedError(f"the {self._class.name} engine is not running: load the backend again")
+        if self._call is not None:
+            self._call.stop()
+        call = self._call = Call(items, len(self._replicas), run)
+        try:
+            for replica in self._replicas:
+                replica.answer(call)
+            while (result := call.next()) is not None:
+                yield result
+                if self._call is not call:
+                    raise EngineError("another call to this backend began before this one was read to its end: read it first")
+        finally:
+            call.stop()
+        if call.given_up:
+            raise self._gave_up(call)
+
+    def _gave_up(self, call: Call) -> EngineError:
+        keys = sorted(call.given_up)
+        names = ", ".join(_name(key) for key in keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+        error = EngineError(
+            f"the {self._class.name} engine died three times on each of these responses, which have no result: {names}; all others are "
+            "done: leave those requests out, or give the engine more memory"
+        )
+        for note in getattr(next(iter(call.given_up.values())), "__notes__", ()):
+            error.add_note(note)
+        return error
+
+
+def _name(key: Key) -> str:
+    request_id, sample = key
+    return f"{request_id!r} (sample {sample})"

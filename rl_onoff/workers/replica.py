@@ -1,0 +1,186 @@
+"""One worker of a pool, and the thread that waits for it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.config import EngineConfig
+from rl_onoff.errors import EngineDiedError, OnOffError
+from rl_onoff.workers.devices import Place
+from rl_onoff.workers.host import Host
+from rl_onoff.workers.shares import Item, Key, Shares
+
+log = logging.getLogger(__name__)
+
+MOST_RESTARTS = 3  # of a replica that has given no result since
+
+
+class Stopped(Exception):
+    """Nobody wants what is being waited for."""
+
+
+class Call:
+    """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
+
+    def __init__(self, items: list[Item], num_replicas: int, run: Callable[[Host, list[Item]], Iterator[Any]]):
+        self.shares = Shares(items, num_replicas)
+        self.run = run
+        self.given_up: dict[Key, EngineDiedError] = {}
+        self.stopped = False
+        self._replicas = num_replicas  # that can still be counted on
+        self._results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)
+        self._lock = threading.Lock()
+
+    # the reader's side
+
+    def next(self) -> Any:
+        """The next result; None at the end. Raises the error that ended the call."""
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.shares.stop()
+
+    # the replicas' side
+
+    def put(self, result: Any) -> None:
+        while not self.stopped:
+            try:
+                return self._results.put(result, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def give_back(self, items: list[Item], error: EngineDiedError) -> bool:
+        """Take back what a replica died with; whether a response was found to be the cause."""
+        given_up = self.shares.give_back(items)
+        self.given_up |= {item.key: error for item in given_up}
+        if given_up and self.shares.finished:
+            self.put(None)
+        return bool(given_up)
+
+    def lose(self, error: OnOffError) -> None:
+        """A replica does not come back."""
+        with self._lock:
+            self._replicas -= 1
+            last = self._replicas == 0
+        if last:
+            if isinstance(error, EngineDiedError):
+                error.in_flight = tuple(sorted(self.shares.left()))
+            self.put(error)
+
+
+class Replica:
+    """Loads one worker, feeds it with shares of the calls it is given, and starts it again when it dies."""
+
+    def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None, place: Place):
+        self._host = Host(backend_class, config, log_folder, place)
+        self._host.interrupt = self._interrupt
+        self._name = backend_class.name
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._call: Call | None = None  # that the worker is busy with
+        self._closing = False
+        self._failures = 0  # deaths and failed loads since the last result
+        self._lost: OnOffError | None = None  # why it is not started any more
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="replica")
+        self._thread.start()
+
+    # -- the pool's side; none of these waits --------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        return self._host.pid
+
+    def load(self, loaded: queue.SimpleQueue[EngineInfo | BaseException]) -> None:
+        """Load the engine; its info, or the error, goes into `loaded`."""
+
+        def load() -> None:
+            try:
+                loaded.put(self._host._load())
+            except BaseException as error:  # it is raised where it is read
+                loaded.put(error)
+
+        self._inbox.put(load)
+
+    def answer(self, call: Call) -> None:
+        """Work for a call, once the one before has been left."""
+        self._inbox.put(lambda: self._answer(call))
+
+    def close(self) -> None:
+        self._closing = True
+        self._inbox.put(None)
+
+    def join(self) -> None:
+        self._thread.join()
+
+    # -- the thread's side ---------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        try:
+            while (job := self._inbox.get()) is not None:
+                if not self._closing:
+                    job()
+        finally:
+            self._host._close()
+
+    def _interrupt(self) -> None:
+        if self._closing or (self._call is not None and self._call.stopped):
+            raise Stopped
+
+    def _answer(self, call: Call) -> None:
+        try:
+            while not call.stopped and self._ready(call) and (share := call.shares.take()):
+                if self._host.is_alive:
+                    self._work(call, share)
+                else:  # it died while there was nothing to do: no fault of this share
+                    call.shares.give_back(share, died=False)
+        except Stopped:
+            pass
+        except BaseException as error:  # it is raised where it is read
+            call.put(error)
+
+    def _ready(self, call: Call) -> bool:
+        """Start the worker again if it is gone; False when that has been tried often enough."""
+        while self._lost is None and not self._host.is_alive:
+            try:
+                self._host._close()
+                self._host._load()
+            except OnOffError as error:
+                self._fail(error)
+        if self._lost is not None:
+            call.lose(self._lost)
+        return self._lost is None
+
+    def _work(self, call: Call, share: list[Item]) -> None:
+        held = {item.key: item for item in share}
+        self._call = call
+        try:
+            for result in call.run(self._host, share):
+                del held[result.key]
+                self._failures = 0
+                call.put(result)
+                if call.shares.done():
+                    call.put(None)
+                self._interrupt()
+        except EngineDiedError as error:
+            log.warning("a replica of %s died with %d responses, which the others take over: %s", self._name, len(held), error)
+            if call.give_back(list(held.values()), error):
+                self._failures = 0
+            else:
+                self._fail(error)
+        finally:
+            self._call = None
+
+    def _fail(self, error: OnOffError) -> None:
+        self._failures += 1
+        if self._failures > MOST_RESTARTS:
+            log.warning("a replica of %s is given up: it failed %d times in a row", self._name, self._failures)
+            self._lost = error

@@ -1,0 +1,161 @@
+"""What a pool's replicas still have to do, and who gets what next: longest first, a prompt's samples together.
+
+A replica takes a share: a part of what is left (guided self-scheduling), so that shares are large while there is much to do,
+which keeps an engine's batches full, and small at the end, so that all replicas finish together.
+
+When a replica dies, what it held comes back. No one can tell which of the responses did it, so they are tried again in pieces,
+after everything that is above suspicion, and the third time each one alone: what dies then is named and left out.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from rl_onoff.types import Request, Response
+
+MOST_DEATHS = 3  # of a replica, with the same response in its hands
+FILL = 32  # responses that a share has at least, if there are enough: engines compute them side by side
+
+Key = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Item:
+    """One response to sample or to score."""
+
+    what: Request | Response
+    sample: int
+    tokens: int  # it takes at most, prompt included
+    deaths: int = 0
+
+    @property
+    def key(self) -> Key:
+        return (self.what.id if isinstance(self.what, Request) else self.what.request_id), self.sample
+
+    @property
+    def prompt(self) -> bytes:
+        return self.what.prompt_ids.tobytes()
+
+
+def items_of_requests(requests: Iterable[Request]) -> list[Item]:
+    return [Item(r, s, len(r.prompt_ids) + r.sampling.max_new_tokens) for r in requests for s in r.sample_indices]
+
+
+def items_of_responses(responses: Iterable[Response]) -> list[Item]:
+    return [Item(r, r.sample, r.num_tokens) for r in responses]
+
+
+def requests_of(items: Iterable[Item]) -> list[Request]:
+    """The items as requests again, each with the samples that are among them."""
+    samples: dict[int, list[int]] = {}
+    requests: dict[int, Request] = {}
+    for item in items:
+        assert isinstance(item.what, Request)
+        requests[id(item.what)] = item.what
+        samples.setdefault(id(item.what), []).append(item.sample)
+    return [replace(request, samples=tuple(samples[number])) for number, request in requests.items()]
+
+
+class Shares:
+    """The work of one call. Replicas take from it side by side, each in a thread of its own."""
+
+    def __init__(self, items: Sequence[Item], num_replicas: int, fill: int = FILL):
+        groups: dict[bytes, list[Item]] = {}
+        for item in items:
+            groups.setdefault(item.prompt, []).append(item)
+        longest_first = sorted(groups.values(), key=lambda group: -max(item.tokens for item in group))
+        self._waiting = deque(item for group in longest_first for item in group)
+        self._suspects: list[list[Item]] = []
+        self._tokens = sum(item.tokens for item in items)  # of what waits
+        self._taken = 0
+        self._replicas, self._fill = num_replicas, fill
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def take(self) -> list[Item]:
+        """The next share; waits for one while others hold some that may come back. Empty: there is nothing more to do."""
+        with self._changed:
+            while not self._stopped:
+                if self._waiting:
+                    share = self._cut()
+                elif self._suspects:
+                    self._suspects.sort(key=lambda piece: piece[0].deaths)
+                    share = self._suspects.pop()
+                elif self._taken:
+                    self._changed.wait()
+                    continue
+                else:
+                    break
+                self._taken += len(share)
+                return share
+            return []
+
+    def done(self) -> bool:
+        """One of the responses that were taken has its result; True when it was the last of all."""
+        with self._changed:
+            self._taken -= 1
+            return self._finished()
+
+    def give_back(self, items: Sequence[Item], died: bool = True) -> list[Item]:
+        """Take back what a replica held, when it died of it perhaps; returns what is given up."""
+        with self._changed:
+            self._taken -= len(items)
+            given_up = []
+            if died:
+                for item in items:
+                    item.deaths += 1
+            if not items:
+                pass
+            elif items[0].deaths >= MOST_DEATHS:
+                given_up = list(items)
+            elif items[0].deaths == 0:
+                self._waiting.extendleft(reversed(items))
+                self._tokens += sum(item.tokens for item in items)
+            else:
+                # two rounds are left to find the one among n: pieces of √n, then each alone, is the least to do again
+                size = 1 if items[0].deaths == MOST_DEATHS - 1 else math.isqrt(len(items))
+                size = len(items) if not died else size
+                self._suspects += [list(items[at : at + size]) for at in range(0, len(items), size)]
+            self._finished()
+            self._changed.notify_all()
+            return given_up
+
+    def left(self) -> list[Key]:
+        """What waits; for an error's sake."""
+        with self._changed:
+            return [item.key for item in (*self._waiting, *(item for piece in self._suspects for item in piece))]
+
+    @property
+    def finished(self) -> bool:
+        with self._changed:
+            return self._finished()
+
+    def stop(self) -> None:
+        """Nobody wants the rest: every `take` returns nothing."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _finished(self) -> bool:
+        finished = not (self._taken or self._waiting or self._suspects)
+        if finished:
+            self._changed.notify_all()
+        return finished
+
+    def _cut(self) -> list[Item]:
+        enough = self._tokens / (2 * self._replicas)
+        least = min(self._fill, math.ceil(len(self._waiting) / self._replicas))
+        share: list[Item] = []
+        tokens = 0
+        while self._waiting:
+            full = len(share) >= least and tokens >= enough
+            if full and (self._waiting[0].prompt != share[-1].prompt or tokens >= 2 * enough):
+                break
+            share.append(self._waiting.popleft())
+            tokens += share[-1].tokens
+        self._tokens -= tokens
+        return share

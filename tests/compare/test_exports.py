@@ -1,0 +1,169 @@
+"""Files made elsewhere, in the layouts of verl, TRL, prime-rl and slime: the numbers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rl_onoff.errors import UsageError
+from rl_onoff.exports import open_export
+from rl_onoff.storage import RunDir
+from tests.running import run_in
+
+RNG = np.random.default_rng(0)
+LENGTHS = (5, 3, 8)
+IDS = [RNG.integers(0, 200, n).tolist() for n in LENGTHS]
+PROMPTS = [[7, 8, 9], [7, 8], [1]]
+Q = [(-RNG.exponential(1, n)).astype(np.float32).tolist() for n in LENGTHS]
+P = [(np.array(q) - RNG.normal(0, 0.1, len(q)) - 0.3).astype(np.float32).tolist() for q in Q]
+L = np.concatenate(P).astype(np.float64) - np.concatenate(Q)
+
+
+def padded(row: list[Any], value: Any, width: int = 8) -> list[Any]:
+    return [*row, *[value] * (width - len(row))]
+
+
+def verl(i: int) -> dict[str, Any]:
+    """A rectangle: prompts padded on the left, responses on the right."""
+    n, m = LENGTHS[i], len(PROMPTS[i])
+    return {
+        "uid": f"row-{i}", "prompts": [0] * (4 - m) + PROMPTS[i], "responses": padded(IDS[i], 0), "response_mask": padded([1] * n, 0),
+        "attention_mask": [0] * (4 - m) + [1] * m + padded([1] * n, 0), "rollout_log_probs": padded(Q[i], -1.0),
+        "old_log_probs": padded(P[i], 0.0), "data_source": "gsm8k",
+    }  # fmt: skip
+
+
+def trl(i: int) -> dict[str, Any]:
+    return {
+        "prompt_ids": PROMPTS[i], "completion_ids": padded(IDS[i], 0), "completion_mask": padded([1] * LENGTHS[i], 0),
+        "sampling_per_token_logps": padded(Q[i], 0.0), "old_per_token_logps": padded(P[i], 0.0), "completion": "text",
+    }  # fmt: skip
+
+
+def prime_rl(i: int) -> dict[str, Any]:
+    """The trainer's packed batch: one list of ids, with a mask that leaves the prompt out."""
+    m = len(PROMPTS[i])
+    return {
+        "input_ids": PROMPTS[i] + IDS[i], "loss_mask": [False] * m + [True] * LENGTHS[i], "inference_logprobs": [0.0] * m + Q[i],
+        "trainer_logprobs": [0.0] * m + P[i],
+    }  # fmt: skip
+
+
+def slime(i: int) -> dict[str, Any]:
+    """The response's logprobs beside the ids of prompt and response."""
+    return {
+        "tokens": PROMPTS[i] + IDS[i], "response_length": LENGTHS[i], "loss_mask": [1] * LENGTHS[i], "rollout_log_probs": Q[i],
+        "old_log_probs": P[i],
+    }  # fmt: skip
+
+
+def ours(i: int) -> dict[str, Any]:
+    return {"request_id": f"row-{i}", "token_ids": IDS[i], "logprobs": Q[i], "target_logprobs": P[i], "logprob_kind": "raw",
+            "pieces": [f" t{x}" for x in IDS[i]]}  # fmt: skip
+
+
+LAYOUTS = (verl, trl, prime_rl, slime, ours)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    if path.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def metrics(folder: RunDir, target: str) -> dict[str, float]:
+    overall = folder.read_json("metrics.json")["comparisons"][target]["overall"]
+    return {name: value["value"] for name, value in overall.items()}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_one_file_with_both_logprobs(layout: Any, ending: str, tmp_path: Path) -> None:
+    file = write(tmp_path / f"rollouts.{ending}", [layout(i) for i in range(3)])
+    folder = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
+    (name,) = folder.read_json("metrics.json")["comparisons"]
+    assert name in layout(0) and "log" in name
+    found = metrics(folder, name)
+    assert found["kl_k3"] == pytest.approx(np.mean(np.exp(L) - L - 1), rel=1e-6)
+    assert found["logprob_diff_max"] == pytest.approx(np.abs(L).max(), rel=1e-6)
+    sums = np.array([np.sum(np.array(p, np.float64) - q) for p, q in zip(P, Q, strict=True)])
+    assert found["ess_seq"] == pytest.approx(np.exp(sums).sum() ** 2 / (3 * np.exp(2 * sums).sum()), rel=1e-5)
+    rows = {row["request_id"]: row for row in folder.completions.rows()}
+    assert sorted(row["token_ids"].tolist() for row in rows.values()) == sorted(IDS)
+    if layout is not ours:
+        assert sorted(row["prompt_ids"].tolist() for row in rows.values()) == sorted(PROMPTS) or layout is prime_rl
+    page = (folder.path / "report.html").read_text()
+    assert "how on-policy?" in page
+
+
+def test_two_files(tmp_path: Path) -> None:
+    q = write(tmp_path / "rollouts.jsonl", [{k: v for k, v in verl(i).items() if k != "old_log_probs"} for i in range(3)])
+    p = write(tmp_path / "trainer.parquet", [{"id": f"row-{i}", "token_ids": IDS[i], "logprobs": P[i]} for i in (2, 0, 1)])
+    folder = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={q}", f"compare.target={p}")
+    assert metrics(folder, "trainer")["kl_k3"] == pytest.approx(np.mean(np.exp(L) - L - 1), rel=1e-6)
+
+
+def test_two_files_whose_columns_have_other_names(tmp_path: Path) -> None:
+    q = write(tmp_path / "q.jsonl", [{"name": f"x{i}", "toks": IDS[i], "lp_vllm": Q[i]} for i in range(3)])
+    p = write(tmp_path / "p.jsonl", [{"name": f"x{i}", "token_ids": IDS[i], "lp_fsdp": P[i]} for i in range(3)])
+    columns = "{id: name, token_ids: toks, behaviour: lp_vllm, target: lp_fsdp}"
+    files = (f"compare.behaviour={q}", f"compare.target={p}", f"+compare.columns={columns}")
+    assert metrics(run_in(tmp_path / "run", "experiment=compare", *files), "p")["kl"] == pytest.approx(np.mean(-L), rel=1e-6)
+
+
+def test_columns_that_have_other_names(tmp_path: Path) -> None:
+    rows = [{"name": f"x{i}", "toks": IDS[i], "lp_vllm": Q[i], "lp_fsdp": P[i]} for i in range(3)]
+    file = write(tmp_path / "x.jsonl", rows)
+    with pytest.raises(UsageError, match=r"no column with lists of token ids but name, toks, .*: set \+compare.columns.token_ids"):
+        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
+    columns = "{id: name, token_ids: toks, behaviour: lp_vllm, target: lp_fsdp}"
+    folder = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}", f"+compare.columns={columns}")
+    assert metrics(folder, "lp_fsdp")["kl_k3"] == pytest.approx(np.mean(np.exp(L) - L - 1), rel=1e-6)
+    with pytest.raises(UsageError, match=r"compare.columns has 'ids', which is none of id, sample, token_ids"):
+        run_in(tmp_path / "other", "experiment=compare", f"compare.behaviour={file}", "+compare.columns.ids=toks")
+
+
+def test_pieces_stand_for_a_tokenizer(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [ours(i) for i in range(3)])
+    folder = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
+    assert folder.completions.record()["pieces"] == {str(i): f" t{i}" for ids in IDS for i in ids}
+
+
+def test_a_file_that_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [ours(i) for i in range(3)])
+    run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
+    run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")  # the same again
+    write(tmp_path / "x.jsonl", [ours(i) for i in range(2)])
+    with pytest.raises(UsageError, match="holds rows of another config"):
+        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"token_ids": [1, 2], "logprobs": [-1.0]}], "1 behaviour logprobs for 2 token ids"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, None]}], "behaviour logprobs that are not a list of numbers"),
+        ([{"token_ids": [1, 2], "completion_mask": [1], "logprobs": [-1.0, -1.0]}], "a mask of 1 for 2 token ids"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "logprob_kind": "natural"}], "unknown kind 'natural'"),
+        ([{"token_ids": [1, 2]}], "no column with logprobs"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0]}], "one column with logprobs, logprobs: set compare.target"),
+    ],
+)
+def test_what_is_refused(rows: list[dict[str, Any]], words: str, tmp_path: Path) -> None:
+    rows = [row | ({} if "one column" in words or "no column" in words else {"old_log_probs": [-1.0, -1.0]}) for row in rows]
+    with pytest.raises(UsageError, match=words):
+        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={write(tmp_path / 'x.jsonl', rows)}")
+
+
+def test_a_response_in_a_list_with_its_prompt_needs_a_length(tmp_path: Path) -> None:
+    row = slime(0)
+    del row["response_length"], row["loss_mask"]
+    with pytest.raises(UsageError, match="5 behaviour logprobs for 8 token ids"):
+        list(open_export(write(tmp_path / "x.jsonl", [row]), key="k", columns={}).rows())

@@ -1,0 +1,58 @@
+"""The command line as a user runs it, in a process of its own and in a folder of its own, with the fake engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+COMMAND = [sys.executable, "-m", "rl_onoff"]
+FAKE = ("backend=fake", "model=fake", "reward=none", "tracking=none")  # no model, no judge, no W&B: a second or two
+SMALL = (*FAKE, "data.limit=4", "sampling.max_new_tokens=8")
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, with one thread for torch and without what changes how errors look."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
+    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+
+
+def rl_onoff(*arguments: str, cwd: Path, code: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run it to its end; the exit code must be `code`."""
+    command = [*COMMAND, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=environment(**environ), capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def refused(*arguments: str, cwd: Path, code: int = 2, **environ: str) -> str:
+    """The one sentence it ends with, after the name; there is nothing else on stderr, and no traceback anywhere."""
+    done = rl_onoff(*arguments, cwd=cwd, code=code, **environ)
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rl-onoff: "), done.stderr
+    return lines[0].removeprefix("rl-onoff: ")
+
+
+def table(folder: Path) -> pd.DataFrame:
+    """A table by its key, in an order that does not depend on when a row was written."""
+    return pd.read_parquet(folder).sort_values(["request_id", "sample"]).reset_index(drop=True)
+
+
+def token_ids(run_dir: Path) -> dict[tuple[str, int], list[int]]:
+    """The sampled ids by (request id, sample); a repeated row is an error."""
+    rows = table(run_dir / "completions")
+    found = {(row.request_id, row.sample): row.token_ids.tolist() for row in rows.itertuples()}
+    assert len(found) == len(rows), "a row is there twice"
+    return found
+
+
+def continue_command(text: str) -> str:
+    """What a stopped run says to type."""
+    found = re.search(r"To go on: (rl-onoff .*)", text)
+    assert found, text
+    return found[1]
