@@ -10,12 +10,13 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from rl_onoff import stages
-from rl_onoff.attribution import KEEP, NOTHING_LEFT, Attribution, Row, View, Views, gap, share_of, skipped, tried
+from rl_onoff.attribution import KEEP, NOTHING_LEFT, ROUNDING, Attribution, Row, View, Views, gap, skipped, tried
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError
@@ -78,9 +79,9 @@ class State:
         return gap(q, p)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Iterable[int], b: Iterable[int]) -> int:
     """How many tokens two lists of ids share from the start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 @dataclass(slots=True)
@@ -133,10 +134,9 @@ class Ladder:
             if rungs and rung not in rungs:
                 continue
             log.info("attribute: %s", rung.value)
-            left = share_of(state.gap(), self.floor, whole, self.floor)
             if rung is not Rung.noise and whole <= self.floor:
                 self.rows.append(skipped(rung, "the gap is not above the noise floor"))
-            elif rung is not Rung.noise and left <= NOTHING_LEFT:
+            elif rung is not Rung.noise and state.gap() <= max(NOTHING_LEFT * whole, ROUNDING):
                 self.rows.append(skipped(rung, "nothing is left to explain"))
             else:
                 state = self._try(rung, state, whole)
@@ -160,7 +160,7 @@ class Ladder:
             self.rows.append(skipped(rung, f"it failed ({error})"))
             return state
         before = state.gap()
-        row = tried(rung, best.changed, before, after, whole, self.floor, best.detail)
+        row = tried(rung, best.changed, before, after, whole, best.detail)
         self.rows.append(row)
         assert row.share is not None
         return best.state if row.share >= max(KEEP, best.least) else state

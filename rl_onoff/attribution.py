@@ -1,8 +1,8 @@
 """Why two policies differ, as rows: what was changed, what it did to the gap, and the cause in words. Numbers only, no engine.
 
-The gap is the mean k3 KL, nats a token. A rung's share is (before − after) / (gap − floor), limited to 0 … 1, where `before` is
-the gap with every change kept so far, `gap` the one at the bottom of the ladder and `floor` that of a repeat by one engine.
-So shares add up: a cause that an earlier rung has taken away is not counted again.
+The gap is the mean k3 KL, nats a token. A rung's share is (before − after) / gap, limited to 0 … 1, where `before` is the gap with
+every change kept so far and `gap` the one at the bottom of the ladder. So shares add up: a cause that an earlier rung has taken
+away is not counted again. The noise rung changes nothing: its share says how large the gap is that one engine has to itself.
 """
 
 from __future__ import annotations
@@ -93,22 +93,16 @@ class Row:
         return {**asdict(self), "rung": self.rung.value}
 
 
-def share_of(before: float, after: float, whole: float, floor: float) -> float:
-    """Which part of the gap went away between before and after."""
-    return float(np.clip((before - after) / (whole - floor), 0, 1)) if whole > floor else 0.0
-
-
-def tried(rung: Rung, changed: str, before: float, after: float, whole: float, floor: float, detail: str = "") -> Row:
-    """The row of a rung that was tried."""
-    share = share_of(before, after, whole, floor)
+def tried(rung: Rung, changed: str, before: float, after: float, whole: float, detail: str = "") -> Row:
+    """The row of a rung that was tried; `whole` is the gap at the bottom of the ladder."""
+    share = float(np.clip((before - after) / whole, 0, 1)) if whole > 0 else 0.0
     cause = detail or CAUSES[rung]
     if share >= MOST:
         verdict = f"the main cause: {cause}"
     elif share >= KEEP:
         verdict = f"part of the cause: {cause}"
     else:
-        grows = " (the gap grows)" if after > before * 1.1 + floor else ""
-        verdict = f"not the cause{grows}"
+        verdict = "not the cause (the gap grows)" if after - before > KEEP * whole else "not the cause"
     return Row(rung=rung, changed=changed, before=before, after=after, share=share, verdict=verdict)
 
 
@@ -128,35 +122,31 @@ class Attribution:
     responses: int
     tokens: int
 
-    @property
-    def main(self) -> Row | None:
-        """The rung that explains most; None when none explains anything worth a name."""
-        rows = [row for row in self.rows if row.share is not None and row.rung is not Rung.noise]
-        best = max(rows, key=lambda row: row.share or 0.0, default=None)
-        return best if best is not None and (best.share or 0) >= KEEP else None
-
     def sentence(self) -> str:
         """The main cause in one sentence."""
         size = f"the gap between the behaviour and {self.target}, a mean k3 KL of {self.gap:.2g} nats a token over {self.tokens:,} tokens,"
         if self.gap <= self.floor:
             return f"Nothing to explain: {size} is not above the noise floor of {self.floor:.2g}."
         small = f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below." if self.gap < ON_POLICY_K3 else ""
-        rest = share_of(self.left, self.floor, self.gap, self.floor)
-        main = self.main
-        if main is None:
+        noise = f" One engine against itself in other batches shows {self.floor:.2g}." if self.floor > KEEP * self.gap else ""
+        causes = [row for row in self.rows if row.rung is not Rung.noise and (row.share or 0) >= KEEP]
+        if not causes:
+            if noise:
+                return f"Mostly noise: {size} is left, and no rung takes it away.{noise}{small}"
             if self._tried(Rung.weights):
                 return f"Not explained: no rung takes away {size} so its cause is one that cannot be tried here.{small}"
             return (
                 f"Not explained by anything that can be tried: {size} is left, which points to the weights (staleness, quantisation, "
                 f"an adapter, a changed LM head).{small}"
             )
-        size = size[:-1]
-        others = [row for row in self.rows if row is not main and row.rung is not Rung.noise and (row.share or 0) >= KEEP]
-        said = f"{size[0].upper()}{size[1:]}, {'comes' if (main.share or 0) >= MOST else 'comes in part'} from "
-        said += f"{main.verdict.partition(': ')[2]}; with {main.changed} it is {_number(main.after)}, which explains {main.share:.0%} of it"
-        for row in others:
-            said += f"; {row.share:.0%} more is {row.verdict.partition(': ')[2]}"
-        return f"{said}; {rest:.0%} is left.{small}" if rest >= KEEP else f"{said}.{small}"
+        main = max(causes, key=lambda row: row.share or 0)
+        said = f"{size[0].upper()}{size[1:-1]}, comes {'' if (main.share or 0) >= MOST else 'in part '}from "
+        said += f"{main.verdict.partition(': ')[2]}; {main.changed}: {_number(main.after)}, {main.share:.0%} less"
+        for row in causes:
+            if row is not main:
+                said += f"; {row.changed}: {_number(row.after)}, {row.share:.0%} less"
+        rest = self.left / self.gap
+        return f"{said}{f'; {rest:.0%} is left' if rest >= KEEP else ''}.{noise}{small}"
 
     def _tried(self, rung: Rung) -> bool:
         return any(row.rung is rung and row.share is not None for row in self.rows)

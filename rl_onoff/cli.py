@@ -24,7 +24,7 @@ from rl_onoff.config import register
 from rl_onoff.config_errors import config_sentence
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
-from rl_onoff.storage import DISK_ERRORS, RunDir, disk_error, write_whole
+from rl_onoff.storage import FULL_DISK, RunDir, disk_error, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
         sentence, code = str(ours), ours.exit_code
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = config_sentence(error), UsageError.exit_code
-    elif disk is not None and (disk.errno in DISK_ERRORS or error not in _failures):  # not of a job: Hydra could not make its folder
+    elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # not of a job: Hydra could not make its folder
         sentence, code = str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
     else:
         raise error

@@ -31,7 +31,7 @@ def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
 
 def noise_floor(own: str | None, comparisons: Mapping[str, Comparison]) -> float | None:
     """Mean k3 KL between what the engine said while it sampled and when it scored the same tokens; None when not measured."""
-    return comparisons[own]["kl_k3"].value if own in comparisons and len(comparisons) > 1 else None
+    return comparisons[own]["kl_k3"].value if own is not None and own in comparisons and len(comparisons) > 1 else None
 
 
 def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> str:

@@ -140,12 +140,16 @@ def _export(row: Mapping[str, Any], record: Mapping[str, Any], request_id: str, 
         target_T=logprobs["target"][kept_T].astype(np.float32) if "target" in logprobs else None,
         kind=None if kind is None else LogprobKind(kind),
         prompt_ids=prompt_ids.astype(np.int32),
-        prompt=row.get("prompt") if isinstance(row.get("prompt"), str) else "",
-        text=row.get("text") if isinstance(row.get("text"), str) else "",
+        prompt=_text(row.get("prompt")),
+        text=_text(row.get("text")),
         pieces=[piece for piece, kept in zip(pieces, kept_T, strict=True) if kept] if pieces and len(pieces) == len(kept_T) else None,
         reward=float(row["reward"]) if isinstance(row.get("reward"), int | float) else None,
         meta={name: jsonable(record[name]) for name in GROUP_COLUMNS if record.get(name) is not None},
     )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _mask(row: Mapping[str, Any], record: Mapping[str, Any], num_ids: int, where: str) -> np.ndarray | None:

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -54,7 +54,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
 
 LOCK = ".lock"
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO, errno.EFBIG)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Row = dict[str, Any]
 Key = tuple[str, int]
@@ -222,7 +222,7 @@ class Writer:
 
 def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL_DISK:
         return OnOffError(
             f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same run_dir,"
             " nothing written is lost; or set run_dir to a folder on another disk"
@@ -239,6 +239,8 @@ def write_whole(file: Path, text: str) -> Path:
         _sync(partial)
         partial.replace(file)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise disk_error(error, file.parent) from error
     return file
 

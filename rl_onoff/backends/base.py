@@ -123,15 +123,28 @@ class BaseBackend(ABC):
         self._core = core
 
     def _place(self) -> Core:
-        """Where the engine runs: this object itself, or a worker process."""
-        if (self.config.dp_size or 1) > 1:
-            raise UsageError(f"backend.dp_size is {self.config.dp_size}, but there are no replicas yet: set backend.dp_size=1")
-        hosted = self.worker_by_default if self.config.worker is None else self.config.worker
+        """Where the engine runs: this object itself, a worker process, or a pool of them."""
+        if (replicas := self._num_replicas()) > 1:
+            if self.config.worker is False:
+                raise UsageError(
+                    f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of their own: "
+                    "drop backend.worker=false, or set backend.dp_size=1"
+                )
+            from rl_onoff.workers.pool import Pool
+
+            return Pool(type(self), replace(self.config, dp_size=replicas))
+        hosted = self._hosted_by_default() if self.config.worker is None else self.config.worker
         if not hosted and self.config.python is None:
             return self
         from rl_onoff.workers.host import Host
 
         return Host(type(self), self.config)
+
+    def _num_replicas(self) -> int:
+        return self.config.dp_size or 1
+
+    def _hosted_by_default(self) -> bool:
+        return self.worker_by_default
 
     def close(self) -> None:
         """Free the model, and every process, file and port the engine took."""

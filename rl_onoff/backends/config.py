@@ -38,7 +38,7 @@ class EngineConfig:
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
-    """Replicas that share out the work; null is one, or devices / tp_size where tp_size is above 1."""
+    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs / tp_size)."""
     python: str | None = None
     """Interpreter the engine runs under, for an engine that lives in an environment of its own; null is this one."""
     worker: bool | None = None
@@ -70,6 +70,12 @@ class EngineConfig:
     def num_devices(self) -> int:
         """Devices that one replica is split over."""
         return self.tp_size or 1
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """GPUs that a replica must have to itself, on a machine that has some."""
+        device = str(getattr(self, "device", None) or self.engine_kwargs.get("device") or "")
+        return 0 if device.startswith(("cpu", "mps")) else self.num_devices
 
     # The same engine with one thing changed: what the attribution tries.
 
@@ -144,6 +150,10 @@ class HuggingFaceBackendConfig(EngineConfig):
         self._same("dtype", "torch_dtype")
         if self.head_dtype not in (None, "float32"):
             raise UsageError(f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32")
+        if ":" in (self.device or "") and (self.dp_size or self.tp_size or 1) > 1:
+            raise UsageError(
+                f"backend.device={self.device} names one device, but replicas and their parts share out all: set backend.device=cuda"
+            )
         for name in ("batch_size", "max_batch_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16")
@@ -240,6 +250,10 @@ class FakeBackendConfig(EngineConfig):
     _target_: str = "rl_onoff.backends.fake.FakeBackend"
     noise: float = 0.0
     """Standard deviation of noise added to the logits, as a stand-in for another policy."""
+
+    @property
+    def gpus_per_replica(self) -> int:
+        return 0
 
 
 ENGINE_CONFIGS: dict[str, type[EngineConfig]] = {

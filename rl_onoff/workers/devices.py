@@ -24,6 +24,9 @@ class Place:
     cores: tuple[int, ...] = ()  # it runs on these alone; none: on all of them
 
 
+ANYWHERE = Place()
+
+
 def places(num_replicas: int, gpus_each: int) -> list[Place]:
     """A place for each replica: GPUs of its own, or, where there are none, cores of its own.
 

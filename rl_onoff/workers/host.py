@@ -22,7 +22,7 @@ from rl_onoff.backends.config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 from rl_onoff.workers import wire
-from rl_onoff.workers.devices import Place
+from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
 
 HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a cold network disk is slow
@@ -38,7 +38,7 @@ class Host:
     """Runs one backend in a worker process. One call at a time; a new call drops what an older one had not yielded."""
 
     def __init__(
-        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, place: Place = Place()
+        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, place: Place = ANYWHERE
     ):
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise

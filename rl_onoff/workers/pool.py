@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +73,18 @@ class Pool:
 
     def _close(self) -> None:
         replicas, self._replicas = self._replicas, []
-        if self._call is not None:
-            self._call.stop()
+        call, self._call = self._call, None
+        if call is not None:
+            call.stop()
         for replica in replicas:
             replica.close()
         for replica in replicas:
             replica.join()
 
-    def _share_out(self, items: list[Item], run: Callable[[Any, list[Item]], Iterator[Any]]) -> Iterator[Any]:
-        if not self._replicas:
-            raise EngineDiedError(f"the {self._class.name} engine is not running: load the backend again")
+    def _share_out(self, items: list[Item], run: Callable[[Any, list[Item]], Generator[Any]]) -> Iterator[Any]:
+        self._running()
+        if not items:
+            return
         if self._call is not None:
             self._call.stop()
         call = self._call = Call(items, len(self._replicas), run)
@@ -92,21 +93,26 @@ class Pool:
                 replica.answer(call)
             while (result := call.next()) is not None:
                 yield result
-                if self._call is not call:
+                if self._call is not call:  # a later one was begun, or the pool is closed
+                    self._running()
                     raise EngineError("another call to this backend began before this one was read to its end: read it first")
         finally:
             call.stop()
-        if call.given_up:
-            raise self._gave_up(call)
+        if call.shares.given_up:
+            raise self._gave_up(call.shares.given_up)
 
-    def _gave_up(self, call: Call) -> EngineError:
-        keys = sorted(call.given_up)
+    def _running(self) -> None:
+        if not self._replicas:
+            raise EngineDiedError(f"the {self._class.name} engine is not running: load the backend again")
+
+    def _gave_up(self, deaths: Mapping[Key, EngineDiedError]) -> EngineError:
+        keys = sorted(deaths)
         names = ", ".join(_name(key) for key in keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
         error = EngineError(
             f"the {self._class.name} engine died three times on each of these responses, which have no result: {names}; all others are "
             "done: leave those requests out, or give the engine more memory"
         )
-        for note in getattr(next(iter(call.given_up.values())), "__notes__", ()):
+        for note in getattr(deaths[keys[0]], "__notes__", ()):
             error.add_note(note)
         return error
 

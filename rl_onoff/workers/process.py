@@ -22,7 +22,7 @@ import psutil
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import sessions, wire
-from rl_onoff.workers.devices import Place
+from rl_onoff.workers.devices import ANYWHERE, Place
 
 LOG_FOLDER = "RL_ONOFF_WORKER_LOGS"  # environment: where workers' logs are kept; unset: they go when the worker closes
 TAIL_LINES = 25
@@ -35,9 +35,10 @@ class WorkerProcess:
     """Starts `python -m rl_onoff.workers.child` in a session and a temporary folder of its own."""
 
     def __init__(
-        self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None, place: Place = Place()
+        self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE
     ):
         self.python = python or sys.executable
+        packages = _packages(backend_class)
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
         self.log = self._folder / "worker.log"
@@ -50,7 +51,7 @@ class WorkerProcess:
                 self._popen = subprocess.Popen(
                     [self.python, "-m", "rl_onoff.workers.child", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
-                    start_new_session=True, env=self._environment(backend_class) | place.environment,
+                    start_new_session=True, env=self._environment(packages) | place.environment,
                 )  # fmt: skip
             except OSError as e:
                 ours.close()
@@ -67,16 +68,12 @@ class WorkerProcess:
         self.channel = wire.Channel(ours, self.check)
         self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid())
 
-    def _environment(self, backend_class: type[BaseBackend]) -> dict[str, str]:
-        """The child's environment. It sees this very package, but not its neighbours: another environment has its own."""
+    def _environment(self, packages: list[Path]) -> dict[str, str]:
+        """The child's environment. It sees these very packages, but not their neighbours: another environment has its own."""
         path = self._folder / "path"
         path.mkdir()
-        for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:
-            spec = importlib.util.find_spec(name)
-            assert spec is not None and spec.origin is not None, name
-            source = Path(spec.origin)
-            source = source.parent if spec.submodule_search_locations else source
-            (path / source.name).symlink_to(source)
+        for package in packages:
+            (path / package.name).symlink_to(package)
         environment = dict(os.environ)
         for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
             environment.pop(name, None)
@@ -135,6 +132,17 @@ class WorkerProcess:
                 self.wait(patience)
         self.channel.close()
         self._finalizer()
+
+
+def _packages(backend_class: type[BaseBackend]) -> list[Path]:
+    """Where this package is, and the module or package that the backend's class is from."""
+    found = []
+    for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:
+        spec = importlib.util.find_spec(name) if name != "__main__" else None
+        if spec is None or spec.origin is None:
+            raise UsageError(f"{backend_class.__qualname__} is defined in {name}, which a worker cannot import: put it in a module")
+        found.append(Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin))
+    return found
 
 
 def _end(popen: subprocess.Popen[bytes], folder: Path, owner: int) -> None:

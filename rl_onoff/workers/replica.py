@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rl_onoff.backends.config import EngineConfig
 from rl_onoff.errors import EngineDiedError, OnOffError
 from rl_onoff.workers.devices import Place
 from rl_onoff.workers.host import Host
-from rl_onoff.workers.shares import Item, Key, Shares
+from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +29,9 @@ class Stopped(Exception):
 class Call:
     """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
 
-    def __init__(self, items: list[Item], num_replicas: int, run: Callable[[Host, list[Item]], Iterator[Any]]):
+    def __init__(self, items: list[Item], num_replicas: int, run: Callable[[Host, list[Item]], Generator[Any]]):
         self.shares = Shares(items, num_replicas)
         self.run = run
-        self.given_up: dict[Key, EngineDiedError] = {}
         self.stopped = False
         self._replicas = num_replicas  # that can still be counted on
         self._results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)
@@ -59,13 +59,14 @@ class Call:
             except queue.Full:
                 continue
 
-    def give_back(self, items: list[Item], error: EngineDiedError) -> bool:
-        """Take back what a replica died with; whether a response was found to be the cause."""
-        given_up = self.shares.give_back(items)
-        self.given_up |= {item.key: error for item in given_up}
-        if given_up and self.shares.finished:
+    def done(self, result: Any) -> None:
+        self.put(result)
+        if self.shares.done():
             self.put(None)
-        return bool(given_up)
+
+    def give_back(self, items: list[Item], error: EngineDiedError | None = None) -> None:
+        if self.shares.give_back(items, error):
+            self.put(None)
 
     def lose(self, error: OnOffError) -> None:
         """A replica does not come back."""
@@ -141,7 +142,7 @@ class Replica:
                 if self._host.is_alive:
                     self._work(call, share)
                 else:  # it died while there was nothing to do: no fault of this share
-                    call.shares.give_back(share, died=False)
+                    call.give_back(share)
         except Stopped:
             pass
         except BaseException as error:  # it is raised where it is read
@@ -163,21 +164,24 @@ class Replica:
         held = {item.key: item for item in share}
         self._call = call
         try:
-            for result in call.run(self._host, share):
-                del held[result.key]
-                self._failures = 0
-                call.put(result)
-                if call.shares.done():
-                    call.put(None)
-                self._interrupt()
+            with closing(call.run(self._host, share)) as results:
+                for result in results:
+                    held.pop(result.key, None)
+                    self._failures = 0
+                    call.done(result)
+                    self._interrupt()
         except EngineDiedError as error:
-            log.warning("a replica of %s died with %d responses, which the others take over: %s", self._name, len(held), error)
-            if call.give_back(list(held.values()), error):
-                self._failures = 0
-            else:
-                self._fail(error)
+            self._died(call, list(held.values()), error)
         finally:
             self._call = None
+
+    def _died(self, call: Call, held: list[Item], error: EngineDiedError) -> None:
+        log.warning("a replica of %s is started again: %s", self._name, str(error).removesuffix(": run it again to go on"))
+        call.give_back(held, error)
+        if held and held[0].deaths >= MOST_DEATHS:
+            self._failures = 0  # its cause was found
+        else:
+            self._fail(error)
 
     def _fail(self, error: OnOffError) -> None:
         self._failures += 1

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from rl_onoff.errors import EngineDiedError
 from rl_onoff.types import Request, Response
 
 MOST_DEATHS = 3  # of a replica, with the same response in its hands
@@ -73,7 +74,8 @@ class Shares:
         self._tokens = sum(item.tokens for item in items)  # of what waits
         self._taken = 0
         self._replicas, self._fill = num_replicas, fill
-        self._stopped = False
+        self._stopped = self._ended = False
+        self.given_up: dict[Key, EngineDiedError] = {}  # what died too often, and its last death
         self._changed = threading.Condition()
 
     def take(self) -> list[Item]:
@@ -98,41 +100,33 @@ class Shares:
         """One of the responses that were taken has its result; True when it was the last of all."""
         with self._changed:
             self._taken -= 1
-            return self._finished()
+            return self._ends()
 
-    def give_back(self, items: Sequence[Item], died: bool = True) -> list[Item]:
-        """Take back what a replica held, when it died of it perhaps; returns what is given up."""
+    def give_back(self, items: Sequence[Item], error: EngineDiedError | None = None) -> bool:
+        """Take back what a replica held that died, maybe of it, with `error`; True when nothing is left to do now."""
         with self._changed:
             self._taken -= len(items)
-            given_up = []
-            if died:
+            size = len(items)  # of the pieces in which the items are tried again
+            if error is not None:
                 for item in items:
                     item.deaths += 1
-            if not items:
-                pass
-            elif items[0].deaths >= MOST_DEATHS:
-                given_up = list(items)
-            elif items[0].deaths == 0:
+                # two rounds are left to find the one among n: pieces of √n, then each alone, is the least to do again
+                size = 1 if items and items[0].deaths == MOST_DEATHS - 1 else math.isqrt(len(items))
+            if items and items[0].deaths >= MOST_DEATHS:
+                assert error is not None
+                self.given_up |= {item.key: error for item in items}
+            elif items and items[0].deaths == 0:
                 self._waiting.extendleft(reversed(items))
                 self._tokens += sum(item.tokens for item in items)
-            else:
-                # two rounds are left to find the one among n: pieces of √n, then each alone, is the least to do again
-                size = 1 if items[0].deaths == MOST_DEATHS - 1 else math.isqrt(len(items))
-                size = len(items) if not died else size
+            elif items:
                 self._suspects += [list(items[at : at + size]) for at in range(0, len(items), size)]
-            self._finished()
             self._changed.notify_all()
-            return given_up
+            return self._ends()
 
     def left(self) -> list[Key]:
         """What waits; for an error's sake."""
         with self._changed:
             return [item.key for item in (*self._waiting, *(item for piece in self._suspects for item in piece))]
-
-    @property
-    def finished(self) -> bool:
-        with self._changed:
-            return self._finished()
 
     def stop(self) -> None:
         """Nobody wants the rest: every `take` returns nothing."""
@@ -140,11 +134,13 @@ class Shares:
             self._stopped = True
             self._changed.notify_all()
 
-    def _finished(self) -> bool:
-        finished = not (self._taken or self._waiting or self._suspects)
-        if finished:
-            self._changed.notify_all()
-        return finished
+    def _ends(self) -> bool:
+        """Whether this was the last change: True once."""
+        if self._ended or self._taken or self._waiting or self._suspects:
+            return False
+        self._ended = True
+        self._changed.notify_all()
+        return True
 
     def _cut(self) -> list[Item]:
         enough = self._tokens / (2 * self._replicas)

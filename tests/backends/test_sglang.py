@@ -221,10 +221,14 @@ def kill_and_see(backend: BaseBackend, part: str) -> None:
     worker = psutil.Process(backend._core.pid)  # type: ignore[union-attr]
     family = [worker, *worker.children(recursive=True)]
     victim = next(child for child in family if part in " ".join(child.cmdline()))
-    sampling = Sampling(max_new_tokens=400, n=100)
+    prompt_ids = np.arange(100, 110, dtype=np.int32)
+    requests = [
+        Request(id="short", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=1)),
+        Request(id="long", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400, n=100)),
+    ]
     first, began = None, 0.0
     with pytest.raises(EngineDiedError) as caught:
-        for completion in backend.complete([Request(id="a", prompt_ids=np.arange(100, 110, dtype=np.int32), sampling=sampling)]):
+        for completion in backend.complete(requests):
             if first is None:
                 first, began = completion.key, time.monotonic()
                 os.kill(victim.pid, signal.SIGKILL)

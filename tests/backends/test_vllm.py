@@ -21,6 +21,7 @@ from rl_onoff.backends.vllm import VLLMBackend
 from rl_onoff.errors import EngineDiedError, MissingDependencyError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 from tests.backends.moved_vllm import GoneVLLM, MovedVLLM, UncappedVLLM
+from tests.conftest import SGLANG_PYTHON
 
 TOLERANCE = 2e-4  # nats, float32 against float32
 SAMPLER = Sampling(temperature=0.7, top_k=40, top_p=0.9)
@@ -264,6 +265,12 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'rl-onoff\[vllm\]'"):
         VLLMBackend(config("smollm2", worker=False))._load()
+
+
+def test_an_environment_without_the_package_is_named(tiny_llama: str) -> None:
+    backend = create_backend(config(tiny_llama, python=SGLANG_PYTHON))
+    with pytest.raises(MissingDependencyError, match=r"pip install 'rl-onoff\[vllm\]' \(in the environment of backend\.python="):
+        backend.load()
 
 
 def test_the_newer_model_runner_is_hooked_too() -> None:

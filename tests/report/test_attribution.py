@@ -9,7 +9,7 @@ from rl_onoff.report import write_report
 
 def test_the_ladder_is_shown(page, sample_run, tmp_path):
     rows = [
-        tried(Rung.transform, "the target's <b>scaled</b> logprobs", 0.2, 0.01, 0.2, 0.0),
+        tried(Rung.transform, "the target's <b>scaled</b> logprobs", 0.2, 0.01, 0.2),
         skipped(Rung.dtype, "both sides are in float32"),
     ]
     found = Attribution(target="<trainer>", gap=0.2, floor=0.0, left=0.01, rows=rows, responses=3, tokens=30)

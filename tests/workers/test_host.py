@@ -284,6 +284,12 @@ def test_what_cannot_be_sent_is_refused():
         tiny(thing=object()).load()
 
 
+def test_a_backend_that_a_worker_cannot_import_is_refused(monkeypatch):
+    monkeypatch.setattr(TinyBackend, "__module__", "__main__")
+    with pytest.raises(UsageError, match="TinyBackend is defined in __main__, which a worker cannot import"):
+        tiny().load()
+
+
 def test_the_log_is_kept_where_it_is_wanted(tmp_path, monkeypatch):
     monkeypatch.setenv(process.LOG_FOLDER, str(tmp_path / "logs"))
     with tiny() as backend, pytest.raises(EngineError) as caught:

@@ -20,6 +20,6 @@ function showAttribution() {
     el("h2", {}, `Why ${attribution.target} differs`),
     el("p", {}, attribution.sentence),
     shown,
-    el("p", { class: "note" }, "A change that explains a tenth of the gap or more is kept for the rows after it; the noise row's share is the floor's."),
+    el("p", { class: "note" }, "A change that takes away a tenth of the gap or more is kept for the rows after it, so shares add up; the noise row's says how large the gap is that one engine has to itself."),
   );
 }

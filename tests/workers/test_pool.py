@@ -1,0 +1,273 @@
+"""Replicas: the work is shared out, nothing is lost and nothing comes twice, whoever dies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from rl_onoff.backends import FakeBackendConfig, create_backend
+from rl_onoff.errors import EngineDiedError, EngineError, UsageError
+from rl_onoff.types import Request, Response, Sampling, Want
+from rl_onoff.workers import devices, sessions
+from rl_onoff.workers.pool import Pool
+from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares, items_of_requests, requests_of
+from tests.workers.tiny_backend import TinyBackend
+
+
+def tiny_pool(dp_size: int = 2, **engine_kwargs) -> Pool:
+    return Pool(TinyBackend, FakeBackendConfig(model_name="tiny", dp_size=dp_size, engine_kwargs=engine_kwargs))
+
+
+def request(id: str, num_tokens: int = 4, n: int = 1, max_new_tokens: int = 100) -> Request:
+    ids = np.arange(num_tokens, dtype=np.int32) + sum(map(ord, id))
+    return Request(id=id, prompt_ids=ids, sampling=Sampling(n=n, seed=7, max_new_tokens=max_new_tokens), meta={"not": object()})
+
+
+@pytest.fixture
+def pool():
+    """A function that makes and loads pools of the tiny backend, and closes them."""
+    made = []
+
+    def make(*args, **kwargs) -> Pool:
+        made.append(tiny_pool(*args, **kwargs))
+        made[-1]._load()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one._close()
+
+
+def died(items: list[Item]) -> EngineDiedError:
+    return EngineDiedError("gone", tuple(item.key for item in items))
+
+
+# -- who gets what -----------------------------------------------------------------------------------------------------
+
+
+def test_shares_are_large_first_and_small_last_and_hold_everything_once():
+    shares = Shares(items_of_requests([request(str(i), 10) for i in range(400)]), num_replicas=2, fill=8)
+    sizes, seen = [], []
+    while share := shares.take():
+        sizes.append(len(share))
+        seen += [item.key for item in share]
+        last = [shares.done() for _ in share][-1]
+    assert sorted(seen) == sorted((str(i), 0) for i in range(400))
+    assert sizes[0] == 100 and sizes[-1] <= 8 and all(a >= b for a, b in itertools.pairwise(sizes))
+    assert last and shares.take() == []
+
+
+def test_the_longest_come_first_and_the_samples_of_a_prompt_together():
+    requests = [request("short", 5, n=8), request("long", 90, n=8), request("middle", 50, n=8)]
+    shares = Shares(items_of_requests(requests), num_replicas=2, fill=4)
+    taken = [shares.take() for _ in range(2)]
+    assert [{item.key[0] for item in share} for share in taken] == [{"long"}, {"middle"}]
+    (whole,) = requests_of(taken[0])
+    assert whole.id == "long" and whole.sample_indices == tuple(range(8))
+
+
+def test_few_responses_are_dealt_to_all():
+    shares = Shares(items_of_requests([request("a", n=6)]), num_replicas=3)
+    assert [len(shares.take()) for _ in range(3)] == [2, 2, 1]
+
+
+def test_a_poison_is_found_in_three_deaths_and_the_innocent_come_back():
+    shares = Shares(items_of_requests([request(str(i)) for i in range(100)]), num_replicas=1, fill=100)
+    poison, deaths, finished, ended = ("37", 0), 0, [], []
+    while share := shares.take():
+        if any(item.key == poison for item in share):
+            deaths += 1
+            ended.append(shares.give_back(share, died(share)))
+        else:
+            finished += [item.key for item in share]
+            ended += [shares.done() for _ in share]
+    assert deaths == MOST_DEATHS and set(shares.given_up) == {poison}
+    assert len(finished) == len(set(finished)) == 99
+    assert ended.count(True) == 1
+
+
+def test_what_comes_back_without_blame_is_as_it_was():
+    shares = Shares(items_of_requests([request(str(i)) for i in range(9)]), num_replicas=1)
+    share = shares.take()
+    assert not shares.give_back(share)
+    assert shares.take() == share and all(item.deaths == 0 for item in share)
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+def test_visible_gpus_are_cut_into_groups():
+    assert devices.cut(list("4567"), 2, 2) == [["4", "5"], ["6", "7"]]
+    assert devices.cut(["GPU-a", "GPU-b", "GPU-c"], 2, 1) == [["GPU-a"], ["GPU-b"]]
+    with pytest.raises(UsageError, match=r"need 6 GPUs, but 4 are visible: set backend\.dp_size=2"):
+        devices.cut(list("4567"), 3, 2)
+
+
+def test_a_list_of_devices_ends_where_cuda_says_it_ends():
+    assert devices.listed("0, 2,-1,3") == ["0", "2"]
+    assert devices.listed("") == []
+
+
+def test_each_replica_gets_gpus_of_its_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2,0")
+    monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
+    assert [place.environment for place in devices.places(2, 2)] == [{"CUDA_VISIBLE_DEVICES": "3,1"}, {"CUDA_VISIBLE_DEVICES": "2,0"}]
+    assert devices.replicas_that_fit(2) == 2
+    with pytest.raises(UsageError, match=r"4 visible GPUs cannot be divided into replicas of backend\.tp_size=3"):
+        devices.replicas_that_fit(3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in devices.places(3, 1)] == ["0", "1", "2"]
+    assert all(place.environment == {} for place in devices.places(8, 0)), "an engine that uses none gets none"
+
+
+def test_without_gpus_each_replica_gets_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr(devices, "_count_gpus", lambda: 0)
+    assert devices.cut_cores([0, 1, 2, 3, 8], 2) == [(0, 1), (2, 3)]
+    assert devices.cut_cores([0, 1], 3) == [(), (), ()]
+    assert devices.replicas_that_fit(2) == 1
+    assert all(place.environment == {} for place in devices.places(2, 1))
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_response_once_and_both_replicas_work(pool):
+    requests = [request(str(i), n=2) for i in range(60)]
+    got = [c.key for c in pool(seconds=0.005)._generate(requests)]
+    assert sorted(got) == sorted((str(i), s) for i in range(60) for s in range(2))
+    assert got != sorted(got, key=lambda key: (int(key[0]), key[1])), "two replicas interleave"
+
+
+def test_scores_are_shared_out_too(pool):
+    ids = np.arange(6, dtype=np.int32)
+    responses = [Response(request_id=str(i), sample=0, prompt_ids=ids, token_ids_T=ids[: 1 + i % 5]) for i in range(50)]
+    scores = list(pool()._score(responses, Want(top_k=2)))
+    assert sorted(s.request_id for s in scores) == sorted(str(i) for i in range(50))
+
+
+def test_replicas_killed_at_random_lose_nothing():
+    requests = [request(str(i), 5 + i % 9, max_new_tokens=60) for i in range(200)]
+    config = FakeBackendConfig(model_name="fake")
+    with create_backend(config) as one:
+        expected = {c.key: c for c in one.complete(requests)}
+    chance, kills = random.Random(0), 0
+    with create_backend(FakeBackendConfig(model_name="fake", dp_size=2)) as backend:
+        got = []
+        for completion in backend.complete(requests):
+            got.append(completion)
+            pids = [pid for pid in backend._core.pids if pid is not None]
+            if pids and kills < 5 and len(got) % 20 == 0:
+                os.kill(chance.choice(pids), signal.SIGKILL)
+                kills += 1
+    assert kills == 5
+    assert len(got) == 200 and {c.key for c in got} == set(expected)
+    for completion in got:
+        same = expected[completion.key]
+        assert np.array_equal(completion.token_ids_T, same.token_ids_T) and completion.text == same.text
+        assert np.array_equal(completion.logprobs_T, same.logprobs_T) and completion.finish_reason is same.finish_reason
+
+
+def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(pool):
+    two = pool()
+    requests = [request(str(i)) for i in range(70)]
+    got = []
+    with pytest.raises(EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others") as caught:
+        for completion in two._generate([*requests[:20], request("die"), *requests[20:]]):
+            got.append(completion.request_id)
+    assert sorted(got, key=int) == [str(i) for i in range(70)]
+    assert not isinstance(caught.value, EngineDiedError) and "worker's log" in caught.value.__notes__[0]
+    assert len(list(two._generate(requests))) == 70, "the pool lives on"
+
+
+def test_an_engine_that_cannot_work_at_all_is_not_restarted_for_ever(pool):
+    two = pool()
+    two._config.engine_kwargs["fail"] = "bug"  # from the next start on
+    for pid in two.pids:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="ZeroDivisionError"):
+        list(two._generate([request(str(i)) for i in range(20)]))
+
+
+def test_a_replica_that_died_while_idle_is_started_again(pool):
+    two = pool()
+    assert len(list(two._generate([request(str(i)) for i in range(10)]))) == 10
+    for pid in two.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert len(list(two._generate([request(str(i)) for i in range(10)]))) == 10
+
+
+def test_an_engines_own_error_ends_the_call_at_once(pool):
+    two = pool()
+    with pytest.raises(UsageError, match="a sentence of ours"):
+        list(two._generate([request("a"), request("usage"), request("b")]))
+    assert len(list(two._generate([request("a")]))) == 1
+
+
+def test_a_failed_load_is_one_error_and_leaves_nothing(pool):
+    with pytest.raises(UsageError, match=r"model\.name is wrong"):
+        pool(fail="usage")
+
+
+def test_an_abandoned_call_leaves_the_pool_usable(pool):
+    two = pool(seconds=0.01)
+    stream = two._generate([request(str(i)) for i in range(400)])
+    next(stream)
+    stream.close()
+    began = time.monotonic()
+    assert sorted(c.request_id for c in two._generate([request("a"), request("b")])) == ["a", "b"]
+    assert time.monotonic() - began < 2
+
+
+def test_a_call_that_another_one_displaced_says_so(pool):
+    two = pool(seconds=0.01)
+    first = two._generate([request(str(i)) for i in range(50)])
+    next(first)
+    assert len(list(two._generate([request("a")]))) == 1
+    with pytest.raises(EngineError, match="another call"):
+        next(first)
+
+
+def test_replicas_do_not_run_far_ahead_of_the_reader(pool):
+    two = pool()
+    ids = np.arange(500, dtype=np.int32)
+    responses = [Response(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(20)]
+    stream = two._score(responses, Want(full_logits=True))  # 100 MB each
+    next(stream)
+    before = psutil.Process().memory_info().rss
+    time.sleep(1)
+    assert psutil.Process().memory_info().rss - before < 600 * 2**20
+    stream.close()
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_close_leaves_no_process_and_no_file(tmp_path, busy):
+    two = tiny_pool(engine=str(tmp_path / "engine"))
+    two._load()
+    children = [child for child in psutil.Process().children(recursive=True) if sessions.alive(child)]
+    folders = [replica._host._worker._folder for replica in two._replicas]
+    assert len({child.pid for child in children} & set(two.pids)) == 2 and all(map(Path.exists, folders))
+    if busy:
+        stream = two._generate([request("a"), request("b"), request("hang")])
+        next(stream)
+    began = time.monotonic()
+    two._close()
+    assert time.monotonic() - began < 5
+    assert not any(sessions.alive(child) for child in children) and not any(map(Path.exists, folders))
+    with pytest.raises(EngineDiedError, match="not running"):
+        list(two._generate([request("a")]))
+    if busy:
+        with pytest.raises(EngineDiedError, match="not running"):
+            next(stream)
+
+
+def test_replicas_are_processes_of_their_own():
+    with pytest.raises(UsageError, match=r"drop backend\.worker=false"):
+        create_backend(FakeBackendConfig(model_name="fake", dp_size=2, worker=False)).load()
