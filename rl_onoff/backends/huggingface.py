@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.base import BaseBackend, Core, EngineInfo
 from rl_onoff.backends.config import EngineConfig, HuggingFaceBackendConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rl_onoff.probes.huggingface import SplitModel
 
 log = logging.getLogger(__name__)
 
@@ -34,27 +36,48 @@ class HuggingFaceBackend(BaseBackend):
     config: HuggingFaceBackendConfig
 
     _split: Any = None
+    _ranks: Any = None  # the other processes that hold a part of the model, with tp_size above 1
 
     # -- the engine's four calls ---------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
         try:
-            import torch
+            import torch  # noqa: F401
             import transformers
         except ImportError as error:
             raise MissingDependencyError(f"the huggingface backend needs torch and transformers ({error}): pip install rl-onoff") from error
+        if self.config.num_devices > 1:
+            from rl_onoff.backends.tensor_parallel import Ranks
+
+            self._ranks = Ranks(self.config)
+        self._split = self._load_split()
+        model = self._split.whole
+        self._info = EngineInfo(
+            engine=self.name,
+            version=transformers.__version__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.get_output_embeddings().weight.shape[0],
+            max_len=context_length(model.config),
+            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
+        )
+        return self._info
+
+    def _load_split(self) -> SplitModel:
+        """The weights in this process; with tp_size above 1, the part of them that its rank holds."""
+        import torch
+        import transformers
+
+        from rl_onoff.backends import tensor_parallel
         from rl_onoff.models import hub_errors, resolve
         from rl_onoff.probes.huggingface import SplitModel
 
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
         config = self.config
-        if (config.tp_size or 1) > 1:
-            raise UsageError(
-                f"backend.tp_size is {config.tp_size}, which this backend cannot do yet: set backend.device_map=auto to use several GPUs"
-            )
-        device_map = config.device_map
-        if device_map is None and config.device is None and torch.cuda.device_count() > 1:
+        device_map, split_over = config.device_map, {}
+        if config.num_devices > 1:
+            split_over = {"distributed_config": transformers.DistributedConfig(tp_size=config.tp_size)}
+        elif device_map is None and config.device is None and torch.cuda.device_count() > 1:
             device_map = "auto"
         dtype = config.weights_dtype
         files = resolve(config.model_name, revision=config.revision)
@@ -66,24 +89,20 @@ class HuggingFaceBackend(BaseBackend):
                 device_map=device_map,
                 trust_remote_code=config.trust_remote_code,
                 **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
+                **split_over,
                 **config.engine_kwargs,
             )
-        if device_map is None:
+        if device_map is None and not split_over:
             model = model.to(self._device())
         model.eval()
         model.requires_grad_(False)
-        self._split = SplitModel(model)
+        split = SplitModel(model) if self._ranks is None else tensor_parallel.Lead(model, self._ranks)
         if config.head_dtype == "float32":
-            self._split.use_float32_head()
-        self._info = EngineInfo(
-            engine=self.name,
-            version=transformers.__version__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=model.get_output_embeddings().weight.shape[0],
-            max_len=context_length(model.config),
-            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
-        )
-        return self._info
+            if split_over:
+                tensor_parallel.use_float32_head(split)
+            else:
+                split.use_float32_head()
+        return split
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         from rl_onoff.backends.decoding import batches, decode
@@ -107,6 +126,9 @@ class HuggingFaceBackend(BaseBackend):
 
     def _close(self) -> None:
         self._split = None
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.close()
         try:
             import torch
         except ImportError:
@@ -128,6 +150,30 @@ class HuggingFaceBackend(BaseBackend):
             "eos_token_id": list(eos_ids),
             "repetition_penalty": 1.0,
         }
+
+    # -- placement -----------------------------------------------------------------------------------------------------
+
+    def _num_replicas(self) -> int:
+        config = self.config
+        if config.dp_size is not None or config.num_devices == 1 or not config.gpus_per_replica:
+            return config.dp_size or 1
+        from rl_onoff.workers.devices import replicas_that_fit
+
+        return replicas_that_fit(config.num_devices)
+
+    def _hosted_by_default(self) -> bool:
+        return self.config.num_devices > 1  # whose ranks are one process each
+
+    def _place(self) -> Core:
+        if self.config.num_devices > 1 and self.config.worker is not False:
+            from rl_onoff.backends.tensor_parallel import announce
+
+            announce(self._num_replicas(), self.config.num_devices)
+        return super()._place()
+
+    def _check_gradients(self) -> None:
+        if self.config.num_devices > 1:
+            raise UsageError(f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1")
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from rl_onoff.backends.base import BaseBackend, EngineInfo, cut_at_stop
 from rl_onoff.backends.config import EngineConfig, SGLangBackendConfig
-from rl_onoff.backends.sglang_public import PublicScorer, check, scores_of
+from rl_onoff.backends.sglang_public import PublicScorer, check
 from rl_onoff.backends.sglang_setup import MARGIN, engine_args, engine_environment
 from rl_onoff.backends.streaming import Emit, Work, run
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.probes.sglang_job import INFO, Job
+from rl_onoff.probes.token_stats import TokenStats
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
@@ -245,7 +246,7 @@ class SGLangBackend(BaseBackend):
         finally:
             if file is not None:
                 file.unlink(missing_ok=True)
-        return scores_of(response, columns)
+        return TokenStats(**columns).of(response)
 
     def _run(self, work: Iterable[Work], limit: int) -> Iterator[Any]:
         engine = self._engine

@@ -44,13 +44,6 @@ def check(meta: dict[str, Any]) -> None:
             raise EngineError(f"our code inside SGLang failed ({error.strip().splitlines()[-1]}): {mend}")
 
 
-def scores_of(response: Response, columns: dict[str, np.ndarray]) -> TokenScores:
-    """TokenScores from the fields of TokenStats."""
-    suffix = {"top_ids": "_TK", "top_logprobs": "_TK", "logits": "_TV"}
-    arrays = {name + suffix.get(name, "_T"): values for name, values in columns.items() if values is not None}
-    return TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
-
-
 class PublicScorer:
     """Scores one response at a time."""
 
@@ -91,7 +84,7 @@ class PublicScorer:
             if logsumexp_R is None:
                 part.logsumexp = np.full(len(token_ids_R), np.nan, np.float32)
             parts.append(part)
-        return scores_of(response, {name: getattr(stats, name) for stats in [TokenStats.concatenate(parts)] for name in stats.__slots__})
+        return TokenStats.concatenate(parts).of(response)
 
     async def _rows(self, response: Response, start: int, end: int) -> tuple[Tensor, np.ndarray | None]:
         """Log-probabilities (R, V) and hidden states (R, D) at the positions that give response tokens [start, end)."""

@@ -66,7 +66,8 @@ def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarra
     sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int64))[None]
     with torch.no_grad():
         logits_TV = reference(sequence).logits[0, len(response.prompt_ids) - 1 : -1]
-    arrays = token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).arrays()
+    scores = token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).of(response)
+    arrays = {name: getattr(scores, name) for name in scores.__slots__ if name.endswith(("_T", "_TK", "_TV"))}
     return {name: values for name, values in arrays.items() if values is not None}
 
 

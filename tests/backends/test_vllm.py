@@ -39,7 +39,7 @@ def reference_of(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarray]:
+def plain(reference: Any, response: Response, want: Want) -> TokenScores:
     """The same numbers from a forward pass over the unpadded sequence."""
     import torch
 
@@ -48,23 +48,23 @@ def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarra
     sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int64))[None]
     with torch.no_grad():
         logits_TV = reference(sequence).logits[0, len(response.prompt_ids) - 1 : -1]
-    return token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).arrays()
+    return token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).of(response)
 
 
-def check(scores: TokenScores, expected: dict[str, np.ndarray], want: Want = EVERYTHING) -> None:
+def check(scores: TokenScores, expected: TokenScores, want: Want = EVERYTHING) -> None:
     assert scores.kind is LogprobKind.raw
     for name in ("logprobs_T", "entropy_T", "logsumexp_T"):
-        np.testing.assert_allclose(getattr(scores, name), expected[name], atol=TOLERANCE, err_msg=name)
-    np.testing.assert_allclose(scores.top_logprobs_TK, expected["top_logprobs_TK"], atol=TOLERANCE)
+        np.testing.assert_allclose(getattr(scores, name), getattr(expected, name), atol=TOLERANCE, err_msg=name)
+    np.testing.assert_allclose(scores.top_logprobs_TK, expected.top_logprobs_TK, atol=TOLERANCE)
     # a rank may differ where two logits are equal to rounding
-    assert (scores.rank_T == expected["rank_T"]).mean() > 0.97
+    assert (scores.rank_T == expected.rank_T).mean() > 0.97
     if want.full_logits:
-        assert scores.logits_TV is not None and scores.logits_TV.shape == expected["logits_TV"].shape
-        np.testing.assert_allclose(scores.logits_TV, expected["logits_TV"], atol=5e-3)
+        assert scores.logits_TV is not None and scores.logits_TV.shape == expected.logits_TV.shape
+        np.testing.assert_allclose(scores.logits_TV, expected.logits_TV, atol=5e-3)
     if want.sampler is not None:
-        np.testing.assert_allclose(scores.nucleus_mass_T, expected["nucleus_mass_T"], atol=2e-3)
-        both = np.isfinite(scores.processed_logprobs_T) & np.isfinite(expected["processed_logprobs_T"])
-        np.testing.assert_allclose(scores.processed_logprobs_T[both], expected["processed_logprobs_T"][both], atol=5e-3)
+        np.testing.assert_allclose(scores.nucleus_mass_T, expected.nucleus_mass_T, atol=2e-3)
+        both = np.isfinite(scores.processed_logprobs_T) & np.isfinite(expected.processed_logprobs_T)
+        np.testing.assert_allclose(scores.processed_logprobs_T[both], expected.processed_logprobs_T[both], atol=5e-3)
 
 
 def texts(backend: BaseBackend, count: int, seed: int = 0) -> list[np.ndarray]:
@@ -147,7 +147,7 @@ def test_the_public_api_gives_the_same_numbers_and_the_engine_still_samples(tiny
         (completion,) = backend.complete([request])
         assert completion.kind is LogprobKind.raw
         sampled = Response(request_id="a", sample=0, prompt_ids=request.prompt_ids, token_ids_T=completion.token_ids_T)
-        np.testing.assert_allclose(completion.logprobs_T, plain(tiny_reference, sampled, Want())["logprobs_T"], atol=TOLERANCE)
+        np.testing.assert_allclose(completion.logprobs_T, plain(tiny_reference, sampled, Want()).logprobs_T, atol=TOLERANCE)
 
 
 def test_a_vllm_without_the_runner_we_know_degrades_loudly(tiny_llama: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -66,7 +66,7 @@ def test_cfg_job_shows_the_whole_config(command, tmp_path):
 @EITHER
 def test_info_shows_where_the_config_comes_from(command, tmp_path):
     text = said(command, "--info", "defaults", cwd=tmp_path)
-    assert "backend/huggingface" in text and "schema/sampling/sampling" in text
+    assert "schema/backend/huggingface" in text and "experiment/analyse" in text
     assert str(CONF) in said(command, "--info", "searchpath", cwd=tmp_path)
 
 

@@ -1,0 +1,310 @@
+"""One HuggingFace model split over the devices of a replica by Transformers' tensor parallelism.
+
+Every rank is a process with its part of the weights. Rank 0 is the worker that runs the backend; it starts the others and
+tells them through a pipe each step it takes (the tensors follow by broadcast), so that every rank enters the same collective
+operations. Only rank 0 samples, computes statistics and yields: the others know nothing of requests, so a call that is left
+early or fails in between leaves no rank waiting for the rest of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.backends.config import HuggingFaceBackendConfig
+from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.probes.huggingface import SplitModel
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds; idle ranks wait at the pipe
+
+
+def announce(num_replicas: int, tp_size: int) -> None:
+    """Say how the devices are used, once: as a log line where those are shown, else on the terminal."""
+    from accelerate import ParallelismConfig
+
+    mesh = ParallelismConfig(dp_shard_size=num_replicas, tp_size=tp_size)
+    text = (
+        "Setting up hybrid (data + tensor) using Accelerate\n"
+        f"  Data parallel shards: {mesh.dp_shard_size}\n"
+        f"  Tensor parallel size: {mesh.tp_size}\n"
+        f"  Total GPUs: {mesh.total_size}"
+    )
+    if log.isEnabledFor(logging.INFO):
+        log.info(text)
+    else:
+        print(text, flush=True)
+
+
+def check(config: HuggingFaceBackendConfig) -> None:
+    """Raise UsageError for a model that cannot be split, before any rank is started."""
+    import torch
+    from transformers import AutoConfig
+
+    from rl_onoff.models import hub_errors, resolve
+
+    size = config.tp_size or 1
+    if config.device_map is not None:
+        raise UsageError(f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one of them to null")
+    if config.device is not None and config.device.startswith("cpu") and torch.cuda.is_available():
+        raise UsageError("backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing")
+    if 0 < torch.cuda.device_count() < size:
+        raise UsageError(f"backend.tp_size is {size} but {torch.cuda.device_count()} GPUs are visible: set backend.tp_size to that or less")
+    if (main := getattr(sys.modules["__main__"], "__spec__", None)) is None or main.name != "rl_onoff.workers.child":
+        raise UsageError(f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size} processes: drop it")
+    files = resolve(config.model_name, revision=config.revision)
+    with hub_errors(config.model_name):
+        model = AutoConfig.from_pretrained(files.path, revision=files.revision or "main", trust_remote_code=config.trust_remote_code)
+    model = model.get_text_config()
+    if not getattr(model, "base_model_tp_plan", None):
+        raise UsageError(f"Transformers has no plan to split a model of type {model.model_type}: set backend.device_map=auto instead of tp_size")
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
+        value = getattr(model, name, None)
+        if value is not None and value % size:
+            raise UsageError(f"the model's {name} is {value}, which backend.tp_size={size} does not divide: set backend.tp_size to a divisor")
+
+
+class Ranks:
+    """The ranks of one replica, seen from rank 0."""
+
+    def __init__(self, config: HuggingFaceBackendConfig):
+        check(config)
+        size = config.num_devices
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._others: list[subprocess.Popen[bytes]] = []
+        self._forgotten: list[int] = []  # caches that nobody can reach any more; the others hear of them with the next step
+        store = str(Path(self._folder.name) / "store")
+        for rank in range(1, size):
+            process = subprocess.Popen([sys.executable, "-m", "rl_onoff.backends.tensor_parallel"], stdin=subprocess.PIPE)
+            self._others.append(process)
+            pickle.dump((config, rank, store), process.stdin)
+            process.stdin.flush()
+        threading.Thread(target=self._watch, daemon=True, name="ranks").start()
+        _join(0, size, store)
+
+    def send(self, step: str, number: int, inputs: dict[str, Any]) -> None:
+        """Have the other ranks take a step; the tensors among its inputs are broadcast."""
+        import torch
+
+        tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        plain = {name: value for name, value in inputs.items() if name not in tensors}
+        forgotten, self._forgotten = self._forgotten, []
+        shapes = [(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
+        message = pickle.dumps((step, number, plain, shapes, forgotten))
+        for process in self._others:
+            process.stdin.write(message)
+            process.stdin.flush()
+        for tensor in tensors.values():
+            _broadcast(tensor)
+
+    def forget(self, number: int) -> None:
+        self._forgotten.append(number)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A step that fails here may leave the others waiting in a collective operation for ever: no further step is possible."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(0)
+            if isinstance(error, OSError):
+                raise EngineError("a rank of tensor parallelism ended") from error
+            raise
+
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        with suppress(OSError):
+            self.send("close", 0, {})
+        self._end(5)
+        with suppress(Exception):  # the group is gone already
+            dist.destroy_process_group()
+        self._folder.cleanup()
+
+    def _end(self, patience: float) -> None:
+        others, self._others = self._others, []
+        until = time.monotonic() + patience
+        for process in others:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, until - time.monotonic()))
+            process.kill()
+            process.wait()
+            with suppress(OSError):
+                process.stdin.close()
+
+    def _watch(self) -> None:
+        """End this worker when another rank ends on its own: it would wait for that rank for ever, while loading too."""
+        while others := self._others:
+            if any(process.poll() is not None for process in others):
+                time.sleep(2)  # what ended that rank may be about to be told by this one too
+                if not self._others:
+                    return
+                print("a rank of tensor parallelism ended", file=sys.stderr, flush=True)
+                os._exit(1)
+            time.sleep(0.3)
+
+
+class Lead(SplitModel):
+    """Rank 0's part of the model: what it computes, the other ranks compute with it."""
+
+    def __init__(self, model: Any, ranks: Ranks):
+        self._ranks: Ranks | None = None  # while it is checked, which every rank does on its own accord
+        self._numbers = itertools.count(1)
+        super().__init__(model)
+        self._ranks = ranks
+
+    def body(self, **inputs: Any) -> Any:
+        ranks = self._ranks
+        if ranks is None:
+            return super().body(**inputs)
+        cache: SharedCache | None = inputs.pop("past_key_values", None)
+        number = cache.number if cache is not None else next(self._numbers) if inputs.get("use_cache") else 0
+        with ranks.together():
+            ranks.send("body", number, inputs)
+            output = super().body(**inputs, past_key_values=cache and cache.local)
+        if number:
+            output.past_key_values = cache or SharedCache(number, output.past_key_values, ranks)
+        return output
+
+    def head(self, hidden: Any) -> Any:
+        if self._ranks is None:
+            return super().head(hidden)
+        with self._ranks.together():
+            self._ranks.send("head", 0, {"hidden": hidden})
+            return super().head(hidden)
+
+
+class SharedCache:
+    """Rank 0's part of a key-value cache; the other ranks hold theirs under the same number."""
+
+    def __init__(self, number: int, local: Any, ranks: Ranks):
+        self.number, self.local, self._ranks = number, local, ranks
+        weakref.finalize(self, ranks.forget, number)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        self._both("batch_select_indices", {"indices": indices})
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._both("batch_repeat_interleave", {"repeats": repeats})
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _both(self, step: str, inputs: dict[str, Any]) -> None:
+        with self._ranks.together():
+            self._ranks.send(step, self.number, inputs)
+            getattr(self.local, step)(*inputs.values())
+
+
+def use_float32_head(split: SplitModel) -> None:
+    """SplitModel's own, for a head that is split: the forward that Transformers hooks into a layer is not copied with it."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    split.use_float32_head()
+    head = split._lm_head
+    if head.__dict__.pop("forward", None) is not None:
+        ALL_PARALLEL_STYLES["colwise_gather_output"].install_forward(head, split.whole._device_mesh["tp"])
+
+
+# -- every rank --------------------------------------------------------------------------------------------------------
+
+
+def _join(rank: int, size: int, store: str) -> None:
+    """Make this process one of the group; waits for the others."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not lead anywhere
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT,
+        device_id=torch.device("cuda", rank) if cuda else None,
+    )  # fmt: skip
+
+
+def _broadcast(tensor: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if tensor.numel():
+        dist.broadcast(tensor.view(torch.uint8), 0)  # as bytes: not every group knows every type
+
+
+# -- the other ranks ---------------------------------------------------------------------------------------------------
+
+
+def follow() -> None:
+    """Take the steps that rank 0 tells, until it closes the pipe."""
+    import torch
+
+    from rl_onoff.backends.huggingface import HuggingFaceBackend
+
+    pipe, parent = sys.stdin.buffer, os.getppid()
+    config, rank, store = pickle.load(pipe)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _join(rank, config.tp_size, store)
+    backend = HuggingFaceBackend(config)
+    split = backend._load_split()
+    caches: dict[int, Any] = {}
+    with torch.no_grad():
+        while True:
+            try:
+                step, number, inputs, shapes, forgotten = pickle.load(pipe)
+            except EOFError:
+                return
+            inputs |= _receive(shapes, split.device)
+            for old in forgotten:
+                caches.pop(old, None)
+            match step:
+                case "body":
+                    output = split.body(**inputs, past_key_values=caches.get(number))
+                    if number:
+                        caches[number] = output.past_key_values
+                case "head":
+                    split.head(**inputs)
+                case "close":
+                    return
+                case _:
+                    getattr(caches[number], step)(*inputs.values())
+
+
+def _receive(shapes: Sequence[tuple[str, tuple[int, ...], Any]], device: Any) -> dict[str, Any]:
+    import torch
+
+    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in shapes}
+    for tensor in tensors.values():
+        _broadcast(tensor)
+    return tensors
+
+
+def _end_with(parent: int) -> None:
+    """End with rank 0, also from within a collective operation that nobody else will ever enter."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    follow()
+    sys.stdout.flush()
+    os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
