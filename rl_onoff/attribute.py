@@ -240,8 +240,7 @@ def _target(this: Run) -> str:
 
 
 def _rows(table: Table, keys: set[Key]) -> dict[Key, StoredRow]:
-    rows = ((row["request_id"], row["sample"], row) for row in table.rows(COLUMNS))
-    return {(request_id, sample): row for request_id, sample, row in rows if (request_id, sample) in keys}
+    return {key: row for row in table.rows(COLUMNS) if (key := (row["request_id"], row["sample"])) in keys}
 
 
 def _chosen(keys: Sequence[Key], limit: int | None) -> list[Key]:

@@ -60,7 +60,7 @@ def job(cfg: DictConfig) -> float | None:
         return None
 
 
-def _run(cfg: DictConfig, hydra_config: DictConfig, path: Path, in_sweep: bool) -> float | None:
+def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> float | None:
     """Everything of a job that can fail."""
     secrets = all_secrets(_plain(cfg))
     protect_log(secrets)

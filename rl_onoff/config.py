@@ -300,7 +300,7 @@ def register() -> None:
     store = ConfigStore.instance()
     # Hydra copies the store, every schema in it, each time it lists a group, which --help and shell completion do a hundred times.
     # What it takes out of the store it copies anyway.
-    ConfigStore.__deepcopy__ = lambda self, memo: self
+    setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
     for name, schema in ENGINE_CONFIGS.items():  # the other groups have one schema each, which the run's holds already
         store.store(name=name, group="schema/backend", node=schema)

@@ -166,7 +166,7 @@ class HuggingFaceBackend(BaseBackend):
 
     def _place(self) -> Core:
         if self.config.num_devices > 1 and self.config.worker is not False:
-            from rl_onoff.backends.tensor_parallel import announce
+            from rl_onoff.backends.hybrid import announce
 
             announce(self._num_replicas(), self.config.num_devices)
         return super()._place()

@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,7 +54,7 @@ class SGLangBackend(BaseBackend):
         from rl_onoff.models import hub_errors
 
         try:
-            import sglang
+            import sglang  # noqa: F401
         except ImportError as error:
             if error.name != "sglang":
                 raise EngineError(f"SGLang is installed but cannot be imported ({error}): run `rl-onoff doctor`") from error
@@ -61,23 +62,24 @@ class SGLangBackend(BaseBackend):
                 "the sglang backend needs the sglang package: pip install 'rl-onoff[sglang]', or set backend.python to the interpreter "
                 "of an environment that has it"
             ) from error
+        version = metadata.version(self.package)
         with hub_errors(self.config.model_name):
             self._start(self.config.in_engine_stats)
             if self._public is None and (why := self._check_probes()):
                 log.warning(
                     "SGLang %s: statistics inside the engine do not work (%s); they are taken through its public API instead, which is "
-                    "slow: set backend.in_engine_stats=false to do so without this warning", sglang.__version__, why,
+                    "slow: set backend.in_engine_stats=false to do so without this warning", version, why,
                 )  # fmt: skip
                 self._close()
                 self._start(False)
         if not self._seeds_count():
-            log.warning("SGLang %s: our sampler inside the engine does not work, so sampling.seed has no effect", sglang.__version__)
+            log.warning("SGLang %s: our sampler inside the engine does not work, so sampling.seed has no effect", version)
         manager = self._engine.tokenizer_manager
         model = manager.model_config
         eos_ids = {self.get_tokenizer().eos_token_id, manager.tokenizer.eos_token_id, *(model.hf_eos_token_id or ())} - {None}
         self._info = EngineInfo(
             engine=self.name,
-            version=sglang.__version__,
+            version=version,
             dtype=str(model.dtype).removeprefix("torch."),
             vocab_size=model.vocab_size,
             max_len=min(model.context_len, self._pool) - MARGIN,

@@ -85,25 +85,26 @@ class Step:
 
     def add(self, lo: int, hi: int, logits_RV: Tensor, token_ids_R: Tensor) -> np.ndarray:
         """Take in the logits of logprob rows [lo, hi) of the step; returns the logprobs of their tokens."""
-        pieces = []  # (request, its rows among the hi - lo, response position of the first)
+        pieces = []  # (where a request's rows are kept, what it wants, its rows among the hi - lo, response position of the first)
         for i, (end, count) in enumerate(zip(self._ends, self._counts, strict=True)):
             start = end - count
             a, b = max(lo, start), min(hi, end)
-            if a < b and self.jobs[i].num_tokens:
-                pieces.append((i, slice(a - lo, b - lo), self._first[i] + a - start))
-        wants = [self.jobs[i].want for i, _, _ in pieces]
+            job = self.jobs[i]
+            if a < b and job is not None and job.num_tokens:
+                pieces.append((self._rows(i, job), job.want, slice(a - lo, b - lo), self._first[i] + a - start))
+        wants = [want for _, want, _, _ in pieces]
         whole = token_stats(logits_RV, token_ids_R, wants[0]) if all(want == wants[0] for want in wants) else None
         logprobs_R = np.empty(hi - lo, np.float32)
-        for (i, rows, first), want in zip(pieces, wants, strict=True):
+        for kept, want, rows, first in pieces:
             stats = whole[rows] if whole else token_stats(logits_RV[rows], token_ids_R[rows], want)
             logprobs_R[rows] = stats.logprobs
-            self._rows(i).put(first, stats, logits_RV[rows])
+            kept.put(first, stats, logits_RV[rows])
         return logprobs_R
 
-    def _rows(self, i: int) -> Rows:
+    def _rows(self, i: int, job: Job) -> Rows:
         rid = self._rids[i]
         if rid not in self.unfinished:
-            self.unfinished[rid] = Rows(self.jobs[i])
+            self.unfinished[rid] = Rows(job)
             while len(self.unfinished) > UNFINISHED:
                 self.unfinished.popitem(last=False)
         return self.unfinished[rid]

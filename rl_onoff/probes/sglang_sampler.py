@@ -85,11 +85,12 @@ def around_sample(original: Callable[..., Any], runner: Any, logits_output: Any,
     global _uniforms_R, _error
     try:
         jobs = [Job.of(rid) for rid in forward_batch.rids]
+        seeds = [(job.seed, job.prompt_len) for job in jobs if job is not None and job.seed is not None]
         _uniforms_R = None
-        if all(job and job.seed is not None for job in jobs):
+        if len(seeds) == len(jobs):
             lens = _lens(forward_batch)
             # a prompt that is still being prefilled samples too, and the engine drops it: any number will do
-            _uniforms_R = np.array([uniform(job.seed, max(0, n - job.prompt_len)) for job, n in zip(jobs, lens, strict=True)])
+            _uniforms_R = np.array([uniform(seed, max(0, n - prompt_len)) for (seed, prompt_len), n in zip(seeds, lens, strict=True)])
     except Exception:
         _error = traceback.format_exc()
     token_ids_R = original(runner, logits_output, forward_batch, *args, **kwargs)

@@ -34,14 +34,6 @@ from rl_onoff.workers import sessions, wire
 DIED = 70  # exit code when a process of the engine died; the file `reason` says which
 
 
-def end_all(folder: Path) -> NoReturn:
-    """Nobody is there to clean up: end the engine's processes, then this one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    me = psutil.Process()
-    sessions.end([p for p in (*me.children(recursive=True), *sessions.members(me.pid)) if p != me])
-    os._exit(0)
-
-
 class Watch(threading.Thread):
     """Ends this process when its parent is gone, or when a process of the engine is: an engine that lost one may hang."""
 
@@ -49,18 +41,21 @@ class Watch(threading.Thread):
         super().__init__(daemon=True, name="watch")
         self._parent, self._folder = parent, folder
         self._engine: list[psutil.Process] = []
+        self._memory: set[Path] = set()
         self._lock = threading.Lock()
 
     def run(self) -> None:
         while True:
             if os.getppid() != self._parent:
-                end_all(self._folder)
+                self.end_all()
             self.check()
             time.sleep(0.3)
 
     def remember(self) -> None:
         """From now on the engine's processes of this moment must live."""
-        self._engine = [child for child in psutil.Process().children(recursive=True) if not sessions.is_helper(child)]
+        children = psutil.Process().children(recursive=True)
+        self._memory = sessions.shared_memory([psutil.Process(), *children])
+        self._engine = [child for child in children if not sessions.is_helper(child)]
 
     def forget(self) -> None:
         self._engine = []
@@ -71,6 +66,15 @@ class Watch(threading.Thread):
                 if not sessions.alive(process):
                     (self._folder / "reason").write_text(f"its {sessions.describe(process)} ended unexpectedly")
                     os._exit(DIED)
+
+
+    def end_all(self) -> NoReturn:
+        """Nobody is there to clean up: end the engine's processes, then this one."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        me = psutil.Process()
+        memory = self._memory | sessions.shared_memory([me])
+        sessions.end([p for p in (*me.children(recursive=True), *sessions.members(me.pid)) if p != me], memory)
+        os._exit(0)
 
 
 class Forward(logging.Handler):
@@ -180,7 +184,7 @@ def main() -> None:
     try:
         Worker(socket.socket(fileno=fd), watch).serve()
     except wire.PeerGoneError:
-        end_all(folder)
+        watch.end_all()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # an engine's exit handlers may hang, and the parent ends what is left

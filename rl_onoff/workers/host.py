@@ -80,6 +80,7 @@ class Host:
             self._close()
             raise
         assert isinstance(reply, wire.Loaded)
+        self._worker.remember()
         return reply.info
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:

@@ -51,7 +51,7 @@ class WorkerProcess:
                 self._popen = subprocess.Popen(
                     [self.python, "-m", "rl_onoff.workers.child", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
-                    start_new_session=True, env=self._environment(packages) | place.environment,
+                    start_new_session=True, env={**self._environment(packages), **place.environment},
                 )  # fmt: skip
             except OSError as e:
                 ours.close()
@@ -66,7 +66,8 @@ class WorkerProcess:
         self._process = psutil.Process(self.pid)
         self.deadline: float | None = None  # monotonic time by which the worker must have spoken
         self.channel = wire.Channel(ours, self.check)
-        self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid())
+        self._memory: set[Path] = set()
+        self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid(), self._memory)
 
     def _environment(self, packages: list[Path]) -> dict[str, str]:
         """The child's environment. It sees these very packages, but not their neighbours: another environment has its own."""
@@ -102,6 +103,10 @@ class WorkerProcess:
             if not self.channel.readable(0.02) or not self.channel.discard():
                 time.sleep(0.01)
 
+    def remember(self) -> None:
+        """Note the shared memory it has now, to be removed when it has ended."""
+        self._memory |= sessions.shared_memory(_tree(self.pid))
+
     def reason(self) -> str:
         """Why the process is gone, for people."""
         self.wait(2.0)
@@ -127,6 +132,7 @@ class WorkerProcess:
     def close(self, patience: float) -> None:
         """Ask it to end, then end all that is left of it after `patience` seconds; at once if it has never spoken."""
         if self.deadline is None and not self.channel.torn:
+            self.remember()
             with suppress(wire.PeerGoneError):
                 self.channel.send(wire.Close())
                 self.wait(patience)
@@ -145,14 +151,19 @@ def _packages(backend_class: type[BaseBackend]) -> list[Path]:
     return found
 
 
-def _end(popen: subprocess.Popen[bytes], folder: Path, owner: int) -> None:
+def _tree(pid: int) -> list[psutil.Process]:
+    """A worker, its descendants and its session: together they hold whatever it started."""
+    tree = sessions.members(pid)
+    with suppress(psutil.Error):
+        worker = psutil.Process(pid)
+        tree += [worker, *worker.children(recursive=True)]
+    return tree
+
+
+def _end(popen: subprocess.Popen[bytes], folder: Path, owner: int, memory: set[Path]) -> None:
     if os.getpid() != owner:
         return  # a fork of the process that started it
-    tree: list[psutil.Process] = []
-    with suppress(psutil.Error):
-        worker = psutil.Process(popen.pid)
-        tree = [worker, *worker.children(recursive=True)]
-    sessions.end([*tree, *sessions.members(popen.pid)])
+    sessions.end(_tree(popen.pid), memory)
     with suppress(subprocess.TimeoutExpired):
         popen.wait(5)
     shutil.rmtree(folder, ignore_errors=True)

@@ -52,13 +52,13 @@ def is_helper(process: psutil.Process) -> bool:
         return True
 
 
-def end(processes: Iterable[psutil.Process], patience: float = 2.0) -> None:
-    """Kill the processes, and remove the shared memory that they alone had mapped.
+def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), patience: float = 2.0) -> None:
+    """Kill the processes, and remove the shared memory that they alone had mapped, now or before (`memory`).
 
     Resource trackers get a moment after the others: they unlink what their dead processes left.
     """
     victims = [process for process in set(processes) if alive(process)]
-    shared = _shared_memory(victims)
+    shared = {*memory, *shared_memory(victims)}
     helpers = [process for process in victims if is_helper(process)]
     for process in victims:
         if process not in helpers:
@@ -71,7 +71,7 @@ def end(processes: Iterable[psutil.Process], patience: float = 2.0) -> None:
     _wait(victims, patience)
     left = {path for path in shared if path.exists()}
     if left:
-        for path in left - _shared_memory(psutil.process_iter()):
+        for path in left - shared_memory(psutil.process_iter()):
             path.unlink(missing_ok=True)
 
 
@@ -81,8 +81,11 @@ def _wait(processes: Iterable[psutil.Process], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
-    """Files under /dev/shm that the processes have mapped."""
+def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """Files under /dev/shm that the processes have mapped.
+
+    Engines may end their own processes so that nothing is left to ask, resource trackers included: remember it while they live.
+    """
     paths: set[Path] = set()
     for process in processes:
         with suppress(OSError):  # gone, not ours, or no /proc

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 COMMAND = [sys.executable, "-m", "rl_onoff"]
 FAKE = ("backend=fake", "model=fake", "reward=none", "tracking=none")  # no model, no judge, no W&B: a second or two
@@ -32,10 +36,46 @@ def rl_onoff(*arguments: str, cwd: Path, code: int = 0, **environ: str) -> subpr
 def refused(*arguments: str, cwd: Path, code: int = 2, **environ: str) -> str:
     """The one sentence it ends with, after the name; there is nothing else on stderr, and no traceback anywhere."""
     done = rl_onoff(*arguments, cwd=cwd, code=code, **environ)
-    assert "Traceback" not in done.stdout + done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("rl-onoff: "), done.stderr
+    return one_sentence(done.stdout, done.stderr)
+
+
+def one_sentence(stdout: str, stderr: str) -> str:
+    assert "Traceback" not in stdout + stderr
+    lines = stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rl-onoff: "), stderr
     return lines[0].removeprefix("rl-onoff: ")
+
+
+@pytest.fixture
+def refused_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+    """`refused` without a process of its own: the same `main`, for the many commands that end before anything is loaded."""
+    from rl_onoff.cli import main
+
+    root = logging.getLogger()
+    handlers, level, raises, on_term = list(root.handlers), root.level, logging.raiseExceptions, signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str, cwd: Path, code: int = 2) -> str:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr(sys, "argv", ["rl-onoff", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        sys.stdout.flush()
+        shown = capfd.readouterr()
+        assert caught.value.code == code, shown
+        return one_sentence(shown.out, shown.err)
+
+    yield call
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        if handler not in handlers:
+            handler.close()
+    for handler in handlers:
+        root.addHandler(handler)
+    root.setLevel(level)
+    logging.raiseExceptions = raises
+    signal.signal(signal.SIGTERM, on_term)
 
 
 def table(folder: Path) -> pd.DataFrame:

@@ -100,9 +100,14 @@ def folder(tmp_path_factory) -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_one_sentence(arguments, cause, mend, folder):
-    sentence = refused(*FAKE, *arguments, cwd=folder)
+def test_one_sentence(arguments, cause, mend, folder, refused_here):
+    sentence = refused_here(*FAKE, *arguments, cwd=folder)
     assert cause in sentence and mend in sentence, sentence
+
+
+def test_one_sentence_is_all_a_process_prints(folder):
+    for arguments in (["backend=nope"], ["sampling.n=0"], ["data.path=bad.jsonl"], ["experiment=score", "run_dir=no-run"]):
+        refused(*FAKE, *arguments, cwd=folder)
 
 
 def test_a_traceback_when_it_is_asked_for(folder):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 
 from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig, FakeBackendConfig
@@ -91,7 +92,11 @@ class TinyBackend(BaseBackend):
             )  # fmt: skip
 
     def _close(self) -> None:
-        if self._engine is not None and not self.config.engine_kwargs.get("careless"):
+        careless = self.config.engine_kwargs.get("careless")
+        if careless == "kills":  # like an engine that ends whatever is there, the tracker of its shared memory too
+            for child in psutil.Process().children():
+                child.kill()
+        if self._engine is not None and not careless:
             self._engine.kill()
             self._memory.unlink()
         self._engine = None

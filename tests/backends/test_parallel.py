@@ -1,0 +1,104 @@
+"""Replicas and tensor parallelism of the real engines: the same responses and scores as one engine in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rl_onoff.backends import create_backend
+from rl_onoff.errors import UsageError
+from rl_onoff.types import Completion, Request, Response, Sampling, TokenScores, Want
+from tests.backends.conftest import options_of
+
+PROMPTS = [[(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))] for i in range(12)]
+# of 49152 nearly equal tokens, float noise would make the sampler take the next one now and then
+SAMPLING = Sampling(max_new_tokens=12, n=2, seed=3, top_k=20)
+REQUESTS = [
+    Request(id=str(i), prompt_ids=np.array(ids, np.int32), sampling=SAMPLING)
+    for i, ids in enumerate(PROMPTS)
+]
+RESPONSES = [
+    Response(request_id=request.id, sample=s, prompt_ids=request.prompt_ids, token_ids_T=np.array(PROMPTS[(i + s + 1) % 12], np.int32))
+    for i, request in enumerate(REQUESTS)
+    for s in range(2)
+]
+
+
+def made_by(name: str, model: str, **options: Any) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
+    with create_backend({"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}) as backend:
+        completions = list(backend.complete(REQUESTS))
+        scores = list(backend.score(RESPONSES, Want(top_k=3, full_logits=True)))
+    assert len(completions) == len(scores) == 24
+    return {c.key: c for c in completions}, {s.key: s for s in scores}
+
+
+def assert_same(got: Any, expected: Any, atol: float) -> None:
+    assert got[0].keys() == expected[0].keys() and got[1].keys() == expected[1].keys()
+    for key, completion in expected[0].items():
+        assert np.array_equal(got[0][key].token_ids_T, completion.token_ids_T) and got[0][key].text == completion.text
+        np.testing.assert_allclose(got[0][key].logprobs_T, completion.logprobs_T, atol=atol)
+    for key, scores in expected[1].items():
+        np.testing.assert_allclose(got[1][key].logits_TV, scores.logits_TV, atol=atol)
+        np.testing.assert_allclose(got[1][key].logprobs_T, scores.logprobs_T, atol=atol)
+        assert np.abs(got[1][key].rank_T - scores.rank_T).max() <= 2  # of logits 1e-6 apart
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama: str) -> Any:
+    """By one process of HuggingFace."""
+    return made_by("huggingface", tiny_llama)
+
+
+@pytest.mark.timeout(120)
+def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
+    assert_same(made_by("huggingface", tiny_llama, dp_size=2), alone, atol=1e-5)
+
+
+@pytest.mark.timeout(180)
+def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, capsys):
+    hybrid = made_by("huggingface", tiny_llama, dp_size=2, tp_size=2)
+    assert_same(hybrid, alone, atol=1e-5)
+    assert capsys.readouterr().out == (
+        "Setting up hybrid (data + tensor) using Accelerate\n  Data parallel shards: 2\n  Tensor parallel size: 2\n  Total GPUs: 4\n"
+    )
+
+
+@pytest.mark.timeout(120)
+def test_a_split_model_has_no_gradients_and_survives_an_early_end(tiny_llama):
+    options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2}
+    with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}) as backend:
+        with pytest.raises(UsageError, match=r"no gradients with backend\.tp_size=2"):
+            backend.get_logits("a", "b", compute_gradients=True)
+        stream = backend.complete(REQUESTS)
+        next(stream)
+        stream.close()
+        scores = {s.key: s for s in backend.score(RESPONSES, Want(full_logits=True))}
+    with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options | {"tp_size": 1}}) as one:
+        for expected in one.score(RESPONSES, Want(full_logits=True)):
+            np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)  # steps of bfloat16
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("smollm2", {"tp_size": 2}, "num_attention_heads is 9, which backend.tp_size=2 does not divide"),
+        ("tiny_llama", {"tp_size": 2, "worker": False}, "backend.worker=false keeps the engine in this process"),
+        ("tiny_llama", {"tp_size": 2, "device_map": "auto"}, "both split the model"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(request, model, options, words):
+    name = request.getfixturevalue(model)
+    backend = create_backend({"backend_type": "huggingface", "model_name": name, "backend_specific": options})
+    with pytest.raises(UsageError) as caught:
+        backend.load()
+    assert words in str(caught.value)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_replicas_of_an_engine_give_what_one_gives(name, tiny_llama):
+    options = {"vllm": {"max_model_len": 256}, "sglang": {"context_length": 256}}[name]
+    assert_same(made_by(name, tiny_llama, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4)
