@@ -200,6 +200,9 @@ def compare(this: Run) -> None:
     config = this.config
     this.folder = folder = open_sources(config.compare, this.folder)
     comparisons = compare_run(folder)
+    if not comparisons and Stage.score in config.stages:
+        log.info("compare: the responses came without logprobs, so there is nothing to compare their scores with")
+        return
     if not comparisons:
         raise UsageError(f"{folder.path} has nothing to compare: it needs responses with logprobs, and scores of them")
     this.comparisons.update(comparisons)

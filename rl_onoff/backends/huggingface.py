@@ -165,10 +165,12 @@ class HuggingFaceBackend(BaseBackend):
         return self.config.num_devices > 1  # whose ranks are one process each
 
     def _place(self) -> Core:
-        if self.config.num_devices > 1 and self.config.worker is not False:
-            from rl_onoff.backends.hybrid import announce
+        if self.config.num_devices > 1:
+            from rl_onoff.backends import hybrid
 
-            announce(self._num_replicas(), self.config.num_devices)
+            hybrid.check(self.config)
+            if self.config.worker is not False:
+                hybrid.announce(self._num_replicas(), self.config.num_devices)
         return super()._place()
 
     def _check_gradients(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from rl_onoff.backends.config import HuggingFaceBackendConfig
 from rl_onoff.errors import UsageError
@@ -29,7 +28,7 @@ def announce(num_replicas: int, tp_size: int) -> None:
 
 
 def check(config: HuggingFaceBackendConfig) -> None:
-    """Raise UsageError for a model that cannot be split, before any rank is started."""
+    """Raise UsageError for a model that cannot be split, before any process is started."""
     import torch
     from transformers import AutoConfig
 
@@ -42,8 +41,6 @@ def check(config: HuggingFaceBackendConfig) -> None:
         raise UsageError("backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing")
     if 0 < torch.cuda.device_count() < size:
         raise UsageError(f"backend.tp_size is {size} but {torch.cuda.device_count()} GPUs are visible: set backend.tp_size to that or less")
-    if (main := getattr(sys.modules["__main__"], "__spec__", None)) is None or main.name != "rl_onoff.workers.child":
-        raise UsageError(f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size}: drop it")
     files = resolve(config.model_name, revision=config.revision)
     with hub_errors(config.model_name):
         model = AutoConfig.from_pretrained(files.path, revision=files.revision or "main", trust_remote_code=config.trust_remote_code)

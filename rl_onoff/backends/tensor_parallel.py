@@ -23,9 +23,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.backends import hybrid
 from rl_onoff.backends.config import HuggingFaceBackendConfig
-from rl_onoff.errors import EngineError
+from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.probes.huggingface import SplitModel
 
 TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds; idle ranks wait at the pipe
@@ -35,8 +34,9 @@ class Ranks:
     """The ranks of one replica, seen from rank 0."""
 
     def __init__(self, config: HuggingFaceBackendConfig):
-        hybrid.check(config)
         size = config.num_devices
+        if (main := getattr(sys.modules["__main__"], "__spec__", None)) is None or main.name != "rl_onoff.workers.child":
+            raise UsageError(f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size}: drop it")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._others: list[subprocess.Popen[bytes]] = []
         self._forgotten: list[int] = []  # caches that nobody can reach any more; the others hear of them with the next step
