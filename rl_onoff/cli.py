@@ -107,10 +107,7 @@ def main() -> None:
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
-    if sys.argv[1:] == ["doctor"]:
-        from rl_onoff.doctor import doctor
-
-        sys.exit(doctor())
+    _failures.clear()
     sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
     sys.argv[1:] = [_short_model(argument) for argument in sys.argv[1:]]
     if sys.argv[1:] == ["doctor"]:

@@ -81,6 +81,8 @@ class ModelConfig:
     """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
     trust_remote_code: bool = False
     """Run code that ships with the model; only for models you trust."""
+    sampling_defaults: bool = False
+    """Take temperature, top_p, top_k and min_p from the model's generation_config.json where it has them."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from rl_onoff.comparison import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data import check_lengths, load_responses, make_requests
 from rl_onoff.errors import UsageError
+from rl_onoff.generation_config import model_sampling
 from rl_onoff.matrix import check_policies, run_matrix
 from rl_onoff.progress import Progress
 from rl_onoff.recorded import landmarks, texts_of
@@ -56,6 +57,8 @@ class Run:
 def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
     """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
     rows = check(config)
+    if config.model.sampling_defaults:
+        config.sampling = model_sampling(config.sampling, config.backend)
     folder = RunDir(path)
     tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
     tracker.start(config=redact(asdict(config)), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from rl_onoff.backends import create_backend
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import EngineDiedError, UsageError
 from rl_onoff.types import Completion, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.workers import sessions
 from tests.backends.conftest import options_of
 
 PROMPTS = [[(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))] for i in range(12)]
@@ -66,7 +68,7 @@ def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, caps
 
 
 @pytest.mark.timeout(120)
-def test_a_split_model_has_no_gradients_and_survives_an_early_end(tiny_llama):
+def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
     options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2}
     with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}) as backend:
         with pytest.raises(UsageError, match=r"no gradients with backend\.tp_size=2"):
@@ -75,6 +77,10 @@ def test_a_split_model_has_no_gradients_and_survives_an_early_end(tiny_llama):
         next(stream)
         stream.close()
         scores = {s.key: s for s in backend.score(RESPONSES, Want(full_logits=True))}
+        (rank,) = (child for child in psutil.Process(backend._core.pid).children() if not sessions.is_helper(child))
+        rank.kill()
+        with pytest.raises(EngineDiedError, match=f"pid {rank.pid}"):
+            list(backend.score(RESPONSES))
     with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options | {"tp_size": 1}}) as one:
         for expected in one.score(RESPONSES, Want(full_logits=True)):
             np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)  # steps of bfloat16

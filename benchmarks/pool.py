@@ -1,0 +1,97 @@
+"""Run: python benchmarks/pool.py [rounds] [model]
+
+What replicas bring and what they cost, on a machine without GPUs.
+
+1. Throughput: HuggingFace with one replica on one core, one on all cores, and two replicas on half of the cores each, in turns
+   (best of `rounds`), in generated tokens a second.
+2. The pool's own overhead: CPU seconds of the parent process for 1,000 requests, with the fake backend and one token a response,
+   for one engine in a worker and for a pool of two; best of `rounds`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig
+from rl_onoff.backends.fake import FakeBackend
+from rl_onoff.backends.huggingface import HuggingFaceBackend
+from rl_onoff.types import Request, Sampling
+from rl_onoff.workers.devices import Place
+from rl_onoff.workers.host import Host
+from rl_onoff.workers.pool import Pool
+
+
+def requests(number: int, max_new_tokens: int) -> list[Request]:
+    chance = np.random.default_rng(0)
+    sampling = Sampling(max_new_tokens=max_new_tokens, seed=1)
+    return [
+        Request(id=str(i), prompt_ids=chance.integers(100, 250, 8 + i % 24).astype(np.int32), sampling=sampling) for i in range(number)
+    ]
+
+
+def run(core: Host | Pool, work: Sequence[Request]) -> tuple[float, float, int]:
+    """(seconds, CPU seconds of this process, tokens)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    tokens = sum(len(completion.token_ids_T) for completion in core._generate(work))
+    return time.perf_counter() - wall, time.process_time() - cpu, tokens
+
+
+def throughput(rounds: int, model: str) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    config = HuggingFaceBackendConfig(model_name=model, dtype="float32", batch_size=8)
+    settings = {
+        "1 replica, 1 core": Host(HuggingFaceBackend, config, place=Place(cores=(cores[0],))),
+        f"1 replica, {len(cores)} cores": Host(HuggingFaceBackend, config),
+        f"2 replicas, {len(cores) // 2} each": Pool(HuggingFaceBackend, replace(config, dp_size=2)),
+    }
+    work = requests(32, 24)
+    best: dict[str, float] = {}
+    try:
+        for core in settings.values():
+            core._load()
+            run(core, work[:2])
+        for _ in range(rounds):
+            for name, core in settings.items():
+                seconds, _, tokens = run(core, work)
+                best[name] = max(best.get(name, 0), tokens / seconds)
+    finally:
+        for core in settings.values():
+            core._close()
+    first = best["1 replica, 1 core"]
+    for name, rate in best.items():
+        print(f"{name:24} {rate:8.1f} tokens/s   {rate / first:5.2f} ×")
+
+
+def overhead(rounds: int) -> None:
+    work = requests(1000, 1)
+    cores = {
+        "one worker": Host(FakeBackend, FakeBackendConfig(model_name="fake")),
+        "a pool of two": Pool(FakeBackend, FakeBackendConfig(model_name="fake", dp_size=2)),
+    }
+    best: dict[str, tuple[float, float]] = {}
+    try:
+        for core in cores.values():
+            core._load()
+            run(core, work[:10])
+        for _ in range(rounds):
+            for name, core in cores.items():
+                wall, cpu, _ = run(core, work)
+                old = best.get(name, (np.inf, np.inf))
+                best[name] = min(old[0], wall), min(old[1], cpu)
+    finally:
+        for core in cores.values():
+            core._close()
+    for name, (wall, cpu) in best.items():
+        print(f"{name:24} {cpu * 1e3:8.1f} ms CPU in the parent, {wall * 1e3:8.1f} ms in all, per 1,000 requests")
+
+
+if __name__ == "__main__":
+    num_rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    overhead(num_rounds)
+    throughput(num_rounds, sys.argv[2] if len(sys.argv) > 2 else "smollm2")
