@@ -25,7 +25,7 @@ def model_sampling(sampling: Sampling, engine: EngineConfig) -> Sampling:
         value = getattr(found, name, None)
         if value not in (None, nothing):
             raise UsageError(
-                f"the model's generation_config.json asks for {name}={value}, which is not sampled with here: set model.sampling_defaults=false"
+                f"the model's generation_config.json asks for {name}={value}, which no sampler here does: set model.sampling_defaults=false"
             )
     values = {name: value for name in TAKEN if (value := getattr(found, name, None)) is not None}
     return sampling.replace(**values)
