@@ -50,7 +50,7 @@ def throughput(rounds: int, model: str) -> None:
         f"1 replica, {len(cores)} cores": Host(HuggingFaceBackend, config),
         f"2 replicas, {len(cores) // 2} each": Pool(HuggingFaceBackend, replace(config, dp_size=2)),
     }
-    work = requests(32, 24)
+    work = requests(24, 16)
     best: dict[str, float] = {}
     try:
         for core in settings.values():

@@ -254,8 +254,8 @@ class RunConfig:
     """How a gap is explained."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is logged."""
-    metric: str = "generate/logprob_mean"
-    """The number a sweeper such as Optuna is given when the run ends."""
+    metric: str | None = None
+    """The number a sweeper such as Optuna is given when the run ends, by its name in metrics.json; null is none."""
 
     def __post_init__(self) -> None:
         for group, names in (("targets", self.targets), ("policies", self.policies)):

@@ -75,6 +75,10 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
             summary.values.update(flat(name, comparison))
         report(this, summary)
         failed = False
+        if config.metric is None:
+            return None
+        if config.metric not in summary.values:
+            log.warning("metric=%s is not among this run's numbers: %s", config.metric, ", ".join(summary.values))
         return summary.values.get(config.metric)
     finally:
         tracker.close(failed)

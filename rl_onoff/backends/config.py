@@ -100,7 +100,7 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
         if self.dtype not in (None, *DTYPES):
-            raise UsageError(f"backend.dtype is {self.dtype!r} but must be one of {', '.join(DTYPES)}: set backend.dtype=float32")
+            raise UsageError(f"the dtype is {self.dtype!r} but must be one of {', '.join(DTYPES)}: set model.dtype=float32")
         if self.python is not None and self.worker is False:
             raise UsageError("backend.python names another interpreter, which needs a process of its own: drop backend.worker=false")
         for owned in self.owned_kwargs:

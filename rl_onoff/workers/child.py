@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import faulthandler
+import itertools
 import logging
 import os
 import shutil
@@ -42,23 +43,36 @@ class Watch(threading.Thread):
         self._parent, self._folder = parent, folder
         self._engine: list[psutil.Process] = []
         self._memory: set[Path] = set()
+        self._loaded = False
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        while True:
+        for tick in itertools.count():
             if os.getppid() != self._parent:
                 self.end_all()
             self.check()
+            if not self._loaded and tick % 3 == 0:
+                self._note()  # an engine that starts, fails and is started again may leave what the first one had
             time.sleep(0.3)
 
-    def remember(self) -> None:
+    def loaded(self) -> None:
         """From now on the engine's processes of this moment must live."""
-        children = psutil.Process().children(recursive=True)
-        self._memory = sessions.shared_memory([psutil.Process(), *children])
-        self._engine = [child for child in children if not sessions.is_helper(child)]
+        self._loaded = True
+        self._engine = [child for child in self._note() if not sessions.is_helper(child)]
 
-    def forget(self) -> None:
+    def closing(self) -> None:
+        self._note()
         self._engine = []
+
+    def _note(self) -> list[psutil.Process]:
+        """Remember the shared memory of this moment, to be removed at the end; returns this process's descendants."""
+        children = psutil.Process().children(recursive=True)
+        self._memory |= sessions.shared_memory([psutil.Process(), *children])
+        return children
+
+    def tidy(self) -> None:
+        """Remove the shared memory that the engine left."""
+        sessions.end([], self._memory)
 
     def check(self) -> None:
         with self._lock:
@@ -67,13 +81,11 @@ class Watch(threading.Thread):
                     (self._folder / "reason").write_text(f"its {sessions.describe(process)} ended unexpectedly")
                     os._exit(DIED)
 
-
     def end_all(self) -> NoReturn:
         """Nobody is there to clean up: end the engine's processes, then this one."""
         shutil.rmtree(self._folder, ignore_errors=True)
         me = psutil.Process()
-        memory = self._memory | sessions.shared_memory([me])
-        sessions.end([p for p in (*me.children(recursive=True), *sessions.members(me.pid)) if p != me], memory)
+        sessions.end([p for p in (*self._note(), *sessions.members(me.pid)) if p != me], self._memory)
         os._exit(0)
 
 
@@ -111,7 +123,7 @@ class Worker:
                     pass  # it crossed with the end of its call
                 case _:
                     break
-        self._watch.forget()
+        self._watch.closing()
         backend.close()
 
     def _load(self) -> BaseBackend | None:
@@ -126,7 +138,7 @@ class Worker:
         except BaseException as e:
             self._fail(0, e)
             return None
-        self._watch.remember()
+        self._watch.loaded()
         self._send(wire.Loaded(info=backend.info))
         return backend
 
@@ -185,6 +197,7 @@ def main() -> None:
         Worker(socket.socket(fileno=fd), watch).serve()
     except wire.PeerGoneError:
         watch.end_all()
+    watch.tidy()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # an engine's exit handlers may hang, and the parent ends what is left

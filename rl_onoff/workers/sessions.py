@@ -84,13 +84,16 @@ def _wait(processes: Iterable[psutil.Process], seconds: float) -> None:
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
     """Files under /dev/shm that the processes have mapped.
 
-    Engines may end their own processes so that nothing is left to ask, resource trackers included: remember it while they live.
+    Found by their inodes: a semaphore is mapped under a name that is gone. Engines may end their own processes so that nothing
+    is left to ask, resource trackers included: remember it while they live.
     """
-    paths: set[Path] = set()
+    inodes: set[int] = set()
     for process in processes:
         with suppress(OSError):  # gone, not ours, or no /proc
             for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                name = line.partition("/dev/shm/")[2]
-                if name and not name.endswith(" (deleted)"):
-                    paths.add(Path("/dev/shm") / name)
-    return paths
+                if "/dev/shm/" in line:
+                    inodes.add(int(line.split(maxsplit=5)[4]))
+    if not inodes:
+        return set()
+    with os.scandir("/dev/shm") as entries:
+        return {Path(entry.path) for entry in entries if entry.inode() in inodes}

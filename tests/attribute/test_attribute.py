@@ -232,7 +232,7 @@ def test_sampled_ids_that_were_replaced_by_the_texts(sampled: RunDir, tiny_llama
 
     rewrite(folder.completions, encode)
     shutil.rmtree(folder.path / "scores")
-    run_in(folder.path, "experiment=score", f"model.name={tiny_llama}", "model.dtype=float32", "score.name=again")
+    run_in(folder.path, "experiment=score", f"model.name={tiny_llama}", "model.dtype=float32", "score.name=again", "stages=[score]")
     found = climb(folder)
     assert main_cause(found) == "retokenised" and "re-tokenised text" in found["sentence"]
     assert f"{6 - fitting} of 6 responses have not as many logprobs as ids" in found["sentence"]

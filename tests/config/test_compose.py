@@ -63,7 +63,7 @@ def test_an_engines_own_name_and_ours_are_one_option():
 
 
 def test_the_experiment_beats_the_config_and_the_command_line_beats_both():
-    assert [stage.value for stage in composed("experiment=score").stages] == ["score"]
+    assert [stage.value for stage in composed("experiment=score").stages] == ["score", "compare"]
     assert [stage.value for stage in composed("experiment=score", "stages=[generate]").stages] == ["generate"]
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-import resource, sys, time
+import sys, time
 import numpy as np
 from rl_onoff.comparison import Pair, Side, compare
 from rl_onoff.types import LogprobKind
@@ -24,7 +24,8 @@ def pairs(tokens, k=64, length=500):
         yield Pair(request_id=str(i), sample=0, behaviour=sides[0], target=sides[1], groups={"level": str(i % 5)})
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which a child takes over from whoever started it
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 
 compare(pairs(20_000))
 before, start = peak_mb(), time.perf_counter()

@@ -200,9 +200,10 @@ def test_close_frees_everything(engine_file, careless):
     backend = tiny(engine=str(engine_file), careless=careless)
     backend.load()
     worker, (engine, memory) = backend._core.pid, engine_of(engine_file)
-    assert memory.exists()
+    shared = sessions.shared_memory([psutil.Process(worker)])
+    assert memory in shared and any(path.name.startswith("sem.mp-") for path in shared)
     backend.close()
-    assert gone(worker, 0) and gone(engine, 0) and not memory.exists()
+    assert gone(worker, 0) and gone(engine, 0) and not any(map(Path.exists, shared))
     backend.close()
 
 

@@ -54,6 +54,7 @@ class TinyBackend(BaseBackend):
                 raise ZeroDivisionError("a bug of the engine")
         if "engine" in kwargs:
             self._memory = multiprocessing.shared_memory.SharedMemory(create=True, size=1 << 16)
+            self._semaphore = multiprocessing.get_context("spawn").Semaphore()  # has a name until its tracker takes it away
             self._engine = subprocess.Popen([sys.executable, "-c", ENGINE, self._memory.name], stdout=subprocess.PIPE)
             self._engine.stdout.readline()
             Path(kwargs["engine"]).write_text(f"{self._engine.pid} {self._memory.name}")
