@@ -62,11 +62,13 @@ class Progress:
             log.info(
                 "%s: %d of %d responses, %.0f tokens/s, %s left", self.stage, self.responses, self.total, self.tokens_per_s, _clock(left)
             )
-        self.report({
-            "progress/responses": self.responses,
-            f"progress/{self.stage}_tokens": self.tokens,
-            f"progress/{self.stage}_tokens_per_s": self.tokens_per_s,
-        })
+        self.report(
+            {
+                "progress/responses": self.responses,
+                f"progress/{self.stage}_tokens": self.tokens,
+                f"progress/{self.stage}_tokens_per_s": self.tokens_per_s,
+            }
+        )
 
 
 def _clock(seconds: float) -> str:

@@ -151,16 +151,18 @@ def take_in(run: RunDir, given: Iterable[GivenResponse], tokenizer: Any) -> None
         for item in given:
             if item.response.key in done:
                 continue
-            writer.append({
-                "request_id": item.response.request_id,
-                "sample": item.response.sample,
-                "prompt": tokenizer.decode(item.response.prompt_ids.tolist()),
-                "prompt_ids": item.response.prompt_ids,
-                "token_ids": item.response.token_ids_T,
-                "text": item.text,
-                "logprobs": item.logprobs_T,
-                "logprob_kind": None if item.kind is None else item.kind.value,
-                "finish_reason": None,
-                "reward": item.meta.get("reward"),
-                "meta": json.dumps(dict(item.meta), ensure_ascii=False, default=str),
-            })
+            writer.append(
+                {
+                    "request_id": item.response.request_id,
+                    "sample": item.response.sample,
+                    "prompt": tokenizer.decode(item.response.prompt_ids.tolist()),
+                    "prompt_ids": item.response.prompt_ids,
+                    "token_ids": item.response.token_ids_T,
+                    "text": item.text,
+                    "logprobs": item.logprobs_T,
+                    "logprob_kind": None if item.kind is None else item.kind.value,
+                    "finish_reason": None,
+                    "reward": item.meta.get("reward"),
+                    "meta": json.dumps(dict(item.meta), ensure_ascii=False, default=str),
+                }
+            )

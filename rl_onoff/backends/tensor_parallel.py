@@ -17,17 +17,15 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rl_onoff.backends.config import HuggingFaceBackendConfig
+from rl_onoff.backends.rank import broadcast, join
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.probes.huggingface import SplitModel
-
-TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds; idle ranks wait at the pipe
 
 
 class Ranks:
@@ -38,16 +36,17 @@ class Ranks:
         if (main := getattr(sys.modules["__main__"], "__spec__", None)) is None or main.name != "rl_onoff.workers.child":
             raise UsageError(f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size}: drop it")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self._others: list[subprocess.Popen[bytes]] = []
+        self._others: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         self._forgotten: list[int] = []  # caches that nobody can reach any more; the others hear of them with the next step
         store = str(Path(self._folder.name) / "store")
         for rank in range(1, size):
-            process = subprocess.Popen([sys.executable, "-m", "rl_onoff.backends.tensor_parallel"], stdin=subprocess.PIPE)
-            self._others.append(process)
+            process = subprocess.Popen([sys.executable, "-m", "rl_onoff.backends.rank"], stdin=subprocess.PIPE)
+            assert process.stdin is not None
+            self._others.append((process, process.stdin))
             pickle.dump((config, rank, store), process.stdin)
             process.stdin.flush()
         threading.Thread(target=self._watch, daemon=True, name="ranks").start()
-        _join(0, size, store)
+        join(0, size, store)
 
     def send(self, step: str, number: int, inputs: dict[str, Any]) -> None:
         """Have the other ranks take a step; the tensors among its inputs are broadcast."""
@@ -58,11 +57,11 @@ class Ranks:
         forgotten, self._forgotten = self._forgotten, []
         shapes = [(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
         message = pickle.dumps((step, number, plain, shapes, forgotten))
-        for process in self._others:
-            process.stdin.write(message)
-            process.stdin.flush()
+        for _, pipe in self._others:
+            pipe.write(message)
+            pipe.flush()
         for tensor in tensors.values():
-            _broadcast(tensor)
+            broadcast(tensor)
 
     def forget(self, number: int) -> None:
         self._forgotten.append(number)
@@ -91,18 +90,18 @@ class Ranks:
     def _end(self, patience: float) -> None:
         others, self._others = self._others, []
         until = time.monotonic() + patience
-        for process in others:
+        for process, pipe in others:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, until - time.monotonic()))
             process.kill()
             process.wait()
             with suppress(OSError):
-                process.stdin.close()
+                pipe.close()
 
     def _watch(self) -> None:
         """End this worker when another rank ends on its own: it would wait for that rank for ever, while loading too."""
         while others := self._others:
-            if any(process.poll() is not None for process in others):
+            if any(process.poll() is not None for process, _ in others):
                 time.sleep(2)  # what ended that rank may be about to be told by this one too
                 if not self._others:
                     return
@@ -171,93 +170,3 @@ def use_float32_head(split: SplitModel) -> None:
     head = split._lm_head
     if head.__dict__.pop("forward", None) is not None:
         ALL_PARALLEL_STYLES["colwise_gather_output"].install_forward(head, split.whole._device_mesh["tp"])
-
-
-# -- every rank --------------------------------------------------------------------------------------------------------
-
-
-def _join(rank: int, size: int, store: str) -> None:
-    """Make this process one of the group; waits for the others."""
-    import torch
-    import torch.distributed as dist
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // size))
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not lead anywhere
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT,
-        device_id=torch.device("cuda", rank) if cuda else None,
-    )  # fmt: skip
-
-
-def _broadcast(tensor: Any) -> None:
-    import torch
-    import torch.distributed as dist
-
-    if tensor.numel():
-        dist.broadcast(tensor.view(torch.uint8), 0)  # as bytes: not every group knows every type
-
-
-# -- the other ranks ---------------------------------------------------------------------------------------------------
-
-
-def follow() -> None:
-    """Take the steps that rank 0 tells, until it closes the pipe."""
-    import torch
-
-    from rl_onoff.backends.huggingface import HuggingFaceBackend
-
-    pipe, parent = sys.stdin.buffer, os.getppid()
-    config, rank, store = pickle.load(pipe)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    _join(rank, config.tp_size, store)
-    backend = HuggingFaceBackend(config)
-    split = backend._load_split()
-    caches: dict[int, Any] = {}
-    with torch.no_grad():
-        while True:
-            try:
-                step, number, inputs, shapes, forgotten = pickle.load(pipe)
-            except EOFError:
-                return
-            inputs |= _receive(shapes, split.device)
-            for old in forgotten:
-                caches.pop(old, None)
-            match step:
-                case "body":
-                    output = split.body(**inputs, past_key_values=caches.get(number))
-                    if number:
-                        caches[number] = output.past_key_values
-                case "head":
-                    split.head(**inputs)
-                case "close":
-                    return
-                case _:
-                    getattr(caches[number], step)(*inputs.values())
-
-
-def _receive(shapes: Sequence[tuple[str, tuple[int, ...], Any]], device: Any) -> dict[str, Any]:
-    import torch
-
-    tensors = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape, dtype in shapes}
-    for tensor in tensors.values():
-        _broadcast(tensor)
-    return tensors
-
-
-def _end_with(parent: int) -> None:
-    """End with rank 0, also from within a collective operation that nobody else will ever enter."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    follow()
-    sys.stdout.flush()
-    os._exit(0)  # without the group's own farewell, for which rank 0 may be gone

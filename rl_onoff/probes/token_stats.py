@@ -89,9 +89,7 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStat
         )
 
 
-def stats_of_hidden(
-    hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
-) -> TokenStats:
+def stats_of_hidden(hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int) -> TokenStats:
     """Like token_stats, from the last hidden states: runs the LM head over `rows` positions at a time, so that no more
     than (rows, V) logits are ever held."""
     parts = [

@@ -34,9 +34,7 @@ _numbers = itertools.count()
 class WorkerProcess:
     """Starts `python -m rl_onoff.workers.child` in a session and a temporary folder of its own."""
 
-    def __init__(
-        self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE
-    ):
+    def __init__(self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE):
         self.python = python or sys.executable
         packages = _packages(backend_class)
         base = tempfile.gettempdir()

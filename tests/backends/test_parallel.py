@@ -17,10 +17,7 @@ from tests.backends.conftest import options_of
 PROMPTS = [[(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))] for i in range(12)]
 # of 49152 nearly equal tokens, float noise would make the sampler take the next one now and then
 SAMPLING = Sampling(max_new_tokens=12, n=2, seed=3, top_k=20)
-REQUESTS = [
-    Request(id=str(i), prompt_ids=np.array(ids, np.int32), sampling=SAMPLING)
-    for i, ids in enumerate(PROMPTS)
-]
+REQUESTS = [Request(id=str(i), prompt_ids=np.array(ids, np.int32), sampling=SAMPLING) for i, ids in enumerate(PROMPTS)]
 RESPONSES = [
     Response(request_id=request.id, sample=s, prompt_ids=request.prompt_ids, token_ids_T=np.array(PROMPTS[(i + s + 1) % 12], np.int32))
     for i, request in enumerate(REQUESTS)

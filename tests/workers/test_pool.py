@@ -160,10 +160,11 @@ def test_replicas_killed_at_random_lose_nothing():
         expected = {c.key: c for c in one.complete(requests)}
     chance, kills = random.Random(0), 0
     with create_backend(FakeBackendConfig(model_name="fake", dp_size=2)) as backend:
-        got = []
+        pool, got = backend._core, []
+        assert isinstance(pool, Pool)
         for completion in backend.complete(requests):
             got.append(completion)
-            pids = [pid for pid in backend._core.pids if pid is not None]
+            pids = [pid for pid in pool.pids if pid is not None]
             if pids and kills < 5 and len(got) % 20 == 0:
                 os.kill(chance.choice(pids), signal.SIGKILL)
                 kills += 1
@@ -252,8 +253,8 @@ def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     two = tiny_pool(engine=str(tmp_path / "engine"))
     two._load()
     children = [child for child in psutil.Process().children(recursive=True) if sessions.alive(child)]
-    folders = [replica._host._worker._folder for replica in two._replicas]
-    assert len({child.pid for child in children} & set(two.pids)) == 2 and all(map(Path.exists, folders))
+    folders = [worker._folder for replica in two._replicas if (worker := replica._host._worker)]
+    assert len({child.pid for child in children} & set(two.pids)) == len(folders) == 2 and all(map(Path.exists, folders))
     if busy:
         stream = two._generate([request("a"), request("b"), request("hang")])
         next(stream)
