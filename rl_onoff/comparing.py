@@ -44,6 +44,12 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
     """One sentence about the target that is furthest away."""
     own = own or own_scores(run)
     name = furthest(own, comparisons)
+    if name == own:
+        k3 = comparisons[name]["kl_k3"].value
+        return (
+            f"The sampler against itself: what it said while sampling and what it says of the same tokens now are {k3:.2g} nats a token "
+            "apart (mean k3 KL). That is the noise floor; set target=… to compare it with another policy."
+        )
     said = verdict(comparisons[name], noise_floor(own, comparisons))
     return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
 

@@ -126,7 +126,8 @@ class RewardConfig:
     """How a response is judged against its row's reference answer."""
 
     function: str | None = None
-    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float; null judges nothing."""
+    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float, 1 or more counting as right; it judges rows
+    that have a reference answer. Null judges nothing."""
 
 
 @dataclass(kw_only=True, slots=True)

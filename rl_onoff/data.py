@@ -6,6 +6,7 @@ beginning-of-sequence token that is doubled (by a template and a tokenizer that 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,9 @@ from rl_onoff.rows import (
 )
 from rl_onoff.types import LogprobKind, Request, Response, Sampling
 
-RESPONSE_COLUMNS = ("token_ids", "response", "text", "completion")
+log = logging.getLogger(__name__)
+
+RESPONSE_COLUMNS = ("token_ids", "response_ids", "completion_ids", "response", "text", "completion")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,11 +157,12 @@ def _with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
 # Responses made elsewhere
 
 
-def load_responses(path: str, tokenizer: Any = None) -> list[GivenResponse]:
+def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = False, system: str | None = None) -> list[GivenResponse]:
     """The prompts and responses in a .parquet or .jsonl file.
 
     Best are token ids (columns prompt_ids and token_ids): nothing is tokenised. Text is tokenised once: a prompt that is a
-    list of messages goes through the chat template, a prompt and a response that are text are taken as they are.
+    list of messages goes through the chat template, and so does a prompt that is text with `chat_template`, unless it holds
+    special tokens already. A response that is text is taken as it is.
     """
     table = read_table(path, key="score.responses")
     prompt_column, response_column = table.first(PROMPT_COLUMNS), table.first(RESPONSE_COLUMNS)
@@ -169,7 +173,7 @@ def load_responses(path: str, tokenizer: Any = None) -> list[GivenResponse]:
                 " rename one, or set score.responses to another file"
             )
     assert prompt_column is not None and response_column is not None
-    if tokenizer is None and (prompt_column, response_column) != ("prompt_ids", "token_ids"):
+    if tokenizer is None and not (prompt_column.endswith("_ids") and response_column.endswith("_ids")):
         raise UsageError(f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a model.tokenizer")
     id_column = table.first(("request_id", "id"))
 
@@ -180,7 +184,7 @@ def load_responses(path: str, tokenizer: Any = None) -> list[GivenResponse]:
     for index, record in enumerate(table.records):
         where = table.where(index)
         prompt = parse_prompt(record.get(prompt_column), where=where, column=prompt_column, key="score.responses")
-        prompt_ids = _prompt_ids(prompt, tokenizer, where)
+        prompt_ids = _prompt_ids(prompt, tokenizer, where, chat_template, system)
         same_prompt = prompt_ids.tobytes()
         request_id = (
             str(record[id_column])
@@ -208,18 +212,26 @@ def load_responses(path: str, tokenizer: Any = None) -> list[GivenResponse]:
             response=Response(request_id=request_id, sample=sample, prompt_ids=prompt_ids, token_ids_T=token_ids_T),
             text=_response_text(record, token_ids_T, tokenizer),
             logprobs_T=logprobs_T,
-            kind=None if logprobs_T is None else _kind(record.get("logprob_kind"), where),
+            kind=None if logprobs_T is None else _kind(record.get("logprob_kind", LogprobKind.raw.value), where),
             meta=_meta(table, record, prompt, where),
         )
+    if any(given.kind for given in found.values()) and "logprob_kind" not in table.columns:
+        log.warning("%s does not say in a column logprob_kind of which kind its logprobs are: they are taken for raw ones", table.name)
     return list(found.values())
 
 
-def _prompt_ids(prompt: Prompt, tokenizer: Any, where: str) -> np.ndarray:
+def _prompt_ids(prompt: Prompt, tokenizer: Any, where: str, chat_template: bool, system: str | None) -> np.ndarray:
     if is_ids(prompt):
         return np.asarray(prompt, np.int32)
     if tokenizer is None:
         raise UsageError(f"{where} has text as its prompt where token ids are wanted: give column prompt_ids of score.responses lists")
-    return encode_prompt(prompt, tokenizer, chat_template=is_chat(prompt), where=where).ids
+    if isinstance(prompt, str) and chat_template and any(token in prompt for token in _special_tokens(tokenizer)):
+        chat_template = False  # it has been through a template
+    return encode_prompt(prompt, tokenizer, chat_template=chat_template or is_chat(prompt), system=system, where=where).ids
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    return [tokenizer.decode([token_id]) for token_id in tokenizer.all_special_ids]
 
 
 def _response_ids(value: Any, tokenizer: Any, *, where: str, column: str) -> np.ndarray:

@@ -17,7 +17,7 @@ class Progress:
 
     def __init__(self, stage: str, total: int, report: Callable[[dict[str, float]], None], every_s: float = 10.0):
         self.stage, self.total, self.report, self.every_s = stage, total, report, every_s
-        self.responses = self.tokens = 0
+        self.responses = self.tokens = self._said = 0
         self._start = self._last = time.monotonic()
         self._end: float | None = None
 
@@ -34,7 +34,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         self._end = time.monotonic()
-        if self.responses:
+        if self.responses != self._said:
             self._say()
 
     def add(self, num_tokens: int) -> None:
@@ -57,6 +57,7 @@ class Progress:
         return self.tokens / self.seconds
 
     def _say(self) -> None:
+        self._said = self.responses
         left = (self.total - self.responses) * self.seconds / self.responses
         if self._bar is None:
             log.info(

@@ -24,7 +24,7 @@ PROBLEMS = Path(__file__).with_name("problems.jsonl")  # the bundled set
 ROW_NUMBER = "row_number"  # `data.id=row_number` numbers the rows, for files whose ids are of no use
 
 ENDINGS = {".jsonl": Format.jsonl, ".csv": Format.csv, ".parquet": Format.parquet}
-PROMPT_COLUMNS = ("prompt_ids", "prompt", "messages", "question", "problem")
+PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "question", "problem")
 GROUP_COLUMNS = ("data_source", "subject", "level")
 
 Messages = list[dict[str, str]]

@@ -139,7 +139,7 @@ def score(this: Run) -> None:
     config, folder = this.config, this.folder
     if config.score.responses is not None:
         tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
-        given = load_responses(config.score.responses, tokenizer)
+        given = load_responses(config.score.responses, tokenizer, chat_template=config.data.chat_template, system=config.data.system)
         folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
         stages.take_in(folder, given, tokenizer)
     if not folder.completions.exists():
@@ -230,7 +230,8 @@ def report(this: Run, summary: Summary) -> None:
     """Write, print and log what the run found."""
     folder, tracker = this.folder, this.tracker
     comparisons = {name: comparison.to_dict() for name, comparison in this.comparisons.items()}
-    folder.write_json("metrics.json", {"values": summary.values, "comparisons": comparisons, **this.sections})
+    said = {"verdict": verdict_of(folder, this.comparisons)} if this.comparisons else {}
+    folder.write_json("metrics.json", {**said, "values": summary.values, "comparisons": comparisons, **this.sections})
     tracker.summary(summary.values)
     for name, (counts, edges) in summary.histograms.items():
         tracker.histogram(name, counts, edges)
@@ -243,7 +244,7 @@ def report(this: Run, summary: Summary) -> None:
     tracker.artifact(folder.path)
     print("\n\n".join([as_text({k: v for k, v in summary.values.items() if not k.startswith(("matrix/", "attribute/"))}), *this.texts]))
     if this.comparisons:
-        print(f"\n  {verdict_of(folder, this.comparisons)}")
+        print(f"\n  {said['verdict']}")
     print(f"\n  run folder  {folder.path}")
     if this.page is not None:
         print(f"  page        {this.page}")

@@ -54,6 +54,8 @@ def generate(run: RunDir, requests: Sequence[Request], backend: BaseBackend, rew
     """Sample what `requests` ask for and append each response to the run as it finishes."""
     by_id = {request.id: request for request in requests}
     judged = failed = 0
+    if reward is not None and not any(request.meta.get("answer") is not None for request in requests):
+        log.warning("no row has a reference answer, so no response is judged: name its column with data.answer, or set reward=none")
     with run.completions.writer() as writer, progress:
         for completion in backend.complete(requests):
             request = by_id[completion.request_id]

@@ -47,7 +47,7 @@ def _completions(table: Table, summary: Summary) -> None:
     values["generate/responses"] = len(lengths)
     values["generate/tokens"] = int(sum(lengths))
     values["generate/length_mean"] = float(np.mean(lengths))
-    for reason in ("eos", "stop", "length"):
+    for reason in ("eos", "stop", "length") if set(reasons) - {None} else ():  # responses made elsewhere do not say
         values[f"generate/finish_{reason}"] = reasons[reason] / len(lengths)
     if logprobs.count:
         values["generate/logprob_mean"] = logprobs.mean

@@ -282,7 +282,11 @@ class HuggingFaceBackend(BaseBackend):
     def _device(self) -> str:
         import torch
 
-        return self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"backend.device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices: set backend.device=cpu")
+        return device
 
 
 def _prompt_key(response: Response) -> bytes:

@@ -91,7 +91,7 @@ def _judge(k3: Estimate, said: str, noise_floor: float | None) -> str:
         return f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below"
     above = "" if noise_floor is None else f", above the noise floor of {noise_floor:.2g}"
     if under and hi < PRIME_RL_BAR:
-        return f"Close: {said}{above}, but under prime-rl's bar of {PRIME_RL_BAR}"
+        return f"Close: {said}{above}; that is under prime-rl's bar of {PRIME_RL_BAR}"
     if under:
         return f"Close, not surely: {said}{above}; that is under prime-rl's bar of {PRIME_RL_BAR}, but the interval reaches over it"
     return f"Off-policy: {said}{above}, over prime-rl's bar of {PRIME_RL_BAR}"

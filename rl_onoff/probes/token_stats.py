@@ -6,7 +6,7 @@ logits are never changed: they may be the engine's own buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,26 @@ class TokenStats:
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
         joined: dict[str, Any] = {name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
         return cls(**joined)
+
+    @classmethod
+    def collect(cls, parts: Iterable[TokenStats], num_rows: int) -> TokenStats:
+        """The same for parts that are made one after the other, each dropped before the next is made.
+
+        A small array kept from every chunk would lie between the chunks' large buffers and keep them from being used again:
+        that grew the heap by gigabytes.
+        """
+        whole: dict[str, Any] = {}
+        at = 0
+        for part in parts:
+            for f in fields(cls):
+                values = getattr(part, f.name)
+                if values is not None:
+                    if f.name not in whole:
+                        whole[f.name] = np.empty((num_rows, *values.shape[1:]), values.dtype)
+                    whole[f.name][at : at + len(values)] = values
+            at += len(part.logprobs)
+        assert at == num_rows
+        return cls(**whole)
 
     def __getitem__(self, rows: slice) -> TokenStats:
         cut: dict[str, Any] = {f.name: None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self)}
@@ -92,11 +112,11 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStat
 def stats_of_hidden(hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int) -> TokenStats:
     """Like token_stats, from the last hidden states: runs the LM head over `rows` positions at a time, so that no more
     than (rows, V) logits are ever held."""
-    parts = [
+    parts = (
         token_stats(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows], want)
         for start in range(0, len(hidden_RD), rows)
-    ]
-    return TokenStats.concatenate(parts)
+    )
+    return TokenStats.collect(parts, len(hidden_RD))
 
 
 def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:

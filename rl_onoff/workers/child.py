@@ -72,7 +72,7 @@ class Watch(threading.Thread):
 
     def tidy(self) -> None:
         """Remove the shared memory that the engine left."""
-        sessions.end([], self._memory)
+        sessions.end([], self._memory, last_act=True)
 
     def check(self) -> None:
         with self._lock:
@@ -85,7 +85,7 @@ class Watch(threading.Thread):
         """Nobody is there to clean up: end the engine's processes, then this one."""
         shutil.rmtree(self._folder, ignore_errors=True)
         me = psutil.Process()
-        sessions.end([p for p in (*self._note(), *sessions.members(me.pid)) if p != me], self._memory)
+        sessions.end([p for p in (*self._note(), *sessions.members(me.pid)) if p != me], self._memory, last_act=True)
         os._exit(0)
 
 

@@ -52,10 +52,11 @@ def is_helper(process: psutil.Process) -> bool:
         return True
 
 
-def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), patience: float = 2.0) -> None:
+def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), *, last_act: bool = False, patience: float = 2.0) -> None:
     """Kill the processes, and remove the shared memory that they alone had mapped, now or before (`memory`).
 
-    Resource trackers get a moment after the others: they unlink what their dead processes left.
+    Resource trackers get a moment after the others: they unlink what their dead processes left. `last_act`: this process ends
+    right after, so what it has mapped itself may go too.
     """
     victims = [process for process in set(processes) if alive(process)]
     shared = {*memory, *shared_memory(victims)}
@@ -71,7 +72,8 @@ def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), patien
     _wait(victims, patience)
     left = {path for path in shared if path.exists()}
     if left:
-        for path in left - shared_memory(psutil.process_iter()):
+        others = (process for process in psutil.process_iter() if not last_act or process.pid != os.getpid())
+        for path in left - shared_memory(others):
             path.unlink(missing_ok=True)
 
 

@@ -85,7 +85,7 @@ def test_text_of_token_ids_is_decoded_where_there_is_a_tokenizer(write, tokenize
         ({"prompt_ids": "text", "token_ids": [3]}, "text as its prompt where token ids"),
         ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0, -2.0], "logprob_kind": "raw"}, "has 2 logprobs for 1 response tokens"),
         ({"prompt_ids": [1], "token_ids": [3], "logprobs": "x"}, "logprobs that are not a list of numbers"),
-        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0]}, "logprob_kind of score.responses"),
+        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0], "logprob_kind": "odd"}, "logprob_kind of score.responses"),
         ({"prompt_ids": [1], "token_ids": [3], "sample": "x"}, "'x' as its sample"),
         ({"prompt_ids": [1, 2], "token_ids": [3], "id": "fine"}, "the id 'fine' of a row with another prompt"),
         ({"prompt_ids": [1], "token_ids": [3], "id": "fine", "sample": 0}, "repeats the id 'fine' and sample 0"),

@@ -358,14 +358,16 @@ def test_nothing_outlives_the_parent(engine_file, sign):
     )  # fmt: skip
     worker = int(parent.stdout.readline())
     assert parent.stdout.readline() == "got a\n"
-    engine, memory = engine_of(engine_file)
+    engine, _ = engine_of(engine_file)
+    shared = sessions.shared_memory([psutil.Process(worker), psutil.Process(engine)])
+    assert len(shared) == 2
     os.killpg(parent.pid, sign)  # as a terminal does
     parent.wait(10)
     assert gone(worker) and gone(engine)
     deadline = time.monotonic() + 5
-    while memory.exists() and time.monotonic() < deadline:
+    while any(map(Path.exists, shared)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not memory.exists()
+    assert not any(map(Path.exists, shared))
     if sign == signal.SIGINT:
         assert "KeyboardInterrupt" in parent.stderr.read()
     parent.stdout.close()
