@@ -31,7 +31,7 @@ test: engines browser ## all tests, on all engines
 test-fast: $(VENV)/.dev ## the tests that need neither vLLM nor SGLang nor a browser
 	$(BIN)/python -m pytest -k "not vllm and not sglang" --ignore=tests/report $(PYTEST_ARGS)
 
-check: $(VENV)/.dev ## lint and types
+check: $(VENV)/.vllm ## lint and types (vLLM is there so that calls of it are checked too)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
