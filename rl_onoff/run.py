@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.utils import instantiate
 
 from rl_onoff import stages
@@ -239,6 +240,8 @@ def report(this: Run, summary: Summary) -> None:
     if folder.completions.exists():
         rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
         tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
+    for name, comparison in this.comparisons.items():
+        track(tracker, name, comparison)
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
@@ -254,6 +257,20 @@ def report(this: Run, summary: Summary) -> None:
 
 HEADLINES = ("kl", "kl_k3", "logprob_diff_mean", "logprob_diff_max", "prob_pearson", "ess_token", "ess_seq", "ppl_ratio", "kl_forward_topk",
              "kl_forward", "argmax_agreement", "impossible_fraction")  # fmt: skip
+
+
+def track(tracker: Tracker, name: str, comparison: Comparison) -> None:
+    """What the page shows of a comparison, for W&B: intervals, histograms, and the tokens that differ most."""
+    headlines = {metric: comparison[metric] for metric in HEADLINES if metric in comparison}
+    tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo for metric, estimate in headlines.items()})
+    tracker.summary({f"onoff/{name}/{metric}_hi": estimate.hi for metric, estimate in headlines.items()})
+    for what in ("l", "abs_l", "entropy_behaviour", "entropy_target"):
+        if what in comparison.histograms:
+            histogram = comparison.histograms[what]
+            tracker.histogram(f"onoff/{name}/{what}", np.asarray(histogram["counts"]), np.asarray(histogram["edges"]))
+    if comparison.worst:
+        rows = (tuple(token.values()) for token in comparison.worst)
+        tracker.table(f"onoff/{name}/worst_tokens", tuple(comparison.worst[0]), rows, total=len(comparison.worst))
 
 
 def flat(name: str, comparison: Comparison) -> dict[str, float]:

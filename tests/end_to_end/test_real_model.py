@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ def rl_onoff(*arguments: str) -> str:
     done = subprocess.run([sys.executable, "-m", "rl_onoff", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def with_bin() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def test_the_demo(tmp_path: Path) -> None:
@@ -43,6 +48,12 @@ def test_the_demo(tmp_path: Path) -> None:
     own = metrics["comparisons"]["huggingface-smollm2-bfloat16"]["overall"]["kl_k3"]["value"]
     assert own < 0.05
     assert (run_dir / "report.html").stat().st_size > 50_000
+    (offline,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    inspected = subprocess.run(
+        ["wandb", "leet", "inspect", "--json", "--summary", str(offline)], capture_output=True, text=True, env=with_bin()
+    )
+    for name in ("onoff/huggingface-smollm2-float32/kl_k3", "kl_k3_lo", "worst_tokens", "generate/logprob", "entropy_target"):
+        assert name in inspected.stdout, inspected.stdout + inspected.stderr
 
 
 def verl_file(folder: Path, name: str) -> Path:
