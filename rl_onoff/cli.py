@@ -139,7 +139,8 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
     ours = next((link for link in chain if isinstance(link, OnOffError)), None)
     disk = next((link for link in chain if isinstance(link, OSError)), None)
     if ours is not None:
-        sentence, code = str(ours), ours.exit_code
+        more = f" ({TRACEBACK}=1 shows the end of the engine's log)" if getattr(ours, "__notes__", None) else ""
+        sentence, code = f"{ours}{more}", ours.exit_code
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = config_sentence(error), UsageError.exit_code
     elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # not of a job: Hydra could not make its folder
