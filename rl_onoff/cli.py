@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 
 _failures: list[Exception] = []
+_kept: list[Any] = []  # the slot with the engine that the jobs of a sweep share, once there is one
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -44,7 +45,7 @@ def job(cfg: DictConfig) -> float | None:
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     here = "basic_launcher" in hydra_config.launcher._target_  # else the launcher carries errors home from another process
     try:
-        return _run(cfg, hydra_config, path, in_sweep)
+        return _run(cfg, hydra_config, path, in_sweep, keeps=in_sweep and here)
     except KeyboardInterrupt:
         if here:
             secrets = all_secrets(_plain(cfg))
@@ -60,7 +61,7 @@ def job(cfg: DictConfig) -> float | None:
         return None
 
 
-def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> float | None:
+def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, keeps: bool) -> float | None:
     """Everything of a job that can fail."""
     secrets = all_secrets(_plain(cfg))
     protect_log(secrets)
@@ -75,8 +76,11 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
         config = _checked(cfg)  # before the heavy imports, so that an error is instant
         protect_log(all_secrets(OmegaConf.to_container(cfg, resolve=True)))
         from rl_onoff.run import run
+        from rl_onoff.slot import Slot
 
-        return run(config, path, group=path.parent.name if in_sweep else None)
+        if keeps and not _kept:
+            _kept.append(Slot())
+        return run(config, path, group=path.parent.name if in_sweep else None, slot=_kept[0] if keeps else None)
 
 
 def _checked(cfg: DictConfig) -> Any:
@@ -125,6 +129,9 @@ def main() -> None:
         if keeps_traceback:
             raise
         _fail(error)
+    finally:
+        for slot in _kept:
+            slot.close()
     if _failures:
         if keeps_traceback:
             raise _failures[0]

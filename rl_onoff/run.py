@@ -56,8 +56,11 @@ class Run:
         return Progress(stage, total, self.tracker.log, self.config.tracking.log_every_s)
 
 
-def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
-    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
+def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot | None = None) -> float | None:
+    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one.
+
+    A `slot` given by a sweep keeps its engine for the next job; after a failure it is emptied, for the engine may be broken.
+    """
     rows = check(config)
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend)
@@ -66,8 +69,8 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
     tracker.start(config=redact(asdict(config)), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
     failed = True
     try:
-        with Slot() as slot:
-            this = Run(config, rows, folder, tracker, slot)
+        with Slot() if slot is None else slot.kept() as engine:
+            this = Run(config, rows, folder, tracker, engine)
             for stage in config.stages:
                 STAGES[stage](this)
         summary = summarise(this.folder)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -51,6 +53,15 @@ class Slot:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
+
+    @contextmanager
+    def kept(self) -> Iterator[Self]:
+        """Leave the engine alive at the end of the block, unless it ends with an error."""
+        try:
+            yield self
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.end_to_end.conftest import SMALL, rl_onoff, token_ids
+from pathlib import Path
+
+from tests.end_to_end.conftest import FAKE, SMALL, rl_onoff, token_ids
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
 
@@ -42,3 +44,21 @@ def test_an_error_nobody_foresaw_does_not_stop_the_others_either(tmp_path):
     assert "2 jobs of the sweep failed, the first because: mine.py of reward.function" in done.stderr
     assert "RuntimeError: a bug" in done.stdout and "Error executing job" not in done.stderr
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1
+
+
+def test_jobs_that_want_the_same_engine_share_it(tmp_path: Path) -> None:
+    done = rl_onoff("-m", *FAKE, "data.limit=2", "sampling.max_new_tokens=4", "sampling.temperature=0.5,0.7,1.0", cwd=tmp_path)
+    assert (done.stdout + done.stderr).count("loading fake") == 1
+    done = rl_onoff(
+        "-m", "backend=fake", "model=one,two", "reward=none", "tracking=none", "data.limit=2", "sampling.max_new_tokens=4",
+        "sampling.temperature=0.5,1.0", cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.stdout + done.stderr).count("loading fake") == 2
+
+
+def test_a_refused_job_costs_the_others_no_engine(tmp_path: Path) -> None:
+    small = ("data.limit=2", "sampling.max_new_tokens=4", "sweep_dir=sweep")
+    done = rl_onoff("-m", *FAKE, *small, "backend.worker=true", "data.prompt=question,nothing,null", cwd=tmp_path, code=2)
+    text = done.stdout + done.stderr
+    assert "the sweep goes on" in text and text.count("loading fake") == 1
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 2
