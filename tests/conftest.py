@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin crawl where cores are shared
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A suite that was started in the background inherits that Ctrl-C is ignored, and so would every run it starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 SGLANG_PYTHON = os.environ.get("RL_ONOFF_SGLANG_PYTHON", str(ROOT / ".venv-sglang/bin/python"))
