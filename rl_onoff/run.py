@@ -23,7 +23,6 @@ from rl_onoff.generation_config import model_sampling
 from rl_onoff.matrix import check_policies, run_matrix
 from rl_onoff.progress import Progress
 from rl_onoff.recorded import landmarks, texts_of
-from rl_onoff.redaction import redact
 from rl_onoff.rewards import load_reward
 from rl_onoff.roles import engines, known_engines, scorers
 from rl_onoff.rows import Row, load_rows
@@ -66,7 +65,7 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot |
         config.sampling = model_sampling(config.sampling, config.backend)
     folder = RunDir(path)
     tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
-    tracker.start(config=redact(asdict(config)), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
+    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
     failed = True
     try:
         with Slot() if slot is None else slot.kept() as engine:
@@ -135,7 +134,7 @@ def generate_record(config: RunConfig) -> dict[str, Any]:
     """What the sampled rows depend on. More rows of the data, or more samples, only add to them."""
     data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
     sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
-    return redact({"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling})
+    return {"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}
 
 
 def score(this: Run) -> None:
@@ -157,7 +156,7 @@ def score(this: Run) -> None:
 
 def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
     want = wanted(this)
-    table.claim(redact({"backend": engine.what_it_computes(), "want": asdict(want)}))
+    table.claim({"backend": engine.what_it_computes(), "want": asdict(want)})
     total = stages.unscored(this.folder, table)
     if not total:
         log.info("score: all responses are scored already in %s", table.path)
@@ -196,10 +195,10 @@ def matrix(this: Run) -> None:
     """Every policy samples, every policy scores all samples."""
     found = run_matrix(this, generate, _score)
     this.values.update(found.values())
-    this.sections["matrix"] = {"policies": found.names, "cells": found.rows(), "verdict": found.verdict()}
-    this.texts += [found.as_text(), f"  {found.verdict()}"]
+    rows, verdict = found.rows(), found.verdict()
+    this.sections["matrix"] = {"policies": found.names, "cells": rows, "verdict": verdict}
+    this.texts += [found.as_text(), f"  {verdict}"]
     this.page = this.folder.path / "matrix.html"
-    rows = found.rows()
     this.tracker.table("matrix", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
 
 

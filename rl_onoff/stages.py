@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -46,7 +47,7 @@ def missing_requests(run: RunDir, requests: Sequence[Request]) -> list[Request]:
     for request in requests:
         samples = tuple(s for s in request.sample_indices if s not in done.get(request.id, ()))
         if samples:
-            missing.append(_with_samples(request, samples))
+            missing.append(replace(request, samples=samples))
     return missing
 
 
@@ -88,12 +89,6 @@ def completion_row(request: Request, completion: Completion, reward: float | Non
         "reward": reward,
         "meta": json.dumps(dict(request.meta), ensure_ascii=False, default=str),
     }
-
-
-def _with_samples(request: Request, samples: tuple[int, ...]) -> Request:
-    return Request(
-        id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=samples, prompt=request.prompt, meta=request.meta
-    )
 
 
 # -- score -------------------------------------------------------------------------------------------------------------

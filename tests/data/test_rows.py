@@ -126,7 +126,8 @@ def test_prompts_as_token_ids(tmp_path):
 
 
 def test_a_saved_datasets_folder_with_and_without_splits(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     plain = datasets.Dataset.from_list([{"question": "a?", "answer": "1"}, {"question": "b?", "answer": "2"}])
     plain.save_to_disk(str(tmp_path / "plain"))
     datasets.DatasetDict({"test": plain}).save_to_disk(str(tmp_path / "splits"))
