@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -54,6 +55,14 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
     return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
 
 
+def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, float]:
+    """The verdict's numbers, by names that no target's name is part of: what sweeps are looked at and optimised by."""
+    own = own_scores(run)
+    floor = noise_floor(own, comparisons)
+    found = {"kl_k3": comparisons[furthest(own, comparisons)]["kl_k3"].value, "kl_k3_floor": math.nan if floor is None else floor}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
 def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str], own: str | None = None) -> Path:
     """`report.html`: targets in the order of how far they are, the behaviour's own scores last."""
     own = own or own_scores(run)
@@ -70,5 +79,6 @@ def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: C
             metric_info=METRICS,
             token_text=token_text,
             attribution=run.read_json("attribution.json"),
+            num_responses=min(c.overall.counts["responses"] + c.overall.counts["responses_empty"] for c in comparisons.values()),
         ),
     )

@@ -1,14 +1,13 @@
 """Two views of every response, joined on disk by (request id, sample), for the metrics and for the page.
 
-What a response is small in (ids, logprobs, text) is read once and kept; what is large (top tokens, full logits) is looked up a
-shard at a time, so that memory does not grow with the run.
+Scores are large (top tokens, full logits) and are read a block at a time, so that memory does not grow with the run.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,49 @@ import numpy as np
 from rl_onoff.comparison import Pair, Side
 from rl_onoff.errors import UsageError
 from rl_onoff.report import ReportResponse, TokenView
+from rl_onoff.rewards import FAILED
 from rl_onoff.storage import Key, Row, RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
 
-SHARDS_HELD = 4  # shards of one table in memory: rows of two tables come in nearly the same order
+BLOCK_BYTES = 256 << 20  # of scores that are held at a time
 
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
 
 
 class Lookup:
-    """Rows of a table by key; holds a few shards at a time."""
+    """Rows of tables by key, a block of keys at a time, so that no part of a shard is read for one row alone.
 
-    def __init__(self, table: Table):
-        self._table = table
-        self._shard_of: dict[Key, Path] = {}
-        self._held: OrderedDict[Path, dict[Key, Row]] = OrderedDict()
-        for shard in table.shards():
-            for row in table.rows(["request_id", "sample"], shards=[shard]):
-                self._shard_of[row["request_id"], row["sample"]] = shard
+    Engines finish in an order of their own (shortest first, whichever replica is fastest): neighbours in one table may lie in any
+    shard of another.
+    """
 
-    def get(self, key: Key) -> Row | None:
-        """The row of this key, None when the table has none."""
-        shard = self._shard_of.get(key)
-        if shard is None:
-            return None
-        if shard not in self._held:
-            if len(self._held) >= SHARDS_HELD:
-                self._held.popitem(last=False)
-            self._held[shard] = {(row["request_id"], row["sample"]): row for row in self._table.rows(shards=[shard])}
-        self._held.move_to_end(shard)
-        return self._held[shard][key]
+    def __init__(self, tables: Mapping[str, Table]):
+        self._tables = tables
+        self._places: dict[str, dict[Key, tuple[Path, int]]] = {}
+        self._row_bytes = 1.0  # of one key's rows in all tables, before compression
+        for name, table in tables.items():
+            places = self._places[name] = {}
+            for shard in table.shards():
+                for number, row in enumerate(table.rows(["request_id", "sample"], shards=[shard])):
+                    places[row["request_id"], row["sample"]] = shard, number
+            self._row_bytes += table.num_bytes() / max(len(places), 1)
+
+    def beside(self, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Row | None]]]:
+        """Each of these rows, with the row of the same key in every table; None where a table has none."""
+        rows, size = iter(rows), max(1, int(BLOCK_BYTES / self._row_bytes))
+        while block := list(islice(rows, size)):
+            found = {name: self._found(name, block) for name in self._tables}
+            for row in block:
+                yield row, {name: of.pop((row["request_id"], row["sample"]), None) for name, of in found.items()}
+
+    def _found(self, name: str, block: Sequence[Row]) -> dict[Key, Row]:
+        numbers: dict[Path, list[int]] = {}
+        for row in block:
+            place = self._places[name].get((row["request_id"], row["sample"]))
+            if place is not None:
+                numbers.setdefault(place[0], []).append(place[1])
+        rows = (row for shard, of in numbers.items() for row in self._tables[name].rows_at(shard, of))
+        return {(row["request_id"], row["sample"]): row for row in rows}
 
 
 def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[str] = ()) -> Iterator[Pair]:
@@ -55,13 +67,14 @@ def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[
     `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled logprobs,
     or in their place where the responses came without. Processed logprobs are compared with processed ones.
     """
-    targets, target_sampler = Lookup(run.scores(target)), sampler_of(run.scores(target))
-    owns = Lookup(run.scores(own)) if own is not None and own != target else None
+    tables, target_sampler = {"target": run.scores(target)}, sampler_of(run.scores(target))
+    if own is not None and own != target:
+        tables["own"] = run.scores(own)
     own_sampler = sampler_of(run.scores(own)) if own is not None else None
     drawn_with = run.completions.record().get("config", {}).get("sampling")
-    for row in run.completions.rows():
+    for row, found in Lookup(tables).beside(run.completions.rows()):
         key = row["request_id"], row["sample"]
-        scored, own_row = targets.get(key), owns.get(key) if owns is not None else None
+        scored, own_row = found["target"], found.get("own")
         if scored is None or (row["logprobs"] is None and own_row is None):
             continue
         kind = LogprobKind.raw if row["logprobs"] is None else LogprobKind[row["logprob_kind"]]
@@ -150,11 +163,11 @@ def groups_of(row: Row, columns: Sequence[str]) -> dict[str, str]:
 
 
 def group_columns(run: RunDir) -> list[str]:
-    """Columns of the data that make groups: everything but question and answer that has few values."""
+    """Columns of the data that make groups: everything but question, answer and a failed reward that has few values."""
     values: dict[str, set[str]] = {}
     for row in run.completions.rows(["meta"]):
         for name, value in json.loads(row["meta"] or "{}").items():
-            if name not in ("question", "answer") and isinstance(value, str | int | float | bool):
+            if name not in ("question", "answer", FAILED) and isinstance(value, str | int | float | bool):
                 values.setdefault(name, set()).add(str(value))
     return [name for name, seen in values.items() if 1 < len(seen) <= GROUP_LIMIT]
 
@@ -163,13 +176,13 @@ def report_responses(
     run: RunDir, targets: Sequence[str], own: str | None, token_text: Callable[[int], str], columns: Sequence[str]
 ) -> Iterator[ReportResponse]:
     """Every response as the page shows it."""
-    lookups = {name: Lookup(run.scores(name)) for name in {*targets, *([own] if own else [])}}
-    for row in run.completions.rows():
+    lookup = Lookup({name: run.scores(name) for name in {*targets, *([own] if own else [])}})
+    for row, found in lookup.beside(run.completions.rows()):
         key = row["request_id"], row["sample"]
-        scored = [lookups[name].get(key) for name in targets]
+        scored = [found[name] for name in targets]
         if any(scores is None for scores in scored):
             continue
-        own_row = lookups[own].get(key) if own else None
+        own_row = found[own] if own else None
         yield ReportResponse(
             request_id=key[0],
             sample=key[1],

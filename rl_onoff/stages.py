@@ -15,6 +15,7 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.data import GivenResponse
 from rl_onoff.errors import UsageError
 from rl_onoff.progress import Progress
+from rl_onoff.rewards import FAILED, Judge
 from rl_onoff.storage import Row, RunDir, Table
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 WINDOW = 2048  # responses that are handed to an engine at once: enough to sort by length and to fill any batch
+REPLICA_WINDOW = 128  # and to each replica at least, for all of them wait for the last at the window's end
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
@@ -54,28 +56,21 @@ def missing_requests(run: RunDir, requests: Sequence[Request]) -> list[Request]:
 def generate(run: RunDir, requests: Sequence[Request], backend: BaseBackend, reward: Reward | None, progress: Progress) -> None:
     """Sample what `requests` ask for and append each response to the run as it finishes."""
     by_id = {request.id: request for request in requests}
-    judged = failed = 0
+    judge = Judge(reward)
     if reward is not None and not any(request.meta.get("answer") is not None for request in requests):
         log.warning("no row has a reference answer, so no response is judged: name its column with data.answer, or set reward=none")
     with run.completions.writer() as writer, progress:
         for completion in backend.complete(requests):
             request = by_id[completion.request_id]
-            value = None
-            if reward is not None and request.meta.get("answer") is not None:
-                judged += 1
-                try:
-                    value = float(reward(completion.text, request.meta["answer"], request.meta))
-                except Exception as error:  # the user's own function: one bad response must not end the run
-                    failed += 1
-                    log.warning("the reward of response %s failed and is left empty: %r", completion.key, error)
-            writer.append(completion_row(request, completion, value))
+            value, failure = judge(completion.text, request.meta, completion.key)
+            writer.append(completion_row(request, completion, value, failure))
             progress.add(len(completion.token_ids_T))
-    if judged and failed == judged:
-        log.warning("the reward function failed on every response: check reward.function")
+    judge.conclude()
 
 
-def completion_row(request: Request, completion: Completion, reward: float | None) -> Row:
-    """One row of the completions table."""
+def completion_row(request: Request, completion: Completion, reward: float | None, failure: str | None = None) -> Row:
+    """One row of the completions table; `failure` says why a response that should have a reward has none."""
+    meta = {**request.meta, FAILED: failure} if failure else dict(request.meta)
     return {
         "request_id": request.id,
         "sample": completion.sample,
@@ -87,7 +82,7 @@ def completion_row(request: Request, completion: Completion, reward: float | Non
         "logprob_kind": completion.kind.value,
         "finish_reason": completion.finish_reason.value,
         "reward": reward,
-        "meta": json.dumps(dict(request.meta), ensure_ascii=False, default=str),
+        "meta": json.dumps(meta, ensure_ascii=False, default=str),
     }
 
 
@@ -105,8 +100,9 @@ def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress:
     """Score every completion of the run that `table` lacks, and append each to it as it is done."""
     done = table.keys()
     waiting = (response for response in responses(run) if response.key not in done)
+    size = max(WINDOW, REPLICA_WINDOW * backend.info.replicas)
     with table.writer() as writer, progress:
-        while window := list(islice(waiting, WINDOW)):
+        while window := list(islice(waiting, size)):
             for scores in backend.score(window, want):
                 writer.append(scores_row(scores))
                 progress.add(len(scores.token_ids_T))

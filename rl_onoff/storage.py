@@ -10,8 +10,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,8 @@ COLUMNS: dict[str, dict[str, str]] = {
 RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
 
 LOCK = ".lock"
+GROUP_ROWS = 32  # of a shard that are compressed, and read, together
+SHARD_BYTES = 64 << 20  # of arrays in a shard before compression: what a writer holds
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Row = dict[str, Any]
@@ -112,26 +115,34 @@ class Table:
         self.path, self.columns = path, columns
 
     def shards(self) -> list[Path]:
-        return sorted(self.path.glob("part-*.parquet"))
+        return sorted(self.path.glob("part-*.parquet"), key=lambda shard: (len(shard.name), shard.name))  # 1000000 after 999999
 
     def exists(self) -> bool:
         return bool(self.shards())
 
     def rows(self, columns: Sequence[str] | None = None, shards: Sequence[Path] | None = None) -> Iterator[Row]:
         """All rows (of these shards), a small batch in memory at a time; lists of numbers come as numpy arrays."""
-        import pyarrow as pa
+        for shard in self.shards() if shards is None else shards:
+            yield from _rows(shard, lambda file: file.iter_batches(batch_size=64, columns=list(columns) if columns else None))
+
+    def rows_at(self, shard: Path, numbers: Collection[int]) -> Iterator[Row]:
+        """The rows of a shard with these numbers, from 0; only the row groups they lie in are read."""
+
+        def parts(file: Any) -> Iterator[Any]:
+            end = 0
+            for group in range(file.num_row_groups):
+                start, end = end, end + file.metadata.row_group(group).num_rows
+                if wanted := [number - start for number in numbers if start <= number < end]:
+                    yield file.read_row_group(group).take(wanted)
+
+        yield from _rows(shard, parts)
+
+    def num_bytes(self) -> int:
+        """Of all rows before compression, as the shards' footers say."""
         import pyarrow.parquet as pq
 
-        for shard in self.shards() if shards is None else shards:
-            try:
-                with pq.ParquetFile(shard) as file:
-                    for batch in file.iter_batches(batch_size=64, columns=list(columns) if columns else None):
-                        values = {name: _values(batch.column(name)) for name in batch.schema.names}
-                        for i in range(batch.num_rows):
-                            yield {name: column[i] for name, column in values.items()}
-            except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
-                cause = " ".join(str(error).split()).rstrip(".")
-                raise OnOffError(f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again") from error
+        footers = [pq.read_metadata(shard) for shard in self.shards()]
+        return sum(footer.row_group(i).total_byte_size for footer in footers for i in range(footer.num_row_groups))
 
     def keys(self) -> set[Key]:
         return {(row["request_id"], row["sample"]) for row in self.rows(["request_id", "sample"])}
@@ -144,7 +155,7 @@ class Table:
         """Say what the rows depend on; raises UsageError when rows are there that another config made."""
         before = self.record().get("config")
         if before is not None and self.exists():
-            changes = differences(before, json.loads(json.dumps(redact(config, secret_values(os.environ)))))
+            changes = _told_once(differences(before, json.loads(json.dumps(redact(config, secret_values(os.environ))))))
             if changes:
                 raise UsageError(
                     f"{self.path} holds rows of another config ({'; '.join(changes)}): undo the change, or set run_dir to a new folder"
@@ -158,16 +169,17 @@ class Table:
     def _write_record(self, record: Mapping[str, Any]) -> None:
         write_whole(self.path / RECORD, json.dumps(redact(record, secret_values(os.environ)), indent=2, ensure_ascii=False) + "\n")
 
-    def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0) -> Writer:
-        return Writer(self, max_rows, max_seconds)
+    def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0, max_bytes: int = SHARD_BYTES) -> Writer:
+        return Writer(self, max_rows, max_seconds, max_bytes)
 
 
 class Writer:
-    """Appends rows to a table; a shard is closed after so many rows or seconds, and on the way out, whatever happened."""
+    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and on the way out, whatever happened."""
 
-    def __init__(self, table: Table, max_rows: int, max_seconds: float):
-        self.table, self.max_rows, self.max_seconds = table, max_rows, max_seconds
+    def __init__(self, table: Table, max_rows: int, max_seconds: float, max_bytes: int):
+        self.table, self.max_rows, self.max_seconds, self.max_bytes = table, max_rows, max_seconds, max_bytes
         self._rows: list[Row] = []
+        self._bytes = 0  # of their arrays
         self._shard: Path | None = None  # where the rows held go
         self._since = time.monotonic()
 
@@ -187,7 +199,9 @@ class Writer:
         if not self._rows:
             self._since = time.monotonic()
         self._rows.append(row)
-        if len(self._rows) >= self.max_rows or time.monotonic() - self._since >= self.max_seconds:
+        self._bytes += sum(_num_bytes(value) for value in row.values())
+        full = len(self._rows) >= self.max_rows or self._bytes >= self.max_bytes
+        if full or time.monotonic() - self._since >= self.max_seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -200,7 +214,7 @@ class Writer:
             self._shard = self.table.path / f"part-{number:06d}.parquet"
         if not self._shard.exists():  # it does when a Ctrl-C came between the rename and the lines below
             self._write(self._shard)
-        self._rows = []
+        self._rows, self._bytes = [], 0
         self._shard = None
 
     def _write(self, shard: Path) -> None:
@@ -211,13 +225,29 @@ class Writer:
         columns = [pa.array([row.get(name) for row in self._rows], type=kind) for name, kind in fields.items()]
         partial = shard.with_name(f".{shard.name}")
         try:
-            pq.write_table(pa.table(columns, names=list(fields)), partial, compression="zstd")
+            pq.write_table(pa.table(columns, names=list(fields)), partial, compression="zstd", row_group_size=GROUP_ROWS)
             _sync(partial)
             partial.rename(shard)
             _sync(shard.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise disk_error(error, self.table.path) from error
+
+
+def _rows(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[Row]:
+    """The rows of some parts of a shard."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(shard) as file:
+            for part in parts(file):
+                values = {name: _values(part.column(name)) for name in part.schema.names}
+                for i in range(part.num_rows):
+                    yield {name: column[i] for name, column in values.items()}
+    except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise OnOffError(f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again") from error
 
 
 def disk_error(error: OSError, path: Path) -> OnOffError:
@@ -232,7 +262,7 @@ def disk_error(error: OSError, path: Path) -> OnOffError:
 
 def write_whole(file: Path, text: str) -> Path:
     """Replace a text file in one step, so that a reader never sees half of it."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs of a sweep that run side by side mask its multirun.yaml
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
@@ -261,6 +291,12 @@ def differences(before: Any, after: Any, name: str = "") -> list[str]:
     return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
 
 
+def _told_once(changes: list[str]) -> list[str]:
+    """Without the changes of an option under its engine's own name where they are told under ours."""
+    ours = {change: re.sub(r"torch_dtype(?=: )", "dtype", change).replace("tensor_parallel_size: ", "tp_size: ") for change in changes}
+    return [change for change, ours in ours.items() if ours == change or ours not in changes]
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -268,6 +304,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _num_bytes(value: Any) -> int:
+    """Of a row's value: an array, or a list of arrays of one width."""
+    if isinstance(value, list) and value:
+        return len(value) * _num_bytes(value[0])
+    return getattr(value, "nbytes", 0)
 
 
 def _arrow_type(kind: str) -> Any:

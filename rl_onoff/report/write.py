@@ -70,6 +70,9 @@ def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
     packer = _Packer(out, report.token_text, budget_bytes / max(_expected_tokens(report), 1), budget_bytes)
     for response in report.responses:
         packer.add(response)
+        if packer.is_full and report.num_responses is not None:
+            packer.num_left_out = max(report.num_responses - packer.index.num_responses, 0)
+            break
     packer.finish()
     out.write(tail.replace("/* script */", script))
 
@@ -123,8 +126,12 @@ class _Packer:
     num_chunks: int = 0
     num_left_out: int = 0
 
+    @property
+    def is_full(self) -> bool:
+        return self.bytes_left <= 0
+
     def add(self, response: ReportResponse) -> None:
-        if self.bytes_left <= 0:
+        if self.is_full:
             self.num_left_out += 1
             return
         self.pending.append(response)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.joining import scored_as
-from rl_onoff.storage import RunDir
+from rl_onoff.joining import Lookup, scored_as
+from rl_onoff.storage import Row, RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
 from tests.running import rewrite, run_in
 
@@ -43,6 +44,28 @@ def test_two_folders(folders: tuple[RunDir, RunDir], tmp_path: Path, caplog: pyt
     assert found["noisy"]["overall"]["kl_k3"]["value"] == pytest.approx(np.mean(np.exp(l_N) - l_N - 1), rel=1e-6)
     assert "kl_forward_topk" in found["noisy"]["overall"]  # the behaviour's own scores came along
     assert not (here.path / "completions").exists() and (here.path / "report.html").exists()
+
+
+def test_rows_meet_whatever_their_order_and_no_part_of_a_shard_is_read_for_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, chance = RunDir(tmp_path), np.random.default_rng(0)
+    for table in (run.completions, run.scores("mine")):
+        with table.writer(max_rows=50) as out:
+            for i in chance.permutation(300):
+                out.append({"request_id": str(i), "sample": 0, "token_ids": np.array([i]), "logprobs": np.array([-i - 1.0])})
+    num_read = 0
+    rows_at = Table.rows_at
+
+    def counted(self: Table, shard: Path, numbers: list[int]) -> Iterator[Row]:
+        nonlocal num_read
+        num_read += 1
+        return rows_at(self, shard, numbers)
+
+    monkeypatch.setattr(Table, "rows_at", counted)
+    joined = list(Lookup({"mine": run.scores("mine")}).beside(run.completions.rows()))
+    assert len(joined) == 300 and num_read == 6, "once a shard"
+    for row, found in joined:
+        assert found["mine"] is not None and found["mine"]["token_ids"][0] == row["token_ids"][0]
+    assert all(found == {"none": None} for _, found in Lookup({"none": run.scores("none")}).beside(run.completions.rows()))
 
 
 def test_a_folder_and_one_of_its_scores(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:

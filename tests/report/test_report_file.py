@@ -51,6 +51,20 @@ def _random_views(rng: np.random.Generator, num_words: int):
     return ids_TV[rows_T, pick_T], *views
 
 
+def test_responses_without_room_are_counted_and_not_read(tmp_path):
+    read = 0
+
+    def responses():
+        nonlocal read
+        for response in many_responses([str(i) for i in range(50_000)]):
+            read += 1
+            yield response
+
+    report = ReportInput(title="full", verdict="Full.", policies=[], responses=responses(), num_responses=NUM_RESPONSES)
+    page = write_report(tmp_path / "full.html", report, budget_bytes=50_000).read_text()
+    assert read < 1_000 and f'"left_out":{NUM_RESPONSES - read}' in page
+
+
 def test_ten_thousand_responses_load_in_three_seconds(page, tmp_path):
     words = [f" w{i}" for i in range(50_000)]
     report = ReportInput(

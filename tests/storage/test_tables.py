@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from rl_onoff.errors import OnOffError, UsageError
@@ -83,6 +84,33 @@ def test_a_shard_is_closed_when_it_is_old_enough(tmp_path):
     with table.writer(max_seconds=0.0) as out:
         out.append(completion(0))
         assert table.keys() == {("r0", 0)}, "before the writer is closed"
+
+
+def test_a_shard_is_closed_when_it_is_large_enough(tmp_path):
+    table = RunDir(tmp_path).scores("mine")
+    with table.writer(max_bytes=5_000) as out:
+        for i in range(6):
+            out.append(score(i, length=100, top_k=2))  # 400 bytes in each of five columns, 800 in each of two
+    assert [pq.read_metadata(shard).num_rows for shard in table.shards()] == [2, 2, 2]
+
+
+def test_some_rows_of_a_shard_are_read_alone(tmp_path):
+    table = filled(tmp_path, 70)
+    [shard] = table.shards()
+    rows = list(table.rows_at(shard, {0, 40, 69}))
+    assert sorted(row["request_id"] for row in rows) == ["r0", "r40", "r69"]
+    for row in rows:
+        np.testing.assert_array_equal(row["token_ids"], completion(int(row["request_id"][1:]))["token_ids"])
+    assert table.num_bytes() > 0
+
+
+def test_the_millionth_shard_comes_last(tmp_path):
+    table = filled(tmp_path, 1)
+    table.shards()[0].rename(table.path / "part-999999.parquet")
+    for i in (1, 2):
+        with table.writer() as out:
+            out.append(completion(i))
+    assert [row["request_id"] for row in table.rows()] == ["r0", "r1", "r2"]
 
 
 def test_what_is_held_is_written_whatever_ends_the_stage(tmp_path):
