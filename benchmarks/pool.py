@@ -6,7 +6,7 @@ What replicas bring and what they cost, on a machine without GPUs.
    (best of `rounds`), in generated tokens a second; and in tokens per CPU second of the busiest worker, which is what it would be
    if nothing else ran on the machine (set OMP_NUM_THREADS=1 for that: a worker's threads are added up).
 2. The pool's own overhead: CPU seconds of the parent process for 1,000 requests, with the fake backend and one token a response,
-   for one engine in a worker and for a pool of two; best of `rounds`.
+   for one engine in a worker, for a pool of two, and for a pool of two on Ray (a cluster that it starts); best of `rounds`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig
+from rl_onoff.backends.config import PoolConfig, PoolKind
 from rl_onoff.backends.fake import FakeBackend
 from rl_onoff.backends.huggingface import HuggingFaceBackend
 from rl_onoff.types import Request, Sampling
 from rl_onoff.workers.devices import Place
 from rl_onoff.workers.host import Host
 from rl_onoff.workers.pool import Pool
+from rl_onoff.workers.ray import RayCluster
 
 
 def requests(number: int, max_new_tokens: int) -> list[Request]:
@@ -79,9 +81,11 @@ def busy(core: Host | Pool) -> list[float]:
 
 def overhead(rounds: int) -> None:
     work = requests(1000, 1)
+    on_ray = FakeBackendConfig(model_name="fake", dp_size=2, pool=PoolConfig(kind=PoolKind.ray, address="local"))
     cores = {
         "one worker": Host(FakeBackend, FakeBackendConfig(model_name="fake")),
         "a pool of two": Pool(FakeBackend, FakeBackendConfig(model_name="fake", dp_size=2)),
+        "a pool of two on Ray": Pool(FakeBackend, on_ray, site=RayCluster(FakeBackend, on_ray)),
     }
     best: dict[str, tuple[float, float]] = {}
     try:

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from rl_onoff import config
+from rl_onoff.backends import config as engines
 from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
 from rl_onoff.cli import CONF
 from rl_onoff.config import SCHEMAS, RunConfig
@@ -36,7 +37,7 @@ A secret (a field whose name ends with `token`, `api_key`, `password`, …) is w
 
 ENGINES = """The engine that samples (`backend.dtype=…`), the one that scores (`target.dtype=…`) and those of a matrix
 (`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code` and `dtype` follow the
-group `model` where they are not set here."""
+group `model` where they are not set here, and `pool` follows the group `pool`, field by field (`target.pool.kind=local`)."""
 
 
 def sentences(schema: Any) -> dict[str, str]:
@@ -71,7 +72,7 @@ def shown_default(field: dataclasses.Field[Any]) -> str:
 
 def shown_type(field: dataclasses.Field[Any]) -> str:
     """The annotation; of an enum, its values."""
-    enums = {name: kind for name, kind in vars(config).items() if inspect.isclass(kind) and issubclass(kind, Enum)}
+    enums = {name: kind for name, kind in {**vars(engines), **vars(config)}.items() if inspect.isclass(kind) and issubclass(kind, Enum)}
     names = [" / ".join(member.value for member in enums[part]) if part in enums else part for part in re.split(r"(\w+)", str(field.type))]
     return "".join(names).replace(" | None", "").replace("|", "\\|")
 

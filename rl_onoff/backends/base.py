@@ -10,6 +10,7 @@ Where the engine runs (here, in a worker process, in a pool of them) is decided 
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,9 @@ from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
-from rl_onoff.backends.config import BackendConfig, EngineConfig
+from rl_onoff.backends.arguments import as_batch, check_arguments, is_number, token_ids_of
+from rl_onoff.backends.config import BackendConfig, EngineConfig, PoolKind
+from rl_onoff.backends.supply import Supply, requests_of
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
@@ -37,6 +40,8 @@ class EngineInfo:
     max_len: int  # most tokens of prompt and response together
     eos_ids: tuple[int, ...]  # tokens that end a response
     in_engine_stats: bool = True  # False: statistics come through the engine's public API
+    batch: int = 32  # responses that it samples side by side, about
+    replicas: int = 1
 
 
 class Core(Protocol):
@@ -91,6 +96,11 @@ class BaseBackend(ABC):
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Sample every `request.sample_indices` of every request."""
 
+    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
+        """Sample what the supply gives, while it gives; for engines that can take more in the middle of their work to do better."""
+        while draws := supply.take(wait=True):
+            yield from self._generate(requests_of(draws))
+
     @abstractmethod
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
         """Score given token ids; none of the responses is empty or longer than the context."""
@@ -103,6 +113,18 @@ class BaseBackend(ABC):
     @abstractmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
         """The engine's own sampling arguments, every one explicit: nothing comes from the model's generation config."""
+
+    # -- checks that load nothing ----------------------------------------------------------------------------------------
+
+    def check_model(self) -> None:
+        """Refuse a model that cannot be there."""
+        from rl_onoff.models import check_name
+
+        check_name(self.config.model_name, revision=self.config.revision)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Refuse a sampler this engine does not have."""
+        self.sampling_args(sampling, (), sampling.seed)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -124,6 +146,15 @@ class BaseBackend(ABC):
 
     def _place(self) -> Core:
         """Where the engine runs: this object itself, a worker process, or a pool of them."""
+        if self.config.pool.kind is PoolKind.ray:
+            if self.config.worker is False:
+                raise UsageError(
+                    "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of them"
+                )
+            from rl_onoff.workers.pool import Pool
+            from rl_onoff.workers.ray import RayCluster
+
+            return Pool(type(self), self.config, site=RayCluster(type(self), self.config))
         if (replicas := self._num_replicas()) > 1:
             if self.config.worker is False:
                 raise UsageError(
@@ -241,6 +272,7 @@ class BaseBackend(ABC):
             The text; or, when any of the last three is asked for, a dict with `text`, `token_ids`, `logprobs`,
             `finish_reason` and what was asked for. A list of them for a list of prompts.
         """
+        check_arguments(max_length, temperature if do_sample else 0.0, top_k, top_p, stop_strings, seed)
         sampling = Sampling(
             max_new_tokens=max_length,
             temperature=temperature if do_sample else 0.0,
@@ -249,9 +281,10 @@ class BaseBackend(ABC):
             stop=list(stop_strings or ()),
             seed=seed,
         )
+        self.check_sampling(sampling)
         if compute_gradients:
             self._check_gradients()
-        batch, single = _as_batch(prompts)
+        batch, single = as_batch(prompts, "prompts")
         requests = [Request(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling) for i, prompt in enumerate(batch)]
         done = {completion.request_id: completion for completion in self.complete(requests)}
         completions = [done[request.id] for request in requests]
@@ -283,8 +316,8 @@ class BaseBackend(ABC):
         """
         if compute_gradients:
             self._check_gradients()
-        prompt_batch, single = _as_batch(prompts)
-        response_batch, single_response = _as_batch(responses)
+        prompt_batch, single = as_batch(prompts, "prompts")
+        response_batch, single_response = as_batch(responses, "responses")
         if single != single_response or len(prompt_batch) != len(response_batch):
             raise UsageError(f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per prompt")
         pairs = [(self._ids(p), self._ids(r, special=False)) for p, r in zip(prompt_batch, response_batch, strict=True)]
@@ -293,20 +326,20 @@ class BaseBackend(ABC):
 
     def get_probabilities(self, prompts: str | Sequence[Any], responses: str | Sequence[Any], temperature: float = 1.0) -> Any:
         """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for lists."""
-        if temperature <= 0:
-            raise UsageError(f"temperature is {temperature} but must be above 0")
+        if not is_number(temperature) or not 0 < temperature < math.inf:
+            raise UsageError(f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0, for example")
         logits = self.get_logits(prompts, responses)
         return [_softmax(row, temperature) for row in logits] if isinstance(logits, list) else _softmax(logits, temperature)
 
     def encode(self, text: str | Sequence[str]) -> Any:
         """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if any)."""
-        batch, single = _as_batch(text)
+        batch, single = as_batch(text, "text")
         ids = [self.get_tokenizer().encode(item) for item in batch]
         return ids[0] if single else ids
 
     def decode(self, token_ids: Sequence[Any]) -> Any:
         """Text of token ids, special tokens removed; a list of texts for a list of lists."""
-        batch, single = _as_batch(token_ids)
+        batch, single = as_batch(token_ids, "token_ids")
         texts = [self.get_tokenizer().decode(ids, skip_special_tokens=True) for ids in batch]
         return texts[0] if single else texts
 
@@ -329,7 +362,7 @@ class BaseBackend(ABC):
     def _ids(self, text: Text, special: bool = True) -> np.ndarray:
         if isinstance(text, str):
             text = self.get_tokenizer().encode(text, add_special_tokens=special)
-        return np.asarray(text, dtype=np.int32)
+        return token_ids_of(text)
 
     def _text(self, token_ids_T: np.ndarray, stop: Sequence[str]) -> str:
         """The text of a response, the same for every engine: no special tokens, cut before the first stop string."""
@@ -351,18 +384,6 @@ class BaseBackend(ABC):
 
     def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
         raise NotImplementedError
-
-
-def _as_batch(value: Any) -> tuple[list[Any], bool]:
-    """(list of items, whether a single one was given); an item is a text or a list of token ids."""
-    if isinstance(value, str):
-        return [value], True
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    items = list(value)
-    if items and isinstance(items[0], int | np.integer):
-        return [items], True
-    return items, False
 
 
 def _softmax(logits_TV: Any, temperature: float) -> Any:

@@ -7,16 +7,48 @@ the engine's own names; what is not typed here passes through `engine_kwargs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, nearest
 from rl_onoff.sampling import LogprobKind
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES_ELSEWHERE = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
+ENGINES_ELSEWHERE = {"hf": "huggingface", "transformers": "huggingface"}
+
+
+class PoolKind(Enum):
+    """Where an engine's replicas run."""
+
+    local = "local"  # processes of this machine
+    ray = "ray"  # actors on a Ray cluster
+
+
+@dataclass(kw_only=True, slots=True)
+class PoolConfig:
+    """Where the engines' replicas run."""
+
+    kind: PoolKind = PoolKind.local
+    """local: processes of this machine; ray: actors on a Ray cluster, whose nodes must be able to import rl_onoff and the engine."""
+    address: str | None = None
+    """Ray cluster to use: auto, HOST:PORT or ray://HOST:PORT; null is RAY_ADDRESS, else the one `ray start` began on this machine, else
+    one that is started for the run."""
+    cpus_per_replica: int = 1
+    """CPUs a replica reserves on its Ray node, beside its GPUs; also how many threads Ray lets it compute with on a CPU."""
+    wait_s: float = 300.0
+    """Longest wait for room on the Ray cluster, in seconds."""
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+    """Ray's runtime environment of the replicas, passed on as it is: env_vars, working_dir, pip."""
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_replica < 1:
+            raise UsageError(f"pool.cpus_per_replica is {self.cpus_per_replica} but must be at least 1: set pool.cpus_per_replica=1")
+        if self.wait_s < 0:
+            raise UsageError(f"pool.wait_s is {self.wait_s} but must be at least 0: set pool.wait_s=300")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,7 +70,10 @@ class EngineConfig:
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
-    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs / tp_size)."""
+    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs / tp_size; on a Ray
+    cluster: as many as its GPUs hold)."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    """Where the replicas run: the fields of the group `pool`."""
     python: str | None = None
     """Interpreter the engine runs under, for an engine that lives in an environment of its own; null is this one."""
     worker: bool | None = None
@@ -52,7 +87,7 @@ class EngineConfig:
 
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
-        ("python", "worker", "dp_size", "device", "device_map", "batch_size", "max_batch_tokens", "gpu_memory_utilization",
+        ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens", "gpu_memory_utilization",
          "mem_fraction_static", "enforce_eager", "trust_remote_code")
     )  # fmt: skip
 
@@ -89,6 +124,10 @@ class EngineConfig:
     def on_one_device(self) -> Self:
         return dataclasses.replace(self, tp_size=1)
 
+    def across_nodes(self) -> Self | None:
+        """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
+        return None
+
     def with_model_of(self, other: EngineConfig) -> Self:
         """With the other's weights and tokenizer."""
         names = ("model_name", "revision", "tokenizer", "trust_remote_code")
@@ -99,14 +138,17 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
-        if self.dtype not in (None, *DTYPES):
-            raise UsageError(f"the dtype is {self.dtype!r} but must be one of {', '.join(DTYPES)}: set model.dtype=float32")
+        _check_dtype("the dtype", self.dtype)
         if self.python is not None and self.worker is False:
             raise UsageError("backend.python names another interpreter, which needs a process of its own: drop backend.worker=false")
         for owned in self.owned_kwargs:
             name, _, option = owned.partition("=")
             if name in self.engine_kwargs:
                 raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {option or 'backend.' + name} instead")
+
+    def _check_context(self, name: str) -> None:
+        if (value := getattr(self, name)) is not None and value < 1:
+            raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=4096, or null for the model's own")
 
     @property
     def weights_dtype(self) -> str:
@@ -145,8 +187,7 @@ class HuggingFaceBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        if self.torch_dtype not in (None, *DTYPES):
-            raise UsageError(f"backend.torch_dtype is {self.torch_dtype!r} but must be one of {', '.join(DTYPES)}: set model.dtype=float32")
+        _check_dtype("backend.torch_dtype", self.torch_dtype)
         self._same("dtype", "torch_dtype")
         if self.head_dtype not in (None, "float32"):
             raise UsageError(f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32")
@@ -193,6 +234,7 @@ class VLLMBackendConfig(EngineConfig):
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         self._same("tp_size", "tensor_parallel_size")
+        self._check_context("max_model_len")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(
                 f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
@@ -209,6 +251,11 @@ class VLLMBackendConfig(EngineConfig):
 
     def on_one_device(self) -> Self:
         return dataclasses.replace(self, tp_size=1, tensor_parallel_size=1)
+
+    def across_nodes(self) -> Self:
+        # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from vLLM 0.32's source
+        # and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
+        return dataclasses.replace(self, engine_kwargs={"distributed_executor_backend": "ray", **self.engine_kwargs})
 
     def with_float32_head(self) -> Self:
         overrides = {**self.engine_kwargs.get("hf_overrides", {}), "head_dtype": "float32"}
@@ -233,6 +280,7 @@ class SGLangBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
+        self._check_context("context_length")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise UsageError(
                 f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: "
@@ -276,34 +324,41 @@ class BackendConfig:
     backend_config: EngineConfig | None = None
 
     def __post_init__(self) -> None:
-        schema = ENGINE_CONFIGS.get(self.backend_type)
-        if schema is None:
-            raise UsageError(f"there is no backend {self.backend_type!r}: choose one of {', '.join(ENGINE_CONFIGS)}")
+        schema = _schema(self.backend_type)
         if self.backend_config is None:
             self.backend_config = schema()
         if not isinstance(self.backend_config, schema):
             raise UsageError(f"backend {self.backend_type!r} takes a {schema.__name__}, not a {type(self.backend_config).__name__}")
-        if not self.model_name:
+        if not self.model_name or not isinstance(self.model_name, str):
             raise UsageError("no model was named: set model_name to a hub id, a folder, a .gguf file or smollm2")
         self.backend_config = dataclasses.replace(self.backend_config, model_name=self.model_name)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BackendConfig:
         """Build from `{"backend_type": …, "model_name": …, "backend_specific": {…}}`."""
-        unknown = set(values) - {"backend_type", "model_name", "backend_specific"}
-        if unknown:
-            raise UsageError(f"unknown key {sorted(unknown)[0]!r} in the backend's config: options of the engine go under backend_specific")
         backend_type = values.get("backend_type", "huggingface")
-        schema = ENGINE_CONFIGS.get(backend_type)
-        if schema is None:
-            raise UsageError(f"there is no backend {backend_type!r}: choose one of {', '.join(ENGINE_CONFIGS)}")
-        options = dict(values.get("backend_specific") or {})
+        schema = _schema(backend_type)
         known = {f.name for f in dataclasses.fields(schema)} - {"_target_", "model_name"}
+        keys = ("backend_type", "model_name", "backend_specific")
+        for key in values:
+            if key not in keys:
+                near = None if key in known else nearest(str(key), keys, cutoff=0.5)
+                mend = f"did you mean {near}?" if near else "options of the engine go under backend_specific"
+                raise UsageError(f"unknown key {key!r} in the backend's config: {mend}")
+        options = values.get("backend_specific") or {}
+        if not isinstance(options, Mapping):
+            raise UsageError(f"backend_specific is {options!r} but must be a mapping of the engine's options, as in {{'dtype': 'float32'}}")
+        options = dict(options)
         for name in options:
             if name not in known:
-                raise UsageError(f"{backend_type} has no option {name!r}: it has {', '.join(sorted(known))}; others go in engine_kwargs")
+                near = nearest(str(name), known)
+                mend = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}; others go in engine_kwargs"
+                raise UsageError(f"{backend_type} has no option {name!r}: {mend}")
         if isinstance(options.get("logprob_kind"), str):
-            options["logprob_kind"] = LogprobKind[options["logprob_kind"]]
+            options["logprob_kind"] = _kind(options["logprob_kind"])
+        if isinstance(options.get("pool"), Mapping):
+            options["pool"] = _pool(options["pool"])
+        _check_types(schema, options)
         return cls(backend_type=backend_type, model_name=values.get("model_name", ""), backend_config=schema(**options))
 
     @classmethod
@@ -320,3 +375,59 @@ class BackendConfig:
         if not isinstance(values, dict):
             raise UsageError(f"{path} does not hold a mapping with backend_type, model_name and backend_specific")
         return cls.from_dict(values)
+
+
+def _schema(backend_type: Any) -> type[EngineConfig]:
+    """The schema of the engine of this name."""
+    if isinstance(backend_type, str) and backend_type in ENGINE_CONFIGS:
+        return ENGINE_CONFIGS[backend_type]
+    near = nearest_engine(str(backend_type), ENGINE_CONFIGS)
+    meant = f"did you mean {near}? " if near else ""
+    raise UsageError(f"there is no backend {backend_type!r}: {meant}choose one of {', '.join(ENGINE_CONFIGS)}")
+
+
+def nearest_engine(name: str, known: Iterable[str]) -> str | None:
+    """The engine that was probably meant, also by what it is called elsewhere."""
+    return nearest(ENGINES_ELSEWHERE.get(name.lower(), name), known)
+
+
+def _check_dtype(what: str, value: Any) -> None:
+    if value in (None, *DTYPES):
+        return
+    name = str(value).lower().removeprefix("torch.")
+    meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
+    raise UsageError(
+        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target where it is set"
+    )
+
+
+def _kind(name: str) -> LogprobKind:
+    if name not in LogprobKind.__members__:
+        raise UsageError(f"logprob_kind is {name!r} but must be one of {', '.join(LogprobKind.__members__)}: set logprob_kind=raw")
+    return LogprobKind[name]
+
+
+def _check_types(schema: type[EngineConfig], options: Mapping[str, Any]) -> None:
+    """Refuse a value of another type than its field's, which Hydra does for the command line."""
+    hints = get_type_hints(schema)
+    for name, value in options.items():
+        hint = hints[name]
+        if name in ("engine_kwargs", "device_map") or name.endswith("dtype"):  # any mapping; what has a check of its own
+            continue
+        if not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
+            wanted = str(getattr(hint, "__name__", hint)).replace(" | None", " or None")
+            raise UsageError(f"{name} is {value!r} but must be of type {wanted}: correct it under backend_specific")
+
+
+def _pool(values: Mapping[str, Any]) -> PoolConfig:
+    """The pool of a nested config, its kind by name."""
+    known = {f.name for f in dataclasses.fields(PoolConfig)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"a pool has no option {name!r}: it has {', '.join(sorted(known))}")
+    kind = values.get("kind", PoolKind.local)
+    if not isinstance(kind, PoolKind):
+        if kind not in PoolKind.__members__:
+            raise UsageError(f"there is no pool {kind!r}: choose one of {', '.join(PoolKind.__members__)}")
+        kind = PoolKind[kind]
+    return PoolConfig(**{**values, "kind": kind})

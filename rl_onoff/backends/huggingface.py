@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend, Core, EngineInfo
-from rl_onoff.backends.config import EngineConfig, HuggingFaceBackendConfig
+from rl_onoff.backends.config import EngineConfig, HuggingFaceBackendConfig, PoolKind
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
@@ -59,6 +59,7 @@ class HuggingFaceBackend(BaseBackend):
             vocab_size=model.get_output_embeddings().weight.shape[0],
             max_len=context_length(model.config),
             eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
+            batch=self.config.batch_size,
         )
         return self._info
 
@@ -68,7 +69,7 @@ class HuggingFaceBackend(BaseBackend):
         import transformers
 
         from rl_onoff.backends import tensor_parallel
-        from rl_onoff.models import hub_errors, resolve
+        from rl_onoff.models import load_errors, resolve
         from rl_onoff.probes.huggingface import SplitModel
 
         if not sys.stderr.isatty():
@@ -81,7 +82,7 @@ class HuggingFaceBackend(BaseBackend):
             device_map = "auto"
         dtype = config.weights_dtype
         files = resolve(config.model_name, revision=config.revision)
-        with hub_errors(config.model_name):
+        with load_errors(config.model_name, options="backend.device_map, backend.attn_implementation or backend.engine_kwargs"):
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 files.path,
                 revision=files.revision or "main",
@@ -169,7 +170,7 @@ class HuggingFaceBackend(BaseBackend):
             from rl_onoff.backends import hybrid
 
             hybrid.check(self.config)
-            if self.config.worker is not False:
+            if self.config.worker is not False and self.config.pool.kind is PoolKind.local:
                 hybrid.announce(self._num_replicas(), self.config.num_devices)
         return super()._place()
 
@@ -283,6 +284,10 @@ class HuggingFaceBackend(BaseBackend):
         import torch
 
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise UsageError(f"backend.device is {device!r}, which torch does not know: set backend.device=cuda or cpu") from error
         kind, _, index = device.partition(":")
         if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
             raise UsageError(f"backend.device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices: set backend.device=cpu")

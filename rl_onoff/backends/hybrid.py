@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from rl_onoff.backends.config import HuggingFaceBackendConfig
+from rl_onoff.backends.config import HuggingFaceBackendConfig, PoolKind
 from rl_onoff.errors import UsageError
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def check(config: HuggingFaceBackendConfig) -> None:
         raise UsageError(f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one of them to null")
     if config.device is not None and config.device.startswith("cpu") and torch.cuda.is_available():
         raise UsageError("backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing")
-    if 0 < torch.cuda.device_count() < size:
+    if config.pool.kind is PoolKind.local and 0 < torch.cuda.device_count() < size:
         raise UsageError(f"backend.tp_size is {size} but {torch.cuda.device_count()} GPUs are visible: set backend.tp_size to that or less")
     files = resolve(config.model_name, revision=config.revision)
     with hub_errors(config.model_name):

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,8 @@ from rl_onoff.backends.base import BaseBackend, EngineInfo, cut_at_stop
 from rl_onoff.backends.config import EngineConfig, SGLangBackendConfig
 from rl_onoff.backends.sglang_public import PublicScorer, check
 from rl_onoff.backends.sglang_setup import MARGIN, engine_args, engine_environment
-from rl_onoff.backends.streaming import Emit, Work, run
+from rl_onoff.backends.streaming import Emit, Take, Work, run, whole
+from rl_onoff.backends.supply import Given, Supply
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.probes.sglang_job import INFO, Job
 from rl_onoff.probes.token_stats import TokenStats
@@ -85,21 +86,25 @@ class SGLangBackend(BaseBackend):
             max_len=min(model.context_len, self._pool) - MARGIN,
             eos_ids=tuple(sorted(eos_ids)),
             in_engine_stats=self._public is None,
+            batch=MAX_IN_FLIGHT // 4,
         )
         return self._info
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        yield from self._generate_from(Given(requests))
+
+    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
         def work(request: Request, sample: int) -> Work:
             async def draw(emit: Emit) -> None:
                 emit(await self._complete(request, sample))
 
             return 1, draw
 
-        yield from self._run((work(request, sample) for request in requests for sample in request.sample_indices), MAX_IN_FLIGHT)
+        yield from self._run(lambda most, wait: [work(*draw) for draw in supply.take(most, wait=wait)], MAX_IN_FLIGHT)
 
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
         if self._public is not None:
-            yield from self._run(((1, self._public.scoring(response, want)) for response in responses), 1)
+            yield from self._run(whole((1, self._public.scoring(response, want)) for response in responses), 1)
             return
         groups: dict[bytes, list[Response]] = {}
         for response in responses:
@@ -116,7 +121,7 @@ class SGLangBackend(BaseBackend):
 
             return len(members[0].prompt_ids) + sum(len(response.token_ids_T) for response in members), group
 
-        yield from self._run(map(work, groups.values()), max(1, self._pool // 2))  # else a prompt is evicted before its turn
+        yield from self._run(whole(map(work, groups.values())), max(1, self._pool // 2))  # else a prompt is evicted before its turn
 
     def _close(self) -> None:
         engine, self._engine, self._public = self._engine, None, None
@@ -250,6 +255,6 @@ class SGLangBackend(BaseBackend):
                 file.unlink(missing_ok=True)
         return TokenStats(**columns).of(response)
 
-    def _run(self, work: Iterable[Work], limit: int) -> Iterator[Any]:
+    def _run(self, take: Take, limit: int) -> Iterator[Any]:
         engine = self._engine
-        return run(engine.loop, work, limit, abort=lambda: engine.tokenizer_manager.abort_request(abort_all=True))
+        return run(engine.loop, take, limit, abort=lambda: engine.tokenizer_manager.abort_request(abort_all=True))

@@ -13,6 +13,8 @@ import numpy as np
 
 from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig, VLLMBackendConfig
+from rl_onoff.backends.supply import Draw, Given, Supply
+from rl_onoff.backends.vllm_engine import whole
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.probes import vllm as probe
 from rl_onoff.probes import vllm_public
@@ -62,20 +64,22 @@ class VLLMBackend(BaseBackend):
             max_len=engine.model.max_model_len,
             eos_ids=end_ids(engine.model.try_get_generation_config().get("eos_token_id"), self.get_tokenizer()),
             in_engine_stats=self._in_engine,
+            batch=engine.batch,
         )
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        yield from self._generate_from(Given(requests))
+
+    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
         from vllm import SamplingParams
 
-        def inputs() -> Iterator[tuple[Any, Sequence[int], Any]]:
-            for request in requests:
-                room = self.info.max_len - len(request.prompt_ids)
-                for sample in request.sample_indices:
-                    args = self.sampling_args(request.sampling, self.info.eos_ids, request.seed_of(sample))
-                    args["max_tokens"] = min(args["max_tokens"], room)
-                    yield (request, sample), request.prompt_ids.tolist(), SamplingParams(**args)
+        def take(most: int, wait: bool) -> Iterator[tuple[Draw, list[int], Any]]:
+            for request, sample in supply.take(most, wait=wait):
+                args = self.sampling_args(request.sampling, self.info.eos_ids, request.seed_of(sample))
+                args["max_tokens"] = min(args["max_tokens"], self.info.max_len - len(request.prompt_ids))
+                yield (request, sample), request.prompt_ids.tolist(), SamplingParams(**args)
 
-        for finished in self._running(self._sampling_mode).run(inputs()):
+        for finished in self._running(self._sampling_mode).run(take):
             for (request, sample), output in finished:
                 yield self._completion(request, sample, output.outputs[0])
 
@@ -171,7 +175,7 @@ class VLLMBackend(BaseBackend):
                 waiting: Sequence[int] = range(len(responses))
                 for skip_cache in (False, True):
                     incomplete = []
-                    for finished in engine.run(_jobs(responses, waiting, skip_cache), most):
+                    for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
                         numbers = [number for number, _ in finished]
                         found: dict[int, TokenStats | None] = {}
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
@@ -194,7 +198,7 @@ class VLLMBackend(BaseBackend):
 
         engine = self._running("raw_logits")
         inputs = ((response, _prefix(response), SamplingParams(**vllm_public.PARAMS)) for response in responses)
-        for finished in engine.run(inputs, most=1):
+        for finished in engine.run(whole(inputs), most=1):
             for response, output in finished:
                 yield response, vllm_public.stats(output, response, want, engine.vocab_size)
 
@@ -212,7 +216,7 @@ class VLLMBackend(BaseBackend):
             log.debug("in-engine statistics failed", exc_info=True)
             return f"{type(error).__name__}: {error}"
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
-        ((_, output),) = next(engine.run([(None, ids.tolist(), params)]))
+        ((_, output),) = next(engine.run(whole([(None, ids.tolist(), params)])))
         public_T = np.array([output.prompt_logprobs[i][int(ids[i])].logprob for i in range(4, len(ids))])
         worst = float(np.abs(stats.logprobs - public_T).max())
         allowed = 2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5  # logits of half precision are steps of 0.1 apart

@@ -6,13 +6,15 @@ import dataclasses
 import gc
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import psutil
 
 from rl_onoff.backends.config import VLLMBackendConfig
 from rl_onoff.errors import UsageError
+
+Input = tuple[Any, Sequence[int], Any]  # tag, token ids, params
 
 HOOKS = frozenset(("worker_extension_cls", "scheduler_cls"))  # the options by which statistics get into the engine
 
@@ -74,21 +76,26 @@ class Engine:
         self.vocab_size: int = self.model.get_vocab_size()
         self._number = 0  # of the latest request
 
-    def run(self, inputs: Iterable[tuple[Any, Sequence[int], Any]], most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
+    @property
+    def batch(self) -> int:
+        """Most requests that are computed at once."""
+        return self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+
+    def run(self, take: Callable[[int, bool], Iterable[Input]], most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
         """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
 
-        `most` bounds the requests inside the engine: enough to fill its batches, few enough to start at once.
+        `take` gives up to so many inputs, and waits for one where asked to. `most` bounds the requests inside the engine: enough to fill
+        its batches, few enough to start at once.
         """
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
-        room = most or 2 * engine.vllm_config.scheduler_config.max_num_seqs
+        room = most or 2 * self.batch
         inside: dict[str, Any] = {}
-        inputs = iter(inputs)
         try:
             while True:
-                for tag, token_ids, params in itertools.islice(inputs, room - len(inside)):
+                for tag, token_ids, params in take(room - len(inside), not inside):
                     params.output_kind = RequestOutputKind.FINAL_ONLY
                     self._number += 1
                     engine.add_request(str(self._number), TokensPrompt(prompt_token_ids=list(token_ids)), params)
@@ -124,6 +131,12 @@ class Engine:
         cleanup_dist_env_and_memory()
         if self._on_cpu:
             torch.compiler.set_stance("default")
+
+
+def whole(inputs: Iterable[Input]) -> Callable[[int, bool], Iterable[Input]]:
+    """What `run` takes from, where all inputs are there."""
+    inputs = iter(inputs)
+    return lambda most, wait: itertools.islice(inputs, most)
 
 
 def _set_environment(tensor_parallel: int, on_cpu: bool) -> None:

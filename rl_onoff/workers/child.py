@@ -28,6 +28,7 @@ import msgspec
 import psutil
 
 from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.supply import Draw, draws_of
 from rl_onoff.errors import OnOffError
 from rl_onoff.types import Completion, TokenScores
 from rl_onoff.workers import sessions, wire
@@ -100,6 +101,27 @@ class Forward(logging.Handler):
         self.waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
 
 
+class Feed:
+    """A call's requests, as they come."""
+
+    def __init__(self, worker: Worker, message: wire.Generate):
+        self._worker, self._call = worker, message.call
+        self._draws: collections.deque[Draw] = collections.deque()
+        self._last = False
+        self.add(message)
+
+    def add(self, message: wire.Generate | wire.More) -> None:
+        self._draws.extend(draws_of(message.requests))
+        self._last = message.last
+
+    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
+        self._worker.read(self._call)
+        while wait and not (self._draws or self._last or self._worker.unwanted):
+            self._worker.read(self._call, wait=True)
+        number = len(self._draws) if most is None else min(most, len(self._draws))
+        return [] if self._worker.unwanted else [self._draws.popleft() for _ in range(number)]
+
+
 class Worker:
     def __init__(self, sock: socket.socket, watch: Watch):
         self._watch = watch
@@ -107,7 +129,9 @@ class Worker:
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
         self._forward = Forward()
         logging.getLogger("rl_onoff").addHandler(self._forward)
+        self._feed: Feed | None = None  # of the call that is being answered, if it may get more requests
         self._closing = False
+        self.unwanted = False  # nobody reads the results of the call that is being answered
 
     def serve(self) -> None:
         backend = self._load()
@@ -116,10 +140,12 @@ class Worker:
         while not self._closing:
             match self._channel.receive():
                 case wire.Generate() as message:
-                    self._answer(message.call, backend._generate(message.requests))
+                    self._feed = Feed(self, message)
+                    self._answer(message.call, backend._generate_from(self._feed))
+                    self._feed = None
                 case wire.Score() as message:
                     self._answer(message.call, backend._score(message.responses, message.want))
-                case wire.Cancel():
+                case wire.Cancel() | wire.More():
                     pass  # it crossed with the end of its call
                 case _:
                     break
@@ -144,6 +170,7 @@ class Worker:
 
     def _answer(self, call: int, results: Iterator[Any]) -> None:
         """Send a call's results as they come, until they end or the parent does not want them any more."""
+        self.unwanted = False
         try:
             for result in results:
                 match result:
@@ -153,7 +180,8 @@ class Worker:
                         self._send(wire.Scored(call=call, scores=result))
                     case _:
                         raise TypeError(f"a backend yielded a {type(result).__name__}")
-                if self._unwanted(call):
+                self.read(call)
+                if self.unwanted:
                     results.close()  # type: ignore[attr-defined]
                     break
         except wire.PeerGoneError:
@@ -163,13 +191,17 @@ class Worker:
         else:
             self._send(wire.Done(call=call))
 
-    def _unwanted(self, call: int) -> bool:
-        while self._channel.readable(0):
-            message = self._channel.receive()
-            self._closing = isinstance(message, wire.Close)
-            if self._closing or (isinstance(message, wire.Cancel) and message.call == call):
-                return True
-        return False
+    def read(self, call: int, *, wait: bool = False) -> None:
+        """Take in what the parent has said in the middle of a call; `wait` for it to say something."""
+        while wait or self._channel.readable(0):
+            wait = False
+            match self._channel.receive():
+                case wire.More() as message if message.call == call and self._feed is not None:
+                    self._feed.add(message)
+                case wire.Cancel() as message if message.call == call:
+                    self.unwanted = True
+                case wire.Close():
+                    self._closing = self.unwanted = True
 
     def _send(self, message: wire.AnyMessage) -> None:
         while self._forward.waiting:

@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 
 from rl_onoff import errors
 from rl_onoff.backends.base import BaseBackend, EngineInfo
-from rl_onoff.backends.config import EngineConfig
+from rl_onoff.backends.config import EngineConfig, PoolConfig
+from rl_onoff.backends.supply import Supply
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 from rl_onoff.workers import wire
 from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
+from rl_onoff.workers.refill import Refill
 
 HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a cold network disk is slow
 CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
@@ -66,7 +68,7 @@ class Host:
     # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        config = dataclasses.asdict(self._config)
+        config = dataclasses.asdict(dataclasses.replace(self._config, pool=PoolConfig()))  # a worker starts no pool of its own
         if why := wire.fits(config):
             raise UsageError(f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}")
         self._worker = WorkerProcess(self._class, self._config.python, self._log_folder, self._place)
@@ -85,9 +87,17 @@ class Host:
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         keys = {(request.id, sample) for request in requests for sample in request.sample_indices}
-        # what only people and metrics read stays here: it may be large, and need not be plain values
-        bare = [dataclasses.replace(request, prompt="", meta={}) for request in requests]
-        for reply in self._stream(lambda call: wire.Generate(call=call, requests=bare), keys):
+        for reply in self._stream(lambda call: wire.Generate(call=call, requests=_bare(requests), last=True), keys):
+            assert isinstance(reply, wire.Completed)
+            yield reply.completion
+
+    def _generate_from(self, supply: Supply, room: int = 1 << 30) -> Iterator[Completion]:
+        """Sample what the supply gives while it gives; at most `room` draws are with the worker at a time."""
+        refill = Refill(supply, room)
+        requests, last = refill.take()
+        if last:
+            return
+        for reply in self._stream(lambda call: wire.Generate(call=call, requests=_bare(requests), last=False), refill.keys, refill):
             assert isinstance(reply, wire.Completed)
             yield reply.completion
 
@@ -105,7 +115,7 @@ class Host:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def _stream(self, message: Any, keys: set[Key]) -> Iterator[wire.Completed | wire.Scored]:
+    def _stream(self, message: Any, keys: set[Key], refill: Refill | None = None) -> Iterator[wire.Completed | wire.Scored]:
         self._settle()
         self._call += 1
         call, self._open, self._in_flight = self._call, True, keys
@@ -119,6 +129,10 @@ class Host:
                     case wire.Completed():
                         keys.discard(reply.completion.key)
                         yield reply
+                        if refill is not None and refill.is_due and self._call == call:
+                            requests, last = refill.take()
+                            if requests or last:
+                                self._send(wire.More(call=call, requests=_bare(requests), last=last))
                     case wire.Scored():
                         keys.discard(reply.scores.key)
                         yield reply
@@ -214,8 +228,7 @@ class Host:
         worker, in_flight = self._worker, tuple(sorted(self._in_flight if self._open else ()))
         assert worker is not None
         reason = worker.reason()
-        lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
-        error = self._noted(EngineDiedError(f"the {self._class.name} engine died{lost} ({reason}): run it again to go on", in_flight))
+        error = self._noted(death(self._class.name, reason, in_flight))
         self._open = False
         self._close()
         return error
@@ -227,3 +240,14 @@ class Host:
             kept = f" ({worker.log})" if self._log_folder else ""
             error.add_note(f"The end of the worker's log{kept}:\n{tail}")
         return error
+
+
+def death(name: str, reason: str, in_flight: tuple[Key, ...]) -> EngineDiedError:
+    """The error of an engine that is gone with what it had not answered."""
+    lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
+    return EngineDiedError(f"the {name} engine died{lost} ({reason}): run it again to go on", in_flight)
+
+
+def _bare(requests: Sequence[Request]) -> list[Request]:
+    """Without what only people and metrics read: it may be large, and need not be plain values."""
+    return [dataclasses.replace(request, prompt="", meta={}) for request in requests]

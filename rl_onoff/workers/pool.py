@@ -1,8 +1,8 @@
-"""Replicas of an engine that share out the work: `backend.dp_size` workers, each with devices of its own.
+"""Replicas of an engine that share out the work: `backend.dp_size` workers, each with devices of its own, here or on a cluster.
 
 A pool is a `Core`, like one engine. A response does not depend on the replica that computes it (its seed is its own), so it
-does not matter who takes what: whoever has nothing to do takes the next share, results are handed on as they come, and what
-a dead replica held goes to the others while it starts again.
+does not matter who takes what: whoever has room takes more, results are handed on as they come, and what a dead replica held
+goes to the others while it starts again.
 """
 
 from __future__ import annotations
@@ -12,29 +12,59 @@ import logging
 import queue
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 from rl_onoff.workers.devices import places
-from rl_onoff.workers.replica import Call, Replica
-from rl_onoff.workers.shares import Item, Key, items_of_requests, items_of_responses, requests_of
+from rl_onoff.workers.host import Host
+from rl_onoff.workers.replica import Call, Hand, Hosting, Replica
+from rl_onoff.workers.shares import Item, Key, items_of_requests, items_of_responses
 
 log = logging.getLogger(__name__)
 
 NAMED = 10  # lost responses that an error names
 
 
-class Pool:
-    """Runs `config.dp_size` workers of one backend. One call at a time; a call that is left early leaves the pool usable."""
+class Site(Protocol):
+    """Where the replicas of a pool run."""
+
+    def hosts(self) -> Sequence[Hosting]:
+        """A host for each replica, not loaded."""
+        ...
+
+    def close(self) -> None:
+        """Once the hosts are closed; must be safe to call twice."""
+        ...
+
+
+class Machine:
+    """This machine: a worker process for each replica, with devices of its own."""
 
     def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None):
+        self._class, self._config, self._log_folder = backend_class, config, log_folder
+
+    def hosts(self) -> list[Host]:
+        shared_out = places(self._config.dp_size or 1, self._config.gpus_per_replica)
+        return [Host(self._class, self._config, self._log_folder, place) for place in shared_out]
+
+    def close(self) -> None:
+        pass
+
+
+class Pool:
+    """Runs the replicas of one backend. One call at a time; a call that is left early leaves the pool usable."""
+
+    def __init__(
+        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, site: Site | None = None
+    ):
         self._class, self._config = backend_class, config
-        self._log_folder = log_folder
+        self._site = site or Machine(backend_class, config, log_folder)
         self._replicas: list[Replica] = []
         self._call: Call | None = None
+        self._room = 1
 
     @property
     def pids(self) -> list[int | None]:
@@ -42,17 +72,15 @@ class Pool:
         return [replica.pid for replica in self._replicas]
 
     def _load(self) -> EngineInfo:
-        number = self._config.dp_size or 1
-        log.info("starting %d replicas of %s", number, self._class.name)
-        self._replicas = [
-            Replica(self._class, self._config, self._log_folder, place) for place in places(number, self._config.gpus_per_replica)
-        ]
         loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
         infos = []
         try:
+            hosts = self._site.hosts()
+            log.info("starting %d replica%s of %s", len(hosts), "s" * (len(hosts) > 1), self._class.name)
+            self._replicas = [Replica(self._class.name, host) for host in hosts]
             for replica in self._replicas:
                 replica.load(loaded)
-            while len(infos) < number:
+            while len(infos) < len(hosts):
                 info = loaded.get()
                 if isinstance(info, BaseException):
                     raise info
@@ -60,16 +88,20 @@ class Pool:
         except BaseException:
             self._close()
             raise
+        self._room = 2 * max(info.batch for info in infos)  # what an engine works on, and as much again to go on with
         return dataclasses.replace(
-            infos[0], max_len=min(info.max_len for info in infos), in_engine_stats=all(info.in_engine_stats for info in infos)
+            infos[0],
+            max_len=min(info.max_len for info in infos),
+            in_engine_stats=all(info.in_engine_stats for info in infos),
+            replicas=len(infos),
         )
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         bare = [dataclasses.replace(request, prompt="", meta={}) for request in requests]
-        yield from self._share_out(items_of_requests(bare), lambda host, items: host._generate(requests_of(items)))
+        yield from self._share_out(items_of_requests(bare), lambda host, hand: host._generate_from(hand, self._room), self._room)
 
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        yield from self._share_out(items_of_responses(responses), lambda host, items: host._score([item.what for item in items], want))
+        yield from self._share_out(items_of_responses(responses), lambda host, hand: host._score([item.what for item in hand.first], want))
 
     def _close(self) -> None:
         replicas, self._replicas = self._replicas, []
@@ -80,14 +112,15 @@ class Pool:
             replica.close()
         for replica in replicas:
             replica.join()
+        self._site.close()
 
-    def _share_out(self, items: list[Item], run: Callable[[Any, list[Item]], Generator[Any]]) -> Iterator[Any]:
+    def _share_out(self, items: list[Item], run: Callable[[Any, Hand], Generator[Any]], room: int | None = None) -> Iterator[Any]:
         self._running()
         if not items:
             return
         if self._call is not None:
             self._call.stop()
-        call = self._call = Call(items, len(self._replicas), run)
+        call = self._call = Call(items, len(self._replicas), run, room)
         try:
             for replica in self._replicas:
                 replica.answer(call)

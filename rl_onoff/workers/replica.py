@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
-from rl_onoff.backends.config import EngineConfig
+from rl_onoff.backends.base import Core, EngineInfo
+from rl_onoff.backends.supply import Draw, Supply
 from rl_onoff.errors import EngineDiedError, OnOffError
-from rl_onoff.workers.devices import Place
-from rl_onoff.workers.host import Host
+from rl_onoff.types import Completion, Request
 from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares
 
 log = logging.getLogger(__name__)
@@ -26,12 +24,45 @@ class Stopped(Exception):
     """Nobody wants what is being waited for."""
 
 
+class Hosting(Core, Protocol):
+    """What a replica needs of its host: a worker on this machine (`Host`) or on a node of a cluster (`RayHost`)."""
+
+    interrupt: Callable[[], None]  # called now and then while it waits; may raise
+
+    def _generate_from(self, supply: Supply, room: int) -> Iterator[Completion]: ...
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+
+class Hand:
+    """What a replica has of a call: a `Supply` too, from which its worker takes more while it works."""
+
+    def __init__(self, shares: Shares, first: list[Item]):
+        self.first = first
+        self.held = {item.key: item for item in first}  # without those that are done
+        self._shares, self._next = shares, first
+        self._tried_again = any(item.deaths for item in first)  # alone, so that what dies is known
+
+    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
+        """Never waits: what others may give back is the next hand's."""
+        items, self._next = self._next, []
+        if not items and not self._tried_again:
+            items = self._shares.take(most, len(self.held), wait=False)
+            self.held.update((item.key, item) for item in items)
+        return [(item.what, item.sample) for item in items if isinstance(item.what, Request)]
+
+
 class Call:
     """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
 
-    def __init__(self, items: list[Item], num_replicas: int, run: Callable[[Host, list[Item]], Generator[Any]]):
+    def __init__(self, items: list[Item], num_replicas: int, run: Callable[[Hosting, Hand], Generator[Any]], room: int | None):
         self.shares = Shares(items, num_replicas)
         self.run = run
+        self.room = room  # what a replica has at a time, where it can be topped up
         self.stopped = False
         self._replicas = num_replicas  # that can still be counted on
         self._results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)
@@ -82,10 +113,10 @@ class Call:
 class Replica:
     """Loads one worker, feeds it with shares of the calls it is given, and starts it again when it dies."""
 
-    def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None, place: Place):
-        self._host = Host(backend_class, config, log_folder, place)
+    def __init__(self, name: str, host: Hosting):
+        self._host = host
         self._host.interrupt = self._interrupt
-        self._name = backend_class.name
+        self._name = name
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._call: Call | None = None  # that the worker is busy with
         self._closing = False
@@ -138,11 +169,11 @@ class Replica:
 
     def _answer(self, call: Call) -> None:
         try:
-            while not call.stopped and self._ready(call) and (share := call.shares.take()):
+            while not call.stopped and self._ready(call) and (first := call.shares.take(call.room)):
                 if self._host.is_alive:
-                    self._work(call, share)
-                else:  # it died while there was nothing to do: no fault of this share
-                    call.give_back(share)
+                    self._work(call, Hand(call.shares, first))
+                else:  # it died while there was nothing to do: no fault of these
+                    call.give_back(first)
         except Stopped:
             pass
         except BaseException as error:  # it is raised where it is read
@@ -160,18 +191,17 @@ class Replica:
             call.lose(self._lost)
         return self._lost is None
 
-    def _work(self, call: Call, share: list[Item]) -> None:
-        held = {item.key: item for item in share}
+    def _work(self, call: Call, hand: Hand) -> None:
         self._call = call
         try:
-            with closing(call.run(self._host, share)) as results:
+            with closing(call.run(self._host, hand)) as results:
                 for result in results:
-                    held.pop(result.key, None)
+                    hand.held.pop(result.key, None)
                     self._failures = 0
                     call.done(result)
                     self._interrupt()
         except EngineDiedError as error:
-            self._died(call, list(held.values()), error)
+            self._died(call, list(hand.held.values()), error)
         finally:
             self._call = None
 

@@ -1,7 +1,8 @@
 """What a pool's replicas still have to do, and who gets what next: longest first, a prompt's samples together.
 
-A replica takes a share: a part of what is left (guided self-scheduling), so that shares are large while there is much to do,
-which keeps an engine's batches full, and small at the end, so that all replicas finish together.
+Where a share is scored as a whole, it is a part of what is left (guided self-scheduling): large while there is much to do, which
+keeps an engine's batches full, and small at the end, so that all replicas finish together. Where a replica is topped up while it
+samples, it has as much as its engine can use, but no more than its fair part of all that is not done.
 
 When a replica dies, what it held comes back. No one can tell which of the responses did it, so they are tried again in pieces,
 after everything that is above suspicion, and the third time each one alone: what dies then is named and left out.
@@ -13,7 +14,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rl_onoff.errors import EngineDiedError
 from rl_onoff.types import Request, Response
@@ -50,17 +51,6 @@ def items_of_responses(responses: Iterable[Response]) -> list[Item]:
     return [Item(r, r.sample, r.num_tokens) for r in responses]
 
 
-def requests_of(items: Iterable[Item]) -> list[Request]:
-    """The items as requests again, each with the samples that are among them."""
-    samples: dict[int, list[int]] = {}
-    requests: dict[int, Request] = {}
-    for item in items:
-        assert isinstance(item.what, Request)
-        requests[id(item.what)] = item.what
-        samples.setdefault(id(item.what), []).append(item.sample)
-    return [replace(request, samples=tuple(samples[number])) for number, request in requests.items()]
-
-
 class Shares:
     """The work of one call. Replicas take from it side by side, each in a thread of its own."""
 
@@ -78,12 +68,17 @@ class Shares:
         self.given_up: dict[Key, EngineDiedError] = {}  # what died too often, and its last death
         self._changed = threading.Condition()
 
-    def take(self) -> list[Item]:
-        """The next share; waits for one while others hold some that may come back. Empty: there is nothing more to do."""
+    def take(self, most: int | None = None, held: int = 0, *, wait: bool = True) -> list[Item]:
+        """The next share (None), or up to `most` for a replica that has `held`; empty: there is nothing more to do.
+
+        Waits while others hold some that may come back. Without `wait` empty means that there is nothing now.
+        """
         with self._changed:
             while not self._stopped:
                 if self._waiting:
-                    share = self._cut()
+                    share = self._cut() if most is None else self._top_up(most, held)
+                elif not wait:
+                    break
                 elif self._suspects:
                     self._suspects.sort(key=lambda piece: piece[0].deaths)
                     share = self._suspects.pop()
@@ -141,6 +136,13 @@ class Shares:
         self._ended = True
         self._changed.notify_all()
         return True
+
+    def _top_up(self, most: int, held: int) -> list[Item]:
+        fair = math.ceil((len(self._waiting) + self._taken) / self._replicas) - held
+        number = min(most, fair if held else max(fair, 1), len(self._waiting))
+        share = [self._waiting.popleft() for _ in range(number)]
+        self._tokens -= sum(item.tokens for item in share)
+        return share
 
     def _cut(self) -> list[Item]:
         enough = self._tokens / (2 * self._replicas)

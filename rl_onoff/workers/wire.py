@@ -22,7 +22,7 @@ from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 
 types.__dict__.setdefault("np", np)  # its annotations name numpy, which it imports for type checkers alone; msgspec evaluates them
 
-PROTOCOL = 1  # raise it whenever a message changes its meaning
+PROTOCOL = 2  # raise it whenever a message changes its meaning
 PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told
 INLINE_BYTES = 1 << 16  # arrays below this ride in the header: a bigger one has memory of its own to free
 
@@ -41,6 +41,15 @@ class Load(Message):
 class Generate(Message):
     call: int
     requests: list[Request]
+    last: bool  # false: `More` comes
+
+
+class More(Message):
+    """To the worker: further requests of a call."""
+
+    call: int
+    requests: list[Request]
+    last: bool
 
 
 class Score(Message):
@@ -93,7 +102,7 @@ class Logged(Message):
     text: str
 
 
-AnyMessage = Load | Generate | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
+AnyMessage = Load | Generate | More | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
 
 
 class PeerGoneError(Exception):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rl_onoff.backends import BaseBackend
+from rl_onoff.backends.supply import Draw, draws_of
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, Want
 
@@ -173,6 +174,28 @@ def test_a_response_does_not_depend_on_its_batch(backend: BaseBackend) -> None:
         assert alone["3", sample].token_ids_T.tolist() == together["3", sample].token_ids_T.tolist()
         assert again["3", sample].token_ids_T.tolist() == together["3", sample].token_ids_T.tolist()
         np.testing.assert_allclose(alone["3", sample].logprobs_T, together["3", sample].logprobs_T, atol=TOLERANCE)
+
+
+class Trickle:
+    """A supply that gives two draws at a time, the second two only when it is asked again."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self._draws = draws_of(requests)
+
+    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
+        given, self._draws = self._draws[:2], self._draws[2:]
+        return given
+
+
+def test_work_that_comes_while_it_works(backend: BaseBackend) -> None:
+    long, *short = (requests_for(backend, [q], max_new_tokens=n, seed=3)[0] for q, n in zip(CHAT, (40, 2, 2, 2, 2), strict=False))
+    requests = [long, *(replace(request, id=str(i)) for i, request in enumerate(short, 1))]
+    expected = complete(backend, requests)
+    core = backend._core
+    came = {completion.key: completion for completion in core._generate_from(Trickle(requests))}  # type: ignore[union-attr]
+    assert {key: c.token_ids_T.tolist() for key, c in came.items()} == {key: c.token_ids_T.tolist() for key, c in expected.items()}
+    if backend.name in ("vllm", "sglang"):
+        assert next(reversed(came)) == ("0", 0), "the long one is still at work when all others, which came later, are done"
 
 
 def test_samples_and_seeds_differ_and_a_sample_can_be_drawn_alone(backend: BaseBackend) -> None:

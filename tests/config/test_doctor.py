@@ -10,7 +10,7 @@ from tests.conftest import SGLANG_PYTHON
 def test_what_is_here(capsys) -> None:
     assert doctor.doctor(SGLANG_PYTHON) == 0
     said = capsys.readouterr().out
-    for name in ("python", "huggingface", "vllm", "sglang", "gpus", "wandb", "cache"):
+    for name in ("python", "huggingface", "vllm", "sglang", "pool=ray", "gpus", "wandb", "cache"):
         assert name in said
     fine = {line.what: line.fine for line in doctor.findings(SGLANG_PYTHON)}
     assert fine["huggingface"] and fine["vllm"] and fine["sglang"]

@@ -278,7 +278,7 @@ def test_an_interpreter_without_our_dependencies(tmp_path):
 
 def test_another_version_of_the_protocol_is_one_sentence(tmp_path):
     python = fake_python(tmp_path, f"import os, sys, time\nos.write(int(sys.argv[3]), {(wire.PREAMBLE % 99).encode()!r})\ntime.sleep(60)\n")
-    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 1"):
+    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 2"):
         tiny(python=python).load()
 
 

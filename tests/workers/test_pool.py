@@ -14,11 +14,12 @@ import psutil
 import pytest
 
 from rl_onoff.backends import FakeBackendConfig, create_backend
+from rl_onoff.backends.supply import requests_of
 from rl_onoff.errors import EngineDiedError, EngineError, UsageError
 from rl_onoff.types import Request, Response, Sampling, Want
 from rl_onoff.workers import devices, sessions
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares, items_of_requests, requests_of
+from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares, items_of_requests
 from tests.workers.tiny_backend import TinyBackend
 
 
@@ -70,8 +71,19 @@ def test_the_longest_come_first_and_the_samples_of_a_prompt_together():
     shares = Shares(items_of_requests(requests), num_replicas=2, fill=4)
     taken = [shares.take() for _ in range(2)]
     assert [{item.key[0] for item in share} for share in taken] == [{"long"}, {"middle"}]
-    (whole,) = requests_of(taken[0])
+    (whole,) = requests_of((item.what, item.sample) for item in taken[0])
     assert whole.id == "long" and whole.sample_indices == tuple(range(8))
+
+
+def test_who_is_topped_up_gets_its_fair_part_of_what_is_left_and_no_more():
+    shares = Shares(items_of_requests([request(str(i)) for i in range(100)]), num_replicas=2)
+    assert [len(shares.take(30)) for _ in range(2)] == [30, 30]
+    assert len(shares.take(15, held=15)) == 15, "there is enough for all"
+    assert len(shares.take(40, held=30)) == 20, "half of the hundred that are not done"
+    assert len(shares.take(30, held=50)) == 0
+    assert len(shares.take(30, held=30)) == 5, "there are no more"
+    assert shares.take(30, held=20, wait=False) == []
+    assert [shares.done() for _ in range(100)].count(True) == 1 and shares.take(30) == []
 
 
 def test_few_responses_are_dealt_to_all():

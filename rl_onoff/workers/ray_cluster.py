@@ -1,0 +1,201 @@
+"""The Ray cluster of this process: how it is reached, and what a replica takes of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rl_onoff.backends.config import EngineConfig, PoolConfig
+from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 5.0  # for a cluster's port to answer
+JOIN_SECONDS = 30.0  # to join a cluster
+START_SECONDS = 180.0  # to start one
+LEAVE_SECONDS = 20.0  # to end the connection; without its head that takes a minute, after which Ray ends the process
+NODE = 0.001  # of a node's own resource: enough to be placed there
+
+Resources = Mapping[str, float]
+
+
+class Connection(threading.Thread):
+    """Ray in this process, begun and ended in a thread of its own.
+
+    `ray.init` may hang, puts its own handler of SIGTERM where there was ours when it is called in the main thread, and the
+    processes it starts die with the thread that started them: none of this may happen to the caller's thread.
+    """
+
+    _current: ClassVar[Connection | None] = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, options: Mapping[str, Any]):
+        super().__init__(daemon=True, name="ray")
+        self._options = options
+        self._ready, self._leave = threading.Event(), threading.Event()
+        self.address: str | None = None  # HOST:PORT of the cluster, once connected
+        self._error: Exception | None = None
+        self._users = 0
+
+    @classmethod
+    def join_cluster(cls, pool: PoolConfig, num_cpus: int) -> Connection | None:
+        """Connect, or count one more user of the connection; None where somebody else's is used. `release` must follow.
+
+        `num_cpus` is the least that a cluster has which is started here.
+        """
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that asks for something after the end must not start Ray again
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingDependencyError("pool=ray needs Ray: pip install 'rl-onoff[ray]'") from error
+        with cls._lock:
+            if cls._current is None:
+                if ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
+                    return None
+                cls._current = cls._begun(pool, num_cpus)
+            elif pool.address not in (None, "auto", cls._current.address, cls._current._options["address"]):
+                log.warning("this process is on the Ray cluster at %s, which is used instead of %s", cls._current.address, pool.address)
+            cls._current._users += 1
+            return cls._current
+
+    def release(self) -> None:
+        """The last user ends the connection, and with it a cluster that was started here."""
+        with Connection._lock:
+            self._users -= 1
+            if not self._users:
+                Connection._current = None
+                self._leave.set()
+                self.join(LEAVE_SECONDS)
+
+    @classmethod
+    def _begun(cls, pool: PoolConfig, num_cpus: int) -> Connection:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = _address(pool)
+        options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
+        if address == "local":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            options |= {"num_cpus": max(cores, num_cpus), "include_dashboard": False}
+            log.info("starting a Ray cluster on this machine")
+        self = cls(options)
+        self.start()
+        try:
+            if not self._ready.wait(START_SECONDS if address == "local" else JOIN_SECONDS):
+                raise EngineError(f"what is at {address} does not answer like a Ray cluster: set pool.address to one that runs")
+        except BaseException:
+            self._leave.set()
+            raise
+        if self._error is not None:
+            said = " ".join(str(self._error).split())
+            raise EngineError(
+                f"the Ray cluster at {address} cannot be used ({said}): set pool.address to one that can, or RAY_AUTH_MODE=token where it "
+                "wants a token"
+            ) from self._error
+        return self
+
+    def run(self) -> None:
+        import ray
+
+        try:
+            ray.init(**self._options)
+            named = self._options["address"]
+            self.address = named.removeprefix("ray://") if named.startswith("ray://") else ray.get_runtime_context().gcs_address
+        except Exception as error:  # Ray raises what it likes; it is told where it is waited for
+            self._error = error
+            self._leave.set()
+        self._ready.set()
+        self._leave.wait()
+        ray.shutdown()  # after an error too: it would take itself for connected in part
+
+
+def _address(pool: PoolConfig) -> str:
+    """What `ray.init` is told: "local" to start a cluster, "auto" for one it finds itself, else where one answers now."""
+    named = pool.address or os.environ.get("RAY_ADDRESS")
+    if named == "local":
+        return named
+    from ray._private.services import canonicalize_bootstrap_address  # the file that `ray start` writes has no public reader
+
+    scheme, _, rest = (named or "").rpartition("://")
+    try:
+        found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
+    except (ConnectionError, ValueError, OSError):
+        found = None
+    if found is not None and answers(found):
+        return named or "auto"  # and not what was found: only where it finds a cluster does Ray look for the token it wants
+    if named is None:
+        return "local"
+    where = "on this machine" if named == "auto" else f"at {named}"
+    raise EngineError(f"no Ray cluster answers {where}: set pool.address to one that runs, or to null to start one for this run")
+
+
+def answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Berth:
+    """What one replica takes of the cluster."""
+
+    bundle: Resources  # what it reserves, all on one node
+    config: EngineConfig
+    across_nodes: bool = False  # the engine takes its GPUs from the cluster itself
+
+    def __str__(self) -> str:
+        return ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+
+
+def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
+    """What a replica takes of a cluster whose nodes have these resources.
+
+    Raises UsageError where one node has too few GPUs, and the engine, or the cluster, cannot do with several.
+    """
+    cpus = {"CPU": float(config.pool.cpus_per_replica)}
+    gpus = config.gpus_per_replica
+    largest = max(nodes, key=_gpus, default={})
+    if not gpus or not _gpus(largest):
+        return Berth(bundle=cpus, config=config)
+    if gpus <= _gpus(largest):
+        return Berth(bundle={**cpus, "GPU": float(gpus)}, config=config)
+    total = sum(map(_gpus, nodes))
+    wide = config.across_nodes()
+    if wide is None or gpus > total:
+        there = f"{total} GPUs in all" if wide is not None else f"no node with more than {_gpus(largest)}, and {config.name} needs one"
+        raise UsageError(f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or less")
+    # the engine's own processes sit beside some of its GPUs, which they must see but not reserve: its Ray workers will
+    here = next(name for name in largest if name.startswith("node:") and not name.startswith("node:__"))
+    return Berth(bundle={**cpus, here: NODE}, config=wide, across_nodes=True)
+
+
+def replicas_that_fit(nodes: Sequence[Resources], config: EngineConfig) -> int:
+    """How many replicas use all GPUs of the cluster; 1 without any."""
+    gpus = config.gpus_per_replica
+    if not gpus:
+        return 1
+    on_one_node = sum(_gpus(node) // gpus for node in nodes)
+    return on_one_node or max(1, sum(map(_gpus, nodes)) // gpus)
+
+
+def _gpus(node: Resources) -> int:
+    return int(node.get("GPU", 0))
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """The resources of the nodes that live."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def described(resources: Resources) -> str:
+    """`3 CPU, 1 GPU`; for people."""
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or resources.get(name))

@@ -1,0 +1,28 @@
+"""When a worker gets more to sample: while half of what it may hold is still with it, so that its engine never runs dry."""
+
+from __future__ import annotations
+
+from rl_onoff.backends.supply import Supply, requests_of
+from rl_onoff.types import Request
+
+Key = tuple[str, int]
+
+
+class Refill:
+    """What of a supply is with one worker. Whoever reads the worker's results discards their keys."""
+
+    def __init__(self, supply: Supply, room: int):
+        self._supply, self._room = supply, room
+        self._ended = False
+        self.keys: set[Key] = set()  # of the draws that are with the worker
+
+    @property
+    def is_due(self) -> bool:
+        return not self._ended and len(self.keys) <= self._room // 2
+
+    def take(self) -> tuple[list[Request], bool]:
+        """More requests, which may be none, and whether there will never be more; waits when nothing is with the worker."""
+        draws = self._supply.take(self._room - len(self.keys), wait=not self.keys)
+        self._ended = not draws and not self.keys
+        self.keys.update((request.id, sample) for request, sample in draws)
+        return requests_of(draws), self._ended
