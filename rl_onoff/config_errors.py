@@ -3,44 +3,169 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
+from collections.abc import Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
 
+from rl_onoff.backends.config import nearest_engine
 from rl_onoff.config import field_names
+from rl_onoff.errors import nearest
+from rl_onoff.redaction import redact_override
 
 SENTENCES = (  # what Hydra says -> the cause, then the override that mends it
-    (r"Could not find '(\S+)/(\S+)' Available options in '\S+': (.+)", r"\1=\2 is not one of the choices: set \1 to one of \3"),
+    (r"Could not find '(hydra/\w+|[^/\s]+)/(\S+)' Available options in '\S+': (.+)",
+     r"\1=\2 is not one of the choices: set \1 to one of \3"),
+    (r"(?:Could not delete from config\. '(?=\S+' does)|Error merging override ~)([^' ]+).* does not (?:exist|support deletion)",
+     r"~\1 is refused, for no option can be taken away: set \1=null, or correct its name"),
     (r"Could not (?:override|delete from config)\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", r"there is no option \1"),
     (r"Error merging override (\S+?)=(.*?) field '\S+' is not Optional", r"\1=\2 is refused: set it to a value, for it cannot be null"),
     (r"Error merging override (\S+?)=(.*?) Invalid value '.*', expected one of \[(.+)\]", r"\1=\2 is refused: set \1 to one of \3"),
+    (r"Error merging override (\S+?)=(.*?) Invalid value assigned: \w+ is not a ListConfig.*",
+     r"\1=\2 is refused, for \1 is a list: set \1=[\2]"),
+    (r"Error merging override (\S+?)=(.*?) Value .*Integer", r"\1=\2 is refused: set \1 to a whole number"),
+    (r"Error merging override (\S+?)=(.*?) Value .*Float", r"\1=\2 is refused: set \1 to a number"),
+    (r"Error merging override (\S+?)=(.*?) Value .*bool.*", r"\1=\2 is refused: set \1 to true or false"),
     (r"Error merging override (\S+?)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)", r"\1=\2 is refused: set \1 to a value of its type (\3)"),
     (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
+    (r"Multiple values for (\S+)\. To override a value use 'override \S+: (\S+)'", r"\1 is chosen already: write \1=\2, without the plus"),
+    (r"LexerNoViableAltException: (\S+)=~(\S*).*", r"an override cannot be read (\1=~\2): write \1=$HOME\2, for ~ means nothing here"),
     (r"(.*(?:no viable alternative|extraneous|mismatched|token recognition|NoViableAlt).*)",
      r"""an override cannot be read (\1): quote a value with blanks, commas or brackets twice, as in 'data.system="Be brief, please."'"""),
     (r"Ambiguous value for argument '([^']+)' .*",
      r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text with a comma"""),
 )  # fmt: skip
 
+ELSEWHERE = {  # what an option is called in other programs -> here
+    "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n", "num_rows": "limit",
+}  # fmt: skip
+DATA_FILES = (".jsonl", ".csv", ".parquet", ".json")
+GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
+HYDRA_FLAGS = (
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path",
+    "--config-name", "--config-dir", "--experimental-rerun", "--info",
+)  # fmt: skip
+
+BARE_FLAGS = ("-m", "--multirun", "-r", "--run", "--resolve")
+VALUED_FLAGS = ("-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir")
+
 
 def config_sentence(error: Exception) -> str:
     """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt, and where to look."""
-    words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__))))).removeprefix("In 'config': ").rstrip(".")
+    words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__))))).rstrip(".")
+    words = re.sub(r"^In '\S+': (?=Could not find)|^In 'config': ", "", words)
     for pattern, sentence in SENTENCES:
         if found := re.fullmatch(pattern, words, re.DOTALL):
             words = found.expand(sentence)
             break
     if name := re.fullmatch(r"there is no option (\S+)", words):
-        near = _nearest(name[1])
-        words += f": did you mean {near}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+        words += _no_option(name[1], str(error))
+    elif choice := re.fullmatch(r"(\S+)=(.+) is not one of the choices: set \S+ to one of (.+)", words):
+        words = _no_choice(choice[1], choice[2], choice[3].split())
+    elif word := re.fullmatch(r"'(.*)' is not an override: write NAME=VALUE", words):
+        words = f"'{word[1]}' is not an override: write {_meant(word[1])}"
     return f"{words} (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The command line with Hydra's flags in front: one between two overrides is an error to it."""
+    flags, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument in BARE_FLAGS:
+            flags.append(argument)
+        elif argument in VALUED_FLAGS:
+            flags += [argument, *islice(rest, 1)]
+        else:
+            others.append(argument)
+    return flags + others
+
+
+def flag_sentence(arguments: Sequence[str]) -> str | None:
+    """What is wrong with a command line that Hydra answers with its own usage or a traceback; None when nothing is.
+
+    Options have no dashes here, and a group is chosen by name, which true, 1 or no name at all is not.
+    """
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        typed, equals, value = argument.partition("=")
+        name = typed.lstrip("-").replace("-", "_")
+        option = _option(name)
+        dashed = typed.startswith("--") or (typed.startswith("-") and option is not None)
+        if dashed and name and not any(flag.startswith(typed) for flag in HYDRA_FLAGS):
+            if not equals:
+                value = following if following and not following.startswith("-") and "=" not in following else "VALUE"
+            mend = redact_override(f"{option}={value}") if option else "NAME=VALUE, as rl-onoff --help shows"
+            return f"{typed} is not an option, for options have no dashes: write {mend}"
+        if argument.startswith("="):
+            return f"'{argument}' has no name: write NAME=VALUE, without blanks around the ="
+        if typed in _choices() and re.fullmatch(r"true|false|yes|no|on|off|[-+]?\d+(\.\d+)?", value, re.IGNORECASE):
+            return _no_choice(typed, value, _choices()[typed])
+    return None
+
+
+def _option(name: str) -> str | None:
+    """The group or field of this name, or the one that was meant."""
+    known = (*_choices(), *field_names())
+    return next((option for option in (name, name.replace("_", ".", 1)) if option in known), _nearest(name))
+
+
+def _no_option(name: str, said: str) -> str:
+    """How to mend an option that is not there; `said` is Hydra's message, which repeats what was typed."""
+    typed = re.search(r"To append to your config use \+(.+)", said)
+    if re.search(r"\b(compare\.columns|engine_kwargs|runtime_env)\.", name):  # whose names are the user's own
+        return f" yet: add it with a plus, {redact_override(f'+{typed[1]}' if typed else f'+{name}=VALUE')}"
+    near = _nearest(name)
+    return f": did you mean {near}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+
+
+def _no_choice(group: str, value: str, choices: Sequence[str]) -> str:
+    """How to mend a choice that a group does not have."""
+    mend = f"set {group} to one of {' '.join(choices)}"
+    off = value.lower() in ("false", "off", "no", "null", "0")
+    near = "none" if off and "none" in choices else nearest_engine(value, choices)
+    if near:
+        mend += f"; did you mean {group}={near}?"
+    elif group == "data":
+        mend = f"set data.path={value} for a file or a datasets id, or data to one of {' '.join(choices)}"
+    return f"{group}={value} is not one of the choices: {mend}"
+
+
+def _meant(word: str) -> str:
+    """The override that a word without a = was meant for."""
+    groups = _choices()
+    if word in ("help", "version"):
+        return f"--{word}"
+    if word in groups:
+        return f"{word}=NAME, one of {' '.join(groups[word])}"
+    if word in field_names():
+        return f"{word}=VALUE, without blanks around the ="
+    if word.endswith(DATA_FILES):
+        return f"data.path={word}"
+    if word.endswith(".gguf") or (Path(word) / "config.json").is_file():
+        return f"model={word}"
+    for group, choices in groups.items():
+        if word in choices:
+            return f"{group}={word}"
+    near = nearest(word, groups["experiment"], cutoff=0.7)
+    return f"experiment={near}" if near else "NAME=VALUE"
+
+
+@cache
+def _choices() -> dict[str, list[str]]:
+    """The groups of conf/ and the choices each has."""
+    from rl_onoff.cli import CONF  # which imports this module
+
+    names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
+    return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in dict.fromkeys((*GROUPS_FIRST, *names))}
 
 
 def _nearest(name: str) -> str | None:
     """The field that was meant: one of the same group that is spelt nearly so, else one of another group with the very name."""
     group, _, last = name.rpartition(".")
+    last = ELSEWHERE.get(last, last)
     known = [known.rpartition(".") for known in field_names()]
-    near = get_close_matches(last, [field for of, _, field in known if of == group], n=1, cutoff=0.7)
+    near = nearest(last, [field for of, _, field in known if of == group], cutoff=0.7)
     if near:
-        return f"{group}.{near[0]}" if group else near[0]
+        return f"{group}.{near}" if group else near
     return next((f"{of}.{field}" for of, _, field in known if field == last and of), None)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class OnOffError(Exception):
     """Base of all errors that are printed as one sentence, without a traceback; `exit_code` ends the process."""
@@ -13,6 +16,10 @@ class UsageError(OnOffError, ValueError):
     """The command line, the config or the input data is wrong; nothing was computed."""
 
     exit_code = 2
+
+
+class MetricError(UsageError):
+    """What a sweeper shall optimise is not a number of its runs: trying more of them is in vain."""
 
 
 class EngineError(OnOffError, RuntimeError):
@@ -34,3 +41,10 @@ class MissingDependencyError(OnOffError, ImportError):
     """A package that an engine or a feature needs is not installed; the message names the extra that brings it."""
 
     exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that was probably meant, whatever its case; None when none is near."""
+    by_lower = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[near[0]] if near else None

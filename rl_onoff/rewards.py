@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import math
 import re
@@ -17,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import MissingDependencyError, OnOffError, UsageError
+from rl_onoff.errors import MissingDependencyError, OnOffError, UsageError, nearest
 
+log = logging.getLogger(__name__)
+
+FAILED = "reward_error"  # in a response's meta: why it has no reward though it has an answer to be judged by
+HOPELESS = 32  # failures with nothing but failures before them that are worth a warning of their own
 CORRECT = 1.0  # the reward from which on a response counts as right
 
 MAX_CHARS = 4000  # of a response without \boxed{}, from its end, that are searched for an answer
@@ -118,29 +123,78 @@ class Reward:
         return float(value)
 
 
+class Judge:
+    """Rewards of the responses of a run. A reward that fails is left empty: sampling is dear, so one bad function must not end it."""
+
+    def __init__(self, reward: Callable[[str, str, Mapping[str, Any]], float] | None):
+        self.reward = reward
+        self.judged = self.failed = 0
+
+    def __call__(self, text: str, meta: Mapping[str, Any], response: tuple[str, int]) -> tuple[float | None, str | None]:
+        """(reward, why there is none though there should be)."""
+        if self.reward is None or meta.get("answer") is None:
+            return None, None
+        self.judged += 1
+        try:
+            return float(self.reward(text, meta["answer"], meta)), None
+        except Exception as error:  # the user's own function may raise anything
+            self.failed += 1
+            if self.failed == 1:
+                log.warning("the reward of response %s is left empty, and so are those of others where it fails: %s", response, error)
+            if self.failed == self.judged == HOPELESS:
+                log.warning(
+                    "the reward failed on each of the first %d responses: sampling goes on, and the responses are kept without rewards",
+                    HOPELESS,
+                )
+            cause = error.__cause__ or error
+            return None, f"{type(cause).__name__}: {cause}"[:200]
+
+    def conclude(self) -> None:
+        """Say once how many failed."""
+        if self.failed:
+            log.warning(
+                "the reward failed on %d of %d responses, which are kept without one: mend reward.function", self.failed, self.judged
+            )
+
+
 def load_reward(spec: str) -> Reward:
     """The reward that `package.module:name` or `file.py:name` names; a file is looked for from the current folder."""
     place, colon, name = spec.rpartition(":")
     if not (place and colon and name):
-        raise UsageError(
-            f"reward.function={spec} names no function: set reward.function=package.module:name or reward.function=file.py:name"
-        )
+        module, _, last = spec.rpartition(".")
+        meant = "package.module:name"
+        if spec.strip(":").endswith(".py"):
+            meant = f"{spec.strip(':')}:NAME"
+        elif module and not colon:
+            meant = f"{module}.py:{last}" if Path(f"{module}.py").is_file() else f"{module}:{last}"
+        raise UsageError(f"reward.function={spec} names no function: set reward.function={meant} or reward.function=file.py:name")
     try:
         module = _load_file(place, spec) if place.endswith(".py") else importlib.import_module(place)
     except UsageError:
         raise
     except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
+        if not place.endswith(".py") and ("/" in place or Path(f"{place}.py").is_file()):
+            raise UsageError(f"reward.function={spec} names a file without its ending: set reward.function={place}.py:{name}") from error
         raise UsageError(
             f"{place} of reward.function={spec} cannot be imported ({type(error).__name__}: {error}):"
             " mend it, or set reward.function to another"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        there = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", None) == module.__name__]
+        own = (key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__)
+        there = sorted(key for key in own if not key.startswith("_"))
         raise UsageError(
             f"{place} of reward.function={spec} has no function {name!r} but {', '.join(there) or 'none at all'}:"
-            f" set reward.function={place}:{there[0] if there else 'NAME'}"
+            f" set reward.function={place}:{nearest(name, there, cutoff=0.5) or next(iter(there), 'NAME')}"
         )
+    try:
+        inspect.signature(function).bind("", "", {})
+    except TypeError as error:
+        raise UsageError(
+            f"reward.function={spec} cannot be called with (text, answer, meta): {error}: give it these three parameters"
+        ) from error
+    except ValueError:  # a function of C that does not tell its parameters
+        pass
     return Reward(spec=spec, function=function)
 
 

@@ -18,6 +18,12 @@ def engines(config: RunConfig) -> dict[str, EngineConfig]:
     return found
 
 
+def samplers(config: RunConfig) -> list[EngineConfig]:
+    """The engines that draw responses."""
+    policies = config.policies.values() if Stage.matrix in config.stages else ()
+    return [*([config.backend] if Stage.generate in config.stages else []), *policies]
+
+
 def scorers(config: RunConfig) -> dict[str, EngineConfig]:
     """Name of the scores -> the engine that makes them; the engine that sampled comes first."""
     targets = list(config.targets.items())

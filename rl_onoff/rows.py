@@ -139,9 +139,11 @@ def _format(path: str, file: Path, key: str) -> Format:
     if (ending := file.suffix.lower()) in ENDINGS:
         return ENDINGS[ending]
     if file.exists():
-        raise UsageError(
-            f"the ending of {key}={path} is none of {', '.join(ENDINGS)}: rename the file, or set data.format=jsonl, for example"
-        )
+        otherwise = ", or set data.format=jsonl, for example" if key == "data.path" else ""
+        raise UsageError(f"the ending of {key}={path} is none of {', '.join(ENDINGS)}: rename the file{otherwise}")
+    for known in ENDINGS:
+        if Path(f"{file}{known}").is_file():
+            raise UsageError(f"the file {key}={path} does not exist: did you mean {key}={path}{known}?")
     looks_like_a_file = re.fullmatch(r"\.[a-z]{2,}", ending) is not None
     if models.is_hub_id(path.partition(":")[0]) and not looks_like_a_file:
         return Format.datasets

@@ -107,7 +107,7 @@ def _is_file(path: str, key: str) -> bool:
     if Path(path).suffix in FILES:
         return True
     what = f"is neither a run folder nor one of {', '.join(FILES)}" if Path(path).exists() else "does not exist"
-    raise UsageError(f"{key}={path} {what}: set it to a run folder (FOLDER:NAME for one of its scores), or to such a file")
+    raise UsageError(f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)} file")
 
 
 def _folder(path: str, key: str) -> RunDir:
@@ -204,7 +204,7 @@ def _check_common(run: RunDir, name: str) -> None:
         shown = [" ".join(f"{i}/{s}" for i, s in sorted(keys)[:3]) or "none" for keys in (ours, theirs)]
         raise UsageError(
             f"the behaviour and {name} have no response in common (ids {shown[0]} here and {shown[1]} there): "
-            "name the column with the ids in compare.columns.id, or compare runs of the same data"
+            "name the column with the ids with +compare.columns.id=NAME, or compare runs of the same data"
         )
     if ours != theirs:
         log.warning("%s has %d of the behaviour's %d responses, and %d others", name, len(ours & theirs), len(ours), len(theirs - ours))

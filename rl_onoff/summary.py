@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from rl_onoff.rewards import summarise_rewards
+from rl_onoff.rewards import FAILED, summarise_rewards
 from rl_onoff.storage import RunDir, Table
 
 LOGPROB_EDGES = np.linspace(-20, 0, 65)
@@ -34,15 +35,17 @@ def summarise(run: RunDir) -> Summary:
 
 
 def _completions(table: Table, summary: Summary) -> None:
-    lengths, rewards, reasons = [], defaultdict(list), Counter()
+    lengths, rewards, reasons, failed = [], defaultdict(list), Counter(), 0
     logprobs = _Histogram(LOGPROB_EDGES)
-    for row in table.rows(["request_id", "token_ids", "logprobs", "finish_reason", "reward"]):
+    for row in table.rows(["request_id", "token_ids", "logprobs", "finish_reason", "reward", "meta"]):
         lengths.append(len(row["token_ids"]))
         reasons[row["finish_reason"]] += 1
         if row["logprobs"] is not None:
             logprobs.add(row["logprobs"])
         if row["reward"] is not None:
             rewards[row["request_id"]].append(row["reward"])
+        elif f'"{FAILED}"' in (row["meta"] or "") and FAILED in json.loads(row["meta"]):
+            failed += 1
     values = summary.values
     values["generate/responses"] = len(lengths)
     values["generate/tokens"] = int(sum(lengths))
@@ -55,6 +58,8 @@ def _completions(table: Table, summary: Summary) -> None:
         summary.histograms["generate/logprob"] = logprobs.counts, logprobs.edges
     if rewards:
         values.update({f"reward/{name}": value for name, value in summarise_rewards(rewards).items()})
+    if failed:
+        values["reward/failed"] = failed
 
 
 def _scores(table: Table, prefix: str, summary: Summary) -> None:
@@ -114,6 +119,7 @@ LABELS = {
     "nucleus_mass_mean": "mass the sampler kept",
     "num_prompts": "prompts judged",
     "num_responses": "responses judged",
+    "failed": "reward failed",
     "reward_mean": "mean reward",
     "accuracy": "accuracy",
     "kl": "KL, k1 estimate (nats)",
@@ -141,9 +147,9 @@ def as_text(values: Mapping[str, float]) -> str:
     lines = []
     for section, numbers in sections.items():
         lines += ["", f"  {section}"]
-        lines += [f"    {label:<32}{_number(value):>12}" for label, value in numbers]
+        lines += [f"    {label:<32}{number(value):>12}" for label, value in numbers]
     return "\n".join(lines[1:])
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

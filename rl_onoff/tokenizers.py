@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rl_onoff.errors import MissingDependencyError
-from rl_onoff.models import hub_errors, resolve
+from rl_onoff.models import load_errors, resolve
 
 
 def load_tokenizer(model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -15,8 +15,8 @@ def load_tokenizer(model_name: str, *, tokenizer: str | None = None, revision: s
     except ImportError as error:
         raise MissingDependencyError(f"a tokenizer needs the transformers package ({error}): pip install rl-onoff") from error
     key = "model.tokenizer" if tokenizer else "model.name"
-    files = resolve(tokenizer or model_name, revision=None if tokenizer else revision)
-    with hub_errors(files.name, key):
+    files = resolve(tokenizer or model_name, revision=None if tokenizer else revision, key=key)
+    with load_errors(files.name, key):
         loaded = transformers.AutoTokenizer.from_pretrained(
             files.path, revision=files.revision or "main", trust_remote_code=trust_remote_code, padding_side="left"
         )

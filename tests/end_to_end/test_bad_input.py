@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from rl_onoff.errors import UsageError
+from rl_onoff.storage import RunDir
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, token_ids
+from tests.running import run_in
 
 FILES = {
     "bad.jsonl": '{"prompt": "fine"}\n{"prompt": \n',
@@ -24,6 +28,7 @@ FILES = {
     "not.parquet": "this is text",
     "no_prompt.jsonl": '{"response": "an answer to nothing"}\n',
     "null_prompt.jsonl": '{"prompt": null, "response": "an answer to nothing"}\n',
+    "judge.py": "def f(text):\n    return 1.0\n",
     "no_response.jsonl": '{"prompt": "a"}\n',
     "other_prompt.jsonl": '{"prompt": "a", "id": 1, "response": "x"}\n{"prompt": "b", "id": 1, "response": "y"}\n',
 }
@@ -45,13 +50,50 @@ def folder(tmp_path_factory) -> Path:
         (["backend=nope"], "backend=nope is not one of the choices", "set backend to one of fake huggingface"),
         (["experiment=nope"], "experiment=nope is not one of the choices", "set experiment to one of analyse"),
         (["grop=x"], "there is no option grop", "--help shows the groups"),
+        (["--data.limit=3"], "--data.limit is not an option", "write data.limit=3"),
+        (["backend=vllm", "model=smollm2", "sampling.temperature=3"], "vLLM takes 0 (greedy) or 0.01 to 2.0", "set sampling.temperature=1"),
         (["sampling.temprature=1"], "there is no option sampling.temprature", "did you mean sampling.temperature"),
         (["backend.tp_sise=1"], "there is no option backend.tp_sise", "did you mean backend.tp_size"),
         (["model.temperature=0"], "there is no option model.temperature", "did you mean sampling.temperature"),
         (["backend.attn=eager"], "there is no option backend.attn", "+backend.engine_kwargs.NAME=VALUE"),
         (["+backend.attn=eager"], "no attribute 'attn'", "+backend.engine_kwargs.NAME=VALUE"),
-        (["sampling.n=many"], "sampling.n=many is refused", "set sampling.n to a value of its type"),
-        (["sampling.stop=x"], "sampling.stop=x is refused", "set sampling.stop to a value of its type"),
+        (["sampling.n=many"], "sampling.n=many is refused", "set sampling.n to a whole number"),
+        (["sampling.temperature=hot"], "sampling.temperature=hot is refused", "set sampling.temperature to a number"),
+        (["data.shuffle=maybe"], "data.shuffle=maybe is refused", "set data.shuffle to true or false"),
+        (["sampling.stop=x"], "sampling.stop=x is refused", "set sampling.stop=[x]"),
+        (["stages=generate"], "stages=generate is refused", "set stages=[generate]"),
+        (["--data.limit=3"], "--data.limit is not an option", "write data.limit=3"),
+        (["backend=vllm", "model=smollm2", "sampling.temperature=3"], "vLLM takes 0 (greedy) or 0.01 to 2.0", "set sampling.temperature=1"),
+        (["stages=[]"], "stages is empty", "set experiment=analyse"),
+        (["run_dir="], "run_dir is empty", "set run_dir"),
+        (["~data.limit"], "~data.limit is refused", "set data.limit=null"),
+        (["~nothing"], "~nothing is refused", "correct its name"),
+        # what another program calls it, or this one in another place
+        (["sampling.max_length=3"], "there is no option sampling.max_length", "did you mean sampling.max_new_tokens"),
+        (["backend.tp=2"], "there is no option backend.tp", "did you mean backend.tp_size"),
+        (["num_samples=2"], "there is no option num_samples", "did you mean sampling.n"),
+        (["backend=hf"], "backend=hf is not one of the choices", "did you mean backend=huggingface"),
+        (["target=vLLM"], "target=vLLM is not one of the choices", "did you mean target=vllm"),
+        (["tracking=off"], "tracking=off is not one of the choices", "did you mean tracking=none"),
+        (["experiment=analyze"], "experiment=analyze is not one of the choices", "did you mean experiment=analyse"),
+        (["hydra/launcher=nope"], "hydra/launcher=nope is not one of the choices", "set hydra/launcher to one of basic"),
+        (["data=my.jsonl"], "data=my.jsonl is not one of the choices", "set data.path=my.jsonl"),
+        (["data=./to/my.parquet"], "data=./to/my.parquet is not one of the choices", "set data.path=./to/my.parquet"),
+        (["generate"], "'generate' is not an override", "write experiment=generate"),
+        (["onof"], "'onof' is not an override", "write experiment=onoff"),
+        (["greedy"], "'greedy' is not an override", "write sampling=greedy"),
+        (["smollm2"], "'smollm2' is not an override", "write model=smollm2"),
+        (["help"], "'help' is not an override", "write --help"),
+        (["+sampling=greedy"], "sampling is chosen already", "write sampling=greedy, without the plus"),
+        (["data.path=~/my.jsonl"], "an override cannot be read (data.path=~/my.jsonl)", "write data.path=$HOME/my.jsonl"),
+        (["score.responses=columns.jsonl"], "score.responses names responses made elsewhere", "set experiment=score"),
+        (["backend"], "'backend' is not an override", "write backend=NAME, one of fake huggingface sglang vllm"),
+        (["my.jsonl"], "'my.jsonl' is not an override", "write data.path=my.jsonl"),
+        (["data.limit", "3"], "'data.limit' is not an override", "write data.limit=VALUE, without blanks"),
+        (["compare.columns.behaviour=y"], "compare.columns.behaviour yet", "with a plus, +compare.columns.behaviour=y"),
+        (["backend.engine_kwargs.foo=1"], "backend.engine_kwargs.foo yet", "with a plus, +backend.engine_kwargs.foo=1"),
+        (["backend.engine_kwargs.api_key=abc"], "backend.engine_kwargs.api_key yet", "+backend.engine_kwargs.api_key=***"),
+        (["+compare.columns.behavior=y"], "compare.columns has 'behavior'", "set +compare.columns.behaviour=y"),
         (["data.format=xml"], "data.format=xml is refused", "set data.format to one of auto, jsonl"),
         (["sampling.seed=null"], "sampling.seed=null is refused", "set it to a value"),
         (["words"], "'words' is not an override", "write NAME=VALUE"),
@@ -59,17 +101,34 @@ def folder(tmp_path_factory) -> Path:
         (["backend=fake,vllm"], "backend=fake,vllm has several values", "add -m"),
         (["backend.tp_size=0"], "backend.tp_size is 0", "set backend.tp_size=1"),
         (["backend=huggingface", "model.dtype=float8"], "'float8' but must be one of auto, float32", "dtype=float32"),
+        (["model.dtype=fp16"], "'fp16' but must be one of auto, float32", "set model.dtype=float16"),
+        (["backend.dtype=bf16"], "'bf16' but must be one of auto, float32", "dtype=bfloat16"),
+        (["target=huggingface", "target.dtype=FP32"], "'FP32' but must be one of auto, float32", "dtype=float32"),
+        (["backend=huggingface", "backend.torch_dtype=half"], "backend.torch_dtype is 'half'", "dtype=float16"),
+        (["backend=vllm", "backend.max_model_len=-1"], "backend.max_model_len is -1", "set backend.max_model_len=4096"),
+        (["backend=sglang", "backend.context_length=0"], "backend.context_length is 0", "set backend.context_length=4096"),
+        (["tracking.table_rows=-1"], "tracking.table_rows is -1", "set tracking.table_rows=200"),
         (["backend._target_=os.system"], "may only name a class of rl_onoff.backends", "set backend=huggingface"),
         (["tracking.mode=x"], "tracking.mode=x is refused", "set tracking.mode to one of auto, online"),
         (["reward.function=nope"], "reward.function=nope names no function", "set reward.function="),
         (["reward.function=mine.py:f"], "the file mine.py of reward.function=mine.py:f does not exist", "set reward.function="),
+        (["reward.function=judge:f"], "reward.function=judge:f names a file without its ending", "set reward.function=judge.py:f"),
+        (["reward.function=./judge:f"], "reward.function=./judge:f names a file without its ending", "set reward.function=./judge.py:f"),
+        (["reward.function=judge.py"], "reward.function=judge.py names no function", "set reward.function=judge.py:NAME"),
+        (["reward.function=judge.f"], "reward.function=judge.f names no function", "set reward.function=judge.py:f"),
+        (["reward.function=judge.py:f"], "cannot be called with (text, answer, meta): too many positional", "these three parameters"),
         (["score.name=../x"], "score.name is '../x'", "set score.name=mine"),
         # a model that does not exist
         (["backend=huggingface", "model=./no-model"], "model.name=./no-model does not exist", "set model.name to an existing folder"),
         (["backend=huggingface", "model=no-one/no-model"], "model.name=no-one/no-model is not in the local cache", "set model.name"),
+        (["backend=huggingface", "model=smollm"], "model.name=smollm is neither a folder nor a hub id", "did you mean model.name=smollm2"),
+        (["backend=huggingface", "model=SmolLM2-135M"], "model.name=SmolLM2-135M is neither", "did you mean model.name=smollm2"),
+        (["backend=huggingface", "model=smollm2", "model.tokenizer=./no"], "model.tokenizer=./no does not exist", "set model.tokenizer to"),
         (["backend=huggingface", "model=/proc"], "the folder model.name=/proc has no config.json", "set model.name"),
         # a missing or malformed data file
         (["data.path=nowhere.jsonl"], "the file data.path=nowhere.jsonl does not exist", "set data.path"),
+        (["data.path="], "data.path is empty", "set data.path to a file"),
+        (["data.path=bad"], "the file data.path=bad does not exist", "did you mean data.path=bad.jsonl"),
         (["data.path=bad.jsonl"], "line 2 of bad.jsonl is not valid JSON", "set data.path"),
         (["data.path=list.jsonl"], "line 1 of list.jsonl is no JSON object but a list", "data.path"),
         (["data.path=columns.jsonl"], "columns.jsonl has no column for the prompt but text, label", "set data.prompt to one of them"),
@@ -96,6 +155,8 @@ def folder(tmp_path_factory) -> Path:
         (["experiment=score", "score.responses=no_response.jsonl"], "no_response.jsonl has none of the columns", "score.responses"),
         (["experiment=score", "score.responses=other_prompt.jsonl"], "line 2 of other_prompt.jsonl has the id '1'", "score.responses"),
         (["experiment=score", "score.responses=nowhere.jsonl"], "the file score.responses=nowhere.jsonl does not exist", "score.responses"),
+        (["experiment=score", "score.responses=judge.py"], "the ending of score.responses=judge.py is none of .jsonl", "rename the file"),
+        (["experiment=compare", "compare.behaviour=no"], "compare.behaviour=no does not exist", "set compare.behaviour to a run folder"),
         (["experiment=score", "run_dir=no-run"], "no-run has no responses to score", "set run_dir to an earlier run's folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -120,6 +181,36 @@ def test_help_is_not_an_error_when_the_reader_goes_away(folder):
     command = f"{' '.join(COMMAND)} --cfg job | true"
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
+
+
+def test_a_reward_that_fails_loses_nothing_and_shows_in_the_numbers(tmp_path, monkeypatch, capsys):
+    (tmp_path / "judge.py").write_text("def f(text, answer, meta):\n    return 1 / (len(meta['question']) % 2)\n")
+    monkeypatch.chdir(tmp_path)
+    few = ("backend=fake", "model.name=fake", "sampling.max_new_tokens=8")
+    for _ in range(2):  # the second time reads the disk alone
+        folder = run_in(tmp_path / "run", *few, "data.limit=20", "reward.function=judge.py:f")
+        rows = list(folder.completions.rows())
+        failed = sum(row["reward"] is None for row in rows)
+        assert len(rows) == 20 and 0 < failed < 20
+        assert all("ZeroDivisionError" in row["meta"] for row in rows if row["reward"] is None)
+        assert folder.read_json("metrics.json")["values"]["reward/failed"] == failed
+        assert re.search(rf"reward failed +{failed}\n", capsys.readouterr().out)
+    assert "reward/failed" not in run_in(tmp_path / "fine", *few, "data.limit=4", "reward=math").read_json("metrics.json")["values"]
+
+
+def test_a_changed_option_is_told_once_under_its_first_name(tmp_path):
+    claimed = RunDir(tmp_path).completions
+    before = {"backend": {"dtype": "float32", "torch_dtype": "float32", "tp_size": None, "tensor_parallel_size": None}}
+    claimed.claim(before)
+    with claimed.writer() as writer:
+        writer.append({"request_id": "a", "sample": 0})
+    with pytest.raises(
+        UsageError, match=r'config \(backend\.dtype: "float32" -> "bfloat16"; backend\.tp_size: null -> 2\): undo'
+    ) as caught:
+        claimed.claim({"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}})
+    assert "torch_dtype" not in str(caught.value)
+    with pytest.raises(UsageError, match=r'config \(backend\.torch_dtype: "float32" -> "bfloat16"\)'):
+        claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}})
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """A model's name is settled before anything is loaded, and a wrong one is one sentence that names model.name."""
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import errors as hub
 
 from rl_onoff import models
+from rl_onoff.backends import create_backend
 from rl_onoff.errors import UsageError
 
 
 def test_hub_ids_stay_as_they_are():
-    for name in ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "a/b_c-d.e"):
+    for name in ("gpt2", "Qwen/Qwen2.5-0.5B-Instruct", "a/b_c-d.e", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama"):
         assert models.resolve(name, revision="main") == models.ModelFiles(name=name, path=name, revision="main")
     assert not models.resolve("gpt2").is_local
 
@@ -33,12 +36,18 @@ def test_a_local_folder_becomes_an_absolute_path(tmp_path, monkeypatch):
         ("a/b/c", "nor a hub id"),
         ("-a/b", "nor a hub id"),
         ("a--b", "nor a hub id"),
+        ("smollm", "did you mean model.name=smollm2"),
+        ("smolm2", "did you mean model.name=smollm2"),
+        ("SmolLM2", "did you mean model.name=smollm2"),
+        ("SmolLM2-135M", "did you mean model.name=smollm2"),
         ("", "is empty"),
     ],
 )
 def test_names_that_can_be_no_model(name, words):
     with pytest.raises(UsageError, match=words) as caught:
         models.resolve(name)
+    with pytest.raises(UsageError, match=words):
+        models.check_name(name)
     assert "model.name" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -48,6 +57,25 @@ def test_a_folder_without_config_and_a_file_that_is_no_gguf(tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(UsageError, match=r"is no model: set model\.name"):
         models.resolve(str(tmp_path / "model.bin"))
+
+
+def test_a_folder_near_the_built_in_name_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "smollm").mkdir()
+    (tmp_path / "smollm" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert models.resolve("smollm").path == str(tmp_path / "smollm")
+
+
+def test_a_tokenizers_folder_needs_no_model(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    models.check_name(str(tmp_path), key="model.tokenizer")
+    with pytest.raises(UsageError, match=r"has no config\.json"):
+        models.check_name(str(tmp_path))
+    with pytest.raises(UsageError, match=r"model\.tokenizer=\./no does not exist: set model\.tokenizer"):
+        models.check_name("./no", key="model.tokenizer")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"holds an adapter alone: set model\.name"):
+        models.check_name(str(tmp_path))
 
 
 def test_a_revision_belongs_to_a_hub_id(tmp_path):
@@ -85,3 +113,41 @@ def test_transformers_own_error_without_a_network(monkeypatch):
 
     with pytest.raises(UsageError, match=r"model\.name=rl-onoff/no-such-model .*hub"), models.hub_errors("rl-onoff/no-such-model"):
         AutoConfig.from_pretrained("rl-onoff/no-such-model", local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "content", "words"),
+    [
+        ("model.safetensors", None, r"no file named model\.safetensors.*set another model\.name"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1", r"header too large"),
+        ("config.json", "{", r"config\.json' is not a valid JSON file"),
+        ("config.json", '{"model_type": "frob"}', r"model type `frob`"),
+        ("config.json", '{"model_type": "t5"}', r"is no causal language model: set model\.name"),
+        ("tokenizer.json", None, r"transformers cannot load model\.name="),
+    ],
+)
+def test_a_folder_that_holds_something_else(spoilt, content, words, smollm2, tmp_path):
+    for file in Path(smollm2).iterdir():
+        if file.name != spoilt:
+            (tmp_path / file.name).symlink_to(file)
+    if content is not None:
+        (tmp_path / spoilt).write_text(content)
+    backend = create_backend({"model_name": str(tmp_path)})
+    with pytest.raises(UsageError, match=words) as caught:
+        backend.load()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, r"backend\.device is 'gpu', which torch does not know: set backend\.device=cuda or cpu"),
+        ({"device_map": "nope"}, r"backend\.device_map"),
+        ({"attn_implementation": "nope"}, r"backend\.attn_implementation"),
+        ({"engine_kwargs": {"foo": 1}}, r"unexpected keyword argument 'foo'.*backend\.engine_kwargs"),
+    ],
+)
+def test_an_option_that_transformers_refuses(options, words, tiny_llama):
+    backend = create_backend({"model_name": tiny_llama, "backend_specific": options})
+    with pytest.raises(UsageError, match=words):
+        backend.load()

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.rewards import accuracy, last_boxed, load_reward, math_verify, pass_at_k, summarise_rewards
+from rl_onoff.rewards import HOPELESS, Judge, accuracy, last_boxed, load_reward, math_verify, pass_at_k, summarise_rewards
 from rl_onoff.rows import load_rows
 
 RIGHT = [
@@ -106,6 +106,14 @@ def test_a_reward_of_a_module_and_one_of_a_file(tmp_path, monkeypatch):
         ("broken.py:f", r"cannot be imported \(SyntaxError"),
         ("mine.py:f", "has no function 'f' but length: set reward.function=mine.py:length"),
         ("mine.py:NUMBER", "has no function 'NUMBER'"),
+        ("mine.py:lenght", "set reward.function=mine.py:length"),
+        ("mine:length", "names a file without its ending: set reward.function=mine.py:length"),
+        ("./mine:length", r"set reward.function=./mine.py:length"),
+        ("mine.py", "set reward.function=mine.py:NAME"),
+        ("mine.length", "set reward.function=mine.py:length"),
+        ("some.module.f", "set reward.function=some.module:f"),
+        ("few.py:f", r"cannot be called with \(text, answer, meta\): too many positional arguments: give it these three"),
+        ("more.py:f", r"cannot be called with \(text, answer, meta\): missing a required argument"),
         ("empty.py:f", "has no function 'f' but none at all"),
     ],
 )
@@ -114,6 +122,8 @@ def test_a_reward_that_cannot_be_loaded(tmp_path, monkeypatch, spec, words):
     (tmp_path / "mine.py").write_text("import math\nNUMBER = 3\ndef length(text, answer, meta): return len(text)\n")
     (tmp_path / "broken.py").write_text("def f(:\n")
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "few.py").write_text("def f(text): return 1.0\n")
+    (tmp_path / "more.py").write_text("def f(text, answer, meta, more): return 1.0\n")
     with pytest.raises(UsageError, match=words) as caught:
         load_reward(spec)
     assert "reward.function" in str(caught.value) and "\n" not in str(caught.value)
@@ -127,6 +137,43 @@ def test_a_reward_that_does_not_give_a_number(tmp_path, body, words):
     (tmp_path / "mine.py").write_text(f"def f(text, answer, meta):\n    {body}\n")
     with pytest.raises(UsageError, match=f"reward.function=.*mine.py:f {words}.*set reward=none"):
         load_reward(f"{tmp_path}/mine.py:f")("a", "b", {})
+
+
+def failing(every: int, calls: itertools.count):
+    def reward(text, answer, meta):
+        if next(calls) % every == 0:
+            raise KeyError(text)
+        return 1
+
+    return reward
+
+
+def warnings_of(caplog, reward, num_responses: int) -> list[str]:
+    judge = Judge(reward)
+    with caplog.at_level(logging.WARNING):
+        found = [judge("text", {"answer": "1"}, (str(i), 0)) for i in range(num_responses)]
+        judge.conclude()
+    assert judge.judged == num_responses and judge.failed == sum(why == "KeyError: 'text'" for _, why in found)
+    assert all((value is None) != (why is None) for value, why in found)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_reward_that_fails_now_and_then_is_told_at_its_first_failure_and_at_the_end(caplog):
+    first, last = warnings_of(caplog, failing(3, itertools.count(1)), 100)
+    assert "the reward of response ('2', 0) is left empty" in first and "'text'" in first
+    assert "failed on 33 of 100 responses" in last and "reward.function" in last
+
+
+def test_a_reward_that_always_fails_is_told_once_more_while_it_can_still_be_stopped(caplog):
+    _, hopeless, last = warnings_of(caplog, failing(1, itertools.count()), 100)
+    assert f"each of the first {HOPELESS} responses" in hopeless and "sampling goes on" in hopeless
+    assert "failed on 100 of 100 responses" in last
+
+
+def test_what_is_not_judged_does_not_fail(caplog):
+    assert Judge(None)("text", {"answer": "1"}, ("a", 0)) == (None, None)
+    assert Judge(failing(1, itertools.count()))("text", {}, ("a", 0)) == (None, None)
+    assert warnings_of(caplog, lambda *_: 0.5, 3) == []
 
 
 # Numbers
