@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,67 +23,95 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rl_onoff import __version__, sweep
 from rl_onoff.config import register
-from rl_onoff.config_errors import config_sentence
-from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.config_errors import config_sentence, flag_sentence, flags_first
+from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
-from rl_onoff.storage import FULL_DISK, RunDir, disk_error, write_whole
+from rl_onoff.storage import FULL_DISK, LOCK, RunDir, disk_error, write_whole
+from rl_onoff.sweep_table import ERROR, JobFailed, conclude, new_failures, write_failure
 
 log = logging.getLogger(__name__)
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
 
+LAUNCHERS = ("joblib", "submitit", "ray", "concurrent")  # packages whose errors tell of a job that ended without a word
+
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 
 _failures: list[Exception] = []
-_kept: list[Any] = []  # the slot with the engine that the jobs of a sweep share, once there is one
+_shared: list[Any] = []  # the slot that the jobs of a sweep in this process share, once there is one
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; returns the number `metric` names, for a sweeper that optimises it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where processes share cores
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
-    here = "basic_launcher" in hydra_config.launcher._target_  # else the launcher carries errors home from another process
+    here = not in_sweep or sweep.started is not None  # else a launcher runs it in a process of its own
+    secrets = all_secrets(_plain(cfg))
     try:
-        return _run(cfg, hydra_config, path, in_sweep, keeps=in_sweep and here)
+        return _run(cfg, hydra_config, path, in_sweep, secrets)
     except KeyboardInterrupt:
-        if here:
-            secrets = all_secrets(_plain(cfg))
-            folder = f"sweep_dir={hydra_config.sweep.dir}" if in_sweep else f"run_dir={path}"
-            log.warning("stopped; everything finished so far is in %s. To go on: %s", path, _continue_command(folder, secrets))
+        if not in_sweep:
+            _say_how_to_go_on(path, f"run_dir={path}", secrets)
         raise
     except Exception as error:  # whatever it is, the other jobs of a sweep go on, and main() tells it
-        if not here:
+        if not in_sweep:
+            _failures.append(error)
+            return None
+        then = "ends" if isinstance(error, MetricError) else "goes on"
+        log.error("job %s failed and the sweep %s: %s", path.name, then, error, exc_info=not isinstance(error, OnOffError))
+        try:
+            write_failure(path, error, secrets)
+        except OnOffError:  # the disk, which the error may be about: the launcher has to carry it home
+            if not here:
+                raise error from None
+            _failures.append(error)
+        if isinstance(error, MetricError):
             raise
-        _failures.append(error)
-        if in_sweep:
-            log.error("job %s failed and the sweep goes on: %s", path.name, error, exc_info=not isinstance(error, OnOffError))
         return None
 
 
-def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, keeps: bool) -> float | None:
+def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, secrets: frozenset[str]) -> float | None:
     """Everything of a job that can fail."""
-    secrets = all_secrets(_plain(cfg))
     protect_log(secrets)
-    folder = RunDir(path)
-    with folder.lock():
+    named = any(override.startswith("run_dir=") for override in hydra_config.overrides.task)
+    with RunDir(path).lock():
+        (path / ERROR).unlink(missing_ok=True)
         for name, node in {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.overrides.task}.items():
             value = _plain(node)
             _write_yaml(path / ".hydra" / f"{name}.yaml", {"hydra": value} if name == "hydra" else value, secrets)
         whole_sweep = Path(hydra_config.sweep.dir) / "multirun.yaml"
         if in_sweep and whole_sweep.exists():
             _write_yaml(whole_sweep, _plain(OmegaConf.load(whole_sweep)), secrets)
-        config = _checked(cfg)  # before the heavy imports, so that an error is instant
-        protect_log(all_secrets(OmegaConf.to_container(cfg, resolve=True)))
-        from rl_onoff.run import run
-        from rl_onoff.slot import Slot
+        try:
+            config = _checked(cfg)  # before the heavy imports, so that an error is instant
+            protect_log(all_secrets(OmegaConf.to_container(cfg, resolve=True)))
+            from rl_onoff.run import run
+            from rl_onoff.slot import SharedSlot
 
-        if keeps and not _kept:
-            _kept.append(Slot())
-        return run(config, path, group=path.parent.name if in_sweep else None, slot=_kept[0] if keeps else None)
+            if in_sweep and sweep.turn is not None and not _shared:
+                _shared.append(SharedSlot(sweep.turn))
+            value = run(config, path, group=path.parent.name if in_sweep else None, slot=_shared[0] if _shared else None)
+            if value is None and in_sweep and sweep.optimises(hydra_config):
+                raise sweep.missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
+            return value
+        except UsageError:
+            if not in_sweep and not named:
+                _forget(path)
+            raise
+
+
+def _forget(path: Path) -> None:
+    """Remove the folder of a command that was refused, if nothing but its config and log is there."""
+    with suppress(OSError):
+        if {entry.name for entry in path.iterdir()} <= {".hydra", "run.log", LOCK}:
+            shutil.rmtree(path)
+            path.parent.rmdir()  # the day's, if it was the first
 
 
 def _checked(cfg: DictConfig) -> Any:
@@ -107,35 +138,122 @@ def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where processes share cores
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or the Ray launcher prints a line that several jobs have in common once
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
     _failures.clear()
     sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
-    sys.argv[1:] = [_short_model(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = _understood([_short_model(argument) for argument in sys.argv[1:]])
     if sys.argv[1:] == ["doctor"]:
         from rl_onoff.doctor import doctor
 
         sys.exit(doctor())
     try:
-        job()
+        _run_all()
     except KeyboardInterrupt:
+        if sweep.started is not None:
+            _stop_jobs()
+            _forget_secrets(ended=False)
+            folder = sweep.started.folder
+            _say_how_to_go_on(folder, f"sweep_dir={folder}", all_secrets(_plain(sweep.started.config)))
         sys.exit(130)
     except BrokenPipeError:  # `rl-onoff --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except sweep.Refused as refused:
+        _fail(refused.error)
     except Exception as error:
-        if keeps_traceback:
-            raise
-        _fail(error)
+        _conclude_sweep()
+        _forget_secrets(ended=False)
+        if not (_failures and type(error) is ValueError):  # Optuna's, when all trials failed
+            if keeps_traceback:
+                raise
+            _fail(error)
+    else:
+        _conclude_sweep()
+        _forget_secrets(ended=True)
     finally:
-        for slot in _kept:
-            slot.close()
+        for slot in _shared:
+            slot.end()
     if _failures:
-        if keeps_traceback:
-            raise _failures[0]
-        _fail(_failures[0], f"{len(_failures)} jobs of the sweep failed, the first because: " if len(_failures) > 1 else "")
+        first = _failures[0]
+        if keeps_traceback and not isinstance(first, JobFailed):
+            raise first
+        if keeps_traceback and isinstance(first, JobFailed) and first.more:
+            print(first.more, file=sys.stderr)
+        _fail(first, f"{len(_failures)} jobs of the sweep failed, the first because: " if len(_failures) > 1 else "")
+
+
+def _understood(arguments: list[str]) -> list[str]:
+    """The command line as Hydra takes it; ends here for `--version`, and for what Hydra would answer with its own usage."""
+    if "--version" in arguments:
+        print(f"rl_onoff {__version__}")
+        sys.exit(0)
+    if sentence := flag_sentence(arguments):
+        _fail(UsageError(sentence))
+    if {"-m", "--multirun"} & set(arguments):
+        names = ",".join(f"'{name}'" for name in sweep.fixed_options(arguments))
+        arguments = [*arguments, f"{sweep.FIXED}=[{names}]"]
+    return flags_first(arguments)
+
+
+def _conclude_sweep() -> None:
+    """Print and write the table of a sweep, whoever ran its jobs, and take note of those that failed."""
+    if sweep.started is None:
+        return
+    if "hydra_ray_launcher" in sweep.started.config.hydra.launcher._target_ and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # or it prints what the jobs said below the table
+    _failures.extend(new_failures(sweep.started.folder, sweep.started.before))
+    with suppress(OnOffError):  # a full disk: the jobs have said so
+        print(f"\n{conclude(sweep.started.folder)}")
+
+
+def _forget_secrets(ended: bool) -> None:
+    """Remove what submitit carried to its jobs and back, their configs as they were given; jobs that Slurm still queues need it."""
+    if sweep.started is not None and (ended or "LocalLauncher" in sweep.started.config.hydra.launcher._target_):
+        for file in sweep.started.folder.glob(".submitit/*/*.pkl"):
+            with suppress(OSError):
+                file.unlink()
+
+
+def _run_all() -> None:
+    """The run, or all jobs of the sweep: when submitit loses one, it stops to wait for the others, which it runs on this machine."""
+    try:
+        job()
+    except Exception as error:
+        if type(error).__module__.startswith("submitit."):
+            _wait_for_jobs(None)
+        raise
+
+
+def _stop_jobs() -> None:
+    """Stop the jobs that submitit runs on this machine: a signal to this process alone does not reach them, and they outlive it."""
+    import psutil
+
+    for process in _wait_for_jobs(2):  # a Ctrl-C in a terminal has reached them
+        with suppress(psutil.Error):
+            if "submitit.core._submit" in process.cmdline():  # the other ones wait for these
+                process.send_signal(signal.SIGINT)
+    for process in _wait_for_jobs(10):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def _wait_for_jobs(timeout_s: float | None) -> list[Any]:
+    """The processes of submitit's local jobs that live on after so many seconds."""
+    import psutil
+
+    jobs = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(word.startswith("submitit.") for word in process.cmdline()):
+                jobs.append(process)
+    return psutil.wait_procs(jobs, timeout=timeout_s)[1]
+
+
+def _say_how_to_go_on(path: Path, folder: str, secrets: frozenset[str]) -> None:
+    log.warning("stopped; everything finished so far is in %s. To go on: %s", path, _continue_command(folder, secrets))
 
 
 def _fail(error: Exception, before: str = "") -> NoReturn:
@@ -145,13 +263,24 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
         chain.append(cause)
     ours = next((link for link in chain if isinstance(link, OnOffError)), None)
     disk = next((link for link in chain if isinstance(link, OSError)), None)
-    if ours is not None:
+    if isinstance(error, JobFailed):
+        sentence, code = f"{error} (more in {error.where})" if error.more else str(error), error.exit_code
+    elif ours is not None:
         more = f" ({TRACEBACK}=1 shows the end of the engine's log)" if getattr(ours, "__notes__", None) else ""
         sentence, code = f"{ours}{more}", ours.exit_code
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = config_sentence(error), UsageError.exit_code
+        if re.search(r"hydra/(launcher|sweeper)=|hydra_plugins\.", sentence):
+            sentence += ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna"
     elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # not of a job: Hydra could not make its folder
         sentence, code = str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
+    elif sweep.started is not None and type(error).__module__.partition(".")[0] in LAUNCHERS:
+        said = next(iter(str(error).strip().splitlines()), "")
+        sentence, code = (
+            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and the same command with"
+            f" sweep_dir={sweep.started.folder} does what is missing",
+            OnOffError.exit_code,
+        )
     else:
         raise error
     print(f"rl-onoff: {before}{sentence}", file=sys.stderr)
@@ -160,7 +289,7 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
 
 def _continue_command(folder: str, secrets: frozenset[str]) -> str:
     """The command line as it was given, secrets masked, with the folder it goes on in."""
-    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir="))]
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir=", f"{sweep.FIXED}="))]
     return shlex.join(["rl-onoff", *(redact_override(argument, secrets) for argument in kept), folder])
 
 

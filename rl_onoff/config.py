@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig, PoolConfig
+from rl_onoff.errors import UsageError, nearest
 from rl_onoff.redaction import redact_override
 from rl_onoff.sampling import LogprobKind, Sampling
 
@@ -115,6 +115,8 @@ class DataConfig:
     """System message put before every conversation that has none; null is none."""
 
     def __post_init__(self) -> None:
+        if self.path is not None and not self.path.strip():
+            raise UsageError("data.path is empty: set data.path to a file, or data.path=null for the bundled word problems")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"data.limit is {self.limit} but must be at least 1: set data.limit=20, or data.limit=null for all rows")
         if self.system is not None and not self.chat_template:
@@ -175,7 +177,8 @@ class CompareConfig:
         for role in self.columns:
             if role not in COLUMN_ROLES:
                 raise UsageError(
-                    f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set +compare.columns.token_ids=responses"
+                    f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set"
+                    f" +compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={self.columns[role]}"
                 )
 
 
@@ -220,6 +223,11 @@ class TrackingConfig:
     log_every_s: float = 10.0
     """Seconds between two reports of progress."""
 
+    def __post_init__(self) -> None:
+        for name, example in (("table_rows", 200), ("log_every_s", 10)):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"tracking.{name} is {getattr(self, name)} but must be 0 or larger: set tracking.{name}={example}")
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
@@ -239,6 +247,8 @@ class RunConfig:
     """More engines that score, each under a name of its own."""
     policies: dict[str, EngineConfig] = field(default_factory=dict)
     """The engines of experiment=matrix by name: each samples, each scores what all of them sampled."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    """Where the engines' replicas run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -259,6 +269,12 @@ class RunConfig:
     """The number a sweeper such as Optuna is given when the run ends, by its name in metrics.json; null is none."""
 
     def __post_init__(self) -> None:
+        if not self.run_dir.strip():
+            raise UsageError("run_dir is empty: set run_dir to the run's folder, or leave it out")
+        if not self.stages:
+            raise UsageError("stages is empty, so there is nothing to do: set experiment=analyse, or stages=[generate,score,compare]")
+        if self.score.responses is not None and Stage.generate in self.stages:
+            raise UsageError("score.responses names responses made elsewhere, and none are sampled then: set experiment=score beside it")
         for group, names in (("targets", self.targets), ("policies", self.policies)):
             for name in names:
                 if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -267,6 +283,7 @@ class RunConfig:
 
 SCHEMAS: dict[tuple[str, str], Any] = {
     **{("backend", name): schema for name, schema in ENGINE_CONFIGS.items()},
+    ("pool", "pool"): PoolConfig,
     ("model", "model"): ModelConfig,
     ("data", "data"): DataConfig,
     ("sampling", "sampling"): Sampling,
@@ -286,19 +303,27 @@ def field_names() -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def job_folder(overrides: Sequence[str]) -> str:
-    """The name of a sweep's job: its overrides, without secrets, slashes (a model's path), or more than a file name may hold."""
-    named = [redact_override(override) for override in overrides if not override.startswith(("run_dir=", "sweep_dir="))]
-    name = re.sub(r"[/\\]+", "_", ",".join(sorted(named))) or "job"
+def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
+    """The name of a sweep's job: its overrides but the `fixed` ones, without secrets, slashes (a model's path), or more than a file
+    name may hold."""
+    name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"
     digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
     return name if len(name.encode()) <= MAX_FOLDER_NAME else f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
+
+
+def swept(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
+    """A job's overrides but those that are the same for all jobs, sorted, without secrets."""
+    names = {*fixed, "run_dir", "sweep_dir"}
+    return sorted(redact_override(override) for override in overrides if override.partition("=")[0] not in names)
+
+
+# Here and not in `register`: a launcher's own processes import this module and name their jobs' folders, too.
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore: the whole run as `schema/run`, the engines as `schema/backend/<name>`."""
     from hydra.core.config_store import ConfigStore
-
-    OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
     store = ConfigStore.instance()
     # Hydra copies the store, every schema in it, each time it lists a group, which --help and shell completion do a hundred times.
@@ -306,4 +331,7 @@ def register() -> None:
     setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
     for name, schema in ENGINE_CONFIGS.items():  # the other groups have one schema each, which the run's holds already
-        store.store(name=name, group="schema/backend", node=schema)
+        node = OmegaConf.structured(schema)
+        for each in fields(PoolConfig):  # one by one: a whole group cannot be interpolated where a schema is, nor changed for one engine
+            node.pool[each.name] = f"${{pool.{each.name}}}"
+        store.store(name=name, group="schema/backend", node=node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hydra.utils import instantiate
 from rl_onoff import stages
 from rl_onoff.attribute import run_attribute
 from rl_onoff.backends.config import EngineConfig
-from rl_onoff.comparing import compare_run, verdict_of, write_page
+from rl_onoff.comparing import compare_run, gap_of, verdict_of, write_page
 from rl_onoff.comparison import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data import check_lengths, load_responses, make_requests
@@ -24,12 +25,13 @@ from rl_onoff.matrix import check_policies, run_matrix
 from rl_onoff.progress import Progress
 from rl_onoff.recorded import landmarks, texts_of
 from rl_onoff.rewards import load_reward
-from rl_onoff.roles import engines, known_engines, scorers
+from rl_onoff.roles import engines, known_engines, samplers, scorers
 from rl_onoff.rows import Row, load_rows
 from rl_onoff.slot import Slot, build
 from rl_onoff.sources import open_sources
 from rl_onoff.storage import RunDir, Table
 from rl_onoff.summary import Summary, as_text, summarise
+from rl_onoff.sweep import NotItsTurn
 from rl_onoff.tracking import Tracker
 from rl_onoff.types import Sampling, Want
 
@@ -58,39 +60,49 @@ class Run:
 def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot | None = None) -> float | None:
     """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one.
 
-    A `slot` given by a sweep keeps its engine for the next job; after a failure it is emptied, for the engine may be broken.
+    With the `slot` of a sweep it raises NotItsTurn when it wants an engine that is not loaded now: to go on, run it again.
     """
     rows = check(config)
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend)
-    folder = RunDir(path)
-    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
-    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
-    failed = True
+    for engine in samplers(config):
+        build(engine).check_sampling(config.sampling)
+    slot = slot or Slot()
+    tracker, values = slot.go_on(path, list(engines(config).values())) or (_tracker(config, path, group), {})
     try:
-        with Slot() if slot is None else slot.kept() as engine:
-            this = Run(config, rows, folder, tracker, engine)
+        with slot.job() as engine:
+            this = Run(config, rows, RunDir(path), tracker, engine, values)
             for stage in config.stages:
                 STAGES[stage](this)
         summary = summarise(this.folder)
         summary.values.update(this.values)
         for name, comparison in this.comparisons.items():
             summary.values.update(flat(name, comparison))
+        if this.comparisons:
+            summary.values.update({f"onoff/{name}": value for name, value in gap_of(this.folder, this.comparisons).items()})
         report(this, summary)
-        failed = False
-        if config.metric is None:
-            return None
-        if config.metric not in summary.values:
-            log.warning("metric=%s is not among this run's numbers: %s", config.metric, ", ".join(summary.values))
-        return summary.values.get(config.metric)
-    finally:
-        tracker.close(failed)
+    except NotItsTurn:
+        slot.wait(path, (tracker, values))
+        raise
+    except BaseException:
+        tracker.close(failed=True)
+        raise
+    tracker.close(failed=False)
+    if config.metric is not None and config.metric not in summary.values:
+        log.warning("metric=%s is not among this run's numbers, the values in metrics.json", config.metric)
+    return None if config.metric is None else summary.values.get(config.metric)
+
+
+def _tracker(config: RunConfig, path: Path, group: str | None) -> Tracker:
+    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
+    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
+    return tracker
 
 
 def check(config: RunConfig) -> list[Row]:
     """Find what is wrong before anything is loaded or started; returns the data's rows."""
     for engine in engines(config).values():
-        build(engine)
+        build(engine).check_model()
     reward_of(config)
     if Stage.matrix in config.stages:
         check_policies(config)
@@ -185,7 +197,10 @@ def compare(this: Run) -> None:
         log.info("compare: the responses came without logprobs, so there is nothing to compare their scores with")
         return
     if not comparisons:
-        raise UsageError(f"{folder.path} has nothing to compare: it needs responses with logprobs, and scores of them")
+        raise UsageError(
+            f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to such a run, or "
+            "compare.behaviour and compare.target"
+        )
     this.comparisons.update(comparisons)
     records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
     this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
@@ -247,7 +262,9 @@ def report(this: Run, summary: Summary) -> None:
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
-    print("\n\n".join([as_text({k: v for k, v in summary.values.items() if not k.startswith(("matrix/", "attribute/"))}), *this.texts]))
+    in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
+    shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
+    print("\n\n".join([as_text(shown), *this.texts]))
     if this.comparisons:
         print(f"\n  {said['verdict']}")
     print(f"\n  run folder  {folder.path}")

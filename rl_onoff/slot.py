@@ -1,22 +1,28 @@
 """One engine is alive at a time: whoever wants another closes the one that is there first.
 
-Jobs of a sweep that run in one process share the slot, so an engine that is wanted again is not loaded again.
+Jobs of a sweep that run in one process share the slot and take turns (sweep.py), so that no engine is loaded twice.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 from hydra.utils import instantiate
 
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.errors import UsageError
+from rl_onoff.sweep import NotItsTurn, Turn
+
+if TYPE_CHECKING:
+    from rl_onoff.tracking import Tracker
+
+    Left = tuple[Tracker, dict[str, float]]  # a run's tracker, still open, and the numbers it found so far
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +60,66 @@ class Slot:
         if backend is not None:
             backend.close()
 
+    def go_on(self, path: Path, engines: Collection[EngineConfig]) -> Left | None:
+        """What the run in this folder left when it had to wait; None when it begins."""
+        return None
+
+    def wait(self, path: Path, left: Left) -> None:
+        """Keep what a run that has to wait leaves, for `go_on`."""
+
     @contextmanager
-    def kept(self) -> Iterator[Self]:
-        """Leave the engine alive at the end of the block, unless it ends with an error."""
+    def job(self) -> Iterator[Self]:
+        """The block in which a run uses the slot; the engine is freed at its end."""
         try:
             yield self
+        finally:
+            self.close()
+
+
+class SharedSlot(Slot):
+    """The slot of a sweep's jobs: what is loaded stays for the next job, and a job that wants another engine waits for its turn."""
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__()
+        self._turn = turn
+        self._left: dict[Path, Left] = {}  # by jobs that wait
+
+    def get(self, config: EngineConfig) -> BaseBackend:
+        """Raises NotItsTurn for another engine than this round's."""
+        if not self._turn.has([config]):
+            raise NotItsTurn([config])
+        self._turn.free = False
+        backend = super().get(config)
+        self._turn.engine = config
+        return backend
+
+    def close(self) -> None:
+        self._turn.engine = None
+        super().close()
+
+    def go_on(self, path: Path, engines: Collection[EngineConfig]) -> Left | None:
+        """Raises NotItsTurn when none of the engines that the run may want can be had, so that nothing is begun in vain."""
+        if engines and not self._turn.has(engines):
+            raise NotItsTurn(engines)
+        return self._left.pop(path, None)
+
+    def wait(self, path: Path, left: Left) -> None:
+        self._left[path] = left
+
+    def end(self) -> None:
+        """Free the engine, and end the trackers of jobs that still wait: the sweep was stopped."""
+        self.close()
+        while self._left:
+            _, (tracker, _) = self._left.popitem()
+            tracker.close(failed=True)
+
+    @contextmanager
+    def job(self) -> Iterator[Self]:
+        """Leaves the engine alive, unless the block ends with an error: the engine may be broken."""
+        try:
+            yield self
+        except NotItsTurn:
+            raise
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

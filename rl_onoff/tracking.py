@@ -155,19 +155,20 @@ class WandbTracker:
             raise MissingDependencyError("tracking=wandb needs the package wandb: pip install wandb, or set tracking=none") from error
         self._wandb, self._run_dir = wandb, run_dir.resolve()
         secrets = secret_values(os.environ)
+        of_agent = "WANDB_SWEEP_ID" in os.environ  # an agent of `wandb sweep` says by the environment which run of which project it is
         try:
-            mode = self._mode()
+            mode, run_id = self._mode(), _run_id(run_dir, of_agent)
             with _redacted_argv(secrets):
                 self._run = wandb.init(
-                    project=self.config.project,
-                    entity=self.config.entity,
+                    project=None if of_agent else self.config.project,
+                    entity=None if of_agent else self.config.entity,
                     group=self.config.group or group,
                     job_type=job_type,
                     name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # a sweep's job is called by all its overrides
                     tags=list(self.config.tags),
                     config=redact(config, secrets),
                     dir=str(self._run_dir),
-                    id=_run_id(run_dir),
+                    id=None if of_agent else run_id,
                     resume="allow",
                     mode=mode,
                     reinit="create_new",  # the jobs of a sweep share a process
@@ -286,12 +287,12 @@ class WandbTracker:
         self._wandb.termsetup(session.settings, None)
 
 
-def _run_id(run_dir: Path) -> str:
-    """The id this folder's run had before; else a new one (or the one a W&B sweep agent gave), kept for the next time."""
-    path = run_dir / "wandb" / "run_id"
-    if path.exists():
+def _run_id(run_dir: Path, of_agent: bool) -> str:
+    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; an agent's id is the one it gave."""
+    path, given = run_dir / "wandb" / "run_id", os.environ.get("WANDB_RUN_ID")
+    if path.exists() and not (of_agent and given):
         return path.read_text().strip()
-    name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+    name = given or uuid.uuid4().hex[:8]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(name + "\n")
     return name

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rl_onoff import __version__
 from rl_onoff.cli import CONF
+from tests.conftest import ROOT
 
 MODULE = [sys.executable, "-m", "rl_onoff"]
 SCRIPT = [str(Path(sys.executable).with_name("rl-onoff"))]
@@ -54,6 +56,33 @@ def test_each_of_the_five_commands_parses(tmp_path):
         assert not sweep or len(once) >= 2
 
 
+def commands_of(page: str) -> list[list[str]]:
+    """The commands in a page's blocks of code, as a shell would split them."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("rl-onoff ")]
+
+
+@pytest.mark.parametrize("command", commands_of("docs/sweeps.md"), ids=lambda command: " ".join(command)[:60])
+def test_every_command_about_sweeps_composes(command: list[str], tmp_path: Path) -> None:
+    """Launcher and sweeper too; `--cfg` takes one value of each option."""
+    once = [re.sub(r"=(interval|choice)\((.*?)[,)].*", r"=\2", argument) for argument in command if argument != "-m"]
+    once = [argument if "[" in argument or "{" in argument else argument.partition(",")[0] for argument in once]
+    config = yaml.safe_load(said(MODULE, *once, "--cfg", "all", cwd=tmp_path))
+    chosen = dict(argument.partition("=")[::2] for argument in once)
+    assert chosen.get("hydra/launcher", "shared_engine") == config["hydra"]["runtime"]["choices"]["hydra/launcher"]
+    assert chosen.get("hydra/sweeper", "basic") == config["hydra"]["runtime"]["choices"]["hydra/sweeper"]
+    for name, value in chosen.items():
+        if name.startswith("hydra.launcher.") and value.isdigit():
+            assert config["hydra"]["launcher"][name.removeprefix("hydra.launcher.")] == int(value)
+
+
+def test_the_other_launchers_options_compose(tmp_path: Path) -> None:
+    more = ["+hydra.launcher.additional_parameters={mail-type: END}", "hydra.launcher.setup=[module load cuda]"]
+    launcher = yaml.safe_load(said(MODULE, "hydra/launcher=submitit_slurm", *more, "--cfg", "hydra", cwd=tmp_path))["hydra"]["launcher"]
+    assert launcher["additional_parameters"] == {"mail-type": "END"} and launcher["setup"] == ["module load cuda"]
+
+
 @EITHER
 def test_cfg_job_shows_the_whole_config(command, tmp_path):
     config = yaml.safe_load(said(command, "--cfg", "job", "--resolve", "backend=fake", "model=some/model", "sampling.n=3", cwd=tmp_path))
@@ -61,6 +90,11 @@ def test_cfg_job_shows_the_whole_config(command, tmp_path):
     assert config["backend"]["model_name"] == "some/model"
     assert config["sampling"]["n"] == 3
     assert "hydra" not in config
+
+
+@EITHER
+def test_version_is_ours(command, tmp_path):
+    assert said(command, "--version", cwd=tmp_path) == f"rl_onoff {__version__}\n"
 
 
 @EITHER

@@ -62,6 +62,15 @@ def test_an_engines_own_name_and_ours_are_one_option():
     assert composed("backend=huggingface", "backend.torch_dtype=bfloat16").backend.weights_dtype == "bfloat16"
 
 
+def test_all_engines_follow_the_pool_field_by_field():
+    config = composed("pool=ray", "pool.wait_s=9", "policies=dtypes", "target=vllm", "target.pool.kind=local", "backend.pool.address=auto")
+    assert config.target is not None
+    pools = [config.backend.pool, config.policies["float32"].pool, config.target.pool, config.pool]
+    assert [pool.kind.value for pool in pools] == ["ray", "ray", "local", "ray"]
+    assert [pool.address for pool in pools] == ["auto", None, None, None] and all(pool.wait_s == 9 for pool in pools)
+    assert config.backend.what_it_computes() == composed().backend.what_it_computes(), "a run folder goes on with another pool"
+
+
 def test_the_experiment_beats_the_config_and_the_command_line_beats_both():
     assert [stage.value for stage in composed("experiment=score").stages] == ["score", "compare"]
     assert [stage.value for stage in composed("experiment=score", "stages=[generate]").stages] == ["generate"]
@@ -119,5 +128,6 @@ def test_a_jobs_folder_is_one_short_name_without_secrets():
     assert job_folder(["model.name=./a/b", "sampling.n=2", "sweep_dir=x/y"]) == "model.name=._a_b,sampling.n=2"
     assert job_folder(["+backend.engine_kwargs.hf_token=abc"]) == "+backend.engine_kwargs.hf_token=***"
     assert job_folder([]) == "job"
+    assert job_folder(["data.limit=3", "sampling.n=2", "+a.b=1"], ["data.limit", "+a.b"]) == "sampling.n=2"
     long = [job_folder([f"model.name={'ü' * 200}", f"sampling.n={n}"]) for n in (1, 2)]
     assert all(len(name.encode()) <= MAX_FOLDER_NAME for name in long) and long[0] != long[1]

@@ -26,7 +26,8 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_every_file_of_the_package_and_the_config_tree(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files", "rl_onoff", "conf"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    list_files = ["git", "ls-files", "rl_onoff", "hydra_plugins", "conf"]
+    tracked = subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     wanted = {f"rl_onoff/{name}" if name.startswith("conf/") else name for name in tracked}
     assert not wanted - names
     for name in ("conf/config.yaml", "problems.jsonl", "report/page/page.html", "backends/configs/vllm_default.yaml"):
@@ -54,6 +55,9 @@ def test_an_installed_wheel_works_from_another_directory(wheel, tmp_path):
     done = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert yaml.safe_load(done.stdout)["data"]["limit"] == 3
+    jobs = [command[0], "-m", "backend=fake", "model=fake", "tracking=none", "data.limit=1,2", "experiment=generate", "sweep_dir=sweep"]
+    done = subprocess.run(jobs, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, ""), "the launcher is there too"
 
     rows = "from rl_onoff.config import DataConfig; from rl_onoff.rows import load_rows; print(len(load_rows(DataConfig())))"
     assert int(subprocess.check_output([python, "-c", rows], cwd=elsewhere, env=env, text=True)) >= 100

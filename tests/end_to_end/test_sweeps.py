@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
+import pandas as pd
+import pytest
+
+from rl_onoff.backends import FakeBackendConfig
+from rl_onoff.slot import SharedSlot
+from rl_onoff.sweep import NotItsTurn, Turn
 from tests.end_to_end.conftest import FAKE, SMALL, rl_onoff, token_ids
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
@@ -46,14 +54,68 @@ def test_an_error_nobody_foresaw_does_not_stop_the_others_either(tmp_path):
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 1
 
 
+def loads(*arguments: str, cwd: Path) -> int:
+    """How many engines the log of a sweep says were loaded."""
+    done = rl_onoff("-m", "backend=fake", "reward=none", "tracking=none", "data.limit=2", "sampling.max_new_tokens=4", *arguments, cwd=cwd)
+    return (done.stdout + done.stderr).count("INFO loading fake")
+
+
+EIGHT = ("sampling.temperature=0.5,0.7,0.9,1.0", "sampling.top_p=0.9,1.0")
+MODELS, TEMPERATURES = "model=one,two", "sampling.temperature=0.5,0.7,0.9,1.0"
+
+
 def test_jobs_that_want_the_same_engine_share_it(tmp_path: Path) -> None:
-    done = rl_onoff("-m", *FAKE, "data.limit=2", "sampling.max_new_tokens=4", "sampling.temperature=0.5,0.7,1.0", cwd=tmp_path)
-    assert (done.stdout + done.stderr).count("loading fake") == 1
-    done = rl_onoff(
-        "-m", "backend=fake", "model=one,two", "reward=none", "tracking=none", "data.limit=2", "sampling.max_new_tokens=4",
-        "sampling.temperature=0.5,1.0", cwd=tmp_path,
-    )  # fmt: skip
-    assert (done.stdout + done.stderr).count("loading fake") == 2
+    assert loads("model=fake", *EIGHT, "experiment=generate", "sweep_dir=sweep", cwd=tmp_path) == 1
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 8
+
+
+@pytest.mark.parametrize("order", [(MODELS, TEMPERATURES), (TEMPERATURES, MODELS)], ids=["models first", "models last"])
+def test_whatever_the_order_of_the_overrides(order: tuple[str, str], tmp_path: Path) -> None:
+    assert loads(*order, "sweep_dir=sweep", cwd=tmp_path) == 2
+    assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 8
+
+
+def test_jobs_that_need_two_engines_take_turns(tmp_path: Path) -> None:
+    """Each samples with one engine and scores with another: two loads and one W&B run a job, all the same."""
+    pair = ("experiment=onoff", "target=fake", "target.noise=0.3", "model=fake", "sampling.temperature=0.5,0.7,1.0")
+    assert loads(*pair, "tracking=wandb", "sweep_dir=sweep", cwd=tmp_path) == 2
+    for job in folders(tmp_path).values():
+        assert len(list(job.glob("wandb/offline-run-*"))) == 1
+        values = json.loads((job / "metrics.json").read_text())["values"]
+        assert "generate/tokens_per_s" in values, "what was found before the job had to wait"
+        assert values["onoff/kl_k3"] == values["onoff/fake-fake-auto-target/kl_k3"] > values["onoff/kl_k3_floor"]
+
+
+def test_an_engine_that_may_be_broken_is_not_shared() -> None:
+    one, other = (FakeBackendConfig(model_name=name) for name in ("one", "other"))
+    slot = SharedSlot(Turn())
+    with slot.job():
+        backend = slot.get(one)
+    with pytest.raises(NotItsTurn), slot.job():
+        slot.get(other)
+    assert slot.get(one) is backend and backend.is_loaded()
+    with pytest.raises(RuntimeError), slot.job():
+        raise RuntimeError
+    assert not backend.is_loaded()
+    assert slot.get(other).is_loaded()
+    slot.end()
+
+
+def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
+    jobs = ("experiment=onoff", "target=fake", "target.noise=0.0,0.3", "sampling.top_p=1.0,0", "sweep_dir=sweep")
+    said = rl_onoff("-m", *SMALL, *jobs, cwd=tmp_path, code=2).stdout
+    assert "sweep       sweep (2 failed, 2 done)" in said or "sweep       sweep (2 done, 2 failed)" in said
+    assert re.search(r"target\.noise +sampling\.top_p +responses .* k3 KL +noise floor +verdict\n", said)
+    rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+    assert list(rows.columns[:6]) == ["folder", "target.noise", "sampling.top_p", "status", "error", "verdict"]
+    assert rows["status"].tolist() == ["failed", "done", "failed", "done"] and rows["target.noise"].tolist() == [0, 0, 0.3, 0.3]
+    assert rows["error"][0].startswith("sampling.top_p is 0.0") and rows["verdict"][3] == "Off-policy"
+    assert set(rows["folder"]) == set(folders(tmp_path)), "named by what was swept alone"
+    assert all(name.count(",") == 1 for name in rows["folder"])
+
+    rl_onoff("-m", *SMALL, *jobs[:3], "sampling.top_p=1.0,0.5", "sweep_dir=sweep", cwd=tmp_path)
+    rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
+    assert len(rows) == 6, "jobs of an earlier sweep stay in the table"
 
 
 def test_a_refused_job_costs_the_others_no_engine(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""What the jobs of a sweep found, side by side: read from their folders alone, so it does not matter who ran them, where or when."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import traceback
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.errors import OnOffError
+from rl_onoff.redaction import redact
+from rl_onoff.storage import read_json, write_whole
+
+ERROR = "error.txt"  # in the folder of a job that failed: one sentence, the exit code, and the traceback if there is more to say
+FILE = "sweep.csv"
+
+SHOWN = {  # on a terminal, of what there is: a number's name, and its label
+    "generate/responses": "responses",
+    "generate/tokens": "tokens",
+    "generate/length_mean": "mean length",
+    "generate/logprob_mean": "mean logprob",
+    "reward/accuracy": "accuracy",
+    "onoff/kl_k3": "k3 KL",
+    "onoff/kl_k3_floor": "noise floor",
+    "matrix/kl_k3_max": "k3 KL",
+    "matrix/kl_k3_floor": "noise floor",
+}
+
+
+class JobFailed(OnOffError):
+    """A job of a sweep failed, here or in another process; its file `where` says more if there is `more`."""
+
+    def __init__(self, sentence: str, exit_code: int, where: Path, more: str) -> None:
+        super().__init__(sentence)
+        self.exit_code, self.where, self.more = exit_code, where, more
+
+
+Trace = tuple[int, int]
+"""Of a file: whether it was written since."""
+
+
+def write_failure(folder: Path, error: Exception, secrets: Collection[str]) -> None:
+    """Leave word of a failure where the process that started the sweep finds it: a launcher may carry nothing home."""
+    ours = isinstance(error, OnOffError)
+    text = " ".join(str(error).split())
+    sentence = text if ours else f"{type(error).__name__}: {text}"
+    more = "" if ours and not getattr(error, "__notes__", None) else "".join(traceback.format_exception(error))
+    code = error.exit_code if isinstance(error, OnOffError) else OnOffError.exit_code
+    write_whole(folder / ERROR, redact(f"{sentence}\nexit code {code}\n{more}", secrets))
+
+
+def read_failure(file: Path) -> JobFailed | None:
+    """What `write_failure` wrote, if it did."""
+    if not file.exists():
+        return None
+    sentence, code, more = (file.read_text() + "\n\n").split("\n", 2)
+    return JobFailed(sentence, int(code.rpartition(" ")[2] or 1), file, more.strip())
+
+
+def failures(sweep_dir: Path) -> dict[Path, Trace]:
+    """The failures of all jobs, as traces: what is written again is another one."""
+    return {file: ((stat := file.stat()).st_ino, stat.st_mtime_ns) for file in sweep_dir.glob(f"*/{ERROR}")}
+
+
+def new_failures(sweep_dir: Path, before: Mapping[Path, Trace]) -> list[JobFailed]:
+    """Those that were not there `before`, the first one first."""
+    new = [(trace[1], file) for file, trace in failures(sweep_dir).items() if before.get(file) != trace]
+    return [failed for _, file in sorted(new) if (failed := read_failure(file)) is not None]
+
+
+@dataclass(slots=True)
+class Job:
+    """One folder of a sweep."""
+
+    name: str
+    options: dict[str, str]  # its overrides
+    status: str  # done, failed or unfinished
+    error: str = ""
+    verdict: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def read_jobs(sweep_dir: Path) -> list[Job]:
+    """Every job that was ever begun in the folder, in the natural order of their options."""
+    jobs = [_read_job(file.parents[1]) for file in sweep_dir.glob("*/.hydra/overrides.yaml")]
+    names = swept_options(jobs)
+    return sorted(jobs, key=lambda job: [_natural(job.options.get(name, "")) for name in names])
+
+
+def swept_options(jobs: Sequence[Job]) -> list[str]:
+    """Names of the options that are not the same in all jobs, in the order of the command line."""
+    names = dict.fromkeys(name for job in jobs for name in job.options)
+    return [name for name in names if len({job.options.get(name) for job in jobs}) > 1]
+
+
+def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
+    """A row a job: its folder, what tells it from the others, how it ended, and every number it found."""
+    options, numbers = swept_options(jobs), list(dict.fromkeys(name for job in jobs for name in job.values))
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(["folder", *options, "status", "error", "verdict", *numbers])
+    for job in jobs:
+        known = [job.options.get(name, "") for name in options]
+        rows.writerow([job.name, *known, job.status, job.error, job.verdict, *(job.values.get(name, "") for name in numbers)])
+    return write_whole(sweep_dir / FILE, out.getvalue())
+
+
+def as_text(jobs: Sequence[Job]) -> str:
+    """The same for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
+    from rl_onoff.summary import number
+
+    options = swept_options(jobs)
+    asked = {name: name for job in jobs if (name := job.options.get("metric")) and name not in SHOWN}
+    shown = {name: label for name, label in (SHOWN | asked).items() if any(name in job.values for job in jobs)}
+    rows = [[*options, *shown.values(), "verdict"]]
+    for job in jobs:
+        numbers = [number(job.values[name]) if name in job.values else "" for name in shown]
+        rows.append([*(job.options.get(name, "") for name in options), *numbers, job.verdict if job.status == "done" else job.status])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = ["<"] * len(options) + [">"] * len(shown) + ["<"]
+    cells = zip(*([f"{cell:{side}{width}}" for cell in column] for column, side, width in zip(zip(*rows), sides, widths)))  # noqa: B905
+    return "\n".join("  " + "  ".join(line).rstrip() for line in cells)
+
+
+def conclude(sweep_dir: Path) -> str:
+    """Write the table of the sweep; returns what to print at its end."""
+    jobs = read_jobs(sweep_dir)
+    if not jobs:
+        return ""
+    counts = Counter(job.status for job in jobs)
+    ended = ", ".join(f"{count} {status}" for status, count in counts.items())
+    lines = [as_text(jobs), "", f"  sweep       {sweep_dir} ({ended})", f"  table       {write_csv(sweep_dir, jobs)}"]
+    if any(sweep_dir.glob("*/wandb/offline-run-*")):
+        lines.append(f"  W&B         offline; upload it with: wandb sync {sweep_dir}/*/wandb/offline-run-*")
+    return "\n".join(lines)
+
+
+def _read_job(folder: Path) -> Job:
+    import yaml
+
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) or []
+    options = {name: value for name, _, value in (str(override).partition("=") for override in overrides)}
+    failed = read_failure(folder / ERROR)
+    found: Mapping[str, Any] = read_json(folder / "metrics.json") or {}
+    sentence = found.get("verdict") or found.get("matrix", {}).get("verdict", "")
+    word = re.search("On-policy|Close|Off-policy", sentence)
+    status = "failed" if failed else "done" if found else "unfinished"
+    return Job(folder.name, options, status, str(failed or ""), word[0] if word else "", dict(found.get("values", {})))
+
+
+def _natural(text: str) -> tuple[Any, ...]:
+    """Numbers by their size, before texts."""
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (1, 0.0, text)
