@@ -23,19 +23,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rl_onoff import __version__, sweep
+from rl_onoff import __version__
 from rl_onoff.config import register
 from rl_onoff.config_errors import config_sentence, flag_sentence, flags_first
 from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
 from rl_onoff.storage import FULL_DISK, LOCK, RunDir, disk_error, write_whole
-from rl_onoff.sweep_table import ERROR, JobFailed, conclude, new_failures, write_failure
+from rl_onoff.sweeps import launchers, start, turns
+from rl_onoff.sweeps.failures import ERROR, JobFailed, new_failures, write_failure
+from rl_onoff.sweeps.metric import missing_metric, optimises
+from rl_onoff.sweeps.table import conclude
 
 log = logging.getLogger(__name__)
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
-
-LAUNCHERS = ("joblib", "submitit", "ray", "concurrent")  # packages whose errors tell of a job that ended without a word
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
@@ -51,7 +52,7 @@ def job(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
-    here = not in_sweep or sweep.started is not None  # else a launcher runs it in a process of its own
+    here = not in_sweep or start.started is not None  # else a launcher runs it in a process of its own
     secrets = all_secrets(_plain(cfg))
     try:
         return _run(cfg, hydra_config, path, in_sweep, secrets)
@@ -94,11 +95,11 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, secrets
             from rl_onoff.run import run
             from rl_onoff.slot import SharedSlot
 
-            if in_sweep and sweep.turn is not None and not _shared:
-                _shared.append(SharedSlot(sweep.turn))
+            if in_sweep and turns.turn is not None and not _shared:
+                _shared.append(SharedSlot(turns.turn))
             value = run(config, path, group=path.parent.name if in_sweep else None, slot=_shared[0] if _shared else None)
-            if value is None and in_sweep and sweep.optimises(hydra_config):
-                raise sweep.missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
+            if value is None and in_sweep and optimises(hydra_config):
+                raise missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
             return value
         except UsageError:
             if not in_sweep and not named:
@@ -150,29 +151,27 @@ def main() -> None:
 
         sys.exit(doctor())
     try:
-        _run_all()
+        with launchers.waited_for():
+            job()
     except KeyboardInterrupt:
-        if sweep.started is not None:
-            _stop_jobs()
-            _forget_secrets(ended=False)
-            folder = sweep.started.folder
-            _say_how_to_go_on(folder, f"sweep_dir={folder}", all_secrets(_plain(sweep.started.config)))
+        if (started := start.started) is not None:
+            launchers.stop()
+            launchers.forget_secrets(started.config.hydra.launcher, started.folder, all_done=False)
+            _say_how_to_go_on(started.folder, f"sweep_dir={started.folder}", all_secrets(_plain(started.config)))
         sys.exit(130)
     except BrokenPipeError:  # `rl-onoff --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except sweep.Refused as refused:
+    except start.Refused as refused:
         _fail(refused.error)
     except Exception as error:
-        _conclude_sweep()
-        _forget_secrets(ended=False)
+        _conclude_sweep(all_done=False)
         if not (_failures and type(error) is ValueError):  # Optuna's, when all trials failed
             if keeps_traceback:
                 raise
             _fail(error)
     else:
-        _conclude_sweep()
-        _forget_secrets(ended=True)
+        _conclude_sweep(all_done=True)
     finally:
         for slot in _shared:
             slot.end()
@@ -193,63 +192,20 @@ def _understood(arguments: list[str]) -> list[str]:
     if sentence := flag_sentence(arguments):
         _fail(UsageError(sentence))
     if {"-m", "--multirun"} & set(arguments):
-        names = ",".join(f"'{name}'" for name in sweep.fixed_options(arguments))
-        arguments = [*arguments, f"{sweep.FIXED}=[{names}]"]
+        names = ",".join(f"'{name}'" for name in start.fixed_options(arguments))
+        arguments = [*arguments, f"{start.FIXED}=[{names}]"]
     return flags_first(arguments)
 
 
-def _conclude_sweep() -> None:
+def _conclude_sweep(all_done: bool) -> None:
     """Print and write the table of a sweep, whoever ran its jobs, and take note of those that failed."""
-    if sweep.started is None:
+    if (started := start.started) is None:
         return
-    if "hydra_ray_launcher" in sweep.started.config.hydra.launcher._target_ and "ray" in sys.modules:
-        sys.modules["ray"].shutdown()  # or it prints what the jobs said below the table
-    _failures.extend(new_failures(sweep.started.folder, sweep.started.before))
+    launchers.end(started.config.hydra.launcher)
+    launchers.forget_secrets(started.config.hydra.launcher, started.folder, all_done=all_done)
+    _failures.extend(new_failures(started.folder, started.before))
     with suppress(OnOffError):  # a full disk: the jobs have said so
-        print(f"\n{conclude(sweep.started.folder)}")
-
-
-def _forget_secrets(ended: bool) -> None:
-    """Remove what submitit carried to its jobs and back, their configs as they were given; jobs that Slurm still queues need it."""
-    if sweep.started is not None and (ended or "LocalLauncher" in sweep.started.config.hydra.launcher._target_):
-        for file in sweep.started.folder.glob(".submitit/*/*.pkl"):
-            with suppress(OSError):
-                file.unlink()
-
-
-def _run_all() -> None:
-    """The run, or all jobs of the sweep: when submitit loses one, it stops to wait for the others, which it runs on this machine."""
-    try:
-        job()
-    except Exception as error:
-        if type(error).__module__.startswith("submitit."):
-            _wait_for_jobs(None)
-        raise
-
-
-def _stop_jobs() -> None:
-    """Stop the jobs that submitit runs on this machine: a signal to this process alone does not reach them, and they outlive it."""
-    import psutil
-
-    for process in _wait_for_jobs(2):  # a Ctrl-C in a terminal has reached them
-        with suppress(psutil.Error):
-            if "submitit.core._submit" in process.cmdline():  # the other ones wait for these
-                process.send_signal(signal.SIGINT)
-    for process in _wait_for_jobs(10):
-        with suppress(psutil.Error):
-            process.kill()
-
-
-def _wait_for_jobs(timeout_s: float | None) -> list[Any]:
-    """The processes of submitit's local jobs that live on after so many seconds."""
-    import psutil
-
-    jobs = []
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if any(word.startswith("submitit.") for word in process.cmdline()):
-                jobs.append(process)
-    return psutil.wait_procs(jobs, timeout=timeout_s)[1]
+        print(f"\n{conclude(started.folder)}")
 
 
 def _say_how_to_go_on(path: Path, folder: str, secrets: frozenset[str]) -> None:
@@ -274,11 +230,11 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
             sentence += ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna"
     elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # not of a job: Hydra could not make its folder
         sentence, code = str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
-    elif sweep.started is not None and type(error).__module__.partition(".")[0] in LAUNCHERS:
+    elif start.started is not None and type(error).__module__.partition(".")[0] in launchers.PACKAGES:
         said = next(iter(str(error).strip().splitlines()), "")
         sentence, code = (
             f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and the same command with"
-            f" sweep_dir={sweep.started.folder} does what is missing",
+            f" sweep_dir={start.started.folder} does what is missing",
             OnOffError.exit_code,
         )
     else:
@@ -289,7 +245,7 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
 
 def _continue_command(folder: str, secrets: frozenset[str]) -> str:
     """The command line as it was given, secrets masked, with the folder it goes on in."""
-    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir=", f"{sweep.FIXED}="))]
+    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir=", f"{start.FIXED}="))]
     return shlex.join(["rl-onoff", *(redact_override(argument, secrets) for argument in kept), folder])
 
 

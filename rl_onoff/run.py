@@ -31,7 +31,7 @@ from rl_onoff.slot import Slot, build
 from rl_onoff.sources import open_sources
 from rl_onoff.storage import RunDir, Table
 from rl_onoff.summary import Summary, as_text, summarise
-from rl_onoff.sweep import NotItsTurn
+from rl_onoff.sweeps.turns import NotItsTurn
 from rl_onoff.tracking import Tracker
 from rl_onoff.types import Sampling, Want
 

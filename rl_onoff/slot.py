@@ -1,6 +1,6 @@
 """One engine is alive at a time: whoever wants another closes the one that is there first.
 
-Jobs of a sweep that run in one process share the slot and take turns (sweep.py), so that no engine is loaded twice.
+Jobs of a sweep that run in one process share the slot and take turns (sweeps/turns.py), so that no engine is loaded twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.errors import UsageError
-from rl_onoff.sweep import NotItsTurn, Turn
+from rl_onoff.sweeps.turns import NotItsTurn, Turn
 
 if TYPE_CHECKING:
     from rl_onoff.tracking import Tracker

@@ -11,7 +11,7 @@ import pytest
 
 from rl_onoff.backends import FakeBackendConfig
 from rl_onoff.slot import SharedSlot
-from rl_onoff.sweep import NotItsTurn, Turn
+from rl_onoff.sweeps.turns import NotItsTurn, Turn
 from tests.end_to_end.conftest import FAKE, SMALL, rl_onoff, token_ids
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")

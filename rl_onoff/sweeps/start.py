@@ -1,0 +1,67 @@
+"""What the process that starts a sweep knows of it, whatever its sweeper and launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from rl_onoff.errors import UsageError
+from rl_onoff.sweeps.failures import Trace, failures
+from rl_onoff.sweeps.launchers import prepare
+from rl_onoff.sweeps.metric import check_metric
+
+FIXED = "hydra.job.config.override_dirname.exclude_keys"  # Hydra's option: what a job's folder is not named after
+
+
+@dataclass(slots=True)
+class Started:
+    """A sweep that this process started."""
+
+    folder: Path
+    config: DictConfig  # with what is the same for all jobs
+    before: Mapping[Path, Trace]  # failures that an earlier sweep left in the folder
+
+
+started: Started | None = None
+
+
+class Refused(BaseException):  # not an Exception: Hydra makes a warning of what a callback raises
+    """The sweep cannot be right, so no job of it is begun."""
+
+    def __init__(self, error: UsageError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Remember(Callback):
+    """Hydra's callback at the start of a sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        global started
+        try:
+            check_metric(config)
+        except UsageError as error:
+            raise Refused(error) from error
+        prepare(config.hydra.launcher)
+        path = Path(str(config.hydra.sweep.dir))
+        started = Started(path, config, failures(path))
+
+
+def fixed_options(arguments: Iterable[str]) -> list[str]:
+    """Names of the options on a command line that are the same for all jobs."""
+    parser = OverridesParser.create()
+    fixed: dict[str, bool] = {}  # the last word on an option counts
+    for argument in arguments:
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:  # a flag, or a mistake: Hydra says so
+            continue
+        fixed[override.get_key_element()] = not override.is_sweep_override()
+    return [name for name, is_fixed in fixed.items() if is_fixed]

@@ -1,0 +1,79 @@
+"""A sweep in this process: its jobs take turns, so that each engine is loaded once, whatever the order of the jobs.
+
+A round loads one engine, that of the first job that waits, and gives every waiting job its turn. A job goes as far as it gets with
+that engine; when it wants another one it is put back, and goes on in the round that has it: what it finished is on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from rl_onoff.config import swept
+
+log = logging.getLogger(__name__)
+
+
+class NotItsTurn(BaseException):  # not an Exception: nobody but the launcher may take it for a failure
+    """The engine of this round is none of the `wanted` ones, with which the job would go on."""
+
+    def __init__(self, wanted: Collection[Any]) -> None:
+        super().__init__()
+        self.wanted = wanted
+
+
+@dataclass(slots=True)
+class Turn:
+    """What the running job may do."""
+
+    engine: Any = None  # the config of the engine that is loaded
+    free: bool = True  # the engine of this round is not chosen yet
+    alone: bool = False  # no other job waits, so nothing is gained by putting this one back
+
+    def has(self, engines: Collection[Any]) -> bool:
+        """Whether one of these engines can be had in this round."""
+        return self.engine is None or self.free or self.alone or self.engine in engines
+
+
+turn: Turn | None = None  # of the sweep whose jobs run in this process
+
+
+def launch(
+    context: HydraContext, task: TaskFunction, config: DictConfig, job_overrides: Sequence[Sequence[str]], first: int
+) -> list[JobReturn]:
+    """Run all jobs, in rounds; their returns are in the order of the jobs. `first` is the number of the first one."""
+    global turn
+    setup_globals()
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+    log.info("%d jobs in %s", len(job_overrides), config.hydra.sweep.dir)
+    done: dict[int, JobReturn] = {}
+    wanted: dict[int, Collection[Any]] = {}  # by the jobs that were put back
+    waiting = list(range(len(job_overrides)))
+    turn = turn or Turn()
+    while waiting:
+        turn.free, turn.alone = True, len(waiting) == 1
+        for job in waiting:
+            if job in wanted and not turn.has(wanted[job]):
+                continue
+            number, name = first + job, ", ".join(swept(job_overrides[job], config.hydra.job.config.override_dirname.exclude_keys))
+            log.info("#%d %s%s", number, "goes on: " if job in wanted else "", name)
+            job_config = context.config_loader.load_sweep_config(config, list(job_overrides[job]))
+            with open_dict(job_config):
+                job_config.hydra.job.id = job_config.hydra.job.num = number
+            try:
+                done[job] = run_job(task, job_config, "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context=context)
+            except NotItsTurn as not_now:
+                wanted[job] = not_now.wanted
+            configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+            if job not in done:
+                log.info("#%d waits for its engine", number)
+        waiting = [job for job in waiting if job not in done]
+    return [done[job] for job in sorted(done)]
