@@ -8,7 +8,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from rl_onoff.backends.config import nearest_engine
+from rl_onoff.backends.nested import nearest_engine
 from rl_onoff.config import field_names
 from rl_onoff.errors import nearest
 from rl_onoff.redaction import redact_override

@@ -7,18 +7,17 @@ the engine's own names; what is not typed here passes through `engine_kwargs`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self
 
 from rl_onoff.errors import UsageError, nearest
 from rl_onoff.sampling import LogprobKind
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPES_ELSEWHERE = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
-ENGINES_ELSEWHERE = {"hf": "huggingface", "transformers": "huggingface"}
 
 
 class PoolKind(Enum):
@@ -324,7 +323,9 @@ class BackendConfig:
     backend_config: EngineConfig | None = None
 
     def __post_init__(self) -> None:
-        schema = _schema(self.backend_type)
+        from rl_onoff.backends.nested import schema_of
+
+        schema = schema_of(self.backend_type)
         if self.backend_config is None:
             self.backend_config = schema()
         if not isinstance(self.backend_config, schema):
@@ -336,30 +337,10 @@ class BackendConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BackendConfig:
         """Build from `{"backend_type": …, "model_name": …, "backend_specific": {…}}`."""
+        from rl_onoff.backends.nested import engine_config
+
         backend_type = values.get("backend_type", "huggingface")
-        schema = _schema(backend_type)
-        known = {f.name for f in dataclasses.fields(schema)} - {"_target_", "model_name"}
-        keys = ("backend_type", "model_name", "backend_specific")
-        for key in values:
-            if key not in keys:
-                near = None if key in known else nearest(str(key), keys, cutoff=0.5)
-                mend = f"did you mean {near}?" if near else "options of the engine go under backend_specific"
-                raise UsageError(f"unknown key {key!r} in the backend's config: {mend}")
-        options = values.get("backend_specific") or {}
-        if not isinstance(options, Mapping):
-            raise UsageError(f"backend_specific is {options!r} but must be a mapping of the engine's options, as in {{'dtype': 'float32'}}")
-        options = dict(options)
-        for name in options:
-            if name not in known:
-                near = nearest(str(name), known)
-                mend = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}; others go in engine_kwargs"
-                raise UsageError(f"{backend_type} has no option {name!r}: {mend}")
-        if isinstance(options.get("logprob_kind"), str):
-            options["logprob_kind"] = _kind(options["logprob_kind"])
-        if isinstance(options.get("pool"), Mapping):
-            options["pool"] = _pool(options["pool"])
-        _check_types(schema, options)
-        return cls(backend_type=backend_type, model_name=values.get("model_name", ""), backend_config=schema(**options))
+        return cls(backend_type=backend_type, model_name=values.get("model_name", ""), backend_config=engine_config(backend_type, values))
 
     @classmethod
     def from_file(cls, path: str | Path) -> BackendConfig:
@@ -377,20 +358,6 @@ class BackendConfig:
         return cls.from_dict(values)
 
 
-def _schema(backend_type: Any) -> type[EngineConfig]:
-    """The schema of the engine of this name."""
-    if isinstance(backend_type, str) and backend_type in ENGINE_CONFIGS:
-        return ENGINE_CONFIGS[backend_type]
-    near = nearest_engine(str(backend_type), ENGINE_CONFIGS)
-    meant = f"did you mean {near}? " if near else ""
-    raise UsageError(f"there is no backend {backend_type!r}: {meant}choose one of {', '.join(ENGINE_CONFIGS)}")
-
-
-def nearest_engine(name: str, known: Iterable[str]) -> str | None:
-    """The engine that was probably meant, also by what it is called elsewhere."""
-    return nearest(ENGINES_ELSEWHERE.get(name.lower(), name), known)
-
-
 def _check_dtype(what: str, value: Any) -> None:
     if value in (None, *DTYPES):
         return
@@ -399,35 +366,3 @@ def _check_dtype(what: str, value: Any) -> None:
     raise UsageError(
         f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target where it is set"
     )
-
-
-def _kind(name: str) -> LogprobKind:
-    if name not in LogprobKind.__members__:
-        raise UsageError(f"logprob_kind is {name!r} but must be one of {', '.join(LogprobKind.__members__)}: set logprob_kind=raw")
-    return LogprobKind[name]
-
-
-def _check_types(schema: type[EngineConfig], options: Mapping[str, Any]) -> None:
-    """Refuse a value of another type than its field's, which Hydra does for the command line."""
-    hints = get_type_hints(schema)
-    for name, value in options.items():
-        hint = hints[name]
-        if name in ("engine_kwargs", "device_map") or name.endswith("dtype"):  # any mapping; what has a check of its own
-            continue
-        if not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
-            wanted = str(getattr(hint, "__name__", hint)).replace(" | None", " or None")
-            raise UsageError(f"{name} is {value!r} but must be of type {wanted}: correct it under backend_specific")
-
-
-def _pool(values: Mapping[str, Any]) -> PoolConfig:
-    """The pool of a nested config, its kind by name."""
-    known = {f.name for f in dataclasses.fields(PoolConfig)}
-    for name in values:
-        if name not in known:
-            raise UsageError(f"a pool has no option {name!r}: it has {', '.join(sorted(known))}")
-    kind = values.get("kind", PoolKind.local)
-    if not isinstance(kind, PoolKind):
-        if kind not in PoolKind.__members__:
-            raise UsageError(f"there is no pool {kind!r}: choose one of {', '.join(PoolKind.__members__)}")
-        kind = PoolKind[kind]
-    return PoolConfig(**{**values, "kind": kind})

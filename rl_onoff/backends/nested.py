@@ -1,0 +1,89 @@
+"""The nested form of a backend's config, as the public API takes it: every mistake in it is one sentence.
+
+Hydra checks the command line; this checks what Python gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_type_hints
+
+from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig, PoolConfig, PoolKind
+from rl_onoff.errors import UsageError, nearest
+from rl_onoff.sampling import LogprobKind
+
+KEYS = ("backend_type", "model_name", "backend_specific")
+ENGINES_ELSEWHERE = {"hf": "huggingface", "transformers": "huggingface"}
+
+
+def engine_config(backend_type: Any, values: Mapping[str, Any]) -> EngineConfig:
+    """The engine's config in `{"backend_type": …, "model_name": …, "backend_specific": {…}}`, without the model."""
+    schema = schema_of(backend_type)
+    known = {f.name for f in dataclasses.fields(schema)} - {"_target_", "model_name"}
+    for key in values:
+        if key not in KEYS:
+            near = None if key in known else nearest(str(key), KEYS, cutoff=0.5)
+            mend = f"did you mean {near}?" if near else "options of the engine go under backend_specific"
+            raise UsageError(f"unknown key {key!r} in the backend's config: {mend}")
+    options = values.get("backend_specific") or {}
+    if not isinstance(options, Mapping):
+        raise UsageError(f"backend_specific is {options!r} but must be a mapping of the engine's options, as in {{'dtype': 'float32'}}")
+    options = dict(options)
+    for name in options:
+        if name not in known:
+            near = nearest(str(name), known)
+            mend = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}; others go in engine_kwargs"
+            raise UsageError(f"{backend_type} has no option {name!r}: {mend}")
+    if isinstance(options.get("logprob_kind"), str):
+        options["logprob_kind"] = _kind(options["logprob_kind"])
+    if isinstance(options.get("pool"), Mapping):
+        options["pool"] = _pool(options["pool"])
+    _check_types(schema, options)
+    return schema(**options)
+
+
+def schema_of(backend_type: Any) -> type[EngineConfig]:
+    """The schema of the engine of this name."""
+    if isinstance(backend_type, str) and backend_type in ENGINE_CONFIGS:
+        return ENGINE_CONFIGS[backend_type]
+    near = nearest_engine(str(backend_type), ENGINE_CONFIGS)
+    meant = f"did you mean {near}? " if near else ""
+    raise UsageError(f"there is no backend {backend_type!r}: {meant}choose one of {', '.join(ENGINE_CONFIGS)}")
+
+
+def nearest_engine(name: str, known: Iterable[str]) -> str | None:
+    """The engine that was probably meant, also by what it is called elsewhere."""
+    return nearest(ENGINES_ELSEWHERE.get(name.lower(), name), known)
+
+
+def _kind(name: str) -> LogprobKind:
+    if name not in LogprobKind.__members__:
+        raise UsageError(f"logprob_kind is {name!r} but must be one of {', '.join(LogprobKind.__members__)}: set logprob_kind=raw")
+    return LogprobKind[name]
+
+
+def _check_types(schema: type[EngineConfig], options: Mapping[str, Any]) -> None:
+    """Refuse a value of another type than its field's, which Hydra does for the command line."""
+    hints = get_type_hints(schema)
+    for name, value in options.items():
+        hint = hints[name]
+        if name in ("engine_kwargs", "device_map") or name.endswith("dtype"):  # any mapping; what has a check of its own
+            continue
+        if not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
+            wanted = str(getattr(hint, "__name__", hint)).replace(" | None", " or None")
+            raise UsageError(f"{name} is {value!r} but must be of type {wanted}: correct it under backend_specific")
+
+
+def _pool(values: Mapping[str, Any]) -> PoolConfig:
+    """The pool of a nested config, its kind by name."""
+    known = {f.name for f in dataclasses.fields(PoolConfig)}
+    for name in values:
+        if name not in known:
+            raise UsageError(f"a pool has no option {name!r}: it has {', '.join(sorted(known))}")
+    kind = values.get("kind", PoolKind.local)
+    if not isinstance(kind, PoolKind):
+        if kind not in PoolKind.__members__:
+            raise UsageError(f"there is no pool {kind!r}: choose one of {', '.join(PoolKind.__members__)}")
+        kind = PoolKind[kind]
+    return PoolConfig(**{**values, "kind": kind})
