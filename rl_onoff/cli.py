@@ -26,9 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rl_onoff import __version__
 from rl_onoff.config import register
 from rl_onoff.config_errors import config_sentence, flag_sentence, flags_first
+from rl_onoff.disk import FULL_DISK, disk_error, write_whole
 from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
-from rl_onoff.storage import FULL_DISK, LOCK, RunDir, disk_error, write_whole
+from rl_onoff.storage import LOCK, RunDir
 from rl_onoff.sweeps import launchers, start, turns
 from rl_onoff.sweeps.failures import ERROR, JobFailed, new_failures, write_failure
 from rl_onoff.sweeps.metric import missing_metric, optimises

@@ -15,23 +15,21 @@ import numpy as np
 
 from rl_onoff.config import DataConfig
 from rl_onoff.errors import UsageError
+from rl_onoff.records import Table, look_up, read_table
 from rl_onoff.rows import (
     GROUP_COLUMNS,
     PROMPT_COLUMNS,
     Messages,
     Prompt,
     Row,
-    Table,
     answer_column_of,
     answer_of,
     is_chat,
     is_ids,
     jsonable,
     load_rows,
-    look_up,
     parse_prompt,
     question_of,
-    read_table,
 )
 from rl_onoff.types import LogprobKind, Request, Response, Sampling
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from rl_onoff.config import COLUMN_ROLES
 from rl_onoff.errors import UsageError
-from rl_onoff.rows import GROUP_COLUMNS, Table, jsonable, look_up, read_table
+from rl_onoff.records import Table, look_up, read_table
+from rl_onoff.rows import GROUP_COLUMNS, jsonable
 from rl_onoff.types import LogprobKind
 
 COLUMNS: dict[str, tuple[str, ...]] = {

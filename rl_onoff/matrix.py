@@ -19,11 +19,12 @@ from rl_onoff.backends.config import EngineConfig
 from rl_onoff.comparing import compare_run, verdict_of, write_page
 from rl_onoff.comparison import ON_POLICY_K3, Comparison, Estimate
 from rl_onoff.config import RunConfig
+from rl_onoff.disk import write_whole
 from rl_onoff.errors import UsageError
 from rl_onoff.matrix_page import matrix_page
 from rl_onoff.metrics import PRIME_RL_BAR
 from rl_onoff.recorded import texts_of
-from rl_onoff.storage import RunDir, Table, write_whole
+from rl_onoff.storage import RunDir, Table
 from rl_onoff.summary import summarise
 
 if TYPE_CHECKING:

@@ -7,17 +7,17 @@ are refused, with the difference shown. Columns are documented in docs/run_folde
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rl_onoff.disk import disk_error, read_json, sync, write_whole
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import redact, secret_values
 
@@ -57,7 +57,6 @@ RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet
 LOCK = ".lock"
 GROUP_ROWS = 32  # of a shard that are compressed, and read, together
 SHARD_BYTES = 64 << 20  # of arrays in a shard before compression: what a writer holds
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Row = dict[str, Any]
 Key = tuple[str, int]
@@ -226,9 +225,9 @@ class Writer:
         partial = shard.with_name(f".{shard.name}")
         try:
             pq.write_table(pa.table(columns, names=list(fields)), partial, compression="zstd", row_group_size=GROUP_ROWS)
-            _sync(partial)
+            sync(partial)
             partial.rename(shard)
-            _sync(shard.parent)
+            sync(shard.parent)
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise disk_error(error, self.table.path) from error
@@ -250,39 +249,6 @@ def _rows(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[Row]:
         raise OnOffError(f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again") from error
 
 
-def disk_error(error: OSError, path: Path) -> OnOffError:
-    """One sentence for what a disk can do wrong."""
-    if error.errno in FULL_DISK:
-        return OnOffError(
-            f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same run_dir,"
-            " nothing written is lost; or set run_dir to a folder on another disk"
-        )
-    return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
-
-
-def write_whole(file: Path, text: str) -> Path:
-    """Replace a text file in one step, so that a reader never sees half of it."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs of a sweep that run side by side mask its multirun.yaml
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        _sync(partial)
-        partial.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise disk_error(error, file.parent) from error
-    return file
-
-
-def read_json(file: Path) -> Any:
-    """The content of a small file of ours, None when it is not there."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    except (ValueError, OSError) as error:
-        raise OnOffError(f"{file} cannot be read ({error}): restore it, or set run_dir to a new folder") from error
-
-
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
     """The leaves in which two nested configs differ, as `a.b: 1 -> 2`."""
     if isinstance(before, dict) and isinstance(after, dict):
@@ -295,15 +261,6 @@ def _told_once(changes: list[str]) -> list[str]:
     """Without the changes of an option under its engine's own name where they are told under ours."""
     ours = {change: re.sub(r"torch_dtype(?=: )", "dtype", change).replace("tensor_parallel_size: ", "tp_size: ") for change in changes}
     return [change for change, ours in ours.items() if ours == change or ours not in changes]
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _num_bytes(value: Any) -> int:

@@ -18,7 +18,8 @@ from rl_onoff.backends.config import (
 from rl_onoff.errors import UsageError
 
 if TYPE_CHECKING:
-    from rl_onoff.backends.base import BaseBackend, EngineInfo
+    from rl_onoff.backends.base import BaseBackend
+    from rl_onoff.backends.core import EngineInfo
 
 __all__ = [
     "ENGINE_CONFIGS", "BackendConfig", "BaseBackend", "EngineConfig", "EngineInfo", "FakeBackendConfig", "HuggingFaceBackendConfig",
@@ -28,9 +29,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The interface itself, once somebody asks for it: the schemas alone, which `--help` needs, do without numpy."""
-    if name not in ("BaseBackend", "EngineInfo"):
+    places = {"BaseBackend": "base", "EngineInfo": "core"}
+    if name not in places:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("rl_onoff.backends.base"), name)
+    return getattr(import_module(f"rl_onoff.backends.{places[name]}"), name)
 
 
 def backend_class(target: str) -> type[BaseBackend]:

@@ -1,244 +1,27 @@
-"""The interface of every backend, and everything about it that is not an engine call.
-
-Two widths, one implementation each. The core takes and gives token ids: `complete(requests)` streams Completions as they
-finish, `score(responses, want)` streams TokenScores. The public API (text in, text out) is written once on top of it.
-
-An engine's file subclasses BaseBackend and implements `_load`, `_generate`, `_score`, `_close` and a pure `sampling_args`.
-Where the engine runs (here, in a worker process, in a pool of them) is decided in `load` and is not the engine's business.
-"""
+"""The interface of every backend: text in and out, written once on top of the core (core.py)."""
 
 from __future__ import annotations
 
-import logging
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from rl_onoff.backends.arguments import as_batch, check_arguments, is_number, token_ids_of
-from rl_onoff.backends.config import BackendConfig, EngineConfig, PoolKind
-from rl_onoff.backends.supply import Supply, requests_of
-from rl_onoff.errors import EngineError, UsageError
-from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
-
-log = logging.getLogger(__name__)
+from rl_onoff.backends.core import CoreBackend
+from rl_onoff.errors import UsageError
+from rl_onoff.types import Request, Response, Sampling, Want
 
 Text = str | Sequence[int]  # a prompt or response: text, or token ids
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineInfo:
-    """What a loaded engine says about itself; kept with the rows it makes."""
-
-    engine: str  # "huggingface", "vllm", …
-    version: str  # the engine package's version
-    dtype: str  # of the weights as loaded: "float32", "bfloat16", …
-    vocab_size: int  # columns of the logits
-    max_len: int  # most tokens of prompt and response together
-    eos_ids: tuple[int, ...]  # tokens that end a response
-    in_engine_stats: bool = True  # False: statistics come through the engine's public API
-    batch: int = 32  # responses that it samples side by side, about
-    replicas: int = 1
-
-
-class Core(Protocol):
-    """The four calls an engine answers, wherever it runs. One call at a time; results come in any order."""
-
-    def _load(self) -> EngineInfo: ...
-
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
-
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]: ...
-
-    def _close(self) -> None: ...
-
-
-class BaseBackend(ABC):
+class BaseBackend(CoreBackend):
     """One language model behind one inference engine.
 
     >>> with create_backend({"backend_type": "huggingface", "model_name": "smollm2"}) as backend:
     ...     backend.generate("The capital of France is", max_length=5)
     """
-
-    name: ClassVar[str]  # the config group's name
-    package: ClassVar[str]  # what must be importable, and the extra that brings it
-    config_class: ClassVar[type[EngineConfig]]
-    logprob_kinds: ClassVar[frozenset[LogprobKind]]  # what it can report while sampling
-    supports_gradients: ClassVar[bool] = False
-    worker_by_default: ClassVar[bool] = False
-
-    def __init__(self, config: EngineConfig | BackendConfig):
-        if isinstance(config, BackendConfig):
-            assert config.backend_config is not None
-            config = config.backend_config
-        if not isinstance(config, self.config_class):
-            raise UsageError(f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}")
-        if not config.model_name:
-            raise UsageError("no model was named: set model.name to a hub id, a folder, a .gguf file or smollm2")
-        if config.logprob_kind not in self.logprob_kinds:
-            kinds = ", ".join(kind.value for kind in LogprobKind if kind in self.logprob_kinds)
-            raise UsageError(f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of {kinds}")
-        self.config = config
-        self._core: Core | None = None
-        self._info: EngineInfo | None = None
-        self._tokenizer: Any = None
-
-    # -- what an engine's file implements ------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _load(self) -> EngineInfo:
-        """Load the weights in this process."""
-
-    @abstractmethod
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Sample every `request.sample_indices` of every request."""
-
-    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
-        """Sample what the supply gives, while it gives; for engines that can take more in the middle of their work to do better."""
-        while draws := supply.take(wait=True):
-            yield from self._generate(requests_of(draws))
-
-    @abstractmethod
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        """Score given token ids; none of the responses is empty or longer than the context."""
-
-    @abstractmethod
-    def _close(self) -> None:
-        """Free what `_load` took; must be safe to call twice."""
-
-    @staticmethod
-    @abstractmethod
-    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        """The engine's own sampling arguments, every one explicit: nothing comes from the model's generation config."""
-
-    # -- checks that load nothing ----------------------------------------------------------------------------------------
-
-    def check_model(self) -> None:
-        """Refuse a model that cannot be there."""
-        from rl_onoff.models import check_name
-
-        check_name(self.config.model_name, revision=self.config.revision)
-
-    def check_sampling(self, sampling: Sampling) -> None:
-        """Refuse a sampler this engine does not have."""
-        self.sampling_args(sampling, (), sampling.seed)
-
-    # -- life ----------------------------------------------------------------------------------------------------------
-
-    def load(self) -> None:
-        """Load the model and tokenizer. Loading twice is loading once.
-
-        Raises ImportError when the engine is not installed, ValueError for a model that is not there.
-        """
-        if self._core is not None:
-            return
-        self._tokenizer = self._tokenizer or self._load_tokenizer()
-        core = self._place()
-        try:
-            self._info = core._load()
-        except BaseException:
-            core._close()
-            raise
-        self._core = core
-
-    def _place(self) -> Core:
-        """Where the engine runs: this object itself, a worker process, or a pool of them."""
-        if self.config.pool.kind is PoolKind.ray:
-            if self.config.worker is False:
-                raise UsageError(
-                    "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of them"
-                )
-            from rl_onoff.workers.pool import Pool
-            from rl_onoff.workers.ray import RayCluster
-
-            return Pool(type(self), self.config, site=RayCluster(type(self), self.config))
-        if (replicas := self._num_replicas()) > 1:
-            if self.config.worker is False:
-                raise UsageError(
-                    f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of their own: "
-                    "drop backend.worker=false, or set backend.dp_size=1"
-                )
-            from rl_onoff.workers.pool import Pool
-
-            return Pool(type(self), replace(self.config, dp_size=replicas))
-        hosted = self._hosted_by_default() if self.config.worker is None else self.config.worker
-        if not hosted and self.config.python is None:
-            return self
-        from rl_onoff.workers.host import Host
-
-        return Host(type(self), self.config)
-
-    def _num_replicas(self) -> int:
-        return self.config.dp_size or 1
-
-    def _hosted_by_default(self) -> bool:
-        return self.worker_by_default
-
-    def close(self) -> None:
-        """Free the model, and every process, file and port the engine took."""
-        core, self._core, self._info = self._core, None, None
-        if core is not None:
-            core._close()
-
-    def __enter__(self) -> Self:
-        self.load()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def is_loaded(self) -> bool:
-        """True between `load` and `close`."""
-        return self._core is not None
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine says about itself; only once loaded."""
-        self._loaded()
-        assert self._info is not None
-        return self._info
-
-    def _loaded(self) -> Core:
-        if self._core is None:
-            raise EngineError("the backend is not loaded: call backend.load() first")
-        return self._core
-
-    # -- the core: token ids -------------------------------------------------------------------------------------------
-
-    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Sample `n` responses to every request; yields each as it finishes, in any order."""
-        core, requests = self._loaded(), list(requests)
-        for request in requests:
-            self._check_prompt(request.id, len(request.prompt_ids), room=1)
-        stops = {request.id: request.sampling.stop for request in requests}
-        for completion in core._generate(requests) if requests else ():
-            yield replace(completion, text=self._text(completion.token_ids_T, stops[completion.request_id]))
-
-    def score(self, responses: Iterable[Response], want: Want | None = None) -> Iterator[TokenScores]:
-        """Score given responses by prefill; yields each as it is done, in any order.
-
-        Row t describes response token t, whose distribution is that of a plain forward pass over the unpadded sequence.
-        """
-        core, responses, want = self._loaded(), list(responses), want or Want()
-        for response in responses:
-            self._check_prompt(response.request_id, len(response.prompt_ids), room=len(response.token_ids_T))
-            if len(response.token_ids_T) == 0:
-                raise UsageError(f"response {response.sample} to request {response.request_id!r} has no tokens to score")
-        yield from core._score(responses, want) if responses else ()
-
-    def _check_prompt(self, request_id: str, num_tokens: int, room: int) -> None:
-        if num_tokens == 0:
-            raise UsageError(f"the prompt of request {request_id!r} is empty: give it at least one token")
-        if num_tokens + room > self.info.max_len:
-            raise UsageError(
-                f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context holds "
-                f"{self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
-            )
-
-    # -- the public API: text ------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -343,32 +126,12 @@ class BaseBackend(ABC):
         texts = [self.get_tokenizer().decode(ids, skip_special_tokens=True) for ids in batch]
         return texts[0] if single else texts
 
-    def get_tokenizer(self) -> Any:
-        """The transformers tokenizer of the model; pads on the left."""
-        if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
-        return self._tokenizer
-
     # -- helpers -------------------------------------------------------------------------------------------------------
-
-    def _load_tokenizer(self) -> Any:
-        from rl_onoff.tokenizers import load_tokenizer
-
-        config = self.config
-        return load_tokenizer(
-            config.model_name, tokenizer=config.tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
 
     def _ids(self, text: Text, special: bool = True) -> np.ndarray:
         if isinstance(text, str):
             text = self.get_tokenizer().encode(text, add_special_tokens=special)
         return token_ids_of(text)
-
-    def _text(self, token_ids_T: np.ndarray, stop: Sequence[str]) -> str:
-        """The text of a response, the same for every engine: no special tokens, cut before the first stop string."""
-        text = self.get_tokenizer().decode(token_ids_T.tolist(), skip_special_tokens=True)
-        cut = cut_at_stop(text, stop)
-        return text if cut is None else cut
 
     def _check_gradients(self) -> None:
         if not self.supports_gradients:
@@ -395,9 +158,3 @@ def _softmax(logits_TV: Any, temperature: float) -> Any:
     np.exp(scaled, out=scaled)
     scaled /= scaled.sum(-1, keepdims=True)
     return scaled
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
-    """`text` before the first stop string in it; None when there is none."""
-    hits = [at for at in (text.find(string) for string in stop) if at >= 0]
-    return text[: min(hits)] if hits else None

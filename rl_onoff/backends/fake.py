@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig, FakeBackendConfig
+from rl_onoff.backends.core import EngineInfo
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 

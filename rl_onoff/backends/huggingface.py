@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rl_onoff.backends.base import BaseBackend, Core, EngineInfo
+from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig, HuggingFaceBackendConfig, PoolKind
+from rl_onoff.backends.core import Core, EngineInfo
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo, cut_at_stop
+from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig, SGLangBackendConfig
+from rl_onoff.backends.core import EngineInfo, cut_at_stop
 from rl_onoff.backends.sglang_public import PublicScorer, check
 from rl_onoff.backends.sglang_setup import MARGIN, engine_args, engine_environment
 from rl_onoff.backends.streaming import Emit, Take, Work, run, whole

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.storage import read_json, write_whole
+from rl_onoff.disk import read_json, write_whole
 from rl_onoff.sweeps.failures import ERROR, read_failure
 
 FILE = "sweep.csv"

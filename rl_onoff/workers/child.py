@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import msgspec
 import psutil
 
-from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.core import CoreBackend
 from rl_onoff.backends.supply import Draw, draws_of
 from rl_onoff.errors import OnOffError
 from rl_onoff.types import Completion, TokenScores
@@ -152,7 +152,7 @@ class Worker:
         self._watch.closing()
         backend.close()
 
-    def _load(self) -> BaseBackend | None:
+    def _load(self) -> CoreBackend | None:
         message = self._channel.receive()
         assert isinstance(message, wire.Load)
         try:

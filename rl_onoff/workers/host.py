@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rl_onoff import errors
-from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig, PoolConfig
+from rl_onoff.backends.core import CoreBackend, EngineInfo
 from rl_onoff.backends.supply import Supply
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
@@ -40,7 +40,7 @@ class Host:
     """Runs one backend in a worker process. One call at a time; a new call drops what an older one had not yielded."""
 
     def __init__(
-        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, place: Place = ANYWHERE
+        self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None, place: Place = ANYWHERE
     ):
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise

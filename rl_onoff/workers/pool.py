@@ -14,8 +14,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig
+from rl_onoff.backends.core import CoreBackend, EngineInfo
 from rl_onoff.errors import EngineDiedError, EngineError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 from rl_onoff.workers.devices import places
@@ -43,7 +43,7 @@ class Site(Protocol):
 class Machine:
     """This machine: a worker process for each replica, with devices of its own."""
 
-    def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None):
+    def __init__(self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None):
         self._class, self._config, self._log_folder = backend_class, config, log_folder
 
     def hosts(self) -> list[Host]:
@@ -58,7 +58,7 @@ class Pool:
     """Runs the replicas of one backend. One call at a time; a call that is left early leaves the pool usable."""
 
     def __init__(
-        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, site: Site | None = None
+        self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None, site: Site | None = None
     ):
         self._class, self._config = backend_class, config
         self._site = site or Machine(backend_class, config, log_folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.core import CoreBackend
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import sessions, wire
 from rl_onoff.workers.devices import ANYWHERE, Place
@@ -34,7 +34,7 @@ _numbers = itertools.count()
 class WorkerProcess:
     """Starts `python -m rl_onoff.workers.child` in a session and a temporary folder of its own."""
 
-    def __init__(self, backend_class: type[BaseBackend], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE):
+    def __init__(self, backend_class: type[CoreBackend], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE):
         self.python = python or sys.executable
         packages = _packages(backend_class)
         base = tempfile.gettempdir()
@@ -138,7 +138,7 @@ class WorkerProcess:
         self._finalizer()
 
 
-def _packages(backend_class: type[BaseBackend]) -> list[Path]:
+def _packages(backend_class: type[CoreBackend]) -> list[Path]:
     """Where this package is, and the module or package that the backend's class is from."""
     found = []
     for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:

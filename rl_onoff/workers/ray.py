@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
 from rl_onoff.backends.config import EngineConfig
+from rl_onoff.backends.core import CoreBackend, EngineInfo
 from rl_onoff.backends.supply import Supply
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
@@ -41,7 +41,7 @@ GONE = "the Ray cluster is gone, or its head node is: run it again to go on, on 
 class RayCluster:
     """A pool's site: hosts on the nodes of a cluster."""
 
-    def __init__(self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None):
+    def __init__(self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None):
         self._class, self._log_folder = backend_class, log_folder
         self._config = replace(config, model_name=_findable(config.model_name), tokenizer=config.tokenizer and _findable(config.tokenizer))
         self._connection: Connection | None = None
@@ -63,7 +63,7 @@ class RayHost:
     """Runs one backend in a worker process on some node. One call at a time, read to its end or closed before the next."""
 
     def __init__(
-        self, backend_class: type[BaseBackend], config: EngineConfig, log_folder: Path | str | None = None, address: str | None = None
+        self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None, address: str | None = None
     ):
         self._class, self._config, self._address = backend_class, config, address
         self._log_folder = str(log_folder) if log_folder is not None else os.environ.get(LOG_FOLDER)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rl_onoff import errors
-from rl_onoff.backends.base import EngineInfo
 from rl_onoff.backends.config import EngineConfig
+from rl_onoff.backends.core import EngineInfo
 from rl_onoff.backends.supply import Draw, draws_of
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.types import Request, Want

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any, Protocol
 
-from rl_onoff.backends.base import Core, EngineInfo
+from rl_onoff.backends.core import Core, EngineInfo
 from rl_onoff.backends.supply import Draw, Supply
 from rl_onoff.errors import EngineDiedError, OnOffError
 from rl_onoff.types import Completion, Request

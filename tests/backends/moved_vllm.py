@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rl_onoff.backends.base import EngineInfo
+from rl_onoff.backends.core import EngineInfo
 from rl_onoff.backends.vllm import VLLMBackend
 
 

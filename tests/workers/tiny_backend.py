@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 import psutil
 
-from rl_onoff.backends.base import BaseBackend, EngineInfo
+from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig, FakeBackendConfig
+from rl_onoff.backends.core import EngineInfo
 from rl_onoff.errors import MissingDependencyError, UsageError
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
