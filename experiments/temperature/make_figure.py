@@ -56,7 +56,7 @@ def svg(points: dict[float, Point]) -> str:
         f'<text x="{LEFT}" y="24">KL between bfloat16 and float32, nats a token</text>',
     ]
     parts += [f'<text x="{x(t)}" y="{y(0) + 18}" text-anchor="middle">{t}</text>' for t in temperatures]
-    parts += [f'<text x="{LEFT - 8}" y="{y(v) + 4}" text-anchor="end">{v:.1g}</text>' for v in (0.0005, 0.001, 0.0015, 0.002) if v < most]
+    parts += [f'<text x="{LEFT - 8}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>' for v in (0.0005, 0.001, 0.0015, 0.002) if v < most]
     for number, (metric, label, colour) in enumerate(LINES):
         at = [(x(t), of[metric]) for t, of in points.items()]
         path = " ".join(f"{px:.1f},{y(of['value']):.1f}" for px, of in at)
