@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from rl_onoff.backends import create_backend
+from rl_onoff.backends import BaseBackend, create_backend
 from rl_onoff.errors import EngineDiedError, UsageError
 from rl_onoff.types import Completion, Request, Response, Sampling, TokenScores, Want
 from rl_onoff.workers import sessions
@@ -25,12 +28,29 @@ RESPONSES = [
 ]
 
 
-def made_by(name: str, model: str, **options: Any) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
+MANY = [Request(id=f"m{i}", prompt_ids=np.array(PROMPTS[i % 12], np.int32), sampling=SAMPLING.replace(n=1, seed=i)) for i in range(200)]
+
+
+def made_by(name: str, model: str, kills: int = 0, **options: Any) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
+    """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
     with create_backend({"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}) as backend:
         completions = list(backend.complete(REQUESTS))
         scores = list(backend.score(RESPONSES, Want(top_k=3, full_logits=True)))
-    assert len(completions) == len(scores) == 24
+        completions += in_spite_of(kills, backend)
+    assert len(completions) == 224 and len(scores) == 24, "nothing is lost, nothing comes twice"
     return {c.key: c for c in completions}, {s.key: s for s in scores}
+
+
+def in_spite_of(kills: int, backend: BaseBackend) -> list[Completion]:
+    chance, got = random.Random(0), []
+    for completion in backend.complete(MANY):
+        got.append(completion)
+        alive = [pid for pid in getattr(backend._core, "pids", ()) if pid is not None]
+        if kills and alive and len(got) % 50 == 10:
+            os.kill(chance.choice(alive), signal.SIGKILL)
+            kills -= 1
+    assert kills == 0
+    return got
 
 
 def assert_same(got: Any, expected: Any, atol: float) -> None:
@@ -57,9 +77,9 @@ def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
 
 @pytest.mark.timeout(180)
 def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, capsys):
-    hybrid = made_by("huggingface", tiny_llama, dp_size=2, tp_size=2)
+    hybrid = made_by("huggingface", tiny_llama, kills=3, dp_size=2, tp_size=2)
     assert_same(hybrid, alone, atol=1e-5)
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().out.startswith(
         "Setting up hybrid (data + tensor) using Accelerate\n  Data parallel shards: 2\n  Tensor parallel size: 2\n  Total GPUs: 4\n"
     )
 
@@ -104,4 +124,4 @@ def test_what_cannot_be_split_is_refused(request, model, options, words):
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_replicas_of_an_engine_give_what_one_gives(name, tiny_llama):
     options = {"vllm": {"max_model_len": 256}, "sglang": {"context_length": 256}}[name]
-    assert_same(made_by(name, tiny_llama, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4)
+    assert_same(made_by(name, tiny_llama, kills=1, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4)
