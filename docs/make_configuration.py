@@ -37,7 +37,12 @@ A secret (a field whose name ends with `token`, `api_key`, `password`, …) is w
 
 ENGINES = """The engine that samples (`backend.dtype=…`), the one that scores (`target.dtype=…`) and those of a matrix
 (`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code` and `dtype` follow the
-group `model` where they are not set here, and `pool` follows the group `pool`, field by field (`target.pool.kind=local`)."""
+group `model` where they are not set here, and `pool` follows the group `pool`, field by field (`target.pool.kind=local`).
+
+`target` is one engine that scores; `targets` are more, each named by you, and the name is that of its scores:
+`'+target@targets.f32=huggingface' targets.f32.dtype=float32`. All of them score, `target` too; `target=self` (the default) adds none, and
+without any the engine that samples is the one that scores. In a run that samples it scores beside them, unless `score.own=false`. Equal
+engines score once. The verdict is about the one that is furthest from the sampler."""
 
 
 def sentences(schema: Any) -> dict[str, str]:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rl_onoff import __version__
 from rl_onoff.config import register
-from rl_onoff.config_errors import config_sentence, flag_sentence, flags_first
+from rl_onoff.config_errors import config_sentence, flag_sentence, flags_first, target_sentence
 from rl_onoff.disk import FULL_DISK, disk_error, write_whole
 from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
@@ -54,7 +54,7 @@ def job(cfg: DictConfig) -> float | None:
     path = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
     here = not in_sweep or start.started is not None  # else a launcher runs it in a process of its own
-    secrets = all_secrets(_plain(cfg))
+    secrets = _secrets(cfg)
     try:
         return _run(cfg, hydra_config, path, in_sweep, secrets)
     except KeyboardInterrupt:
@@ -82,27 +82,30 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, secrets
     """Everything of a job that can fail."""
     protect_log(secrets)
     named = any(override.startswith("run_dir=") for override in hydra_config.overrides.task)
+    whole_sweep = Path(hydra_config.sweep.dir) / "multirun.yaml"
+    if in_sweep and whole_sweep.exists():  # before the lock, which may be refused
+        _write_yaml(whole_sweep, _plain(OmegaConf.load(whole_sweep)), secrets)
     with RunDir(path).lock():
         (path / ERROR).unlink(missing_ok=True)
+        before = {file: file.read_text(encoding="utf-8") for file in (path / ".hydra").glob("*.yaml")}
         for name, node in {"config": cfg, "hydra": hydra_config, "overrides": hydra_config.overrides.task}.items():
             value = _plain(node)
             _write_yaml(path / ".hydra" / f"{name}.yaml", {"hydra": value} if name == "hydra" else value, secrets)
-        whole_sweep = Path(hydra_config.sweep.dir) / "multirun.yaml"
-        if in_sweep and whole_sweep.exists():
-            _write_yaml(whole_sweep, _plain(OmegaConf.load(whole_sweep)), secrets)
         try:
             config = _checked(cfg)  # before the heavy imports, so that an error is instant
-            protect_log(all_secrets(OmegaConf.to_container(cfg, resolve=True)))
             from rl_onoff.run import run
             from rl_onoff.slot import SharedSlot
 
             if in_sweep and turns.turn is not None and not _shared:
                 _shared.append(SharedSlot(turns.turn))
             value = run(config, path, group=path.parent.name if in_sweep else None, slot=_shared[0] if _shared else None)
+            (path / ERROR).unlink(missing_ok=True)  # of another process, which was refused because this one was writing
             if value is None and in_sweep and optimises(hydra_config):
                 raise missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
             return value
-        except UsageError:
+        except UsageError:  # refused: what is in the folder is not of this command
+            for file, text in before.items():
+                write_whole(file, text)
             if not in_sweep and not named:
                 _forget(path)
             raise
@@ -131,6 +134,14 @@ def _plain(config: Any) -> Any:
     return OmegaConf.to_container(config, enum_to_str=True)
 
 
+def _secrets(config: DictConfig) -> frozenset[str]:
+    """The secrets of a config, those too that it only points at: `hub_token: ${oc.env:MINE}`."""
+    secrets = all_secrets(_plain(config))
+    with suppress(OmegaConfBaseException):  # it points at nothing: what reads it says so
+        secrets |= all_secrets(OmegaConf.to_container(config, resolve=True))
+    return secrets
+
+
 def _write_yaml(file: Path, config: Any, secrets: frozenset[str]) -> None:
     """Write a config as Hydra would, its interpolations kept, but without the secrets."""
     write_whole(file, OmegaConf.to_yaml(OmegaConf.create(redact_config(config, secrets))))
@@ -144,21 +155,23 @@ def main() -> None:
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
-    _failures.clear()
+    _failures.clear()  # this and the next: of an earlier command in this process
+    _shared.clear()
+    start.started = turns.turn = None
     sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
-    sys.argv[1:] = _understood([_short_model(argument) for argument in sys.argv[1:]])
-    if sys.argv[1:] == ["doctor"]:
-        from rl_onoff.doctor import doctor
+    if sys.argv[1:2] == ["doctor"]:
+        from rl_onoff.doctor import command
 
-        sys.exit(doctor())
+        sys.exit(command(sys.argv[2:]))
+    sys.argv[1:] = _understood([_short_model(argument) for argument in sys.argv[1:]])
     try:
         with launchers.waited_for():
             job()
     except KeyboardInterrupt:
         if (started := start.started) is not None:
             launchers.stop()
-            launchers.forget_secrets(started.config.hydra.launcher, started.folder, all_done=False)
-            _say_how_to_go_on(started.folder, f"sweep_dir={started.folder}", all_secrets(_plain(started.config)))
+            _conclude_sweep(all_done=False)
+            _say_how_to_go_on(started.folder, f"sweep_dir={started.folder}", _secrets(started.config))
         sys.exit(130)
     except BrokenPipeError:  # `rl-onoff --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -229,6 +242,8 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
         sentence, code = config_sentence(error), UsageError.exit_code
         if re.search(r"hydra/(launcher|sweeper)=|hydra_plugins\.", sentence):
             sentence += ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna"
+    elif (said := target_sentence(error, sys.argv[1:])) is not None:
+        sentence, code = said, UsageError.exit_code
     elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # not of a job: Hydra could not make its folder
         sentence, code = str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
     elif start.started is not None and type(error).__module__.partition(".")[0] in launchers.PACKAGES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rl_onoff.recorded import check_tokenizers
 from rl_onoff.report import ReportInput, write_report
 from rl_onoff.sources import own_scores
 from rl_onoff.storage import RunDir
+from rl_onoff.types import LogprobKind, Sampling
 
 
 def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
@@ -51,8 +53,23 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
             f"The sampler against itself: what it said while sampling and what it says of the same tokens now are {k3:.2g} nats a token "
             "apart (mean k3 KL). That is the noise floor; set target=… to compare it with another policy."
         )
-    said = verdict(comparisons[name], noise_floor(own, comparisons))
+    said = verdict(comparisons[name], noise_floor(own, comparisons)) + _drawn_otherwise(run, comparisons[name].kind)
     return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
+
+
+def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
+    """A second sentence where raw logprobs are compared of tokens that were drawn from another distribution than theirs."""
+    record = run.completions.record().get("config", {}).get("sampling")
+    if record is None or kind is not LogprobKind.raw:
+        return ""
+    plain = asdict(Sampling())
+    how = [f"{name}={record[name]:g}" for name in ("temperature", "top_p", "top_k", "min_p") if record[name] != plain[name]]
+    if not how:
+        return ""
+    return (
+        f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut off): a distance at these"
+        " tokens, not the KL of what they were drawn from, which backend.logprob_kind=processed compares."
+    )
 
 
 def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, float]:

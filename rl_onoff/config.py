@@ -242,7 +242,7 @@ class RunConfig:
     backend: EngineConfig = MISSING
     """The engine."""
     target: EngineConfig | None = None
-    """The engine and weights that score; null is the backend that samples."""
+    """The engine and weights that score; null, which is target=self, leaves it to `targets`, or to the backend if there are none."""
     targets: dict[str, EngineConfig] = field(default_factory=dict)
     """More engines that score, each under a name of its own."""
     policies: dict[str, EngineConfig] = field(default_factory=dict)

@@ -160,7 +160,7 @@ def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = Fa
 
     Best are token ids (columns prompt_ids and token_ids): nothing is tokenised. Text is tokenised once: a prompt that is a
     list of messages goes through the chat template, and so does a prompt that is text with `chat_template`, unless it holds
-    special tokens already. A response that is text is taken as it is.
+    special tokens already. A response that is text is taken as it is. Rows with an empty response are left out, with a warning.
     """
     table = read_table(path, key="score.responses")
     prompt_column, response_column = table.first(PROMPT_COLUMNS), table.first(RESPONSE_COLUMNS)
@@ -179,6 +179,7 @@ def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = Fa
     first_of_prompt: dict[bytes, str] = {}
     prompt_of_id: dict[str, bytes] = {}
     num_samples: dict[str, int] = {}
+    num_empty = 0
     for index, record in enumerate(table.records):
         where = table.where(index)
         prompt = parse_prompt(record.get(prompt_column), where=where, column=prompt_column, key="score.responses")
@@ -205,6 +206,9 @@ def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = Fa
                 f"{where} repeats the id {request_id!r} and sample {sample} of an earlier row: number the samples of score.responses"
             )
         token_ids_T = _response_ids(record.get(response_column), tokenizer, where=where, column=response_column)
+        if not len(token_ids_T):
+            num_empty += 1  # it has had its sample number, so the others keep theirs
+            continue
         logprobs_T = _logprobs(record.get("logprobs"), len(token_ids_T), where)
         found[request_id, sample] = GivenResponse(
             response=Response(request_id=request_id, sample=sample, prompt_ids=prompt_ids, token_ids_T=token_ids_T),
@@ -213,6 +217,10 @@ def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = Fa
             kind=None if logprobs_T is None else _kind(record.get("logprob_kind", LogprobKind.raw.value), where),
             meta=_meta(table, record, prompt, where),
         )
+    if not found:
+        raise UsageError(f"{table.name} has empty responses only: fill column {response_column}, or set score.responses to another file")
+    if num_empty:
+        log.warning("%s: %d of %d rows left out: their response is empty, nothing to score", table.name, num_empty, len(table.records))
     if any(given.kind for given in found.values()) and "logprob_kind" not in table.columns:
         log.warning("%s does not say in a column logprob_kind of which kind its logprobs are: they are taken for raw ones", table.name)
     return list(found.values())
@@ -233,12 +241,14 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 
 
 def _response_ids(value: Any, tokenizer: Any, *, where: str, column: str) -> np.ndarray:
-    if isinstance(value, str):
+    if value is None:
+        raise UsageError(f"{where} has no response: fill column {column} of score.responses, or remove the row")
+    if isinstance(value, str) and value:
         if tokenizer is None:
             raise UsageError(f"{where} has text as its response where token ids are wanted: give column token_ids of score.responses lists")
         value = tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
-    if not value:
-        raise UsageError(f"{where} has an empty response: fill column {column} of score.responses, or remove the row")
+    elif value == "":
+        value = []
     if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
         raise UsageError(f"{where} has a response that is neither text nor a list of token ids: mend column {column} of score.responses")
     return np.asarray(value, np.int32)

@@ -64,12 +64,19 @@ class ExportFile:
 
     def rows(self) -> Iterator[Export]:
         counted: dict[str, int] = {}
+        seen: set[tuple[str, int]] = set()
         for index, record in enumerate(self.table.records):
             row = {role: look_up(record, column) for role, column in self.columns.items()}
             request_id = str(index) if row.get("id") is None else str(row["id"])
             sample = row.get("sample")
             sample = counted.get(request_id, 0) if sample is None else int(sample)
             counted[request_id] = sample + 1
+            if (request_id, sample) in seen:  # rows are joined by the two
+                raise UsageError(
+                    f"{self.table.where(index)} has the id {request_id!r} and sample {sample} of an earlier row: give every row its own, "
+                    "or set +compare.columns.id to another column"
+                )
+            seen.add((request_id, sample))
             yield _export(row, record, request_id, sample, self.table.where(index))
 
 

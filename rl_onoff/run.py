@@ -52,6 +52,7 @@ class Run:
     sections: dict[str, Any] = field(default_factory=dict)  # of metrics.json, besides values and comparisons
     texts: list[str] = field(default_factory=list)  # for the terminal
     page: Path | None = None
+    brief: bool = False  # say little on the terminal: of a sweep's job, whose numbers are in the table
 
     def progress(self, stage: str, total: int) -> Progress:
         return Progress(stage, total, self.tracker.log, self.config.tracking.log_every_s)
@@ -71,7 +72,7 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot |
     tracker, values = slot.go_on(path, list(engines(config).values())) or (_tracker(config, path, group), {})
     try:
         with slot.job() as engine:
-            this = Run(config, rows, RunDir(path), tracker, engine, values)
+            this = Run(config, rows, RunDir(path), tracker, engine, values, brief=group is not None)
             for stage in config.stages:
                 STAGES[stage](this)
         summary = summarise(this.folder)
@@ -264,10 +265,9 @@ def report(this: Run, summary: Summary) -> None:
     tracker.artifact(folder.path)
     in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    print("\n\n".join([as_text(shown), *this.texts]))
-    if this.comparisons:
-        print(f"\n  {said['verdict']}")
-    print(f"\n  run folder  {folder.path}")
+    texts = [*([] if this.brief else [as_text(shown)]), *this.texts, *(f"  {sentence}" for sentence in said.values())]
+    print("\n\n".join([*texts, ""]), end="")
+    print(f"  run folder  {folder.path}")
     if this.page is not None:
         print(f"  page        {this.page}")
     if tracker.where:

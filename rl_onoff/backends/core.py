@@ -201,6 +201,7 @@ class CoreBackend(ABC):
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Sample `n` responses to every request; yields each as it finishes, in any order."""
         core, requests = self._loaded(), list(requests)
+        _check_unique(key for request in requests for key in ((request.id, sample) for sample in request.sample_indices))
         for request in requests:
             self._check_prompt(request.id, len(request.prompt_ids), room=1)
         stops = {request.id: request.sampling.stop for request in requests}
@@ -213,6 +214,7 @@ class CoreBackend(ABC):
         Row t describes response token t, whose distribution is that of a plain forward pass over the unpadded sequence.
         """
         core, responses, want = self._loaded(), list(responses), want or Want()
+        _check_unique(response.key for response in responses)
         for response in responses:
             self._check_prompt(response.request_id, len(response.prompt_ids), room=len(response.token_ids_T))
             if len(response.token_ids_T) == 0:
@@ -249,6 +251,15 @@ class CoreBackend(ABC):
         text = self.get_tokenizer().decode(token_ids_T.tolist(), skip_special_tokens=True)
         cut = cut_at_stop(text, stop)
         return text if cut is None else cut
+
+
+def _check_unique(keys: Iterable[tuple[str, int]]) -> None:
+    """Results are told apart by these alone."""
+    seen: set[tuple[str, int]] = set()
+    for key in keys:
+        if key in seen:
+            raise UsageError(f"request {key[0]!r} (sample {key[1]}) is there twice: give every request an id of its own")
+        seen.add(key)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:

@@ -63,12 +63,12 @@ def _kind(name: str) -> LogprobKind:
     return LogprobKind[name]
 
 
-def _check_types(schema: type[EngineConfig], options: Mapping[str, Any]) -> None:
+def _check_types(schema: type[EngineConfig | PoolConfig], options: Mapping[str, Any]) -> None:
     """Refuse a value of another type than its field's, which Hydra does for the command line."""
     hints = get_type_hints(schema)
     for name, value in options.items():
         hint = hints[name]
-        if name in ("engine_kwargs", "device_map") or name.endswith("dtype"):  # any mapping; what has a check of its own
+        if name in ("engine_kwargs", "runtime_env", "device_map") or name.endswith("dtype"):  # any mapping; what has a check of its own
             continue
         if not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
             wanted = str(getattr(hint, "__name__", hint)).replace(" | None", " or None")
@@ -86,4 +86,6 @@ def _pool(values: Mapping[str, Any]) -> PoolConfig:
         if kind not in PoolKind.__members__:
             raise UsageError(f"there is no pool {kind!r}: choose one of {', '.join(PoolKind.__members__)}")
         kind = PoolKind[kind]
-    return PoolConfig(**{**values, "kind": kind})
+    options = {**values, "kind": kind}
+    _check_types(PoolConfig, options)
+    return PoolConfig(**options)

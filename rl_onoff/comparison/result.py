@@ -9,6 +9,7 @@ from rl_onoff.comparison.bootstrap import CONFIDENCE, Estimate
 from rl_onoff.metrics import PRIME_RL_BAR, Thresholds
 from rl_onoff.types import LogprobKind
 
+FEW_RESPONSES = 10  # a bootstrap over fewer says little
 ON_POLICY_K3 = 1e-4  # nats a token: two engines in float32 stay below; used where no noise floor was measured
 
 
@@ -71,22 +72,25 @@ class Comparison:
 def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
     """One plain sentence. Judged by mean k3 KL, nats a token, in this order:
 
-    on-policy   not above the noise floor (k3 of a same-engine repeat): the value, or the interval's lower end while the value is
+    on-policy   not above the noise floor (k3 of a same-engine repeat), or not surely: the interval's lower end is not, while the value is
                 under the bar; without a noise floor, under ON_POLICY_K3 = 1e-4
     close       under 0.015, prime-rl's bar for accepting a model
     off-policy  0.015 or more
     """
     k3 = comparison["kl_k3"]
     counts = comparison.overall.counts
-    interval = "" if k3.lo is None else f" (95 % interval {k3.lo:.2g} to {k3.hi:.2g})"
+    rough = ", rough with so few responses" if counts["responses"] < FEW_RESPONSES else ""
+    interval = "" if k3.lo is None else f" (95 % interval {k3.lo:.2g} to {k3.hi:.2g}{rough})"
     said = f"the mean k3 KL is {k3.value:.2g} nats a token{interval} over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
     return f"{_judge(k3, said, noise_floor)}{_impossible(comparison)}."
 
 
 def _judge(k3: Estimate, said: str, noise_floor: float | None) -> str:
     under, lo, hi = k3.value < PRIME_RL_BAR, k3.value if k3.lo is None else k3.lo, k3.value if k3.hi is None else k3.hi
-    if noise_floor is not None and (k3.value <= noise_floor or (under and lo <= noise_floor)):
+    if noise_floor is not None and k3.value <= noise_floor:
         return f"On-policy: {said}, not above the noise floor of {noise_floor:.2g}"
+    if noise_floor is not None and under and lo <= noise_floor:
+        return f"On-policy, as far as this tells: {said}; the interval reaches down to the noise floor of {noise_floor:.2g}"
     if noise_floor is None and k3.value < ON_POLICY_K3:
         return f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below"
     above = "" if noise_floor is None else f", above the noise floor of {noise_floor:.2g}"

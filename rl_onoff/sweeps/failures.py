@@ -37,7 +37,7 @@ def read_failure(file: Path) -> JobFailed | None:
     """What `write_failure` wrote, if it did."""
     if not file.exists():
         return None
-    sentence, code, more = (file.read_text() + "\n\n").split("\n", 2)
+    sentence, code, more = (file.read_text(encoding="utf-8") + "\n\n").split("\n", 2)
     return JobFailed(sentence, int(code.rpartition(" ")[2] or 1), file, more.strip())
 
 

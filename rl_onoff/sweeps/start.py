@@ -16,6 +16,7 @@ from rl_onoff.errors import UsageError
 from rl_onoff.sweeps.failures import Trace, failures
 from rl_onoff.sweeps.launchers import prepare
 from rl_onoff.sweeps.metric import check_metric
+from rl_onoff.sweeps.table import options_in
 
 FIXED = "hydra.job.config.override_dirname.exclude_keys"  # Hydra's option: what a job's folder is not named after
 
@@ -55,13 +56,21 @@ class Remember(Callback):
 
 
 def fixed_options(arguments: Iterable[str]) -> list[str]:
-    """Names of the options on a command line that are the same for all jobs."""
+    """Names of the options on a command line that are the same for all jobs, and that no job in the sweep's folder is named by.
+
+    None where all are: then the one job is named by all of them.
+    """
     parser = OverridesParser.create()
-    fixed: dict[str, bool] = {}  # the last word on an option counts
+    is_fixed: dict[str, bool] = {}  # the last word on an option counts
+    named: list[str] = []
     for argument in arguments:
         try:
             override = parser.parse_override(argument)
         except HydraException:  # a flag, or a mistake: Hydra says so
             continue
-        fixed[override.get_key_element()] = not override.is_sweep_override()
-    return [name for name, is_fixed in fixed.items() if is_fixed]
+        name = override.get_key_element()
+        is_fixed[name] = not override.is_sweep_override()
+        if name == "sweep_dir" and is_fixed[name]:
+            named = options_in(Path(str(override.value())))
+    fixed = [name for name, of_all in is_fixed.items() if of_all and name not in named]
+    return fixed if len(fixed) < len(is_fixed) else []

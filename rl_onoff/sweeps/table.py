@@ -54,6 +54,16 @@ def swept_options(jobs: Sequence[Job]) -> list[str]:
     return [name for name in names if len({job.options.get(name) for job in jobs}) > 1]
 
 
+def options_in(sweep_dir: Path) -> list[str]:
+    """What tells the jobs apart in the table that the folder has."""
+    try:
+        with (sweep_dir / FILE).open(encoding="utf-8", newline="") as file:
+            names = next(csv.reader(file))
+        return names[1 : names.index("status")]
+    except (OSError, StopIteration, ValueError):  # there is none, or it is another's
+        return []
+
+
 def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
     """A row a job: its folder, what tells it from the others, how it ended, and every number it found."""
     options, numbers = swept_options(jobs), list(dict.fromkeys(name for job in jobs for name in job.values))
@@ -99,10 +109,10 @@ def conclude(sweep_dir: Path) -> str:
 def _read_job(folder: Path) -> Job:
     import yaml
 
-    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()) or []
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
     options = {name: value for name, _, value in (str(override).partition("=") for override in overrides)}
     failed = read_failure(folder / ERROR)
-    found: Mapping[str, Any] = read_json(folder / "metrics.json") or {}
+    found: Mapping[str, Any] = (not failed and read_json(folder / "metrics.json")) or {}  # of a failed job: an earlier one's
     sentence = found.get("verdict") or found.get("matrix", {}).get("verdict", "")
     word = re.search("On-policy|Close|Off-policy", sentence)
     status = "failed" if failed else "done" if found else "unfinished"

@@ -35,7 +35,7 @@ class Turn:
 
     engine: Any = None  # the config of the engine that is loaded
     free: bool = True  # the engine of this round is not chosen yet
-    alone: bool = False  # no other job waits, so nothing is gained by putting this one back
+    alone: bool = False  # no other job waits, or this one does not get on: nothing is gained by putting it back
 
     def has(self, engines: Collection[Any]) -> bool:
         """Whether one of these engines can be had in this round."""
@@ -56,11 +56,13 @@ def launch(
     log.info("%d jobs in %s", len(job_overrides), config.hydra.sweep.dir)
     done: dict[int, JobReturn] = {}
     wanted: dict[int, Collection[Any]] = {}  # by the jobs that were put back
+    stuck: set[int] = set()  # jobs that do again what is not on disk, such as a rung that fails, whenever they go on
     waiting = list(range(len(job_overrides)))
     turn = turn or Turn()
     while waiting:
-        turn.free, turn.alone = True, len(waiting) == 1
+        turn.free = True
         for job in waiting:
+            turn.alone = len(waiting) == 1 or job in stuck
             if job in wanted and not turn.has(wanted[job]):
                 continue
             number, name = first + job, ", ".join(swept(job_overrides[job], config.hydra.job.config.override_dirname.exclude_keys))
@@ -71,6 +73,8 @@ def launch(
             try:
                 done[job] = run_job(task, job_config, "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context=context)
             except NotItsTurn as not_now:
+                if not_now.wanted == wanted.get(job):  # it was let go on, and asked for another engine before this one
+                    stuck.add(job)
                 wanted[job] = not_now.wanted
             configure_log(config.hydra.hydra_logging, config.hydra.verbose)
             if job not in done:

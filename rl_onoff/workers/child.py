@@ -12,6 +12,7 @@ import faulthandler
 import itertools
 import logging
 import os
+import queue
 import shutil
 import signal
 import socket
@@ -91,7 +92,7 @@ class Watch(threading.Thread):
 
 
 class Forward(logging.Handler):
-    """Keeps log records until the main thread sends them: a channel belongs to one thread."""
+    """Keeps log records until the main thread sends them: it alone does."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -99,6 +100,34 @@ class Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
+
+
+class Inbox(threading.Thread):
+    """Takes in what the parent sends, whatever the engine does: a parent that sends more requests while its worker sends results waits
+    for the worker to read, as the worker does for it, and neither would ever go on."""
+
+    def __init__(self, channel: wire.Channel):
+        super().__init__(daemon=True, name="inbox")
+        self._channel = channel
+        self._messages: queue.SimpleQueue[wire.AnyMessage | BaseException] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._messages.put(self._channel.receive())
+        except BaseException as error:  # it is raised where it is read
+            self._messages.put(error)
+
+    def next(self, *, wait: bool) -> wire.AnyMessage | None:
+        """The next message; None when there is none now. Raises PeerGoneError once the parent is gone."""
+        try:
+            message = self._messages.get(block=wait)
+        except queue.Empty:
+            return None
+        if isinstance(message, BaseException):
+            self._messages.put(message)
+            raise message
+        return message
 
 
 class Feed:
@@ -127,6 +156,8 @@ class Worker:
         self._watch = watch
         self._channel = wire.Channel(sock)
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
+        self._inbox = Inbox(self._channel)
+        self._inbox.start()
         self._forward = Forward()
         logging.getLogger("rl_onoff").addHandler(self._forward)
         self._feed: Feed | None = None  # of the call that is being answered, if it may get more requests
@@ -138,7 +169,7 @@ class Worker:
         if backend is None:
             return
         while not self._closing:
-            match self._channel.receive():
+            match self._inbox.next(wait=True):
                 case wire.Generate() as message:
                     self._feed = Feed(self, message)
                     self._answer(message.call, backend._generate_from(self._feed))
@@ -153,7 +184,7 @@ class Worker:
         backend.close()
 
     def _load(self) -> CoreBackend | None:
-        message = self._channel.receive()
+        message = self._inbox.next(wait=True)
         assert isinstance(message, wire.Load)
         try:
             module, _, name = message.target.partition(":")
@@ -193,12 +224,12 @@ class Worker:
 
     def read(self, call: int, *, wait: bool = False) -> None:
         """Take in what the parent has said in the middle of a call; `wait` for it to say something."""
-        while wait or self._channel.readable(0):
+        while (message := self._inbox.next(wait=wait)) is not None:
             wait = False
-            match self._channel.receive():
-                case wire.More() as message if message.call == call and self._feed is not None:
+            match message:
+                case wire.More() if message.call == call and self._feed is not None:
                     self._feed.add(message)
-                case wire.Cancel() as message if message.call == call:
+                case wire.Cancel() if message.call == call:
                     self.unwanted = True
                 case wire.Close():
                     self._closing = self.unwanted = True

@@ -31,6 +31,9 @@ HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a col
 CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
 BUSY_CLOSE_SECONDS = 2.0  # the same, in the middle of work nobody wants any more
 PERIOD = 0.2  # seconds between two looks at whether the worker lives
+STILL_SECONDS = 20.0  # between two words about a load that takes long
+
+log = logging.getLogger(__name__)
 
 Key = tuple[str, int]
 Error = TypeVar("Error", bound=OnOffError)
@@ -75,7 +78,7 @@ class Host:
         try:
             self._hello()
             self._send(wire.Load(target=f"{self._class.__module__}:{self._class.__qualname__}", config=config))
-            reply = self._receive()
+            reply = self._receive(Patience(self._class.name, self._worker.log).say)
             if isinstance(reply, wire.Failed):
                 raise self._error(reply)
         except BaseException:
@@ -192,13 +195,15 @@ class Host:
         except wire.PeerGoneError:
             raise self._died() from None
 
-    def _receive(self) -> wire.AnyMessage:
+    def _receive(self, meanwhile: Callable[[], None] = lambda: None) -> wire.AnyMessage:
+        """The worker's next message; `meanwhile` is called now and then while there is none."""
         worker = self._alive()
         while True:
             try:
                 while not worker.channel.readable(PERIOD):  # between two messages: here alone can a call be left without harm
                     worker.check()
                     self.interrupt()
+                    meanwhile()
                 message = worker.channel.receive()
             except wire.PeerGoneError:
                 raise self._died() from None
@@ -240,6 +245,21 @@ class Host:
             kept = f" ({worker.log})" if self._log_folder else ""
             error.add_note(f"The end of the worker's log{kept}:\n{tail}")
         return error
+
+
+class Patience:
+    """Says now and then that an engine is still loading, and where its own words are: a large model takes minutes."""
+
+    def __init__(self, name: str, worker_log: Path):
+        self._name, self._worker_log = name, worker_log
+        self._began = self._said = time.monotonic()
+
+    def say(self) -> None:
+        now = time.monotonic()
+        if now - self._said >= STILL_SECONDS:
+            self._said = now
+            where = f"; what it says: tail -f {self._worker_log}" if os.access(self._worker_log, os.R_OK) else ""
+            log.info("still loading %s after %.0f s%s", self._name, now - self._began, where)
 
 
 def death(name: str, reason: str, in_flight: tuple[Key, ...]) -> EngineDiedError:

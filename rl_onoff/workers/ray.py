@@ -36,6 +36,7 @@ THREADS = 8  # of an actor: its methods wait side by side
 PATIENT_SECONDS = 1.0  # of a wait for room that nobody needs to hear of
 GRACE_SECONDS = CLOSE_SECONDS + 5  # for an actor to close its engine
 GONE = "the Ray cluster is gone, or its head node is: run it again to go on, on a cluster that runs"
+NO_NODE = "no node of the Ray cluster is alive any more: run the same command again to go on"
 
 
 class RayCluster:
@@ -72,6 +73,7 @@ class RayHost:
         self._actor: Any = None
         self._watch: Any = None  # a reference that is there once the worker or its actor is gone
         self._pid: int | None = None
+        self._call = 0  # the number of the latest call
 
     @property
     def pid(self) -> int | None:
@@ -162,7 +164,8 @@ class RayHost:
         actor = self._actor
         if actor is None:
             raise EngineDiedError(f"the {self._class.name} engine is not running: load the backend again")
-        reply, waiting = Reply(), actor.begin.remote(batch, want, refill is None)
+        call = self._call = self._call + 1
+        reply, waiting = Reply(), actor.begin.remote(call, batch, want, refill is None)
         try:
             while not reply.ended:
                 reply = self._reply(waiting, keys)
@@ -170,19 +173,20 @@ class RayHost:
                 keys.difference_update(item.key for item in results)
                 ahead = not reply.ended and (refill is None or bool(keys))  # with no more to give, it would wait before it yields
                 if ahead:
-                    waiting = actor.next.remote(*_more(refill))  # the next results are on their way while these are read
+                    waiting = actor.next.remote(call, *_more(refill))  # the next results are on their way while these are read
                 yield from results
                 if not (ahead or reply.ended):
-                    waiting = actor.next.remote(*_more(refill))
+                    waiting = actor.next.remote(call, *_more(refill))
         finally:
             if not reply.ended and self._actor is actor:
-                actor.cancel.remote()
+                actor.cancel.remote(call)
         if reply.failure is not None:
             error = reply.failure.exception()
             if isinstance(error, EngineDiedError):
                 error.in_flight = tuple(sorted(keys))
                 self._watch = None
             raise error
+        assert not keys, f"{len(keys)} of the responses have no result, {sorted(keys)[0]} first"
 
     def _reply(self, reference: Any, keys: set[Key]) -> Reply:
         """What the actor answers; interrupted now and then. `keys`: what is lost when it does not."""
@@ -230,6 +234,8 @@ class RayHost:
             self.interrupt()
             if state == "REMOVED" or not self._connected():
                 raise EngineError(GONE)
+            if not alive_nodes():
+                raise EngineError(NO_NODE)
             if time.monotonic() - began >= wait_s:
                 raise EngineError(
                     f"the Ray cluster has had no room for a replica ({place}) for {wait_s:g} s; {_room()}: set backend.dp_size or "

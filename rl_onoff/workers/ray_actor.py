@@ -166,13 +166,18 @@ class Forward(logging.Handler):
 
 
 class Worker:
-    """What Ray runs on a node. Its methods may be called side by side, each in a thread, but there is one call at a time."""
+    """What Ray runs on a node. Its methods may be called side by side, each in a thread, but there is one call at a time.
+
+    Ray does not keep the order in which methods are called: what is said of a call, by its number, may come after the next one began.
+    """
 
     def __init__(self, target: str, config: EngineConfig, log_folder: str | None, environment: Mapping[str, str] | None):
         self._target, self._config, self._log_folder, self._environment = target, config, log_folder, environment
         self._host: Host | None = None
         self._closing = Results()  # a call without results: what `load` is interrupted by
         self._loading = threading.Lock()
+        self._changing = threading.Lock()  # whoever goes on from one call to the next
+        self._call = 0  # the number of the latest call that was begun or cancelled
         self._results = Results()
         self._feed: Feed | None = None
         self._thread: threading.Thread | None = None
@@ -210,29 +215,39 @@ class Worker:
             while pid is not None and sessions.alive(process):
                 time.sleep(PERIOD)
 
-    def begin(self, batch: RecordBatch, want: Want | None, last: bool) -> Reply:
+    def begin(self, call: int, batch: RecordBatch, want: Want | None, last: bool) -> Reply:
         """Generate (no `want`) or score; the first results. Unless these are the `last` requests, more come with `next`."""
-        self._results.stop()
-        self._results = Results()
-        self._feed = Feed(self._results)
-        self._feed.add(batch, last)
-        self._thread = threading.Thread(target=self._run, args=(self._thread, self._results, self._feed, want), daemon=True)
-        self._thread.start()
-        return self._next()
+        with self._changing:
+            if call <= self._call:  # cancelled before it began
+                return Reply(ended=True)
+            self._results.stop()
+            self._call, results = call, Results()
+            self._results, self._feed = results, Feed(results)
+            self._feed.add(batch, last)
+            self._thread = threading.Thread(target=self._run, args=(self._thread, results, self._feed, want), daemon=True)
+            self._thread.start()
+        return self._next(results)
 
-    def next(self, batch: RecordBatch | None, last: bool) -> Reply:
+    def next(self, call: int, batch: RecordBatch | None, last: bool) -> Reply:
         """More results of the call, against more requests."""
-        assert self._feed is not None
-        self._feed.add(batch, last)
-        return self._next()
+        with self._changing:
+            if call != self._call:  # nobody reads this reply
+                return Reply(ended=True)
+            results, feed = self._results, self._feed
+        assert feed is not None
+        feed.add(batch, last)
+        return self._next(results)
 
-    def _next(self) -> Reply:
-        items, ended, failure = self._results.take(WAIT_SECONDS)
+    def _next(self, results: Results) -> Reply:
+        items, ended, failure = results.take(WAIT_SECONDS)
         return Reply(batch=batch_of(items) if items else None, ended=ended, failure=failure, lines=self._forward.lines())  # type: ignore[arg-type]
 
-    def cancel(self) -> None:
+    def cancel(self, call: int) -> None:
         """Nobody wants the rest of the call."""
-        self._results.stop()
+        with self._changing:
+            if call >= self._call:
+                self._call = call
+                self._results.stop()
 
     def close(self) -> None:
         self._closing.stop()

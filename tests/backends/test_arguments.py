@@ -7,7 +7,7 @@ import pytest
 
 from rl_onoff.backends import ENGINE_CONFIGS, backend_class, create_backend
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Sampling
+from rl_onoff.types import Request, Response, Sampling
 
 
 def refused(call, *arguments, **named) -> str:
@@ -129,3 +129,12 @@ def test_models_that_cannot_be_there(name):
             backend.check_model()
         else:
             assert f"model.name={model}" in refused(backend.check_model)
+
+
+def test_requests_of_one_id_are_refused():
+    ids = np.array([1, 2], np.int32)
+    with create_backend({"backend_type": "fake", "model_name": "fake"}) as backend:
+        with pytest.raises(UsageError, match=r"'a' \(sample 0\) is there twice"):
+            list(backend.complete([Request(id="a", prompt_ids=ids, sampling=Sampling(max_new_tokens=1))] * 2))
+        with pytest.raises(UsageError, match=r"'a' \(sample 0\) is there twice"):
+            list(backend.score([Response(request_id="a", sample=0, prompt_ids=ids, token_ids_T=ids)] * 2))

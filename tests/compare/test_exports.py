@@ -152,6 +152,7 @@ def test_a_file_that_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> 
         ([{"token_ids": [1, 2], "logprobs": [-1.0, None]}], "behaviour logprobs that are not a list of numbers"),
         ([{"token_ids": [1, 2], "completion_mask": [1], "logprobs": [-1.0, -1.0]}], "a mask of 1 for 2 token ids"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "logprob_kind": "natural"}], "unknown kind 'natural'"),
+        ([{"id": "a", "sample": 0, "token_ids": [1, 2], "logprobs": [-1.0, -1.0]}] * 2, "id 'a' and sample 0 of an earlier row"),
         ([{"token_ids": [1, 2]}], "no column with logprobs"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0]}], "one column with logprobs, logprobs: set compare.target"),
     ],

@@ -196,3 +196,13 @@ def test_another_sampler_than_the_one_that_drew(processed: RunDir, tmp_path: Pat
     (table.path / "_made_with.json").write_text(json.dumps(record))
     with pytest.raises(UsageError, match="under another sampler than the one that drew the tokens"):
         run_in(other.path, "experiment=compare")
+
+
+@pytest.mark.parametrize("kind", ["raw", "processed"])
+def test_raw_logprobs_of_tokens_drawn_otherwise_are_said_to_be(tmp_path: Path, kind: str) -> None:
+    engines = ("experiment=onoff", "backend=fake", "model.name=fake", "target=fake", "target.noise=0.3", f"backend.logprob_kind={kind}")
+    sampler = ("data.limit=4", "sampling.max_new_tokens=8", "sampling.temperature=0.5", "sampling.top_k=5")
+    run = run_in(tmp_path / "run", *engines, *sampler)
+    verdict = run.read_json("metrics.json")["verdict"]
+    assert ("drawn with temperature=0.5, top_k=5, but these are raw logprobs" in verdict) is (kind == "raw")
+    assert "rough with so few responses" in verdict

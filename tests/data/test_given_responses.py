@@ -78,8 +78,8 @@ def test_text_of_token_ids_is_decoded_where_there_is_a_tokenizer(write, tokenize
         ({"prompt_ids": [], "token_ids": [3]}, "has an empty prompt"),
         ({"prompt_ids": None, "token_ids": [3]}, "has an empty prompt"),
         ({"token_ids": [3]}, "has an empty prompt"),
-        ({"prompt_ids": [1], "token_ids": []}, "has an empty response"),
-        ({"prompt_ids": [1]}, "has an empty response"),
+        ({"prompt_ids": [1]}, "has no response"),
+        ({"prompt_ids": [1], "token_ids": None}, "has no response"),
         ({"prompt_ids": [1], "token_ids": [3.5]}, "neither text nor a list of token ids"),
         ({"prompt_ids": [1], "token_ids": "text"}, "text as its response where token ids"),
         ({"prompt_ids": "text", "token_ids": [3]}, "text as its prompt where token ids"),
@@ -96,6 +96,21 @@ def test_bad_rows_are_named_by_their_line(write, row, words):
     with pytest.raises(UsageError, match=words) as caught:
         load_responses(path)
     assert str(caught.value).startswith("line 2 of r.jsonl") and "score.responses" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["ids", "text"])
+def test_rows_with_an_empty_response_are_left_out_with_one_warning(write, caplog, tokenizer, kind):
+    prompt, response, empty, full = ("prompt_ids", "token_ids", [], [2]) if kind == "ids" else ("prompt", "response", "", "b")
+    row = {prompt: [1] if kind == "ids" else "a", "logprob_kind": "raw"}
+    path = write({**row, response: empty, "logprobs": []}, {**row, response: full}, {**row, response: empty})
+    (given,) = load_responses(path, None if kind == "ids" else tokenizer)
+    assert given.response.key == ("0", 1), "the sample's number is its place among the rows of its prompt, empty ones included"
+    assert caplog.messages == ["r.jsonl: 2 of 3 rows left out: their response is empty, nothing to score"]
+
+
+def test_a_file_of_empty_responses_alone_is_refused(write):
+    with pytest.raises(UsageError, match=r"r\.jsonl has empty responses only: .* score\.responses"):
+        load_responses(write({"prompt_ids": [1], "token_ids": []}, {"prompt_ids": [2], "token_ids": []}))
 
 
 def test_bad_files(write, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import yaml
 
+from rl_onoff.storage import RunDir
 from tests.end_to_end.conftest import SMALL, rl_onoff
 
 GIVEN, ENVIRON = "hf_qXw93kTzLm", "key_7RbVn2YpJd"
@@ -43,6 +45,31 @@ def test_a_sweep_keeps_no_secret(tmp_path):
     rl_onoff("-m", *SMALL, "experiment=generate", "sampling.n=1,2", secret, "sweep_dir=sweep", cwd=tmp_path)
     assert_absent(tmp_path / "sweep", GIVEN)
     assert yaml.safe_load((tmp_path / "sweep" / "multirun.yaml").read_text())["sampling"]["n"] == 1
+
+
+def test_a_sweep_whose_folders_are_taken_keeps_no_secret(tmp_path):
+    with contextlib.ExitStack() as taken:
+        for n in (1, 2):
+            taken.enter_context(RunDir(tmp_path / "sweep" / f"sampling.n={n}").lock())
+        secret = f"+backend.engine_kwargs.hf_token={GIVEN}"
+        rl_onoff("-m", *SMALL, "experiment=generate", "sampling.n=1,2", secret, "sweep_dir=sweep", cwd=tmp_path, code=2)
+    assert all("another process is writing" in error.read_text() for error in tmp_path.glob("sweep/*/error.txt"))
+    assert GIVEN not in (tmp_path / "sweep" / "multirun.yaml").read_text()
+
+
+def test_an_error_that_quotes_a_secret_is_written_down_without_it(tmp_path):
+    (tmp_path / "refuses.py").write_text(
+        "from rl_onoff.backends.fake import FakeBackend\n"
+        "def load(self):\n    raise TypeError(f'no such keyword: {self.config.engine_kwargs}')\n"
+        "FakeBackend._load = load\n"
+        "def reward(text, answer, meta):\n    return 1.0\n"
+    )
+    jobs = ("experiment=generate", "sampling.n=1,2", "reward.function=refuses.py:reward", "sweep_dir=sweep")
+    pointed_at = "+backend.engine_kwargs.hf_token=${oc.env:MINE}"  # a name in the environment that says nothing
+    done = rl_onoff("-m", *SMALL, *jobs, pointed_at, cwd=tmp_path, code=1, MINE=GIVEN)
+    assert_absent(tmp_path / "sweep", GIVEN)
+    assert "no such keyword: {'hf_token': '***'}" in (tmp_path / "sweep" / "sweep.csv").read_text()
+    assert GIVEN not in done.stdout + done.stderr
 
 
 def test_another_secret_is_no_other_config(tmp_path):

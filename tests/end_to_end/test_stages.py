@@ -31,6 +31,14 @@ def done(tmp_path_factory) -> tuple[Path, str]:
     return folder / "run", rl_onoff(*SMALL, "sampling.n=2", "run_dir=run", cwd=folder).stdout
 
 
+def test_a_refused_command_leaves_the_config_of_the_rows_alone(tmp_path):
+    rl_onoff(*SMALL, "experiment=generate", "run_dir=run", cwd=tmp_path)
+    before = {file.name: file.read_text() for file in (tmp_path / "run" / ".hydra").iterdir()}
+    said = refused(*SMALL, "experiment=generate", "run_dir=run", "sampling.temperature=0.5", cwd=tmp_path)
+    assert "holds rows of another config (sampling.temperature: 1.0 -> 0.5)" in said
+    assert {file.name: file.read_text() for file in (tmp_path / "run" / ".hydra").iterdir()} == before
+
+
 def test_analyse_says_what_it_found(done):
     run_dir, said = done
     for words in ("tokens/s", "mean logprob", "mean entropy", "perplexity", str(run_dir)):

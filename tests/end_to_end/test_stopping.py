@@ -70,6 +70,7 @@ def test_a_stopped_sweep_goes_on_as_a_sweep(tmp_path):
     assert process.returncode == 130
     words = shlex.split(continue_command(said))
     assert words[1] == "-m" and words[-1].startswith("sweep_dir=")
+    assert "unfinished" in (tmp_path / words[-1].removeprefix("sweep_dir=") / "sweep.csv").read_text()
     rl_onoff(*words[1:], cwd=tmp_path)
     jobs = list((tmp_path / words[-1].removeprefix("sweep_dir=")).glob("*/completions"))
     assert len(jobs) == 2 and all(len(token_ids(job.parent)) == ROWS for job in jobs)

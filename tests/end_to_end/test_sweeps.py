@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +14,7 @@ import pytest
 from rl_onoff.backends import FakeBackendConfig
 from rl_onoff.slot import SharedSlot
 from rl_onoff.sweeps.turns import NotItsTurn, Turn
-from tests.end_to_end.conftest import FAKE, SMALL, rl_onoff, token_ids
+from tests.end_to_end.conftest import FAKE, SMALL, environment, rl_onoff, token_ids
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
 
@@ -86,6 +88,21 @@ def test_jobs_that_need_two_engines_take_turns(tmp_path: Path) -> None:
         assert values["onoff/kl_k3"] == values["onoff/fake-fake-auto-target/kl_k3"] > values["onoff/kl_k3_floor"]
 
 
+def test_jobs_that_do_again_what_failed_come_to_an_end(tmp_path: Path) -> None:
+    """A rung that fails leaves nothing on disk, so it asks for its engine whenever its job goes on, before the one the job waited for."""
+    (tmp_path / "alone.py").write_text(
+        "from rl_onoff.backends.fake import FakeBackend\nfrom rl_onoff.errors import EngineError\nscore = FakeBackend._score\n"
+        "def fails(self, responses, want):\n    if len(responses) == 1 and self.config.noise:\n        raise EngineError('alone')\n"
+        "    yield from score(self, responses, want)\nFakeBackend._score = fails\n"
+        "def reward(text, answer, meta):\n    return 1.0\n"
+    )
+    stages = ("stages=[generate,score,attribute]", "score.own=false", "target=fake", "target.noise=0.3", "reward.function=alone.py:reward")
+    done = rl_onoff("-m", *SMALL, *stages, "sampling.temperature=0.5,0.7,1.0", "sweep_dir=sweep", cwd=tmp_path)
+    assert "sweep (3 done)" in done.stdout
+    found = [json.loads((job / "attribution.json").read_text()) for job in folders(tmp_path).values()]
+    assert len(found) == 3 and all("it failed (alone)" in json.dumps(one) for one in found)
+
+
 def test_an_engine_that_may_be_broken_is_not_shared() -> None:
     one, other = (FakeBackendConfig(model_name=name) for name in ("one", "other"))
     slot = SharedSlot(Turn())
@@ -116,6 +133,36 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
     rl_onoff("-m", *SMALL, *jobs[:3], "sampling.top_p=1.0,0.5", "sweep_dir=sweep", cwd=tmp_path)
     rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
     assert len(rows) == 6, "jobs of an earlier sweep stay in the table"
+
+    rl_onoff("-m", *SMALL, *jobs[:2], "target.noise=0.5", "sampling.top_p=1.0", "sweep_dir=sweep", cwd=tmp_path)
+    assert "sampling.top_p=1.0,target.noise=0.5" in folders(tmp_path), "named as the others are, though nothing is swept"
+    rl_onoff("-m", *SMALL, "experiment=generate", "sampling.top_p=0.7", "sweep_dir=other", cwd=tmp_path)
+    rl_onoff("-m", *SMALL, "experiment=generate", "sampling.top_p=0.8", "sweep_dir=other", cwd=tmp_path)
+    assert len(pd.read_csv(tmp_path / "other" / "sweep.csv")) == 2, "a sweep of one job has a name of its own too"
+
+
+def test_a_command_after_a_sweep_in_one_process_knows_nothing_of_it(tmp_path: Path) -> None:
+    small = [*SMALL, "experiment=generate"]
+    commands = [["-m", *small, "sampling.n=1,2", "sweep_dir=sweep"], [*small, "run_dir=run"]]
+    run = f"import sys\nfrom rl_onoff.cli import main\nfor command in {commands}:\n    sys.argv = ['rl-onoff', *command]\n    main()\n"
+    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("sweep.csv") == 1, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith(str(tmp_path / "run"))
+
+
+def test_a_sweep_that_is_refused_fails_no_job_of_the_one_that_runs(tmp_path: Path) -> None:
+    """It says so in the folder that it may not write to."""
+    (tmp_path / "other.py").write_text(
+        "from pathlib import Path\n"
+        "def reward(text, answer, meta):\n"
+        "    for folder in Path('sweep').glob('sampling.n=*'):\n"
+        "        if not (folder / 'metrics.json').exists():\n"
+        "            (folder / 'error.txt').write_text('another process is writing\\nexit code 2\\n')\n"
+        "    return 1.0\n"
+    )
+    small = ("backend=fake", "model=fake", "tracking=none", "data.limit=2", "sampling.max_new_tokens=4", "experiment=generate")
+    done = rl_onoff("-m", *small, "reward.function=other.py:reward", "sampling.n=1,2", "sweep_dir=sweep", cwd=tmp_path)
+    assert not list(tmp_path.glob("sweep/*/error.txt")) and "sweep (2 done)" in done.stdout
 
 
 def test_a_refused_job_costs_the_others_no_engine(tmp_path: Path) -> None:

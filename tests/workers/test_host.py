@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -297,6 +298,24 @@ def test_a_backend_that_a_worker_cannot_import_is_refused(monkeypatch):
     monkeypatch.setattr(TinyBackend, "__module__", "__main__")
     with pytest.raises(UsageError, match="TinyBackend is defined in __main__, which a worker cannot import"):
         tiny().load()
+
+
+def test_a_load_that_takes_long_is_not_silent(monkeypatch, caplog):
+    monkeypatch.setattr("rl_onoff.workers.host.STILL_SECONDS", 0.5)
+    caplog.set_level(logging.INFO)
+    with tiny(load_seconds=1.8) as backend:
+        said = [record.message for record in caplog.records if "still loading" in record.message]
+        log_file = Path(said[0].rpartition("tail -f ")[2])
+        assert "tiny is loading" in log_file.read_text()
+        assert list(backend._core._generate([request("a")]))
+    assert 2 <= len(said) <= 4 and re.match(r"still loading tiny after \d s; what it says: tail -f /", said[0])
+
+
+def test_a_load_that_is_quick_says_nothing_of_it(caplog):
+    caplog.set_level(logging.INFO)
+    with tiny():
+        pass
+    assert "still loading" not in caplog.text
 
 
 def test_the_log_is_kept_where_it_is_wanted(tmp_path, monkeypatch):

@@ -260,6 +260,15 @@ def test_replicas_do_not_run_far_ahead_of_the_reader(pool):
     stream.close()
 
 
+def test_a_worker_that_sends_takes_in_what_its_parent_sends(pool):
+    """The longest results come last, so that a worker waits to send one while its parent sends more requests than a socket holds."""
+    one, got = pool(dp_size=1), []
+    for completion in one._generate([request(str(i), 1000 * (i + 1), max_new_tokens=10**6 - 2000 * i) for i in range(90)]):
+        got.append(int(completion.request_id))
+        time.sleep(0.02)
+    assert got == list(range(90))
+
+
 @pytest.mark.parametrize("busy", [False, True])
 def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     two = tiny_pool(engine=str(tmp_path / "engine"))

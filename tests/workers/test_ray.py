@@ -166,6 +166,23 @@ def test_a_slow_reader_slows_the_worker_and_an_abandoned_call_leaves_the_pool_us
     assert time.monotonic() - began < 3
 
 
+def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
+    """Methods of an actor overtake each other: a `next` or `cancel` of the call that was left may come after the next one began."""
+    config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.001}, pool=on(cluster))
+    site = RayCluster(TinyBackend, config)
+    (host,) = site.hosts()
+    try:
+        host._load()
+        for _ in range(40):
+            left = host._generate(many(50))
+            next(left)
+            left.close()  # type: ignore[attr-defined]
+            assert len(list(host._generate(many(3)))) == 3
+    finally:
+        host._close()
+        site.close()
+
+
 def test_the_public_api(cluster):
     config = {"backend_type": "fake", "model_name": "fake"}
     handler = signal.getsignal(signal.SIGTERM)
@@ -275,6 +292,15 @@ def test_no_room(pool, caplog):
     assert "waits for room" in caplog.text
 
 
+def test_a_cluster_without_a_node_is_not_waited_for(pool, monkeypatch):
+    """As when the only node of a cluster that was started here dies: room never comes."""
+    monkeypatch.setattr("rl_onoff.workers.ray.alive_nodes", lambda: [])
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"no node of the Ray cluster is alive any more: run the same command again to go on$"):
+        pool(dp_size=3, wait_s=60)
+    assert time.monotonic() - began < 30
+
+
 def test_a_wait_for_room_can_be_left(pool):
     three, errors = pool(dp_size=3, load=False), []
 
@@ -329,9 +355,9 @@ def test_a_pool_on_ray_is_no_engine_in_this_process():
         create_backend(FakeBackendConfig(model_name="fake", worker=False, pool=PoolConfig(kind=PoolKind.ray))).load()
 
 
-@pytest.mark.parametrize("pool", [{"kind": "slurm"}, {"adress": "auto"}, {"kind": "ray", "cpus_per_replica": 0}])
+@pytest.mark.parametrize("pool", [{"kind": "slurm"}, {"adress": "auto"}, {"kind": "ray", "cpus_per_replica": 0}, {"wait_s": "long"}])
 def test_a_wrong_pool_is_refused(pool):
-    with pytest.raises(UsageError, match="pool"):
+    with pytest.raises(UsageError, match=r"pool|wait_s is 'long' but must be of type float"):
         create_backend({"model_name": "m", "backend_specific": {"pool": pool}})
 
 

@@ -44,6 +44,7 @@ class TinyBackend(BaseBackend):
     def _load(self) -> EngineInfo:
         kwargs = self.config.engine_kwargs
         print("tiny is loading", flush=True)
+        time.sleep(float(kwargs.get("load_seconds", 0)))
         match kwargs.get("fail"):
             case "missing":
                 raise MissingDependencyError("tiny is not installed: pip install 'rl-onoff[tiny]'")
