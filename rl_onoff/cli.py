@@ -219,7 +219,8 @@ def _conclude_sweep(all_done: bool) -> None:
     launchers.forget_secrets(started.config.hydra.launcher, started.folder, all_done=all_done)
     _failures.extend(new_failures(started.folder, started.before))
     with suppress(OnOffError):  # a full disk: the jobs have said so
-        print(f"\n{conclude(started.folder)}")
+        if table := conclude(started.folder):
+            print(f"\n{table}")
 
 
 def _say_how_to_go_on(path: Path, folder: str, secrets: frozenset[str]) -> None:
