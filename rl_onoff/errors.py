@@ -12,6 +12,13 @@ class OnOffError(Exception):
     exit_code = 1
 
 
+def named(error: BaseException) -> tuple[str, str]:
+    """An exception as it travels between processes: the name of its class here (EngineError for one of others'), and its text."""
+    if not isinstance(error, OnOffError):
+        return "EngineError", f"{type(error).__name__}: {error}"
+    return next(c.__name__ for c in type(error).__mro__ if c.__module__ == OnOffError.__module__), str(error)
+
+
 class UsageError(OnOffError, ValueError):
     """The command line, the config or the input data is wrong; nothing was computed."""
 

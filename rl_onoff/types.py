@@ -17,7 +17,9 @@ import numpy as np
 
 from rl_onoff.sampling import LogprobKind, Sampling
 
-__all__ = ["Completion", "FinishReason", "LogprobKind", "Request", "Response", "Sampling", "TokenScores", "Want"]
+__all__ = ["Completion", "FinishReason", "Key", "LogprobKind", "Request", "Response", "Sampling", "TokenScores", "Want"]
+
+Key = tuple[str, int]  # (request id, sample)
 
 
 class FinishReason(Enum):

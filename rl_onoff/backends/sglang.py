@@ -21,8 +21,8 @@ from rl_onoff.backends.config import EngineConfig, SGLangBackendConfig
 from rl_onoff.backends.core import EngineInfo, cut_at_stop
 from rl_onoff.backends.sglang_public import PublicScorer, check
 from rl_onoff.backends.sglang_setup import MARGIN, engine_args, engine_environment
-from rl_onoff.backends.streaming import Emit, Take, Work, run, whole
-from rl_onoff.backends.supply import Given, Supply
+from rl_onoff.backends.streaming import Emit, Take, Work, run
+from rl_onoff.backends.supply import Given, Supply, whole
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.probes.sglang_job import INFO, Job
 from rl_onoff.probes.token_stats import TokenStats

@@ -14,12 +14,6 @@ Work = tuple[int, Callable[[Emit], Coroutine[Any, Any, None]]]  # (cost, what to
 Take = Callable[[int, bool], Iterable[Work]]
 
 
-def whole(work: Iterable[Work]) -> Take:
-    """What `run` takes from, where all work is there."""
-    work = iter(work)
-    return lambda most, wait: list(work)
-
-
 def run(loop: asyncio.AbstractEventLoop, take: Take, limit: int, abort: Callable[[], None]) -> Iterator[Any]:
     """Run work side by side, as much as costs `limit` together, and yield what it emits; the first exception ends it all.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 from rl_onoff.types import Request
 
+Item = TypeVar("Item")
 Draw = tuple[Request, int]  # one response to sample: the request, and which of its samples
 
 
@@ -27,8 +29,19 @@ class Given:
         self._draws = deque(draws_of(requests))
 
     def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
-        number = len(self._draws) if most is None else min(max(most, 0), len(self._draws))
-        return [self._draws.popleft() for _ in range(number)]
+        return taken(self._draws, most)
+
+
+def taken(draws: deque[Draw], most: int | None) -> list[Draw]:
+    """The first `most` draws (None: all), taken out."""
+    number = len(draws) if most is None else min(max(most, 0), len(draws))
+    return [draws.popleft() for _ in range(number)]
+
+
+def whole(items: Iterable[Item]) -> Callable[[int, bool], Iterable[Item]]:
+    """What an engine's loop takes from, where all that it is to do is there."""
+    items = iter(items)
+    return lambda most, wait: islice(items, max(most, 0))
 
 
 def draws_of(requests: Iterable[Request]) -> list[Draw]:

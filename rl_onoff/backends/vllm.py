@@ -14,8 +14,7 @@ import numpy as np
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.config import EngineConfig, VLLMBackendConfig
 from rl_onoff.backends.core import EngineInfo
-from rl_onoff.backends.supply import Draw, Given, Supply
-from rl_onoff.backends.vllm_engine import whole
+from rl_onoff.backends.supply import Draw, Given, Supply, whole
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.probes import vllm as probe
 from rl_onoff.probes import vllm_public

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -131,12 +130,6 @@ class Engine:
         cleanup_dist_env_and_memory()
         if self._on_cpu:
             torch.compiler.set_stance("default")
-
-
-def whole(inputs: Iterable[Input]) -> Callable[[int, bool], Iterable[Input]]:
-    """What `run` takes from, where all inputs are there."""
-    inputs = iter(inputs)
-    return lambda most, wait: itertools.islice(inputs, most)
 
 
 def _set_environment(tensor_parallel: int, on_cpu: bool) -> None:

@@ -89,8 +89,9 @@ def as_text(jobs: Sequence[Job]) -> str:
         rows.append([*(job.options.get(name, "") for name in options), *numbers, job.verdict if job.status == "done" else job.status])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<"] * len(options) + [">"] * len(shown) + ["<"]
-    cells = zip(*([f"{cell:{side}{width}}" for cell in column] for column, side, width in zip(zip(*rows), sides, widths)))  # noqa: B905
-    return "\n".join("  " + "  ".join(line).rstrip() for line in cells)
+    formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
+    lines = ("  ".join(format(cell, how) for cell, how in zip(row, formats, strict=True)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def conclude(sweep_dir: Path) -> str:

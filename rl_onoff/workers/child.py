@@ -29,10 +29,11 @@ import msgspec
 import psutil
 
 from rl_onoff.backends.core import CoreBackend
-from rl_onoff.backends.supply import Draw, draws_of
-from rl_onoff.errors import OnOffError
+from rl_onoff.backends.supply import Draw, draws_of, taken
+from rl_onoff.errors import named
 from rl_onoff.types import Completion, TokenScores
 from rl_onoff.workers import sessions, wire
+from rl_onoff.workers.forward import Forward
 
 DIED = 70  # exit code when a process of the engine died; the file `reason` says which
 
@@ -91,17 +92,6 @@ class Watch(threading.Thread):
         os._exit(0)
 
 
-class Forward(logging.Handler):
-    """Keeps log records until the main thread sends them: it alone does."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.waiting: collections.deque[wire.Logged] = collections.deque()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
-
-
 class Inbox(threading.Thread):
     """Takes in what the parent sends, whatever the engine does: a parent that sends more requests while its worker sends results waits
     for the worker to read, as the worker does for it, and neither would ever go on."""
@@ -147,8 +137,7 @@ class Feed:
         self._worker.read(self._call)
         while wait and not (self._draws or self._last or self._worker.unwanted):
             self._worker.read(self._call, wait=True)
-        number = len(self._draws) if most is None else min(most, len(self._draws))
-        return [] if self._worker.unwanted else [self._draws.popleft() for _ in range(number)]
+        return [] if self._worker.unwanted else taken(self._draws, most)
 
 
 class Worker:
@@ -159,7 +148,6 @@ class Worker:
         self._inbox = Inbox(self._channel)
         self._inbox.start()
         self._forward = Forward()
-        logging.getLogger("rl_onoff").addHandler(self._forward)
         self._feed: Feed | None = None  # of the call that is being answered, if it may get more requests
         self._closing = False
         self.unwanted = False  # nobody reads the results of the call that is being answered
@@ -235,17 +223,16 @@ class Worker:
                     self._closing = self.unwanted = True
 
     def _send(self, message: wire.AnyMessage) -> None:
-        while self._forward.waiting:
-            self._channel.send(self._forward.waiting.popleft())
+        for logger, level, text in self._forward.lines():
+            self._channel.send(wire.Logged(logger=logger, level=level, text=text))
         self._channel.send(message)
 
     def _fail(self, call: int, error: BaseException) -> None:
         traceback.print_exception(error)
         sys.stderr.flush()
         self._watch.check()  # an engine that lost a process may say so itself before the watch does
-        ours = isinstance(error, OnOffError)
-        name = next(c.__name__ for c in type(error).__mro__ if c.__module__ == OnOffError.__module__) if ours else "EngineError"
-        self._send(wire.Failed(call=call, error=name, text=str(error) if ours else f"{type(error).__name__}: {error}"))
+        name, text = named(error)
+        self._send(wire.Failed(call=call, error=name, text=text))
 
 
 def main() -> None:

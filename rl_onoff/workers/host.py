@@ -21,7 +21,7 @@ from rl_onoff.backends.config import EngineConfig, PoolConfig
 from rl_onoff.backends.core import CoreBackend, EngineInfo
 from rl_onoff.backends.supply import Supply
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
-from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.types import Completion, Key, Request, Response, TokenScores, Want
 from rl_onoff.workers import wire
 from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
@@ -35,7 +35,6 @@ STILL_SECONDS = 20.0  # between two words about a load that takes long
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, int]
 Error = TypeVar("Error", bound=OnOffError)
 
 

@@ -7,7 +7,6 @@ for a worker on this machine (`backend.python`, an engine that crashes or kills 
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -23,13 +22,15 @@ import psutil
 from rl_onoff import errors
 from rl_onoff.backends.config import EngineConfig
 from rl_onoff.backends.core import EngineInfo
-from rl_onoff.backends.supply import Draw, draws_of
+from rl_onoff.backends.supply import Draw, draws_of, taken
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.types import Request, Want
 from rl_onoff.workers import sessions
 from rl_onoff.workers.arrow import batch_of, items_of
 from rl_onoff.workers.devices import VISIBLE, Place
+from rl_onoff.workers.forward import Forward, Line
 from rl_onoff.workers.host import CLOSE_SECONDS, PERIOD, Host
+from rl_onoff.workers.replica import Stopped
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 1.0  # for the first result, before an empty reply
 LINGER_SECONDS = 0.01  # for a few more, so that small results do not travel one by one
 HELD_BYTES = 16 << 20  # of results that have not been asked for; the worker waits then
-
-Line = tuple[str, int, str]  # logger, level, text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +52,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        ours = isinstance(error, OnOffError)
-        name = next(c.__name__ for c in type(error).__mro__ if c.__module__ == OnOffError.__module__) if ours else "EngineError"
-        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        name, text = errors.named(error)
         return cls(error=name, text=text, notes=tuple(getattr(error, "__notes__", ())))
 
     def exception(self) -> OnOffError:
@@ -75,10 +72,6 @@ class Reply:
     pid: int | None = None
     batch: RecordBatch | None = None
     ended: bool = False
-
-
-class Stopped(Exception):
-    """Nobody wants the call any more."""
 
 
 class Results:
@@ -147,22 +140,7 @@ class Feed:
             if wait:
                 self._results.changed.wait_for(lambda: self._draws or self._last or self._results.stopped)
             self._results.check()
-            number = len(self._draws) if most is None else min(most, len(self._draws))
-            return [self._draws.popleft() for _ in range(number)]
-
-
-class Forward(logging.Handler):
-    """Keeps what rl_onoff logs here until the next reply."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._waiting: deque[Line] = deque()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._waiting.append((record.name, record.levelno, record.getMessage()))
-
-    def lines(self) -> list[Line]:
-        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+            return taken(self._draws, most)
 
 
 class Worker:
@@ -182,7 +160,6 @@ class Worker:
         self._feed: Feed | None = None
         self._thread: threading.Thread | None = None
         self._forward = Forward()
-        logging.getLogger("rl_onoff").addHandler(self._forward)
 
     def load(self) -> Reply:
         with self._loading:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from rl_onoff.backends.supply import Supply, requests_of
-from rl_onoff.types import Request
-
-Key = tuple[str, int]
+from rl_onoff.types import Key, Request
 
 
 class Refill:

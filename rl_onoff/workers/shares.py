@@ -17,12 +17,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rl_onoff.errors import EngineDiedError
-from rl_onoff.types import Request, Response
+from rl_onoff.types import Key, Request, Response
 
 MOST_DEATHS = 3  # of a replica, with the same response in its hands
 FILL = 32  # responses that a share has at least, if there are enough: engines compute them side by side
-
-Key = tuple[str, int]
 
 
 @dataclass(slots=True)

@@ -30,8 +30,6 @@ LAUNCHERS = {
 
 
 def launched_by(launcher: str) -> tuple[str, ...]:
-    if launcher != "basic":
-        pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     return ("-m", f"hydra/launcher={launcher}", *LAUNCHERS[launcher])
 
 
@@ -119,7 +117,6 @@ def test_an_error_nobody_foresaw_comes_home_as_a_sentence(tmp_path: Path) -> Non
 
 
 def optuna(*arguments: str) -> tuple[str, ...]:
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     return ("-m", "hydra/sweeper=optuna", "hydra.sweeper.n_jobs=1", "hydra.sweeper.sampler.seed=1", *SMALL, *arguments, "sweep_dir=sweep")
 
 
@@ -173,9 +170,6 @@ def test_a_metric_that_no_run_has_ends_the_first_trial(launcher: str, tmp_path: 
 
 
 def test_optunas_database(tmp_path: Path) -> None:
-    sqlalchemy = pytest.importorskip("sqlalchemy")
-    if not sqlalchemy.__version__.startswith("1."):
-        pytest.skip("the storages of optuna 2 need SQLAlchemy 1.4, as pinned in requirements/constraints.txt")
     study = ("hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=mine", "hydra.sweeper.n_trials=1")
     for trials in (1, 2):
         rl_onoff(

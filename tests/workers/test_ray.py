@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig, SGLangBackendConfig, VLLMBackendConfig, create_backend
 from rl_onoff.backends.config import EngineConfig, PoolConfig, PoolKind
@@ -26,8 +27,6 @@ from rl_onoff.workers.ray_cluster import berth, replicas_that_fit
 from tests.conftest import ROOT
 from tests.workers.test_pool import request as request_of
 from tests.workers.tiny_backend import TinyBackend
-
-ray = pytest.importorskip("ray")
 
 STORE_BYTES = 128 << 20
 
