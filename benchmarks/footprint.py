@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff import stages
-from rl_onoff.backends.config import EngineConfig
-from rl_onoff.progress import Progress
-from rl_onoff.storage import RunDir, Table
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.pipeline import stages
+from rl_onoff.pipeline.progress import Progress
+from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
-from rl_onoff.workers.shares import Item, Shares, items_of_requests
+from rl_onoff.workers.work_queue import Item, Shares, items_of_requests
 
 TOP_KS = (0, 20, 64)
 MEAN_LENGTH = 500
@@ -52,7 +52,7 @@ def real(folder: Path, model: str) -> dict[str, Any]:
     """Sample and score once with everything kept; returns CPU seconds per token."""
     from rl_onoff.backends import create_backend
     from rl_onoff.config import DataConfig
-    from rl_onoff.data import load_requests
+    from rl_onoff.data.requests import load_requests
 
     backend = create_backend({"backend_type": "huggingface", "model_name": model})
     backend.load()
@@ -257,19 +257,19 @@ def _resume(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
 
 
 def _summarise(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
-    from rl_onoff.summary import summarise
+    from rl_onoff.rundir.summary import summarise
 
     return lambda: summarise(run)
 
 
 def _compare(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
-    from rl_onoff.comparing import compare_run
+    from rl_onoff.pipeline.compare import compare_run
 
     return lambda: (run.path / "comparisons.pickle").write_bytes(pickle.dumps(compare_run(run, own="own")))
 
 
 def _page(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
-    from rl_onoff.comparing import write_page
+    from rl_onoff.pipeline.compare import write_page
 
     comparisons = pickle.loads((run.path / "comparisons.pickle").read_bytes())
     return lambda: write_page(run, comparisons, lambda i: f" t{i}", own="own")

@@ -21,12 +21,12 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig
-from rl_onoff.backends.config import PoolConfig, PoolKind
-from rl_onoff.backends.fake import FakeBackend
-from rl_onoff.backends.huggingface import HuggingFaceBackend
+from rl_onoff.backends.engine_config import PoolConfig, PoolKind
+from rl_onoff.backends.fake.backend import FakeBackend
+from rl_onoff.backends.huggingface.backend import HuggingFaceBackend
 from rl_onoff.types import Request, Sampling
+from rl_onoff.workers.client import Host
 from rl_onoff.workers.devices import Place
-from rl_onoff.workers.host import Host
 from rl_onoff.workers.pool import Pool
 from rl_onoff.workers.ray import RayCluster
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.backends.config import SGLangBackendConfig
-from rl_onoff.backends.sglang import SGLangBackend
+from rl_onoff.backends.sglang.backend import SGLangBackend
+from rl_onoff.backends.sglang.config import SGLangBackendConfig
 from rl_onoff.types import Response, Want
 
 

@@ -13,7 +13,7 @@ import heapq
 import numpy as np
 
 from rl_onoff.types import Request, Sampling
-from rl_onoff.workers.shares import Shares, items_of_requests
+from rl_onoff.workers.work_queue import Shares, items_of_requests
 
 SETTINGS = ((2, 64, 1_000), (8, 128, 4_000), (8, 256, 16_000), (64, 256, 64_000))  # replicas, slots of each, responses
 LONGEST = 32_000

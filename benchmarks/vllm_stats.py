@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends import VLLMBackendConfig
-from rl_onoff.backends import vllm as module
-from rl_onoff.backends.vllm import VLLMBackend, _jobs, _prefix
+from rl_onoff.backends.vllm import backend as module
+from rl_onoff.backends.vllm.backend import VLLMBackend, _jobs, _prefix
 from rl_onoff.types import Response, Want
 
 

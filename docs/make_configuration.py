@@ -18,8 +18,9 @@ from omegaconf import MISSING
 
 from rl_onoff import config
 from rl_onoff.backends import config as engines
-from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig
-from rl_onoff.cli import CONF
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.registry import engine_configs
+from rl_onoff.cli.main import CONF
 from rl_onoff.config import SCHEMAS, RunConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -104,7 +105,7 @@ def page() -> str:
         lines += [f"## {group}", "", (inspect.getdoc(schema) or "").splitlines()[0], "", *choices(group), *table(schema), ""]
     lines += ["## backend, target, policies", "", ENGINES, ""]
     lines += [*choices("backend"), *choices("target"), *choices("policies"), *table(EngineConfig), ""]
-    for name, schema in ENGINE_CONFIGS.items():
+    for name, schema in engine_configs().items():
         lines += [f"### {name}", "", (inspect.getdoc(schema) or "").splitlines()[0], "", *table(schema), ""]
     return "\n".join(lines).rstrip() + "\n"
 

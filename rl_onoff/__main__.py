@@ -1,3 +1,3 @@
-from rl_onoff.cli import main
+from rl_onoff.cli.main import main
 
 main()

@@ -11,16 +11,20 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from rl_onoff.backends.config import ENGINE_CONFIGS, EngineConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
+from rl_onoff.backends.registry import engine_configs
 from rl_onoff.errors import UsageError, nearest
 from rl_onoff.redaction import redact_override
 from rl_onoff.sampling import LogprobKind, Sampling
 
 COLUMN_ROLES = ("id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward")
+HERE = Path(__file__).resolve().parent
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
 
 
@@ -282,7 +286,7 @@ class RunConfig:
 
 
 SCHEMAS: dict[tuple[str, str], Any] = {
-    **{("backend", name): schema for name, schema in ENGINE_CONFIGS.items()},
+    **{("backend", name): schema for name, schema in engine_configs().items()},
     ("pool", "pool"): PoolConfig,
     ("model", "model"): ModelConfig,
     ("data", "data"): DataConfig,
@@ -330,7 +334,7 @@ def register() -> None:
     # What it takes out of the store it copies anyway.
     setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
-    for name, schema in ENGINE_CONFIGS.items():  # the other groups have one schema each, which the run's holds already
+    for name, schema in engine_configs().items():  # the other groups have one schema each, which the run's holds already
         node = OmegaConf.structured(schema)
         for each in fields(PoolConfig):  # one by one: a whole group cannot be interpolated where a schema is, nor changed for one engine
             node.pool[each.name] = f"${{pool.{each.name}}}"

@@ -5,57 +5,37 @@ from __future__ import annotations
 import logging
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
 
-from rl_onoff import stages
-from rl_onoff.attribute import run_attribute
-from rl_onoff.backends.config import EngineConfig
-from rl_onoff.comparing import compare_run, gap_of, verdict_of, write_page
-from rl_onoff.comparison import Comparison
+from rl_onoff.attribution.ladder import run_attribute
+from rl_onoff.backends import build
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.compare import Comparison
 from rl_onoff.config import RunConfig, Stage
-from rl_onoff.data import check_lengths, load_responses, make_requests
+from rl_onoff.data.prompts import Row, load_rows
+from rl_onoff.data.requests import check_lengths, load_responses, make_requests
 from rl_onoff.errors import UsageError
-from rl_onoff.generation_config import model_sampling
-from rl_onoff.matrix import check_policies, run_matrix
-from rl_onoff.progress import Progress
-from rl_onoff.recorded import landmarks, texts_of
+from rl_onoff.models.sampling_defaults import model_sampling
+from rl_onoff.pipeline import stages
+from rl_onoff.pipeline.compare import compare_run, gap_of, verdict_of, write_page
+from rl_onoff.pipeline.compare_inputs import open_sources
+from rl_onoff.pipeline.context import Run
+from rl_onoff.pipeline.engine_slot import NotItsTurn, Slot
+from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
+from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
-from rl_onoff.roles import engines, known_engines, samplers, scorers
-from rl_onoff.rows import Row, load_rows
-from rl_onoff.slot import Slot, build
-from rl_onoff.sources import open_sources
-from rl_onoff.storage import RunDir, Table
-from rl_onoff.summary import Summary, as_text, summarise
-from rl_onoff.sweeps.turns import NotItsTurn
+from rl_onoff.rundir.provenance import landmarks, texts_of
+from rl_onoff.rundir.summary import Summary, as_text, summarise
+from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
 from rl_onoff.types import Sampling, Want
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Run:
-    """What the stages of one run share."""
-
-    config: RunConfig
-    rows: list[Row]  # of the data; none when nothing is sampled
-    folder: RunDir
-    tracker: Tracker
-    slot: Slot
-    values: dict[str, float] = field(default_factory=dict)  # what the stages found and no shard holds: tokens/s, the matrix, shares
-    comparisons: dict[str, Comparison] = field(default_factory=dict)  # by the name of the target's scores
-    sections: dict[str, Any] = field(default_factory=dict)  # of metrics.json, besides values and comparisons
-    texts: list[str] = field(default_factory=list)  # for the terminal
-    page: Path | None = None
-    brief: bool = False  # say little on the terminal: of a sweep's job, whose numbers are in the table
-
-    def progress(self, stage: str, total: int) -> Progress:
-        return Progress(stage, total, self.tracker.log, self.config.tracking.log_every_s)
 
 
 def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot | None = None) -> float | None:

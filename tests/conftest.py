@@ -23,7 +23,7 @@ SGLANG_PYTHON = os.environ.get("RL_ONOFF_SGLANG_PYTHON", str(ROOT / ".venv-sglan
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Folder of the built-in model."""
-    from rl_onoff.models import resolve
+    from rl_onoff.models.resolve import resolve
 
     return resolve("smollm2").path
 

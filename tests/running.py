@@ -8,10 +8,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rl_onoff.cli import CONF
+from rl_onoff.cli.main import CONF
 from rl_onoff.config import register
 from rl_onoff.run import run
-from rl_onoff.storage import RunDir, Table
+from rl_onoff.rundir.table import RunDir, Table
 
 
 def run_in(path: Path, *overrides: str) -> RunDir:

@@ -18,7 +18,7 @@ class SharedEngineLauncher(Launcher):
         self._context, self._task, self._config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from rl_onoff.sweeps.turns import launch
+        from rl_onoff.sweeps.schedule import launch
 
         return launch(self._context, self._task, self._config, job_overrides, initial_job_idx)
 

@@ -10,44 +10,19 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from rl_onoff.backends.config import BackendConfig, EngineConfig, PoolKind
-from rl_onoff.backends.supply import Supply, requests_of
+from rl_onoff.backends.config import BackendConfig
+from rl_onoff.backends.engine import Core, EngineInfo, Supply, requests_of
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import place
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineInfo:
-    """What a loaded engine says about itself; kept with the rows it makes."""
-
-    engine: str  # "huggingface", "vllm", …
-    version: str  # the engine package's version
-    dtype: str  # of the weights as loaded: "float32", "bfloat16", …
-    vocab_size: int  # columns of the logits
-    max_len: int  # most tokens of prompt and response together
-    eos_ids: tuple[int, ...]  # tokens that end a response
-    in_engine_stats: bool = True  # False: statistics come through the engine's public API
-    batch: int = 32  # responses that it samples side by side, about
-    replicas: int = 1
-
-
-class Core(Protocol):
-    """The four calls an engine answers, wherever it runs. One call at a time; results come in any order."""
-
-    def _load(self) -> EngineInfo: ...
-
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
-
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]: ...
-
-    def _close(self) -> None: ...
 
 
 class CoreBackend(ABC):
@@ -108,7 +83,7 @@ class CoreBackend(ABC):
 
     def check_model(self) -> None:
         """Refuse a model that cannot be there."""
-        from rl_onoff.models import check_name
+        from rl_onoff.models.resolve import check_name
 
         check_name(self.config.model_name, revision=self.config.revision)
 
@@ -136,33 +111,10 @@ class CoreBackend(ABC):
 
     def _place(self) -> Core:
         """Where the engine runs: this object itself, a worker process, or a pool of them."""
-        if self.config.pool.kind is PoolKind.ray:
-            if self.config.worker is False:
-                raise UsageError(
-                    "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of them"
-                )
-            from rl_onoff.workers.pool import Pool
-            from rl_onoff.workers.ray import RayCluster
+        return place(self, replace(self.config, dp_size=self._num_replicas()), in_worker=self._hosted_by_default())
 
-            return Pool(type(self), self.config, site=RayCluster(type(self), self.config))
-        if (replicas := self._num_replicas()) > 1:
-            if self.config.worker is False:
-                raise UsageError(
-                    f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of their own: "
-                    "drop backend.worker=false, or set backend.dp_size=1"
-                )
-            from rl_onoff.workers.pool import Pool
-
-            return Pool(type(self), replace(self.config, dp_size=replicas))
-        hosted = self._hosted_by_default() if self.config.worker is None else self.config.worker
-        if not hosted and self.config.python is None:
-            return self
-        from rl_onoff.workers.host import Host
-
-        return Host(type(self), self.config)
-
-    def _num_replicas(self) -> int:
-        return self.config.dp_size or 1
+    def _num_replicas(self) -> int | None:
+        return self.config.dp_size
 
     def _hosted_by_default(self) -> bool:
         return self.worker_by_default
@@ -239,7 +191,7 @@ class CoreBackend(ABC):
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _load_tokenizer(self) -> Any:
-        from rl_onoff.tokenizers import load_tokenizer
+        from rl_onoff.models.tokenizer import load_tokenizer
 
         config = self.config
         return load_tokenizer(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rl_onoff.probes.token_stats import process_logits
+from rl_onoff.backends.token_stats import process_logits
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Sampling
 
 if TYPE_CHECKING:

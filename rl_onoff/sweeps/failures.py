@@ -6,9 +6,9 @@ import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from rl_onoff.disk import write_whole
 from rl_onoff.errors import OnOffError
 from rl_onoff.redaction import redact
+from rl_onoff.rundir.files import write_whole
 
 ERROR = "error.txt"  # in the folder of a job that failed: one sentence, the exit code, and the traceback if there is more to say
 

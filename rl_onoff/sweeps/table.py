@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.disk import read_json, write_whole
+from rl_onoff.rundir.files import read_json, write_whole
 from rl_onoff.sweeps.failures import ERROR, read_failure
 
 FILE = "sweep.csv"
@@ -78,7 +78,7 @@ def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
 
 def as_text(jobs: Sequence[Job]) -> str:
     """The same for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
-    from rl_onoff.summary import number
+    from rl_onoff.rundir.summary import number
 
     options = swept_options(jobs)
     asked = {name: name for job in jobs if (name := job.options.get("metric")) and name not in SHOWN}

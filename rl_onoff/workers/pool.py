@@ -14,14 +14,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl_onoff.backends.config import EngineConfig
-from rl_onoff.backends.core import CoreBackend, EngineInfo
+from rl_onoff.backends.engine import Core, EngineInfo
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.workers.client import Host
 from rl_onoff.workers.devices import places
-from rl_onoff.workers.host import Host
 from rl_onoff.workers.replica import Call, Hand, Hosting, Replica
-from rl_onoff.workers.shares import Item, Key, items_of_requests, items_of_responses
+from rl_onoff.workers.work_queue import Item, Key, items_of_requests, items_of_responses
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Site(Protocol):
 class Machine:
     """This machine: a worker process for each replica, with devices of its own."""
 
-    def __init__(self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None):
         self._class, self._config, self._log_folder = backend_class, config, log_folder
 
     def hosts(self) -> list[Host]:
@@ -57,9 +57,7 @@ class Machine:
 class Pool:
     """Runs the replicas of one backend. One call at a time; a call that is left early leaves the pool usable."""
 
-    def __init__(
-        self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None, site: Site | None = None
-    ):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None, site: Site | None = None):
         self._class, self._config = backend_class, config
         self._site = site or Machine(backend_class, config, log_folder)
         self._replicas: list[Replica] = []
@@ -76,8 +74,8 @@ class Pool:
         infos = []
         try:
             hosts = self._site.hosts()
-            log.info("starting %d replica%s of %s", len(hosts), "s" * (len(hosts) > 1), self._class.name)
-            self._replicas = [Replica(self._class.name, host) for host in hosts]
+            log.info("starting %d replica%s of %s", len(hosts), "s" * (len(hosts) > 1), self._config.name)
+            self._replicas = [Replica(self._config.name, host) for host in hosts]
             for replica in self._replicas:
                 replica.load(loaded)
             while len(infos) < len(hosts):
@@ -136,13 +134,13 @@ class Pool:
 
     def _running(self) -> None:
         if not self._replicas:
-            raise EngineDiedError(f"the {self._class.name} engine is not running: load the backend again")
+            raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
 
     def _gave_up(self, deaths: Mapping[Key, EngineDiedError]) -> EngineError:
         keys = sorted(deaths)
         names = ", ".join(_name(key) for key in keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
         error = EngineError(
-            f"the {self._class.name} engine died three times on each of these responses, which have no result: {names}; all others are "
+            f"the {self._config.name} engine died three times on each of these responses, which have no result: {names}; all others are "
             "done: leave those requests out, or give the engine more memory"
         )
         for note in getattr(deaths[keys[0]], "__notes__", ()):

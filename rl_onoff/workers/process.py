@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from rl_onoff.backends.core import CoreBackend
+from rl_onoff.backends.engine import Core
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import sessions, wire
 from rl_onoff.workers.devices import ANYWHERE, Place
@@ -32,22 +32,22 @@ _numbers = itertools.count()
 
 
 class WorkerProcess:
-    """Starts `python -m rl_onoff.workers.child` in a session and a temporary folder of its own."""
+    """Starts `python -m rl_onoff.workers.worker_main` in a session and a temporary folder of its own."""
 
-    def __init__(self, backend_class: type[CoreBackend], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE):
+    def __init__(self, backend_class: type[Core], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE):
         self.python = python or sys.executable
         packages = _packages(backend_class)
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
         self.log = self._folder / "worker.log"
         if log_folder is not None:
-            self.log = Path(log_folder) / f"{backend_class.name}-{os.getpid()}-{next(_numbers)}.log"
+            self.log = Path(log_folder) / f"{getattr(backend_class, "name", "engine")}-{os.getpid()}-{next(_numbers)}.log"
             self.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         with theirs, self.log.open("ab") as log:
             try:
                 self._popen = subprocess.Popen(
-                    [self.python, "-m", "rl_onoff.workers.child", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
+                    [self.python, "-m", "rl_onoff.workers.worker_main", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
                     start_new_session=True, env={**self._environment(packages), **place.environment},
                 )  # fmt: skip
@@ -138,7 +138,7 @@ class WorkerProcess:
         self._finalizer()
 
 
-def _packages(backend_class: type[CoreBackend]) -> list[Path]:
+def _packages(backend_class: type[Core]) -> list[Path]:
     """Where this package is, and the module or package that the backend's class is from."""
     found = []
     for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:

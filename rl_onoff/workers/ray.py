@@ -15,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_onoff.backends.config import EngineConfig
-from rl_onoff.backends.core import CoreBackend, EngineInfo
-from rl_onoff.backends.supply import Supply
+from rl_onoff.backends.engine import Core, EngineInfo, Supply
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 from rl_onoff.workers.arrow import batch_of, items_of
-from rl_onoff.workers.host import CLOSE_SECONDS, PERIOD, Key, death
+from rl_onoff.workers.client import CLOSE_SECONDS, PERIOD, Key, death
 from rl_onoff.workers.process import LOG_FOLDER
 from rl_onoff.workers.ray_actor import Reply, Worker
 from rl_onoff.workers.ray_cluster import Berth, Connection, alive_nodes, answers, berth, described, replicas_that_fit
@@ -42,7 +41,7 @@ NO_NODE = "no node of the Ray cluster is alive any more: run the same command ag
 class RayCluster:
     """A pool's site: hosts on the nodes of a cluster."""
 
-    def __init__(self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None):
         self._class, self._log_folder = backend_class, log_folder
         self._config = replace(config, model_name=_findable(config.model_name), tokenizer=config.tokenizer and _findable(config.tokenizer))
         self._connection: Connection | None = None
@@ -63,9 +62,7 @@ class RayCluster:
 class RayHost:
     """Runs one backend in a worker process on some node. One call at a time, read to its end or closed before the next."""
 
-    def __init__(
-        self, backend_class: type[CoreBackend], config: EngineConfig, log_folder: Path | str | None = None, address: str | None = None
-    ):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None, address: str | None = None):
         self._class, self._config, self._address = backend_class, config, address
         self._log_folder = str(log_folder) if log_folder is not None else os.environ.get(LOG_FOLDER)
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting; may raise
@@ -163,7 +160,7 @@ class RayHost:
     def _stream(self, batch: RecordBatch, want: Want | None, keys: set[Key], refill: Refill | None = None) -> Iterator[Any]:
         actor = self._actor
         if actor is None:
-            raise EngineDiedError(f"the {self._class.name} engine is not running: load the backend again")
+            raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
         call = self._call = self._call + 1
         reply, waiting = Reply(), actor.begin.remote(call, batch, want, refill is None)
         try:
@@ -219,7 +216,7 @@ class RayHost:
             reason = "Ray ended it, for its node was short of memory"
         else:
             reason = "its node left the Ray cluster" if "node has died" in str(error) else f"its actor is gone: {type(error).__name__}"
-        return death(self._class.name, reason, in_flight)
+        return death(self._config.name, reason, in_flight)
 
     # -- room ----------------------------------------------------------------------------------------------------------
 
@@ -242,7 +239,7 @@ class RayHost:
                     "pool.cpus_per_replica lower, or pool.wait_s higher"
                 )
             if not warned and time.monotonic() - began >= PATIENT_SECONDS:
-                log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", self._class.name, place, _room())
+                log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", self._config.name, place, _room())
                 warned = True
         return group
 

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from rl_onoff import errors
-from rl_onoff.backends.config import EngineConfig
-from rl_onoff.backends.core import EngineInfo
-from rl_onoff.backends.supply import Draw, draws_of, taken
+from rl_onoff.backends.engine import Draw, EngineInfo, draws_of, taken
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.types import Request, Want
 from rl_onoff.workers import sessions
 from rl_onoff.workers.arrow import batch_of, items_of
+from rl_onoff.workers.client import CLOSE_SECONDS, PERIOD, Host
 from rl_onoff.workers.devices import VISIBLE, Place
 from rl_onoff.workers.forward import Forward, Line
-from rl_onoff.workers.host import CLOSE_SECONDS, PERIOD, Host
 from rl_onoff.workers.replica import Stopped
 
 if TYPE_CHECKING:

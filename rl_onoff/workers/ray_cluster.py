@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rl_onoff.backends.config import EngineConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rl_onoff.backends.supply import Supply, requests_of
+from rl_onoff.backends.engine import Supply, requests_of
 from rl_onoff.types import Key, Request
 
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any, Protocol
 
-from rl_onoff.backends.core import Core, EngineInfo
-from rl_onoff.backends.supply import Draw, Supply
+from rl_onoff.backends.engine import Core, Draw, EngineInfo, Supply
 from rl_onoff.errors import EngineDiedError, OnOffError
 from rl_onoff.types import Completion, Request
-from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares
+from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares
 
 log = logging.getLogger(__name__)
 

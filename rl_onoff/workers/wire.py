@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from rl_onoff import types
-from rl_onoff.backends.core import EngineInfo
+from rl_onoff.backends.engine import EngineInfo
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 
 types.__dict__.setdefault("np", np)  # its annotations name numpy, which it imports for type checkers alone; msgspec evaluates them

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_onoff.attribution import View, gap
+from rl_onoff.attribution.result import View, gap
 from rl_onoff.config import Rung
 from rl_onoff.errors import UsageError
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 from tests.running import rewrite, run_in
 
 FAKE = ("backend=fake", "target=fake", "sampling.max_new_tokens=24", "data.limit=6")

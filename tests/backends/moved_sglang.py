@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from rl_onoff.backends.sglang import SGLangBackend
+from rl_onoff.backends.sglang.backend import SGLangBackend
 
 
 class MovedSGLang(SGLangBackend):
     def _start(self, in_engine: bool) -> None:
         from sglang.srt.entrypoints.engine import Engine
 
-        from rl_onoff.probes import sglang as probes
+        from rl_onoff.backends.sglang import hooks as probes
 
         probes.engine_class = lambda: Engine  # without our hooks
         super()._start(in_engine)

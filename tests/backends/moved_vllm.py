@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from rl_onoff.backends.core import EngineInfo
-from rl_onoff.backends.vllm import VLLMBackend
+from rl_onoff.backends.engine import EngineInfo
+from rl_onoff.backends.vllm.backend import VLLMBackend
 
 
 class MovedVLLM(VLLMBackend):
     """The hidden states that our hook is given are those of the next position."""
 
     def _load(self) -> EngineInfo:
-        from rl_onoff.probes.vllm import Recorder
+        from rl_onoff.backends.vllm.recorder import Recorder
 
         honest = Recorder.step
         Recorder.step = lambda self, hidden_ND, head, batch: honest(self, hidden_ND.roll(-1, 0), head, batch)
@@ -23,7 +23,7 @@ class GoneVLLM(VLLMBackend):
     """There is no runner that our hooks know."""
 
     def _load(self) -> EngineInfo:
-        from rl_onoff.probes import vllm_hooks
+        from rl_onoff.backends.vllm import hooks as vllm_hooks
 
         vllm_hooks._hook_v1 = _no_such_thing
         return super()._load()
@@ -33,7 +33,7 @@ class UncappedVLLM(VLLMBackend):
     """Cached blocks of a response are not computed again."""
 
     def _load(self) -> EngineInfo:
-        from rl_onoff.probes import vllm_hooks
+        from rl_onoff.backends.vllm import hooks as vllm_hooks
 
         vllm_hooks._Shorter = lambda request, num_tokens: request
         return super()._load()

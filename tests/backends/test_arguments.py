@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rl_onoff.backends import ENGINE_CONFIGS, backend_class, create_backend
+from rl_onoff.backends import backend_class, create_backend, engine_configs
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Request, Response, Sampling
 
@@ -99,7 +99,7 @@ def test_configs_that_look_odd_and_are_right():
     create_backend({"backend_type": "vllm", "model_name": "m", "backend_specific": {"gpu_memory_utilization": 1, "max_model_len": None}})
 
 
-@pytest.mark.parametrize("name", ENGINE_CONFIGS)
+@pytest.mark.parametrize("name", engine_configs())
 def test_samplers_that_every_engine_has(name):
     backend = create_backend({"backend_type": name, "model_name": "m"})
     for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_p=0.9, top_k=5), Sampling(min_p=0.1), Sampling(stop=["a"])):
@@ -121,10 +121,10 @@ def test_samplers_an_engine_does_not_have(name, sampling, words):
     assert words in refused(backend.check_sampling, sampling)
 
 
-@pytest.mark.parametrize("name", ENGINE_CONFIGS)
+@pytest.mark.parametrize("name", engine_configs())
 def test_models_that_cannot_be_there(name):
     for model in ("./no-such-folder", "smollm", "no.gguf"):
-        backend = backend_class(ENGINE_CONFIGS[name]()._target_)(ENGINE_CONFIGS[name](model_name=model))
+        backend = backend_class(engine_configs()[name]()._target_)(engine_configs()[name](model_name=model))
         if name == "fake":  # whose model is a name alone
             backend.check_model()
         else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rl_onoff.backends import BaseBackend
-from rl_onoff.backends.supply import Draw, draws_of
+from rl_onoff.backends.engine import Draw, draws_of
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, Want
 

@@ -87,7 +87,7 @@ def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(family: 
 
 
 def test_a_model_that_does_not_split_is_scored_whole(tiny: BaseBackend, caplog: pytest.LogCaptureFixture) -> None:
-    from rl_onoff.probes.huggingface import SplitModel
+    from rl_onoff.backends.huggingface.model import SplitModel
 
     expected = {s.key: s.logprobs_T for s in tiny.score(some_responses(3))}
     split = tiny._split

@@ -12,7 +12,7 @@ import yaml
 
 from rl_onoff.backends import BaseBackend, HuggingFaceBackendConfig, VLLMBackendConfig, create_backend
 from rl_onoff.backends.config import BackendConfig
-from rl_onoff.backends.vllm import VLLMBackend
+from rl_onoff.backends.vllm.backend import VLLMBackend
 from rl_onoff.errors import UsageError
 from tests.backends.conftest import options_of
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from rl_onoff.backends import BaseBackend, SGLangBackendConfig, create_backend
-from rl_onoff.backends.sglang import SGLangBackend
+from rl_onoff.backends.sglang.backend import SGLangBackend
 from rl_onoff.errors import EngineDiedError, UsageError
 from rl_onoff.types import LogprobKind, Request, Response, Sampling, TokenScores, Want
 from tests.backends.moved_sglang import MovedSGLang
@@ -61,7 +61,7 @@ def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarra
     """The same numbers from a forward pass over the unpadded sequence."""
     import torch
 
-    from rl_onoff.probes.token_stats import token_stats
+    from rl_onoff.backends.token_stats import token_stats
 
     sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int64))[None]
     with torch.no_grad():

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from rl_onoff.backends import BaseBackend, VLLMBackendConfig, create_backend
-from rl_onoff.backends.vllm import VLLMBackend
+from rl_onoff.backends.vllm.backend import VLLMBackend
 from rl_onoff.errors import EngineDiedError, MissingDependencyError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 from tests.backends.moved_vllm import GoneVLLM, MovedVLLM, UncappedVLLM
@@ -43,7 +43,7 @@ def plain(reference: Any, response: Response, want: Want) -> TokenScores:
     """The same numbers from a forward pass over the unpadded sequence."""
     import torch
 
-    from rl_onoff.probes.token_stats import token_stats
+    from rl_onoff.backends.token_stats import token_stats
 
     sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int64))[None]
     with torch.no_grad():
@@ -277,9 +277,9 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
     """It needs a GPU; this is its interface (vLLM 0.32) over a linear model, in two chunks of which one holds two requests."""
     import torch
 
-    from rl_onoff.probes.token_stats import token_stats
-    from rl_onoff.probes.vllm import Recorder, job_of, read
-    from rl_onoff.probes.vllm_hooks import hook
+    from rl_onoff.backends.token_stats import token_stats
+    from rl_onoff.backends.vllm.hooks import hook
+    from rl_onoff.backends.vllm.recorder import Recorder, job_of, read
 
     weight_VD = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
     hidden_ND = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))

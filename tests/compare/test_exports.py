@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rl_onoff.data.rollouts import open_export
 from rl_onoff.errors import UsageError
-from rl_onoff.exports import open_export
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 from tests.running import run_in
 
 RNG = np.random.default_rng(0)

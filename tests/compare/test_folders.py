@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.joining import Lookup, scored_as
-from rl_onoff.storage import Row, RunDir, Table
+from rl_onoff.rundir.join import Lookup, scored_as
+from rl_onoff.rundir.table import Row, RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
 from tests.running import rewrite, run_in
 

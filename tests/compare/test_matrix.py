@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 from tests.conftest import ROOT
 from tests.running import run_in
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from rl_onoff import __version__
-from rl_onoff.cli import CONF
+from rl_onoff.cli.main import CONF
 from tests.conftest import ROOT
 
 MODULE = [sys.executable, "-m", "rl_onoff"]

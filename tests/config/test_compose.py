@@ -14,8 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rl_onoff.backends.config import ENGINE_CONFIGS
-from rl_onoff.cli import CONF
+from rl_onoff.backends.registry import engine_configs
+from rl_onoff.cli.main import CONF
 from rl_onoff.config import MAX_FOLDER_NAME, SCHEMAS, RunConfig, job_folder, register
 from tests.conftest import ROOT
 
@@ -42,18 +42,18 @@ def test_every_choice_composes(group, choice):
 def test_every_target_composes_with_every_backend(backend):
     for target in [file.stem for file in (CONF / "target").glob("*.yaml")]:
         config = composed(f"backend={backend}", f"target={target}", "model.name=m", "model.dtype=float32")
-        assert type(config.backend) is ENGINE_CONFIGS[backend]
+        assert type(config.backend) is engine_configs()[backend]
         assert config.backend.model_name == "m" and config.backend.weights_dtype == "float32"
         if target == "self":
             assert config.target is None
         else:
-            assert type(config.target) is ENGINE_CONFIGS[target] and config.target.model_name == "m"
+            assert type(config.target) is engine_configs()[target] and config.target.model_name == "m"
 
 
 def test_every_engine_has_a_group_choice_and_a_file_of_the_public_api():
-    assert set(ENGINES) == set(ENGINE_CONFIGS)
+    assert set(ENGINES) == set(engine_configs())
     configs = ROOT / "rl_onoff/backends/configs"
-    assert {file.name for file in configs.iterdir()} == {f"{name}_default.yaml" for name in ENGINE_CONFIGS if name != "fake"}
+    assert {file.name for file in configs.iterdir()} == {f"{name}_default.yaml" for name in engine_configs() if name != "fake"}
 
 
 def test_an_engines_own_name_and_ours_are_one_option():
@@ -85,10 +85,10 @@ def settings(file: Path) -> list[tuple[Any, dict[str, Any]]]:
     values = {name: value for name, value in values.items() if name not in ("defaults", "hydra")}
     if group == "policies":
         text = file.read_text()
-        return [(ENGINE_CONFIGS[re.search(rf"/backend/(\w+)@{name}\b", text)[1]], fields) for name, fields in values.items()]
+        return [(engine_configs()[re.search(rf"/backend/(\w+)@{name}\b", text)[1]], fields) for name, fields in values.items()]
     if group in ("conf", "experiment") or "@package _global_" in file.read_text():
         return [(RunConfig, values)]
-    return [(ENGINE_CONFIGS[file.stem] if group in ("backend", "target") else SCHEMAS[group, group], values)]
+    return [(engine_configs()[file.stem] if group in ("backend", "target") else SCHEMAS[group, group], values)]
 
 
 def default_of(field: dataclasses.Field) -> Any:

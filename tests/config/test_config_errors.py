@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rl_onoff.cli import CONF
+from rl_onoff.cli.main import CONF
+from rl_onoff.cli.messages import config_sentence, flag_sentence, flags_first, target_sentence
 from rl_onoff.config import register
-from rl_onoff.config_errors import config_sentence, flag_sentence, flags_first, target_sentence
 
 
 @pytest.mark.parametrize(

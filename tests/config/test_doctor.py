@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_onoff import doctor
+from rl_onoff.cli import doctor
 from tests.conftest import ROOT, SGLANG_PYTHON
 
 

@@ -37,4 +37,4 @@ def test_no_module_imports_an_engine_or_anything_as_large():
 
 
 def test_the_command_line_needs_no_numpy():
-    assert imported_with(["rl_onoff.cli", "rl_onoff.config"], ("numpy", *HEAVY)) == "[]"
+    assert imported_with(["rl_onoff.cli.main", "rl_onoff.config"], ("numpy", *HEAVY)) == "[]"

@@ -47,7 +47,7 @@ def test_an_installed_wheel_works_from_another_directory(wheel, tmp_path):
     dependencies = Path(yaml.__file__).parents[1]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(dependencies)}
 
-    where = "import rl_onoff, rl_onoff.cli; print(rl_onoff.__file__, rl_onoff.cli.CONF)"
+    where = "import rl_onoff, rl_onoff.cli.main; print(rl_onoff.__file__, rl_onoff.cli.main.CONF)"
     found = subprocess.check_output([python, "-c", where], cwd=elsewhere, env=env, text=True).split()
     assert found == [str(site / "rl_onoff/__init__.py"), str(site / "rl_onoff/conf")]
 
@@ -59,5 +59,5 @@ def test_an_installed_wheel_works_from_another_directory(wheel, tmp_path):
     done = subprocess.run(jobs, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), "the launcher is there too"
 
-    rows = "from rl_onoff.config import DataConfig; from rl_onoff.rows import load_rows; print(len(load_rows(DataConfig())))"
+    rows = "from rl_onoff.config import DataConfig; from rl_onoff.data.prompts import load_rows; print(len(load_rows(DataConfig())))"
     assert int(subprocess.check_output([python, "-c", rows], cwd=elsewhere, env=env, text=True)) >= 100

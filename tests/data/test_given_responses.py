@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rl_onoff.data import load_responses
+from rl_onoff.data.requests import load_responses
 from rl_onoff.errors import UsageError
 from rl_onoff.types import LogprobKind
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from rl_onoff.config import DataConfig
-from rl_onoff.data import check_lengths, encode_prompt, load_requests, make_requests
+from rl_onoff.data.prompts import Row
+from rl_onoff.data.requests import check_lengths, encode_prompt, load_requests, make_requests
 from rl_onoff.errors import UsageError
-from rl_onoff.rows import Row
 from rl_onoff.types import Sampling
 
 

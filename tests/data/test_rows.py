@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rl_onoff.config import DataConfig, Format
+from rl_onoff.data.prompts import PROBLEMS, load_rows
 from rl_onoff.errors import UsageError
-from rl_onoff.rows import PROBLEMS, load_rows
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -238,7 +238,7 @@ def test_repeated_ids_and_the_way_out(tmp_path):
 
 def test_a_datasets_id_that_cannot_be_reached():
     script = (
-        "from rl_onoff.rows import load_rows; from rl_onoff.config import DataConfig; from rl_onoff.errors import UsageError\n"
+        "from rl_onoff.data.prompts import load_rows; from rl_onoff.config import DataConfig; from rl_onoff.errors import UsageError\n"
         "try: load_rows(DataConfig(path='rl-onoff/no-such-dataset:main'))\n"
         "except UsageError as error: print(error)"
     )
@@ -252,7 +252,7 @@ def test_a_datasets_id_that_cannot_be_reached():
 
 def test_importing_these_modules_brings_nothing_heavy():
     script = (
-        "import sys, rl_onoff.models, rl_onoff.rows, rl_onoff.data, rl_onoff.rewards\n"
+        "import sys, rl_onoff.models.resolve, rl_onoff.data.prompts, rl_onoff.data.requests, rl_onoff.rewards\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'math_verify', 'sympy', 'jinja2'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROBLEMS.parents[1])

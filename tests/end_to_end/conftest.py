@@ -49,7 +49,7 @@ def one_sentence(stdout: str, stderr: str) -> str:
 @pytest.fixture
 def refused_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
     """`refused` without a process of its own: the same `main`, for the many commands that end before anything is loaded."""
-    from rl_onoff.cli import main
+    from rl_onoff.cli.main import main
 
     root = logging.getLogger()
     handlers, level, raises, on_term = list(root.handlers), root.level, logging.raiseExceptions, signal.getsignal(signal.SIGTERM)

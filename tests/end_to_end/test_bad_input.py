@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, token_ids
 from tests.running import run_in
 

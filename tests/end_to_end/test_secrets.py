@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 from tests.end_to_end.conftest import SMALL, rl_onoff
 
 GIVEN, ENVIRON = "hf_qXw93kTzLm", "key_7RbVn2YpJd"
@@ -59,7 +59,7 @@ def test_a_sweep_whose_folders_are_taken_keeps_no_secret(tmp_path):
 
 def test_an_error_that_quotes_a_secret_is_written_down_without_it(tmp_path):
     (tmp_path / "refuses.py").write_text(
-        "from rl_onoff.backends.fake import FakeBackend\n"
+        "from rl_onoff.backends.fake.backend import FakeBackend\n"
         "def load(self):\n    raise TypeError(f'no such keyword: {self.config.engine_kwargs}')\n"
         "FakeBackend._load = load\n"
         "def reward(text, answer, meta):\n    return 1.0\n"

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rl_onoff.storage import COLUMNS
+from rl_onoff.rundir.table import COLUMNS
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, table, token_ids
 

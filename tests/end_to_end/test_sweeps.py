@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from rl_onoff.backends import FakeBackendConfig
-from rl_onoff.slot import SharedSlot
-from rl_onoff.sweeps.turns import NotItsTurn, Turn
+from rl_onoff.pipeline.engine_slot import SharedSlot
+from rl_onoff.sweeps.schedule import NotItsTurn, Turn
 from tests.end_to_end.conftest import FAKE, SMALL, environment, rl_onoff, token_ids
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
@@ -91,7 +91,7 @@ def test_jobs_that_need_two_engines_take_turns(tmp_path: Path) -> None:
 def test_jobs_that_do_again_what_failed_come_to_an_end(tmp_path: Path) -> None:
     """A rung that fails leaves nothing on disk, so it asks for its engine whenever its job goes on, before the one the job waited for."""
     (tmp_path / "alone.py").write_text(
-        "from rl_onoff.backends.fake import FakeBackend\nfrom rl_onoff.errors import EngineError\nscore = FakeBackend._score\n"
+        "from rl_onoff.backends.fake.backend import FakeBackend\nfrom rl_onoff.errors import EngineError\nscore = FakeBackend._score\n"
         "def fails(self, responses, want):\n    if len(responses) == 1 and self.config.noise:\n        raise EngineError('alone')\n"
         "    yield from score(self, responses, want)\nFakeBackend._score = fails\n"
         "def reward(text, answer, meta):\n    return 1.0\n"
@@ -144,7 +144,7 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
 def test_a_command_after_a_sweep_in_one_process_knows_nothing_of_it(tmp_path: Path) -> None:
     small = [*SMALL, "experiment=generate"]
     commands = [["-m", *small, "sampling.n=1,2", "sweep_dir=sweep"], [*small, "run_dir=run"]]
-    run = f"import sys\nfrom rl_onoff.cli import main\nfor command in {commands}:\n    sys.argv = ['rl-onoff', *command]\n    main()\n"
+    run = f"import sys\nfrom rl_onoff.cli.main import main\nfor command in {commands}:\n    sys.argv = ['rl-onoff', *command]\n    main()\n"
     done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("sweep.csv") == 1, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith(str(tmp_path / "run"))

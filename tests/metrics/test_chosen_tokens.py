@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rl_onoff.metrics import METRICS, Thresholds, chosen_token_metrics, cumulative_l, effective_sample_size, log_ratios, token_terms
+from rl_onoff.compare.metrics import METRICS, Thresholds, chosen_token_metrics, cumulative_l, effective_sample_size, log_ratios, token_terms
 
 LN2 = np.log(2)
 

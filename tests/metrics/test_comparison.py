@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl_onoff.comparison import Aggregator, Pair, Side, compare, verdict
-from rl_onoff.distributions import log_softmax
+from rl_onoff.compare import Aggregator, Pair, Side, compare, verdict
+from rl_onoff.compare.distributions import log_softmax
+from rl_onoff.compare.metrics import METRICS, chosen_token_metrics
 from rl_onoff.errors import UsageError
-from rl_onoff.metrics import METRICS, chosen_token_metrics
 from rl_onoff.types import Completion, FinishReason, LogprobKind, TokenScores
 
 RAW, PROCESSED = LogprobKind.raw, LogprobKind.processed
@@ -46,7 +46,7 @@ def flat(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_stream_equals_all_at_once(monkeypatch):
-    monkeypatch.setattr("rl_onoff.comparison.aggregator.BATCH_TOKENS", 100)
+    monkeypatch.setattr("rl_onoff.compare.aggregate.BATCH_TOKENS", 100)
     pairs = random_pairs(60)
     c = compare(iter(pairs), num_resamples=50)
     for name, value in chosen_token_metrics(*flat(pairs)).items():

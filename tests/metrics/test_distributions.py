@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_onoff import distributions
-from rl_onoff.distributions import distribution_terms, log_softmax, topk_terms
+from rl_onoff.compare import distributions
+from rl_onoff.compare.distributions import distribution_terms, log_softmax, topk_terms
 from rl_onoff.errors import UsageError
 
 

@@ -8,7 +8,7 @@ import sys
 SCRIPT = """
 import sys, time
 import numpy as np
-from rl_onoff.comparison import Pair, Side, compare
+from rl_onoff.compare import Pair, Side, compare
 from rl_onoff.types import LogprobKind
 
 def pairs(tokens, k=64, length=500):

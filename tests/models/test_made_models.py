@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rl_onoff import models
 from rl_onoff.errors import UsageError
+from rl_onoff.models import resolve as models
 
-RESOLVE = "import logging, sys; logging.basicConfig(level=20); from rl_onoff import models; print(models.resolve(sys.argv[1]).path)"
+RESOLVE = "import logging, sys; logging.basicConfig(level=20); from rl_onoff.models import resolve as models; print(models.resolve(sys.argv[1]).path)"
 
 
 def write_tiny_gguf(file: Path) -> dict[str, np.ndarray]:

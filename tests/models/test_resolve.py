@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import errors as hub
 
-from rl_onoff import models
 from rl_onoff.backends import create_backend
 from rl_onoff.errors import UsageError
+from rl_onoff.models import resolve as models
 
 
 def test_hub_ids_stay_as_they_are():

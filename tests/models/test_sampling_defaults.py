@@ -8,7 +8,7 @@ import pytest
 
 from rl_onoff.backends import HuggingFaceBackendConfig
 from rl_onoff.errors import UsageError
-from rl_onoff.generation_config import model_sampling
+from rl_onoff.models.sampling_defaults import model_sampling
 from rl_onoff.types import Sampling
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_onoff.comparison import Pair, Side, compare, verdict
-from rl_onoff.metrics import METRICS
+from rl_onoff.compare import Pair, Side, compare, verdict
+from rl_onoff.compare.metrics import METRICS
 from rl_onoff.report import ReportInput, ReportResponse, TokenView
 from rl_onoff.types import LogprobKind
 

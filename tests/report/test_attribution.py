@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rl_onoff.attribution import Attribution, skipped, tried
+from rl_onoff.attribution.result import Attribution, skipped, tried
 from rl_onoff.config import Rung
 from rl_onoff.report import write_report
 

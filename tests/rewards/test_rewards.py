@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
+from rl_onoff.data.prompts import load_rows
 from rl_onoff.errors import UsageError
 from rl_onoff.rewards import HOPELESS, Judge, accuracy, last_boxed, load_reward, math_verify, pass_at_k, summarise_rewards
-from rl_onoff.rows import load_rows
 
 RIGHT = [
     ("She has 24 apples left.", "24"),

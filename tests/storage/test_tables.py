@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.storage import COLUMNS, RECORD, RunDir, Table, Writer, differences
+from rl_onoff.rundir.table import COLUMNS, RECORD, RunDir, Table, Writer, differences
 from tests.conftest import ROOT
 
 
@@ -126,7 +126,7 @@ def test_what_is_held_is_written_whatever_ends_the_stage(tmp_path):
 WRITER = """
 import sys
 from tests.storage.test_tables import completion
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 table = RunDir(sys.argv[1]).completions
 with table.writer(max_rows=3) as out:
     for i in range(int(sys.argv[2])):
@@ -268,7 +268,7 @@ def test_differences_name_leaves():
 
 HOLDER = """
 import sys, time
-from rl_onoff.storage import RunDir
+from rl_onoff.rundir.table import RunDir
 with RunDir(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)

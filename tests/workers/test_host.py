@@ -21,7 +21,7 @@ from rl_onoff.backends import FakeBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Request, Response, Sampling, Want
 from rl_onoff.workers import process, sessions, wire
-from rl_onoff.workers.host import Host
+from rl_onoff.workers.client import Host
 from tests.conftest import ROOT
 from tests.workers.tiny_backend import TinyBackend
 
@@ -284,7 +284,7 @@ def test_another_version_of_the_protocol_is_one_sentence(tmp_path):
 
 
 def test_an_interpreter_that_says_nothing_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr("rl_onoff.workers.host.HELLO_SECONDS", 1.0)
+    monkeypatch.setattr("rl_onoff.workers.client.HELLO_SECONDS", 1.0)
     with pytest.raises(UsageError, match="it said nothing"):
         tiny(python=fake_python(tmp_path, "import time\ntime.sleep(60)\n")).load()
 
@@ -301,7 +301,7 @@ def test_a_backend_that_a_worker_cannot_import_is_refused(monkeypatch):
 
 
 def test_a_load_that_takes_long_is_not_silent(monkeypatch, caplog):
-    monkeypatch.setattr("rl_onoff.workers.host.STILL_SECONDS", 0.5)
+    monkeypatch.setattr("rl_onoff.workers.client.STILL_SECONDS", 0.5)
     caplog.set_level(logging.INFO)
     with tiny(load_seconds=1.8) as backend:
         said = [record.message for record in caplog.records if "still loading" in record.message]

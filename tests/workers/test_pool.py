@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from rl_onoff.backends import FakeBackendConfig, create_backend
-from rl_onoff.backends.supply import requests_of
+from rl_onoff.backends.engine import requests_of
 from rl_onoff.errors import EngineDiedError, EngineError, UsageError
 from rl_onoff.types import Request, Response, Sampling, Want
 from rl_onoff.workers import devices, sessions
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.shares import MOST_DEATHS, Item, Shares, items_of_requests
+from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares, items_of_requests
 from tests.workers.tiny_backend import TinyBackend
 
 

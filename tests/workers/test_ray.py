@@ -17,8 +17,8 @@ import pytest
 import ray
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig, SGLangBackendConfig, VLLMBackendConfig, create_backend
-from rl_onoff.backends.config import EngineConfig, PoolConfig, PoolKind
-from rl_onoff.backends.supply import Draw, Given
+from rl_onoff.backends.engine import Draw, Given
+from rl_onoff.backends.engine_config import EngineConfig, PoolConfig, PoolKind
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Completion, Request, Response, Sampling, Want
 from rl_onoff.workers.pool import Pool

@@ -17,8 +17,9 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.backends.config import EngineConfig, FakeBackendConfig
-from rl_onoff.backends.core import EngineInfo
+from rl_onoff.backends.engine import EngineInfo
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.fake.config import FakeBackendConfig
 from rl_onoff.errors import MissingDependencyError, UsageError
 from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
 

@@ -1,0 +1,165 @@
+"""Options that every engine has; an engine's own are in the `config.py` of its folder. Hydra's schemas too.
+
+The dataclass owns names, types, defaults and the sentence that documents each field; YAML owns choices only. Options go by
+the engine's own names; what is not typed passes through `engine_kwargs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Self
+
+from rl_onoff.errors import UsageError, nearest
+from rl_onoff.sampling import LogprobKind
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES_ELSEWHERE = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
+
+
+class PoolKind(Enum):
+    """Where an engine's replicas run."""
+
+    local = "local"  # processes of this machine
+    ray = "ray"  # actors on a Ray cluster
+
+
+@dataclass(kw_only=True, slots=True)
+class PoolConfig:
+    """Where the engines' replicas run."""
+
+    kind: PoolKind = PoolKind.local
+    """local: processes of this machine; ray: actors on a Ray cluster, whose nodes must be able to import rl_onoff and the engine."""
+    address: str | None = None
+    """Ray cluster to use: auto, HOST:PORT or ray://HOST:PORT; null is RAY_ADDRESS, else the one `ray start` began on this machine, else
+    one that is started for the run."""
+    cpus_per_replica: int = 1
+    """CPUs a replica reserves on its Ray node, beside its GPUs; also how many threads Ray lets it compute with on a CPU."""
+    wait_s: float = 300.0
+    """Longest wait for room on the Ray cluster, in seconds."""
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+    """Ray's runtime environment of the replicas, passed on as it is: env_vars, working_dir, pip."""
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_replica < 1:
+            raise UsageError(f"pool.cpus_per_replica is {self.cpus_per_replica} but must be at least 1: set pool.cpus_per_replica=1")
+        if self.wait_s < 0:
+            raise UsageError(f"pool.wait_s is {self.wait_s} but must be at least 0: set pool.wait_s=300")
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """Options every engine has."""
+
+    _target_: str = ""
+    """The backend class that Hydra instantiates."""
+    model_name: str = ""
+    """Hub id, local folder, .gguf file, or the built-in `smollm2`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null is the default branch."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null is the model's own."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model; only for models you trust."""
+    dtype: str | None = None
+    """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
+    tp_size: int | None = None
+    """Devices one replica is split over; null is 1."""
+    dp_size: int | None = None
+    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs / tp_size; on a Ray
+    cluster: as many as its GPUs hold)."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    """Where the replicas run: the fields of the group `pool`."""
+    python: str | None = None
+    """Interpreter the engine runs under, for an engine that lives in an environment of its own; null is this one."""
+    worker: bool | None = None
+    """Run the engine in a process of its own; null is the engine's habit (vLLM, SGLang: yes; HuggingFace: no)."""
+    logprob_kind: LogprobKind = LogprobKind.raw
+    """Kind of logprobs reported while sampling: raw, scaled or processed (not every engine gives all three)."""
+    seed: int = 0
+    """Seed of the engine itself; sampling has its own in sampling.seed."""
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further options, passed to the engine as they are."""
+
+    name: ClassVar[str] = ""  # the backend's name: huggingface, vllm, …
+    owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
+    placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
+        ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens", "gpu_memory_utilization",
+         "mem_fraction_static", "enforce_eager", "trust_remote_code")
+    )  # fmt: skip
+
+    def what_it_computes(self) -> dict[str, Any]:
+        """The options that numbers depend on, JSON-able; two configs that agree here give the same rows."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.placement}
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that one replica is split over."""
+        return self.tp_size or 1
+
+    @property
+    def gpus_per_replica(self) -> int:
+        """GPUs that a replica must have to itself, on a machine that has some."""
+        device = str(getattr(self, "device", None) or self.engine_kwargs.get("device") or "")
+        return 0 if device.startswith(("cpu", "mps")) else self.num_devices
+
+    # The same engine with one thing changed: what the attribution tries.
+
+    def with_dtype(self, dtype: str | None) -> Self:
+        return dataclasses.replace(self, dtype=dtype)
+
+    def with_float32_head(self) -> Self | None:
+        """With the LM head in float32; None where the engine cannot do that."""
+        return None
+
+    def on_one_device(self) -> Self:
+        return dataclasses.replace(self, tp_size=1)
+
+    def across_nodes(self) -> Self | None:
+        """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
+        return None
+
+    def with_model_of(self, other: EngineConfig) -> Self:
+        """With the other's weights and tokenizer."""
+        names = ("model_name", "revision", "tokenizer", "trust_remote_code")
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "dp_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
+        check_dtype("the dtype", self.dtype)
+        if self.python is not None and self.worker is False:
+            raise UsageError("backend.python names another interpreter, which needs a process of its own: drop backend.worker=false")
+        for owned in self.owned_kwargs:
+            name, _, option = owned.partition("=")
+            if name in self.engine_kwargs:
+                raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {option or 'backend.' + name} instead")
+
+    def check_context(self, name: str) -> None:
+        if (value := getattr(self, name)) is not None and value < 1:
+            raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=4096, or null for the model's own")
+
+    @property
+    def weights_dtype(self) -> str:
+        return self.dtype or "auto"
+
+    def same(self, ours: str, engines: str) -> Any:
+        """The value of an option that has two names; an error when both are set and differ."""
+        mine, theirs = getattr(self, ours), getattr(self, engines)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UsageError(f"backend.{ours}={mine} and backend.{engines}={theirs} are one option with two values: set one of them")
+        return theirs if mine is None else mine
+
+
+def check_dtype(what: str, value: Any) -> None:
+    if value in (None, *DTYPES):
+        return
+    name = str(value).lower().removeprefix("torch.")
+    meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
+    raise UsageError(
+        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target where it is set"
+    )

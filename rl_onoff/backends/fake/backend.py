@@ -1,0 +1,122 @@
+"""A tiny deterministic language model over bytes: a real backend, quick enough for every test of what is around an engine.
+
+Its logits depend on the last two tokens through a random table that the model's name seeds. `noise` perturbs the table, as
+another policy would.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.engine import EngineInfo
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.fake.config import FakeBackendConfig
+from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
+
+
+class ByteTokenizer:
+    """256 bytes and an end token, with the part of a transformers tokenizer's interface that the project uses."""
+
+    eos_token_id = 256
+    eos_token = "<|end|>"
+    bos_token_id = None
+    all_special_ids: ClassVar[list[int]] = [256]
+    chat_template = "{role}: {content}"
+    padding_side = "left"
+    name_or_path = "fake"
+
+    def __len__(self) -> int:
+        return 257
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int] | int, skip_special_tokens: bool = False, **_: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        parts = [bytes([i]) if i < 256 else b"" if skip_special_tokens else self.eos_token.encode() for i in ids]
+        return b"".join(parts).decode(errors="replace")
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return [self.decode(i) for i in ids]
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any):
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + ("assistant: " if add_generation_prompt else "")
+        return self.encode(text) if tokenize else text
+
+
+class FakeBackend(BaseBackend):
+    """Behaves like any other engine, in numpy-sized time."""
+
+    name: ClassVar[str] = "fake"
+    package: ClassVar[str] = "torch"
+    config_class: ClassVar[type[EngineConfig]] = FakeBackendConfig
+    logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset(LogprobKind)
+    supports_gradients: ClassVar[bool] = True
+    config: FakeBackendConfig
+
+    _table: Any = None
+
+    def _load(self) -> EngineInfo:
+        import torch
+
+        def random(seed: int) -> Any:
+            return torch.randn(2, 257, 257, generator=torch.Generator().manual_seed(seed))
+
+        seed = zlib.crc32(self.config.model_name.encode())
+        self._table = 2 * random(seed) + self.config.noise * random(seed + 1)
+        self._info = EngineInfo(engine=self.name, version="1", dtype="float32", vocab_size=257, max_len=4096, eos_ids=(256,))
+        return self._info
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        from rl_onoff.backends.sampler import Row, draw
+
+        for request in requests:
+            for sample in request.sample_indices:
+                row = Row(request, sample, self.info.max_len)
+                while row.finish is None:
+                    logits = self._rows(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
+                    token, logprob = draw(logits, [request.sampling], np.array([row.uniform()]), self.config.logprob_kind)
+                    row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), frozenset(self.info.eos_ids))
+                yield row.completion(self.config.logprob_kind)
+
+    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+        import torch
+
+        from rl_onoff.backends.token_stats import token_stats
+
+        for response in responses:
+            yield token_stats(self._logits_of(response), torch.as_tensor(response.token_ids_T), want).of(response)
+
+    def _close(self) -> None:
+        self._table = None
+
+    def check_model(self) -> None:
+        """Any name will do: it seeds the table."""
+
+    @staticmethod
+    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
+        return {"sampling": sampling, "eos_ids": tuple(eos_ids), "seed": seed}
+
+    def _load_tokenizer(self) -> ByteTokenizer:
+        return ByteTokenizer()
+
+    def _rows(self, ids: np.ndarray, num_rows: int) -> Any:
+        """Logits of the last `num_rows` positions of a sequence: (num_rows, 257)."""
+        ids = np.concatenate([[0], ids]).astype(np.int64)
+        return self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
+
+    def _logits_of(self, response: Response) -> Any:
+        sequence = np.concatenate([response.prompt_ids, response.token_ids_T[:-1]])
+        return self._rows(sequence, len(response.token_ids_T))
+
+    def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
+        self._table.requires_grad_(True)
+        return [self._logits_of(response) for response in responses]

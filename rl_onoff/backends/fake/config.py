@@ -1,0 +1,22 @@
+"""Options of the fake backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rl_onoff.backends.engine_config import EngineConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class FakeBackendConfig(EngineConfig):
+    """A tiny deterministic language model in numpy, for tests and for trying the runner without an engine."""
+
+    name: ClassVar[str] = "fake"
+    _target_: str = "rl_onoff.backends.fake.FakeBackend"
+    noise: float = 0.0
+    """Standard deviation of noise added to the logits, as a stand-in for another policy."""
+
+    @property
+    def gpus_per_replica(self) -> int:
+        return 0

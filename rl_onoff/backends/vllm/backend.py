@@ -1,0 +1,241 @@
+"""vLLM: generation and scores from its engine, in a worker process by default."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.engine import Draw, EngineInfo, Given, Supply, whole
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.token_stats import TokenStats
+from rl_onoff.backends.vllm import public as vllm_public
+from rl_onoff.backends.vllm import recorder as probe
+from rl_onoff.backends.vllm.config import VLLMBackendConfig
+from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
+
+log = logging.getLogger(__name__)
+
+FULL_LOGITS_BYTES = 2**30  # of full logits in flight
+TEMPERATURES = (0.01, 2.0)  # vLLM refuses what is above and raises what is below, 0 (greedy) apart
+
+
+class VLLMBackend(BaseBackend):
+    """A language model in vLLM."""
+
+    name: ClassVar[str] = "vllm"
+    package: ClassVar[str] = "vllm"
+    config_class: ClassVar[type[EngineConfig]] = VLLMBackendConfig
+    logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset((LogprobKind.raw, LogprobKind.processed))
+    worker_by_default: ClassVar[bool] = True
+    config: VLLMBackendConfig
+
+    _engine: Any = None
+    _in_engine = False
+
+    # -- the engine's four calls ---------------------------------------------------------------------------------------
+
+    def _load(self) -> EngineInfo:
+        try:
+            import vllm
+        except ImportError as error:
+            raise MissingDependencyError(f"the vllm backend needs the vllm package ({error}): pip install 'rl-onoff[vllm]'") from error
+        from rl_onoff.backends.huggingface.backend import end_ids
+        from rl_onoff.backends.vllm.engine import HOOKS, options
+
+        self._in_engine = self.config.in_engine_stats
+        if self._in_engine and not options() >= HOOKS:
+            self._fall_back(f"version {vllm.__version__} takes no worker extension")
+        engine = self._running(self._sampling_mode)
+        if self._in_engine and (why := self._disagreement()):
+            self._fall_back(why)
+        return EngineInfo(
+            engine=self.name,
+            version=vllm.__version__,
+            dtype=str(engine.model.dtype).removeprefix("torch."),
+            vocab_size=engine.vocab_size,
+            max_len=engine.model.max_model_len,
+            eos_ids=end_ids(engine.model.try_get_generation_config().get("eos_token_id"), self.get_tokenizer()),
+            in_engine_stats=self._in_engine,
+            batch=engine.batch,
+        )
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        yield from self._generate_from(Given(requests))
+
+    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
+        from vllm import SamplingParams
+
+        def take(most: int, wait: bool) -> Iterator[tuple[Draw, list[int], Any]]:
+            for request, sample in supply.take(most, wait=wait):
+                args = self.sampling_args(request.sampling, self.info.eos_ids, request.seed_of(sample))
+                args["max_tokens"] = min(args["max_tokens"], self.info.max_len - len(request.prompt_ids))
+                yield (request, sample), request.prompt_ids.tolist(), SamplingParams(**args)
+
+        for finished in self._running(self._sampling_mode).run(take):
+            for (request, sample), output in finished:
+                yield self._completion(request, sample, output.outputs[0])
+
+    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+        for response, stats in (self._stats if self._in_engine else self._public_stats)(responses, want):
+            yield stats.of(response)
+
+    def _close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    @staticmethod
+    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
+        """vLLM's SamplingParams of one response."""
+        low, high = TEMPERATURES
+        if not sampling.greedy and not low <= sampling.temperature <= high:
+            raise UsageError(
+                f"sampling.temperature is {sampling.temperature} but vLLM takes 0 (greedy) or {low} to {high}: set sampling.temperature=1"
+            )
+        if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.greedy:
+            raise UsageError(
+                f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together mean something else in vLLM, which cuts by "
+                "min_p first: set sampling.min_p=0 or sampling.top_p=1"
+            )
+        return {
+            "n": 1,  # with n above 1 and a seed vLLM would draw sample i from seed + i
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "seed": seed,
+            "max_tokens": sampling.max_new_tokens,
+            "min_tokens": 0,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(eos_ids),
+            "ignore_eos": True,  # the tokenizer's and the model's EOS are in stop_token_ids, and nothing else ends a response
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "logprobs": 0,  # of the sampled token alone
+            "flat_logprobs": True,
+            "detokenize": bool(sampling.stop),
+            "skip_special_tokens": True,
+            "spaces_between_special_tokens": False,
+        }
+
+    # -- generation ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _sampling_mode(self) -> str:
+        return f"{self.config.logprob_kind.value}_logprobs"
+
+    def _running(self, mode: str) -> Any:
+        """The engine, in this logprobs_mode. Only scores by the public API need another than sampling does."""
+        from rl_onoff.backends.vllm.engine import Engine
+
+        if self._engine is not None and self._engine.mode != mode:
+            log.warning("vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one life", mode)
+            self._close()
+        if self._engine is None:
+            self._engine = Engine(self.config, mode, in_engine=self._in_engine)
+        return self._engine
+
+    def _completion(self, request: Request, sample: int, output: Any) -> Completion:
+        flat = output.logprobs
+        logprobs_T = np.array([flat.logprobs[at] for at in flat.start_indices], np.float32)
+        if request.sampling.greedy and self.config.logprob_kind is LogprobKind.processed:
+            logprobs_T[:] = 0.0  # vLLM reports raw ones here, but greedy decoding draws from a single token
+        if output.finish_reason == "length":
+            reason = FinishReason.length
+        elif output.finish_reason == "stop":
+            reason = FinishReason.stop if isinstance(output.stop_reason, str) else FinishReason.eos
+        else:
+            raise EngineError(f"vLLM ended response {sample} to request {request.id!r} with {output.finish_reason!r}")
+        return Completion(
+            request_id=request.id, sample=sample, token_ids_T=np.array(output.token_ids, np.int32), text="", logprobs_T=logprobs_T,
+            kind=self.config.logprob_kind, finish_reason=reason,
+        )  # fmt: skip
+
+    # -- statistics ----------------------------------------------------------------------------------------------------
+
+    def _stats(self, responses: Sequence[Response], want: Want) -> Iterator[tuple[Response, TokenStats]]:
+        """Inside the engine. A response of which some row was never computed, being cached, is scored again without the cache."""
+        engine = self._running(self._sampling_mode)
+        most = None
+        if want.full_logits:
+            longest = max(len(response.token_ids_T) for response in responses)
+            most = max(1, FULL_LOGITS_BYTES // (4 * longest * engine.vocab_size))
+        with tempfile.TemporaryDirectory() as folder:
+            engine.rpc("rl_onoff_begin", msgspec.msgpack.encode(want), folder)
+            try:
+                waiting: Sequence[int] = range(len(responses))
+                for skip_cache in (False, True):
+                    incomplete = []
+                    for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
+                        numbers = [number for number, _ in finished]
+                        found: dict[int, TokenStats | None] = {}
+                        for encoded in engine.rpc("rl_onoff_fetch", numbers):
+                            found |= probe.read(encoded, Path(folder))
+                        for number in numbers:
+                            if (stats := found.pop(number, None)) is None:
+                                incomplete.append(number)
+                            else:
+                                yield responses[number], stats
+                    waiting = incomplete
+            finally:
+                if not engine.closed:
+                    engine.rpc("rl_onoff_end")
+        if waiting:
+            raise EngineError(f"vLLM computed only a part of {len(waiting)} responses: set backend.in_engine_stats=false")
+
+    def _public_stats(self, responses: Sequence[Response], want: Want) -> Iterator[tuple[Response, TokenStats]]:
+        """Through vLLM's public API; one response at a time, for each is gigabytes of Python objects."""
+        from vllm import SamplingParams
+
+        engine = self._running("raw_logits")
+        inputs = ((response, _prefix(response), SamplingParams(**vllm_public.PARAMS)) for response in responses)
+        for finished in engine.run(whole(inputs), most=1):
+            for response, output in finished:
+                yield response, vllm_public.stats(output, response, want, engine.vocab_size)
+
+    def _disagreement(self) -> str:
+        """Score a short sequence in the engine and by its public API; why in-engine statistics cannot be used, or nothing."""
+        from vllm import SamplingParams
+
+        engine = self._engine
+        ids = np.arange(1, 13, dtype=np.int32) * 7919 % engine.vocab_size
+        response = Response(request_id="", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
+        try:
+            engine.rpc("rl_onoff_install")
+            ((_, stats),) = self._stats([response], Want())
+        except Exception as error:  # whatever moved inside vLLM, its public API is still there
+            log.debug("in-engine statistics failed", exc_info=True)
+            return f"{type(error).__name__}: {error}"
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
+        ((_, output),) = next(engine.run(whole([(None, ids.tolist(), params)])))
+        public_T = np.array([output.prompt_logprobs[i][int(ids[i])].logprob for i in range(4, len(ids))])
+        worst = float(np.abs(stats.logprobs - public_T).max())
+        allowed = 2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5  # logits of half precision are steps of 0.1 apart
+        return "" if worst <= allowed else f"its logprobs are off by up to {worst:.2g} nats"
+
+    def _fall_back(self, why: str) -> None:
+        log.warning("token statistics are not computed inside this vLLM (%s): they come through its public API, which is much slower", why)
+        self._in_engine = False
+
+
+def _prefix(response: Response) -> list[int]:
+    """What vLLM must have seen to tell of every response token: all but the last, so that the longest sequences fit too."""
+    return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
+
+
+def _jobs(responses: Sequence[Response], numbers: Iterable[int], skip_cache: bool) -> Iterator[tuple[int, list[int], Any]]:
+    from vllm import SamplingParams
+
+    for number in numbers:
+        job = probe.job_of(number, responses[number])
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=job, skip_reading_prefix_cache=skip_cache)
+        yield number, _prefix(responses[number]), params

@@ -1,0 +1,63 @@
+"""Options of the vLLM backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.errors import UsageError
+
+
+@dataclass(kw_only=True, slots=True)
+class VLLMBackendConfig(EngineConfig):
+    """vLLM, in a process of its own."""
+
+    name: ClassVar[str] = "vllm"
+    _target_: str = "rl_onoff.backends.vllm.VLLMBackend"
+    tensor_parallel_size: int | None = None
+    """The engine's own name for tp_size."""
+    gpu_memory_utilization: float | None = None
+    """Fraction of GPU memory to use, 0 to 1; null is 0.9."""
+    max_model_len: int | None = None
+    """Longest sequence in tokens; null is the model's own."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: starts faster, runs slower."""
+    in_engine_stats: bool = True
+    """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    owned_kwargs: ClassVar[tuple[str, ...]] = (
+        "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len",
+        "enforce_eager", "revision=model.revision", "trust_remote_code=model.trust_remote_code", "logprobs_mode=backend.logprob_kind",
+        "max_logprobs=score.top_k", "worker_extension_cls=backend.in_engine_stats", "data_parallel_size=backend.dp_size",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        self.same("tp_size", "tensor_parallel_size")
+        self.check_context("max_model_len")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise UsageError(
+                f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
+                "set backend.gpu_memory_utilization=0.9"
+            )
+
+    @property
+    def num_devices(self) -> int:
+        return self.tensor_parallel
+
+    @property
+    def tensor_parallel(self) -> int:
+        return self.same("tp_size", "tensor_parallel_size") or 1
+
+    def on_one_device(self) -> Self:
+        return dataclasses.replace(self, tp_size=1, tensor_parallel_size=1)
+
+    def across_nodes(self) -> Self:
+        # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from vLLM 0.32's source
+        # and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
+        return dataclasses.replace(self, engine_kwargs={"distributed_executor_backend": "ray", **self.engine_kwargs})
+
+    def with_float32_head(self) -> Self:
+        overrides = {**self.engine_kwargs.get("hf_overrides", {}), "head_dtype": "float32"}
+        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "hf_overrides": overrides})

@@ -1,0 +1,148 @@
+"""vLLM's engine as this project uses it: started with explicit settings, fed request by request, ended without a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import psutil
+
+from rl_onoff.backends.vllm.config import VLLMBackendConfig
+from rl_onoff.errors import UsageError
+
+Input = tuple[Any, Sequence[int], Any]  # tag, token ids, params
+
+HOOKS = frozenset(("worker_extension_cls", "scheduler_cls"))  # the options by which statistics get into the engine
+
+
+def options() -> frozenset[str]:
+    """Names of the options this version of vLLM has."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return frozenset(field.name for field in dataclasses.fields(EngineArgs))
+
+
+class Engine:
+    """One vLLM in this process (with one device), or with this process as its client."""
+
+    def __init__(self, config: VLLMBackendConfig, mode: str, *, in_engine: bool):
+        import torch
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        from rl_onoff.models.resolve import hub_errors, resolve
+
+        for option in config.engine_kwargs:
+            if option not in options():
+                raise UsageError(f"backend.engine_kwargs.{option} is no option of this vLLM: drop it or correct its name")
+        files = resolve(config.model_name, revision=config.revision)
+        self._on_cpu = current_platform.is_cpu()
+        self.mode = mode  # vLLM's logprobs_mode, which is fixed for life
+        kwargs: dict[str, Any] = {
+            "model": files.path,
+            "revision": files.revision,
+            "tokenizer": resolve(config.tokenizer).path if config.tokenizer else files.path,
+            "trust_remote_code": config.trust_remote_code,
+            "dtype": config.weights_dtype,
+            "tensor_parallel_size": config.tensor_parallel,
+            "max_model_len": config.max_model_len,
+            "enforce_eager": config.enforce_eager or self._on_cpu,  # compiling for a CPU takes longer than most runs
+            "seed": config.seed,
+            "generation_config": "vllm",  # nothing of the model's own sampling defaults
+            "logprobs_mode": mode,
+            "max_logprobs": -1 if mode == "raw_logits" else 0,
+            "disable_log_stats": True,
+        }
+        if config.gpu_memory_utilization is not None:
+            kwargs["gpu_memory_utilization"] = config.gpu_memory_utilization
+        if self._on_cpu:
+            kwargs["block_size"] = 32  # the default there, 128, shares few prompts
+            # 0.32 fails on a CPU where a prompt with a seed is cut: "CPU Generator does not use offset"
+            kwargs["enable_chunked_prefill"] = False
+        if in_engine:
+            from rl_onoff.backends.vllm.hooks import EXTENSION, SCHEDULER
+
+            kwargs |= {"worker_extension_cls": EXTENSION, "scheduler_cls": SCHEDULER}
+        _set_environment(config.tensor_parallel, self._on_cpu)
+        if self._on_cpu:
+            torch.compiler.set_stance("force_eager")  # the sampler's kernels too: a minute of compiling on two cores
+        with hub_errors(config.model_name):
+            self._llm: Any = LLM(**kwargs | config.engine_kwargs)
+        self.model = self._llm.llm_engine.model_config
+        self.vocab_size: int = self.model.get_vocab_size()
+        self._number = 0  # of the latest request
+
+    @property
+    def batch(self) -> int:
+        """Most requests that are computed at once."""
+        return self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+
+    def run(self, take: Callable[[int, bool], Iterable[Input]], most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
+        """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
+
+        `take` gives up to so many inputs, and waits for one where asked to. `most` bounds the requests inside the engine: enough to fill
+        its batches, few enough to start at once.
+        """
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        room = most or 2 * self.batch
+        inside: dict[str, Any] = {}
+        try:
+            while True:
+                for tag, token_ids, params in take(room - len(inside), not inside):
+                    params.output_kind = RequestOutputKind.FINAL_ONLY
+                    self._number += 1
+                    engine.add_request(str(self._number), TokensPrompt(prompt_token_ids=list(token_ids)), params)
+                    inside[str(self._number)] = tag
+                if not inside:
+                    return
+                # a request that is not inside is one of a call that was abandoned
+                done = [output for output in engine.step() if output.finished and output.request_id in inside]
+                if done:
+                    yield [(inside.pop(output.request_id), output) for output in done]
+        finally:
+            if inside and self._llm is not None:
+                engine.abort_request(list(inside))
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of our extension in every worker."""
+        return self._llm.collective_rpc(method, args=args)
+
+    @property
+    def closed(self) -> bool:
+        return self._llm is None
+
+    def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        import torch
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        if self._on_cpu:
+            torch.compiler.set_stance("default")
+
+
+def _set_environment(tensor_parallel: int, on_cpu: bool) -> None:
+    """vLLM's settings that are environment variables; what the user has set stays."""
+    values = {"VLLM_NO_USAGE_STATS": "1"}
+    if tensor_parallel == 1:
+        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # we are in a process of our own already; loads in a fifth of the time
+    if on_cpu:
+        values["TORCH_COMPILE_DISABLE"] = "1"
+        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(16, psutil.virtual_memory().available // 2**33)))  # GiB: an eighth
+        cores = sorted(os.sched_getaffinity(0))
+        each = max(1, min(len(cores) // tensor_parallel, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
+        ranks = [cores[rank * each : (rank + 1) * each] for rank in range(tensor_parallel)]
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)  # vLLM would leave one idle
+    for name, value in values.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,197 @@
+"""Metrics of two whole distributions at every position: exact from logits, or a lower bound from two lists of top tokens.
+
+Shapes: T positions, V vocabulary, K top tokens of one side (the sides may differ), A columns of a support.
+Each function returns terms, (T,) each, whose mean over positions is the metric of that name; see metrics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rl_onoff.compare.metrics import CLAMP
+from rl_onoff.errors import UsageError
+
+CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
+
+
+def distribution_terms(
+    behaviour_logits_TV: np.ndarray, target_logits_TV: np.ndarray, token_ids_T: np.ndarray | None = None, k: int = 20
+) -> dict[str, np.ndarray]:
+    """Exact divergences, entropies and agreement from both sides' logits or logprobs (any per-row constant cancels).
+
+    With the sampled ids, also their rank: 1 + the number of tokens with a strictly larger logit.
+    """
+    if behaviour_logits_TV.shape != target_logits_TV.shape:
+        raise UsageError(
+            f"the logits of the two sides have shapes {behaviour_logits_TV.shape} and {target_logits_TV.shape}: "
+            "compare models with the same vocabulary on the same tokens"
+        )
+    ids_T = np.zeros(len(target_logits_TV), np.int64) if token_ids_T is None else token_ids_T
+    terms = _by_rows(_distribution_terms, behaviour_logits_TV, target_logits_TV, ids_T, k=min(k, target_logits_TV.shape[1]))
+    if token_ids_T is None:
+        del terms["rank_behaviour"], terms["rank_target"]
+    return terms
+
+
+def topk_terms(
+    behaviour_ids_TK: np.ndarray,
+    behaviour_logprobs_TK: np.ndarray,
+    target_ids_TK: np.ndarray,
+    target_logprobs_TK: np.ndarray,
+    token_ids_T: np.ndarray | None = None,
+    behaviour_logprobs_T: np.ndarray | None = None,
+    target_logprobs_T: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """The same on a coarser set of outcomes: the ids in both lists, the sampled token, and one bucket for all the rest.
+
+    An id that only one side stored has an unknown probability on the other, so it belongs to the rest. Merging outcomes
+    never raises a divergence (data-processing inequality), so each is a lower bound of the exact one. Negative ids are padding.
+    """
+    arrays = [behaviour_ids_TK, behaviour_logprobs_TK, target_ids_TK, target_logprobs_TK]
+    if token_ids_T is not None:
+        arrays += [token_ids_T, behaviour_logprobs_T, target_logprobs_T]
+    return _by_rows(_topk_terms, *arrays)
+
+
+def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    """Logprobs in float64; an entry of −inf stays impossible."""
+    logits_TV = np.asarray(logits_TV, np.float64)
+    shifted_TV = logits_TV - logits_TV.max(axis=1, keepdims=True)
+    return shifted_TV - np.log(np.exp(shifted_TV).sum(axis=1, keepdims=True))
+
+
+def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.ndarray]:
+    """KL both ways, Jensen–Shannon and total variation of q and p on the same outcomes.
+
+    KL(q‖p) is summed as q log(q/p) − q + p: the same number for distributions, and no term of it may be negative, so neither
+    rounding nor probabilities that sum to 0.9999999 make it so. Where one side gives 0 and the other does not, the infinite
+    log-ratio counts as ±20, and the position is counted.
+    """
+    q_TA, p_TA = np.exp(logq_TA), np.exp(logp_TA)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio_TA = logq_TA - logp_TA
+        log_middle_TA = np.log(0.5 * (q_TA + p_TA))
+        to_q_TA, to_p_TA = logq_TA - log_middle_TA, logp_TA - log_middle_TA
+    infinite_T = np.asarray(np.isinf(ratio_TA).any(axis=1))
+    ratio_TA = np.nan_to_num(ratio_TA, nan=0.0, posinf=CLAMP, neginf=-CLAMP)
+    to_q_TA, to_p_TA = (np.nan_to_num(x, nan=0.0, neginf=0.0) for x in (to_q_TA, to_p_TA))
+    gap_TA = p_TA - q_TA
+    return {
+        "kl_forward": np.maximum(q_TA * ratio_TA + gap_TA, 0.0).sum(axis=1),
+        "kl_reverse": np.maximum(-p_TA * ratio_TA - gap_TA, 0.0).sum(axis=1),
+        "js": np.asarray(np.maximum(0.5 * (q_TA * to_q_TA + p_TA * to_p_TA).sum(axis=1), 0.0)),
+        "tv": np.abs(0.5 * gap_TA).sum(axis=1),
+        "_tokens_infinite_kl": infinite_T.astype(np.float64),
+    }
+
+
+def entropy(logq_TA: np.ndarray) -> np.ndarray:
+    """−Σ q log q in nats, 0 log 0 = 0."""
+    return -(np.exp(logq_TA) * np.where(np.isneginf(logq_TA), 0.0, logq_TA)).sum(axis=1)
+
+
+def _distribution_terms(
+    behaviour_logits_TV: np.ndarray, target_logits_TV: np.ndarray, token_ids_T: np.ndarray, k: int
+) -> dict[str, np.ndarray]:
+    logq_TV, logp_TV = log_softmax(behaviour_logits_TV), log_softmax(target_logits_TV)
+    entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
+    shared_T = _shared(_top_ids(logq_TV, k), _top_ids(logp_TV, k))[0].sum(axis=1)
+    return divergence_terms(logq_TV, logp_TV) | {
+        "entropy_behaviour": entropy_q_T,
+        "entropy_target": entropy_p_T,
+        "entropy_diff": entropy_p_T - entropy_q_T,
+        "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
+        "topk_jaccard": shared_T / (2 * k - shared_T),
+        "rank_behaviour": _rank(behaviour_logits_TV, token_ids_T),
+        "rank_target": _rank(target_logits_TV, token_ids_T),
+    }
+
+
+def _topk_terms(
+    behaviour_ids_TK: np.ndarray,
+    behaviour_logprobs_TK: np.ndarray,
+    target_ids_TK: np.ndarray,
+    target_logprobs_TK: np.ndarray,
+    token_ids_T: np.ndarray | None = None,
+    behaviour_logprobs_T: np.ndarray | None = None,
+    target_logprobs_T: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    k = min(behaviour_ids_TK.shape[1], target_ids_TK.shape[1])
+    tiny = 8 * float(np.finfo(np.result_type(behaviour_logprobs_TK, target_logprobs_TK)).eps)  # rounding of 1 − Σ
+    ids_q_TA, logs_q_TA = _with_sampled(behaviour_ids_TK, behaviour_logprobs_TK, token_ids_T, behaviour_logprobs_T)
+    ids_p_TA, logs_p_TA = _with_sampled(target_ids_TK, target_logprobs_TK, token_ids_T, target_logprobs_T)
+    shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
+    logq_TA = _add_rest(np.where(shared_TA, logs_q_TA, -np.inf), tiny)
+    logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
+    both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
+    either_T = (behaviour_ids_TK[:, :k] >= 0).sum(axis=1) + (target_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
+    likeliest_q_T, likeliest_p_T = _likeliest(behaviour_ids_TK, behaviour_logprobs_TK), _likeliest(target_ids_TK, target_logprobs_TK)
+    divergences = divergence_terms(logq_TA, logp_TA)
+    return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
+        "entropy_behaviour_topk": entropy(logq_TA),
+        "entropy_target_topk": entropy(logp_TA),
+        "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
+        "mass_outside_target": np.exp(logp_TA[:, -1]),
+        "argmax_agreement": np.equal(likeliest_q_T, likeliest_p_T).astype(np.float64),
+        "topk_jaccard": both_T / np.maximum(either_T, 1),
+    }
+
+
+def _with_sampled(
+    ids_TK: np.ndarray, logprobs_TK: np.ndarray, token_ids_T: np.ndarray | None, logprobs_T: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The list with the sampled token as its last column, where the list has it not (else −1, padding)."""
+    ids_TK, logprobs_TK = np.asarray(ids_TK, np.int64), np.asarray(logprobs_TK, np.float64)
+    if token_ids_T is None or logprobs_T is None:
+        return ids_TK, logprobs_TK
+    token_ids_T = np.asarray(token_ids_T, np.int64)
+    extra_T = np.where((ids_TK == token_ids_T[:, None]).any(axis=1), -1, token_ids_T)
+    return np.column_stack([ids_TK, extra_T]), np.column_stack([logprobs_TK, np.asarray(logprobs_T, np.float64)])
+
+
+def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For every column of the first list: is its id in the second, and in which column there (0 where it is not).
+
+    One sort of (id, column) packed into an integer puts equal ids side by side; ids are unique within a list.
+    """
+    width_q, width = ids_q_TA.shape[1], ids_q_TA.shape[1] + ids_p_TB.shape[1]
+    bits = width.bit_length()
+    keys_TC = np.column_stack([ids_q_TA, ids_p_TB]).astype(np.int64) << bits
+    keys_TC += np.arange(width)
+    keys_TC.sort(axis=1)
+    ids_TC = keys_TC >> bits
+    rows, at = np.nonzero((ids_TC[:, 1:] == ids_TC[:, :-1]) & (ids_TC[:, 1:] >= 0))
+    mask = (1 << bits) - 1
+    columns_q, columns_p = keys_TC[rows, at] & mask, (keys_TC[rows, at + 1] & mask) - width_q
+    shared_TA, columns_TA = np.zeros(ids_q_TA.shape, bool), np.zeros(ids_q_TA.shape, np.int64)
+    shared_TA[rows, columns_q], columns_TA[rows, columns_q] = True, columns_p
+    return shared_TA, columns_TA
+
+
+def _add_rest(logprobs_TA: np.ndarray, tiny: float) -> np.ndarray:
+    """One more column: what the others leave of 1, at least what rounding could have made of 0."""
+    rest_T = np.maximum(1 - np.exp(logprobs_TA).sum(axis=1), tiny)
+    return np.column_stack([logprobs_TA, np.log(rest_T)])
+
+
+def _likeliest(ids_TK: np.ndarray, logprobs_TK: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(ids_TK, logprobs_TK.argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+def _top_ids(logprobs_TV: np.ndarray, k: int) -> np.ndarray:
+    return np.argpartition(logprobs_TV, -k, axis=1)[:, -k:]
+
+
+def _rank(logits_TV: np.ndarray, token_ids_T: np.ndarray) -> np.ndarray:
+    own_T1 = np.take_along_axis(logits_TV, np.asarray(token_ids_T, np.int64)[:, None], axis=1)
+    return 1.0 + (logits_TV > own_T1).sum(axis=1)
+
+
+def _by_rows(function: Callable[..., dict[str, np.ndarray]], *arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
+    """The function on some rows at a time, so that its float64 copies stay small whatever T is."""
+    total, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
+    step = max(1, CHUNK // max(width, 1))
+    parts = [function(*(array[start : start + step] for array in arrays), **options) for start in range(0, total, step)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,1 @@
+"""What a run reads: data files, prompts, and rollouts that trainers wrote."""

@@ -1,0 +1,173 @@
+"""Data files -> rows: prompt, id, reference answer and groups, checked, before any tokenizer or model is loaded.
+
+Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the row
+(Parquet, datasets: counted from 1) and the override that mends it, so that a wrong file costs a second and not a model's load.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from rl_onoff.config import DataConfig
+from rl_onoff.data.readers import Table, kind_of, look_up, read_table
+from rl_onoff.errors import UsageError
+
+PROBLEMS = Path(__file__).with_name("problems.jsonl")  # the bundled set
+ROW_NUMBER = "row_number"  # `data.id=row_number` numbers the rows, for files whose ids are of no use
+
+PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "question", "problem")
+GROUP_COLUMNS = ("data_source", "subject", "level")
+
+Messages = list[dict[str, str]]
+Prompt = str | Messages | list[int]
+
+
+def is_chat(prompt: Prompt) -> TypeGuard[Messages]:
+    return not isinstance(prompt, str) and isinstance(prompt[0], dict)
+
+
+def is_ids(prompt: Prompt) -> TypeGuard[list[int]]:
+    return not isinstance(prompt, str) and isinstance(prompt[0], int)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One prompt as it stands in the data, not yet a chat and not yet tokens."""
+
+    id: str
+    prompt: Prompt
+    where: str  # for error messages: "line 3 of problems.jsonl"
+    meta: Mapping[str, Any] = field(default_factory=dict)  # question, answer (where there is one) and the group columns
+
+
+def load_rows(data: DataConfig) -> list[Row]:
+    """The rows that `data` selects, in its order; the ids of rows do not depend on shuffling or the limit."""
+    table = read_table(str(PROBLEMS) if data.path is None else data.path, key="data.path", format=data.format, split=data.split)
+    if data.prompt is not None:
+        prompt_column = table.column(data.prompt, "data.prompt")
+    elif (found := table.first(PROMPT_COLUMNS)) is not None:
+        prompt_column = found
+    else:
+        raise UsageError(f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them")
+    answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
+    id_column = _id_column(table, data.id)
+    groups = [table.column(name, "data.groups") for name in data.groups] or [name for name in GROUP_COLUMNS if name in table.columns]
+
+    order = list(range(len(table.records)))
+    if data.shuffle:
+        random.Random(data.seed).shuffle(order)
+    rows: dict[str, Row] = {}
+    for index in order[: data.limit]:
+        record, where = table.records[index], table.where(index)
+        prompt = parse_prompt(look_up(record, prompt_column), where=where, column=prompt_column, key="data.prompt")
+        if is_chat(prompt) and prompt[-1]["role"] == "assistant":
+            raise UsageError(
+                f"the conversation in {where} ends with the assistant's turn: remove that turn, or set data.prompt to another column"
+            )
+        row_id = str(index) if id_column is None else _id(look_up(record, id_column), where=where, column=id_column)
+        if row_id in rows:
+            raise UsageError(
+                f"{where} and {rows[row_id].where} share the id {row_id!r}: set data.id to a column without repetitions,"
+                f" or data.id={ROW_NUMBER}"
+            )
+        meta: dict[str, Any] = {"question": question_of(prompt, record)}
+        if answer_column is not None and (answer := answer_of(look_up(record, answer_column), where=where)) is not None:
+            meta["answer"] = answer
+        meta.update({name: jsonable(look_up(record, name)) for name in groups})
+        rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta)
+    return list(rows.values())
+
+
+# Fields of a record
+
+
+def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
+    """A prompt as text, chat messages or token ids; anything else, and an empty one, is refused."""
+    mend = f"fill column {column} or set {key} to another {'file' if key == 'score.responses' else 'column'}"
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        raise UsageError(f"{where} has an empty prompt: {mend}")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            if min(value) < 0:
+                raise UsageError(f"{where} has a negative token id in its prompt: {mend}")
+            return value
+        if all(isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str) for item in value):
+            messages = [{"role": item["role"], "content": item["content"]} for item in value]
+            if not any(message["content"].strip() for message in messages):
+                raise UsageError(f"{where} has an empty prompt: {mend}")
+            return messages
+    raise UsageError(
+        f"{where} has {kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a list of token ids"
+        f" is wanted: {mend}"
+    )
+
+
+def question_of(prompt: Prompt, record: Mapping[str, Any]) -> str:
+    """What the prompt asks, for people."""
+    if is_chat(prompt):
+        asked = [message["content"] for message in prompt if message["role"] == "user"] or [prompt[-1]["content"]]
+        return asked[-1]
+    if isinstance(prompt, str):
+        return prompt
+    return next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+
+
+def answer_column_of(table: Table) -> str | None:
+    if "answer" in table.columns:
+        return "answer"
+    return "reward_model.ground_truth" if "reward_model" in table.columns else None
+
+
+def answer_of(value: Any, *, where: str) -> str | None:
+    """The reference answer as text, from a string, a number, or verl's object with `target`; None if the row has none."""
+    if isinstance(value, Mapping):
+        if "target" not in value:
+            raise UsageError(f"{where} has an object without `target` as its reference answer: set data.answer to another column")
+        value = value["target"]
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(int(value)) if value == int(value) else str(value)
+    raise UsageError(
+        f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted: set data.answer to another column"
+    )
+
+
+def jsonable(value: Any) -> Any:
+    """A group's value as JSON can hold it."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    if isinstance(value, Mapping):
+        return {str(name): jsonable(item) for name, item in value.items()}
+    return [jsonable(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def _id_column(table: Table, name: str | None) -> str | None:
+    """The column with the ids; None: number the rows from 0, as verl does."""
+    if name is not None:
+        return None if name == ROW_NUMBER and name not in table.columns else table.column(name, "data.id")
+    if "id" in table.columns:
+        return "id"
+    return "extra_info.index" if look_up(table.records[0], "extra_info.index") is not None else None
+
+
+def _id(value: Any, *, where: str, column: str) -> str:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise UsageError(
+        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id to another column,"
+        f" or data.id={ROW_NUMBER}"
+    )

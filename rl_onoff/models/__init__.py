@@ -1,0 +1,1 @@
+"""A model by name: its files, tokenizer, sampling defaults and tensors."""

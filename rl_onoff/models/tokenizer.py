@@ -1,0 +1,25 @@
+"""The tokenizer of a model, loaded the same way for every engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rl_onoff.errors import MissingDependencyError
+from rl_onoff.models.resolve import load_errors, resolve
+
+
+def load_tokenizer(model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers tokenizer of `tokenizer`, or else of the model itself; pads on the left, as batched decoding needs."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingDependencyError(f"a tokenizer needs the transformers package ({error}): pip install rl-onoff") from error
+    key = "model.tokenizer" if tokenizer else "model.name"
+    files = resolve(tokenizer or model_name, revision=None if tokenizer else revision, key=key)
+    with load_errors(files.name, key):
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            files.path, revision=files.revision or "main", trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    if loaded.pad_token_id is None and loaded.eos_token_id is not None:
+        loaded.pad_token = loaded.eos_token
+    return loaded

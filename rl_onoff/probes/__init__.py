@@ -1,1 +1,0 @@
-"""What runs inside an engine, where its logits are."""

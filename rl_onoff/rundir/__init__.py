@@ -1,0 +1,1 @@
+"""A run folder: tables of rows, what made them, and what they say."""

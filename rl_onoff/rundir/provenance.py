@@ -1,0 +1,106 @@
+"""What the records beside the rows tell of who made them: the engine's config again, and whose tokenizer it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.registry import build, engine_configs
+from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.redaction import MASK, redact
+from rl_onoff.rundir.table import differences
+from rl_onoff.sampling import LogprobKind, Sampling
+
+log = logging.getLogger(__name__)
+
+LANDMARK_GROWTH = 1.25  # ids 0, 1, 2, 3, 4, 5, 7, … : some fifty of any vocabulary
+SAME_TOKENIZER = 0.9  # of the landmarks both know: a special token that was renamed does not make another tokenizer
+
+
+def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> EngineConfig | None:
+    """The engine whose rows a record stands beside: one of `known` that computes the same, since it also says where it runs;
+    else one made from the record. None when no engine of ours made the rows.
+    """
+    computed = record.get("config", {}).get("backend")
+    if computed is None:
+        return None
+    for engine in known:
+        if not differences(computed, json.loads(json.dumps(redact(engine.what_it_computes())))):
+            return engine
+    if MASK in json.dumps(computed):
+        raise UsageError(
+            f"the engine of {computed.get('model_name')} was given a secret, which is not on disk: repeat the overrides of the run"
+        )
+    schema = next(schema for schema in engine_configs().values() if schema()._target_ == computed["_target_"])
+    values = {f.name: computed[f.name] for f in fields(schema) if f.name in computed}
+    return schema(**{**values, "logprob_kind": LogprobKind(computed["logprob_kind"])})
+
+
+def sampling_of(record: Mapping[str, Any]) -> Sampling | None:
+    """How the responses were drawn, where that is known."""
+    sampling = record.get("config", {}).get("sampling")
+    return Sampling(**sampling) if sampling else None
+
+
+def landmarks(tokenizer: Any) -> dict[str, str]:
+    """Some ids and their tokens, kept beside the rows: two tokenizers that agree on all of them are taken for one."""
+    ids, step = [0], 1.0
+    while step < len(tokenizer):
+        ids.append(int(step))
+        step *= LANDMARK_GROWTH
+    ids = sorted(set(ids))
+    return dict(zip(map(str, ids), map(str, tokenizer.convert_ids_to_tokens(ids)), strict=True))
+
+
+def check_tokenizers(behaviour: Mapping[str, Any], target: Mapping[str, Any], name: str) -> None:
+    """Refuse two records whose ids mean different tokens."""
+    ours, theirs = behaviour.get("tokenizer") or {}, target.get("tokenizer") or {}
+    common = [i for i in ours if i in theirs]
+    differ = [i for i in common if ours[i] != theirs[i]]
+    if len(differ) > (1 - SAME_TOKENIZER) * len(common):
+        i = differ[0]
+        raise UsageError(
+            f"{name} and the behaviour have different tokenizers (id {i} is {theirs[i]!r} there and {ours[i]!r} here): "
+            "compare models that share a tokenizer, or set target.tokenizer"
+        )
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """Text of one token id, special tokens shown."""
+
+    @cache
+    def text(token_id: int) -> str:
+        return tokenizer.decode([token_id])
+
+    return text
+
+
+def texts_of(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Callable[[int], str]:
+    """How the page writes tokens out: by the tokenizer, else by the pieces of text that came with the ids, else as ids."""
+    records = list(records)
+    loaded = texts_tokenizer(records, tokenizer, known)
+    if loaded is not None:
+        return token_texts(loaded)
+    pieces = next((record["pieces"] for record in records if record.get("pieces")), {})
+    return lambda token_id: pieces.get(str(token_id), f"⟨{token_id}⟩")
+
+
+def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Any:
+    """The tokenizer that is named, else that of the first engine that the records name; None where there is none to be had."""
+    if tokenizer is not None:
+        from rl_onoff.models.tokenizer import load_tokenizer
+
+        return load_tokenizer(tokenizer)
+    known = list(known)
+    for record in records:
+        try:
+            if (engine := engine_of(record, known)) is not None:
+                return build(engine).get_tokenizer()
+        except (OnOffError, OSError) as error:
+            log.warning("tokens are not written out by the tokenizer of %s: %s", record.get("config", {}).get("backend"), error)
+    return None
