@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from rl_onoff import config
-from rl_onoff.backends import config as engines
+from rl_onoff.backends import engine_config as engines
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import engine_configs
 from rl_onoff.cli.main import CONF
@@ -27,7 +27,8 @@ PAGE = Path(__file__).with_name("configuration.md")
 
 INTRO = """# Configuration
 
-Written by `python docs/make_configuration.py` from the dataclasses in `rl_onoff/config.py` and `rl_onoff/backends/config.py`.
+Written by `python docs/make_configuration.py` from the dataclasses in `rl_onoff/config.py`, `rl_onoff/backends/engine_config.py`
+and the `config.py` of each engine.
 
 Every field is set on the command line as `group.field=value`; a whole group is chosen as `group=choice`. `model=NAME` is short
 for `model.name=NAME`. Lists are written `'[a,b]'`, a value with spaces or commas as `'data.system="Answer briefly, please."'`;

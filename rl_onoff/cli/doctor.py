@@ -161,7 +161,7 @@ def findings_of(python: str, option: str = "backend.python") -> Iterator[Line]:
 def _ask_worker(python: str) -> dict:
     """What the interpreter has of what a worker needs; without "python" where it does not run, and then `error` says why."""
     with tempfile.TemporaryDirectory(prefix="rl_onoff-") as folder:
-        package = Path(__file__).resolve().parent
+        package = Path(__file__).resolve().parents[1]
         (Path(folder) / package.name).symlink_to(package)  # handed over by the parent, as to a worker
         try:
             command = [python, "-c", ASK_WORKER, ",".join(WORKER_PACKAGES)]

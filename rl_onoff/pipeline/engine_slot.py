@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import build
 
 if TYPE_CHECKING:
+    from rl_onoff.backends.base import BaseBackend
     from rl_onoff.tracking import Tracker
 
     Left = tuple[Tracker, dict[str, float]]  # a run's tracker, still open, and the numbers it found so far

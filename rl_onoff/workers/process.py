@@ -41,7 +41,7 @@ class WorkerProcess:
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
         self.log = self._folder / "worker.log"
         if log_folder is not None:
-            self.log = Path(log_folder) / f"{getattr(backend_class, "name", "engine")}-{os.getpid()}-{next(_numbers)}.log"
+            self.log = Path(log_folder) / f"{getattr(backend_class, 'name', 'engine')}-{os.getpid()}-{next(_numbers)}.log"
             self.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         with theirs, self.log.open("ab") as log:

@@ -30,7 +30,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_config_tree(wheel):
     tracked = subprocess.run(list_files, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     wanted = {f"rl_onoff/{name}" if name.startswith("conf/") else name for name in tracked}
     assert not wanted - names
-    for name in ("conf/config.yaml", "problems.jsonl", "report/page/page.html", "backends/configs/vllm_default.yaml"):
+    for name in ("conf/config.yaml", "data/problems.jsonl", "report/page/page.html", "backends/configs/vllm_default.yaml"):
         assert f"rl_onoff/{name}" in names
     assert not [name for name in names if name.startswith(("tests/", "conf/", "benchmarks/"))]
 

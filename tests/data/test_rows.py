@@ -245,7 +245,7 @@ def test_a_datasets_id_that_cannot_be_reached():
     import os
 
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=PROBLEMS.parents[1]
+        [sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=PROBLEMS.parents[2]
     )
     assert done.stdout.startswith("data.path=rl-onoff/no-such-dataset is not in the local cache and the hub cannot be reached"), done.stderr
 
@@ -255,5 +255,5 @@ def test_importing_these_modules_brings_nothing_heavy():
         "import sys, rl_onoff.models.resolve, rl_onoff.data.prompts, rl_onoff.data.requests, rl_onoff.rewards\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'math_verify', 'sympy', 'jinja2'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROBLEMS.parents[1])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROBLEMS.parents[2])
     assert done.stdout.strip() == "[]", done.stderr
