@@ -61,7 +61,9 @@ def real(folder: Path, model: str) -> dict[str, Any]:
     run, seconds = RunDir(folder / "real"), {}
     for name, step in {
         "generate": lambda: stages.generate(run, requests, backend, None, quiet("generate", 1)),
-        "score": lambda: stages.score(run, run.scores("all"), backend, Want(top_k=max(TOP_KS), sampler=sampling), quiet("score", 1)),
+        "score": lambda: stages.score(
+            run, run.scores("all"), backend, Want(top_k=max(TOP_KS), sampler=sampling), quiet("score", 1)
+        ),
     }.items():
         start = time.process_time()
         step()
@@ -71,7 +73,10 @@ def real(folder: Path, model: str) -> dict[str, Any]:
     with RunDir(folder / "logits").scores("logits").writer() as out:
         for scores in backend.score(few, Want(full_logits=True)):
             out.append(stages.scores_row(scores))
-    return {name: value / tokens for name, value in seconds.items()} | {"tokens": tokens, "vocab_size": backend.info.vocab_size}
+    return {name: value / tokens for name, value in seconds.items()} | {
+        "tokens": tokens,
+        "vocab_size": backend.info.vocab_size,
+    }
 
 
 def table_bytes(table: Table) -> int:
@@ -121,12 +126,20 @@ def wire(folder: Path) -> dict[str, float]:
     run = RunDir(folder / "real")
     rows, tokens = list(run.completions.rows()), tokens_of(run.completions)
     everything = list(run.scores("all").rows())
-    found = {"worker to parent, a Completion": sum(size(wire.Completed(call=1, completion=_completion(row))) for row in rows) / tokens}
+    found = {
+        "worker to parent, a Completion": sum(size(wire.Completed(call=1, completion=_completion(row))) for row in rows)
+        / tokens
+    }
     for top_k in TOP_KS:
         sizes = [size(wire.Scored(call=1, scores=_scores(row, top_k))) for row in everything]
         found[f"worker to parent, TokenScores with top_k={top_k}"] = sum(sizes) / tokens
-        found[f"the same from a Ray actor, in Arrow, top_k={top_k}"] = batch_of([_scores(row, top_k) for row in everything]).nbytes / tokens
-    return found | {"parent to worker, Responses": size(wire.Score(call=1, responses=list(stages.responses(run)), want=Want())) / tokens}
+        found[f"the same from a Ray actor, in Arrow, top_k={top_k}"] = (
+            batch_of([_scores(row, top_k) for row in everything]).nbytes / tokens
+        )
+    return found | {
+        "parent to worker, Responses": size(wire.Score(call=1, responses=list(stages.responses(run)), want=Want()))
+        / tokens
+    }
 
 
 def decoding(folder: Path) -> float:
@@ -234,7 +247,14 @@ def stage(name: str, folder: Path, size: int) -> dict[str, float]:
 
 
 def _status(name: str) -> int:
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[1]) * 1024
+    return (
+        int(
+            next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[
+                1
+            ]
+        )
+        * 1024
+    )
 
 
 def _read() -> int:
@@ -305,7 +325,8 @@ def rewritten(folder: Path, size: int) -> None:
         found = table_bytes(table), written - start, time.process_time() - written
         first = first or found
         ratios = [
-            f"{now / then:.2f} × the {what}" for now, then, what in zip(found, first, ("bytes", "writing", "reading keys"), strict=True)
+            f"{now / then:.2f} × the {what}"
+            for now, then, what in zip(found, first, ("bytes", "writing", "reading keys"), strict=True)
         ]
         print(f"  {max_rows:>4} rows a shard, top_k={top_k:<3} {', '.join(ratios)}")
         shutil.rmtree(table.path)
@@ -339,10 +360,17 @@ def busy(replicas: int, window: int) -> float:
         prompts = [np.array([number, i], np.int32) for i in range(1 + window // SAMPLES)]
         lengths = np.clip(chance.gamma(2, MEAN_LENGTH / 2, window), 2, 8 * MEAN_LENGTH).astype(int)
         whats = [
-            Response(request_id=str(i // SAMPLES), sample=i % SAMPLES, prompt_ids=prompts[i // SAMPLES], token_ids_T=prompts[0])
+            Response(
+                request_id=str(i // SAMPLES),
+                sample=i % SAMPLES,
+                prompt_ids=prompts[i // SAMPLES],
+                token_ids_T=prompts[0],
+            )
             for i in range(window)
         ]
-        shares = Shares([Item(what, what.sample, PROMPT_TOKENS + int(n)) for what, n in zip(whats, lengths, strict=True)], replicas)
+        shares = Shares(
+            [Item(what, what.sample, PROMPT_TOKENS + int(n)) for what, n in zip(whats, lengths, strict=True)], replicas
+        )
         free_at, waiting = [0.0] * replicas, window
         while waiting:
             now = heapq.heappop(free_at)
@@ -359,11 +387,18 @@ def tracked(folder: Path, tokens: int) -> tuple[int, int]:
     path = folder / f"wandb-{tokens}"
     length = 100
     data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps({"question": f"What is {i} + {i}?", "answer": str(2 * i)}) + "\n" for i in range(tokens // length)))
+    data.write_text(
+        "".join(
+            json.dumps({"question": f"What is {i} + {i}?", "answer": str(2 * i)}) + "\n"
+            for i in range(tokens // length)
+        )
+    )
     options = ["backend=fake", "target=fake", "target.noise=0.1", "data=file", f"data.path={data}", "tracking.mode=offline",
                f"sampling.max_new_tokens={length}", f"run_dir={path}"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "rl_onoff", "experiment=onoff", *options], check=True, capture_output=True)
-    return sum(file.lstat().st_size for file in (path / "wandb").rglob("*") if file.is_file()), (path / "report.html").stat().st_size
+    return sum(file.lstat().st_size for file in (path / "wandb").rglob("*") if file.is_file()), (
+        path / "report.html"
+    ).stat().st_size
 
 
 def progress_report(folder: Path) -> float:
@@ -377,7 +412,13 @@ def progress_report(folder: Path) -> float:
         tracker = WandbTracker(TrackingConfig(mode=TrackingMode.offline))
         tracker.start(config={}, run_dir=path, group=None, job_type="score")
         for i in range(number):
-            tracker.log({"progress/responses": 37 * i, "progress/score_tokens": 18_500.0 * i, "progress/score_tokens_per_s": 1234.5 + i})
+            tracker.log(
+                {
+                    "progress/responses": 37 * i,
+                    "progress/score_tokens": 18_500.0 * i,
+                    "progress/score_tokens_per_s": 1234.5 + i,
+                }
+            )
         tracker.close(failed=False)
         sizes.append(sum(file.lstat().st_size for file in (path / "wandb").rglob("*") if file.is_file()))
     return (sizes[1] - sizes[0]) / 1000
@@ -387,7 +428,9 @@ def progress_report(folder: Path) -> float:
 
 
 def child(*arguments: object) -> Any:
-    done = subprocess.run([sys.executable, __file__, "--child", *map(str, arguments)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *map(str, arguments)], check=True, capture_output=True, text=True
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -408,19 +451,29 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="footprint-"))
     try:
         unit = child("real", folder, model)
-        print(f"{model}, {unit['tokens']:,} tokens: sampling one takes {unit['generate'] / unit['score']:.1f} × the time of scoring it")
+        print(
+            f"{model}, {unit['tokens']:,} tokens: sampling one takes {unit['generate'] / unit['score']:.1f} × the time of scoring it"
+        )
         show("On disk, real rows", disk(folder), "bytes a token")
         show("Over the wire, real rows", wire(folder), "bytes a token")
-        print(f"  the parent decodes TokenScores with top_k=20 in {decoding(folder) / unit['score']:.5f} of the time of scoring")
+        print(
+            f"  the parent decodes TokenScores with top_k=20 in {decoding(folder) / unit['score']:.5f} of the time of scoring"
+        )
         for size in sizes:
             one_size(folder, size, unit["score"])
         show("In the parent's memory", child("held", folder), "bytes")
-        print("\nHow busy equally fast replicas are, scoring in windows of 2,048 responses, and of 128 for each if that is more")
+        print(
+            "\nHow busy equally fast replicas are, scoring in windows of 2,048 responses, and of 128 for each if that is more"
+        )
         for replicas in (1, 8, 64, 512):
-            print(f"  {replicas:>4} replicas {busy(replicas, 2048):.3f} {busy(replicas, max(2048, 128 * replicas)):.3f}")
+            print(
+                f"  {replicas:>4} replicas {busy(replicas, 2048):.3f} {busy(replicas, max(2048, 128 * replicas)):.3f}"
+            )
         for tokens in (2_000, 50_000):
             wandb, page = tracked(folder, tokens)
-            print(f"\nW&B, offline, fake engine: {wandb:,} bytes at {tokens:,} tokens, its page of {page:,} bytes included")
+            print(
+                f"\nW&B, offline, fake engine: {wandb:,} bytes at {tokens:,} tokens, its page of {page:,} bytes included"
+            )
         print(f"  and {progress_report(folder):.0f} bytes a report of progress, one every 10 s by default")
     finally:
         shutil.rmtree(folder)
@@ -431,7 +484,9 @@ def one_size(folder: Path, size: int, second: float) -> None:
     found = {name: child(name, folder, size) for name in STEPS}
     tokens, rows = tokens_of(run.completions), sum(1 for _ in run.completions.rows(["sample"]))
     tables = {"completions": run.completions, "own": run.scores("own"), "target": run.scores("target")}
-    shards = ", ".join(f"{name} {len(t.shards())} files {table_bytes(t) / tokens:.0f} bytes a token" for name, t in tables.items())
+    shards = ", ".join(
+        f"{name} {len(t.shards())} files {table_bytes(t) / tokens:.0f} bytes a token" for name, t in tables.items()
+    )
     page = (run.path / "report.html").read_text()
     left_out, cut, chunks = *re.findall(r'"(?:left_out|cut_chunks)":(\d+)', page), page.count('id="tokens-')
     print(f"\n{tokens:,} tokens in {rows:,} responses: {shards}")

@@ -41,7 +41,10 @@ def main() -> int:
         (Path(folder) / "bare.py").write_text(BARE)
         rl_onoff = [sys.executable, "-m", "rl_onoff"]
         print(f"{'':<16}{'bare (s)':>10}{'rl-onoff (s)':>14}{'ratio':>8}   median of {pairs} pairs, limit {LIMIT}")
-        for name, theirs, ours, code in (("--help", ["--help"], ["--help"], 0), ("a config error", [], ["backend.tp_sise=2"], 2)):
+        for name, theirs, ours, code in (
+            ("--help", ["--help"], ["--help"], 0),
+            ("a config error", [], ["backend.tp_sise=2"], 2),
+        ):
             bare, whole = [sys.executable, "bare.py", *theirs], [*rl_onoff, *ours]
             seconds(bare, folder, 0), seconds(whole, folder, code)  # compiles and reads what is new
             taken = [(seconds(bare, folder, 0), seconds(whole, folder, code)) for _ in range(pairs)]

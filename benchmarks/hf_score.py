@@ -57,14 +57,22 @@ def main() -> None:
     batch = sys.argv[2] if len(sys.argv) > 2 else "16"
     results = {}
     for way in ("naive", "ours", "shared"):
-        done = subprocess.run([sys.executable, "-c", WORK, way, model, batch], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", WORK, way, model, batch], capture_output=True, text=True, check=True
+        )
         results[way] = json.loads(done.stdout.splitlines()[-1])
     naive = results["naive"]
     print(f"{'':<42}{'time / naive':>14}{'peak / naive':>14}{'peak MiB':>10}")
-    words_of = {"naive": "full logits (batch, length, vocabulary)", "ours": "ours", "shared": "ours, 2 prompts shared by the batch"}
+    words_of = {
+        "naive": "full logits (batch, length, vocabulary)",
+        "ours": "ours",
+        "shared": "ours, 2 prompts shared by the batch",
+    }
     for way, words in words_of.items():
         r = results[way]
-        print(f"{words:<42}{r['seconds'] / naive['seconds']:>14.2f}{r['peak_mib'] / naive['peak_mib']:>14.3f}{r['peak_mib']:>10.0f}")
+        print(
+            f"{words:<42}{r['seconds'] / naive['seconds']:>14.2f}{r['peak_mib'] / naive['peak_mib']:>14.3f}{r['peak_mib']:>10.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ from rl_onoff.workers.ray import RayCluster
 def requests(number: int, max_new_tokens: int) -> list[Request]:
     chance = np.random.default_rng(0)
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=1)
-    return [Request(id=str(i), prompt_ids=chance.integers(100, 250, 8 + i % 24).astype(np.int32), sampling=sampling) for i in range(number)]
+    return [
+        Request(id=str(i), prompt_ids=chance.integers(100, 250, 8 + i % 24).astype(np.int32), sampling=sampling)
+        for i in range(number)
+    ]
 
 
 def run(core: Host | Pool, work: Sequence[Request]) -> tuple[float, float, int]:
@@ -70,7 +73,9 @@ def throughput(rounds: int, model: str) -> None:
             core._close()
     first = best["1 replica, 1 core"]
     for name, (wall, cpu) in best.items():
-        print(f"{name:24} {wall:8.1f} tokens/s {wall / first[0]:5.2f} × {cpu:12.1f} tokens per busiest CPU second {cpu / first[1]:5.2f} ×")
+        print(
+            f"{name:24} {wall:8.1f} tokens/s {wall / first[0]:5.2f} × {cpu:12.1f} tokens per busiest CPU second {cpu / first[1]:5.2f} ×"
+        )
 
 
 def busy(core: Host | Pool) -> list[float]:

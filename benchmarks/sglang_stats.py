@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every worker has it
-    with SGLangBackend(SGLangBackendConfig(model_name=args.model, dtype=args.dtype, context_length=1024, worker=False)) as backend:
+    with SGLangBackend(
+        SGLangBackendConfig(model_name=args.model, dtype=args.dtype, context_length=1024, worker=False)
+    ) as backend:
         vocab_size = backend.info.vocab_size
         print(f"{args.model} {args.dtype}, SGLang {backend.info.version}: relative time\n")
         ways = Ways(backend, work(vocab_size, args.prompts, 256, 8, 64))
@@ -126,7 +128,9 @@ def main() -> None:
         logits_ways = {
             "one sequence of 320 tokens, plain forward": ways.logits_plain,
             "in-engine full logits of 256": ways.logits,
-            "public token_ids_logprob, whole vocabulary": lambda: ways.logits_public(token_ids_logprob=list(range(vocab_size))),
+            "public token_ids_logprob, whole vocabulary": lambda: ways.logits_public(
+                token_ids_logprob=list(range(vocab_size))
+            ),
             "public top_logprobs_num, whole vocabulary": lambda: ways.logits_public(top_logprobs_num=vocab_size),
         }
         compare(ways, logits_ways, max(1, args.rounds // 2))

@@ -23,7 +23,9 @@ from rl_onoff.backends.vllm.backend import VLLMBackend, _jobs, _prefix
 from rl_onoff.types import Response, Want
 
 
-def work(vocab_size: int, prompts: int = 2, samples: int = 8, prompt_tokens: int = 256, tokens: int = 64, seed: int = 0) -> list[Response]:
+def work(
+    vocab_size: int, prompts: int = 2, samples: int = 8, prompt_tokens: int = 256, tokens: int = 64, seed: int = 0
+) -> list[Response]:
     rng = np.random.default_rng(seed)
 
     def random(count: int) -> np.ndarray:
@@ -83,14 +85,38 @@ def main() -> None:
         forward = statistics.median(times["forward"])
         for name, taken in times.items():
             best = min(taken) / min(times["forward"])
-            print(f"{name:<50} {statistics.median(taken) / forward:5.2f} x forward (best of each: {best:.2f})", flush=True)
+            print(
+                f"{name:<50} {statistics.median(taken) / forward:5.2f} x forward (best of each: {best:.2f})", flush=True
+            )
 
         engine.model.max_logprobs = -1  # so that the public path can run in this same engine
-        for name, samples in (("one response of 64 tokens to a prompt of 256", 1), ("eight that share their prompt", 8)):
-            taken = [clock(lambda n=samples: in_engine(work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True))]
-            taken += [clock(lambda n=samples: in_engine(work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True))]
-            public = clock(lambda n=samples: run(work(engine.vocab_size, 1, n), prompt_logprobs=-1, logprobs=-1, flat_logprobs=True))
-            print(f"full logits, {name}: in-engine {public / min(taken):.0f} times as fast as the flat public path", flush=True)
+        for name, samples in (
+            ("one response of 64 tokens to a prompt of 256", 1),
+            ("eight that share their prompt", 8),
+        ):
+            taken = [
+                clock(
+                    lambda n=samples: in_engine(
+                        work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True
+                    )
+                )
+            ]
+            taken += [
+                clock(
+                    lambda n=samples: in_engine(
+                        work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True
+                    )
+                )
+            ]
+            public = clock(
+                lambda n=samples: run(
+                    work(engine.vocab_size, 1, n), prompt_logprobs=-1, logprobs=-1, flat_logprobs=True
+                )
+            )
+            print(
+                f"full logits, {name}: in-engine {public / min(taken):.0f} times as fast as the flat public path",
+                flush=True,
+            )
 
 
 def clock(call: Callable[[], None]) -> float:

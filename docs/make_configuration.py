@@ -79,8 +79,15 @@ def shown_default(field: dataclasses.Field[Any]) -> str:
 
 def shown_type(field: dataclasses.Field[Any]) -> str:
     """The annotation; of an enum, its values."""
-    enums = {name: kind for name, kind in {**vars(engines), **vars(config)}.items() if inspect.isclass(kind) and issubclass(kind, Enum)}
-    names = [" / ".join(member.value for member in enums[part]) if part in enums else part for part in re.split(r"(\w+)", str(field.type))]
+    enums = {
+        name: kind
+        for name, kind in {**vars(engines), **vars(config)}.items()
+        if inspect.isclass(kind) and issubclass(kind, Enum)
+    }
+    names = [
+        " / ".join(member.value for member in enums[part]) if part in enums else part
+        for part in re.split(r"(\w+)", str(field.type))
+    ]
     return "".join(names).replace(" | None", "").replace("|", "\\|")
 
 
@@ -103,7 +110,15 @@ def choices(group: str) -> list[str]:
 def page() -> str:
     lines = [INTRO, "## The run", "", *choices("experiment"), *table(RunConfig), ""]
     for group, schema in ((group, schema) for (group, _), schema in SCHEMAS.items() if group != "backend"):
-        lines += [f"## {group}", "", (inspect.getdoc(schema) or "").splitlines()[0], "", *choices(group), *table(schema), ""]
+        lines += [
+            f"## {group}",
+            "",
+            (inspect.getdoc(schema) or "").splitlines()[0],
+            "",
+            *choices(group),
+            *table(schema),
+            "",
+        ]
     lines += ["## backend, target, policies", "", ENGINES, ""]
     lines += [*choices("backend"), *choices("target"), *choices("policies"), *table(EngineConfig), ""]
     for name, schema in engine_configs().items():

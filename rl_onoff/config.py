@@ -22,7 +22,19 @@ from rl_onoff.errors import UsageError, nearest
 from rl_onoff.redaction import redact_override
 from rl_onoff.sampling import LogprobKind, Sampling
 
-COLUMN_ROLES = ("id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward")
+COLUMN_ROLES = (
+    "id",
+    "sample",
+    "token_ids",
+    "mask",
+    "behaviour",
+    "target",
+    "prompt_ids",
+    "prompt",
+    "text",
+    "pieces",
+    "reward",
+)
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
@@ -120,9 +132,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path is not None and not self.path.strip():
-            raise UsageError("data.path is empty: set data.path to a file, or data.path=null for the bundled word problems")
+            raise UsageError(
+                "data.path is empty: set data.path to a file, or data.path=null for the bundled word problems"
+            )
         if self.limit is not None and self.limit < 1:
-            raise UsageError(f"data.limit is {self.limit} but must be at least 1: set data.limit=20, or data.limit=null for all rows")
+            raise UsageError(
+                f"data.limit is {self.limit} but must be at least 1: set data.limit=20, or data.limit=null for all rows"
+            )
         if self.system is not None and not self.chat_template:
             raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")
 
@@ -155,7 +171,9 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
-            raise UsageError(f"score.name is {self.name!r} but must be a plain name, for it is a folder under scores/: set score.name=mine")
+            raise UsageError(
+                f"score.name is {self.name!r} but must be a plain name, for it is a folder under scores/: set score.name=mine"
+            )
         if self.top_k < 0:
             raise UsageError(f"score.top_k is {self.top_k} but must be 0 or larger: set score.top_k=20")
 
@@ -199,7 +217,9 @@ class AttributeConfig:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise UsageError(f"attribute.limit is {self.limit} but must be at least 1: set attribute.limit=256, or null for all responses")
+            raise UsageError(
+                f"attribute.limit is {self.limit} but must be at least 1: set attribute.limit=256, or null for all responses"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -230,7 +250,9 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         for name, example in (("table_rows", 200), ("log_every_s", 10)):
             if not getattr(self, name) >= 0:
-                raise UsageError(f"tracking.{name} is {getattr(self, name)} but must be 0 or larger: set tracking.{name}={example}")
+                raise UsageError(
+                    f"tracking.{name} is {getattr(self, name)} but must be 0 or larger: set tracking.{name}={example}"
+                )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -276,13 +298,19 @@ class RunConfig:
         if not self.run_dir.strip():
             raise UsageError("run_dir is empty: set run_dir to the run's folder, or leave it out")
         if not self.stages:
-            raise UsageError("stages is empty, so there is nothing to do: set experiment=analyse, or stages=[generate,score,compare]")
+            raise UsageError(
+                "stages is empty, so there is nothing to do: set experiment=analyse, or stages=[generate,score,compare]"
+            )
         if self.score.responses is not None and Stage.generate in self.stages:
-            raise UsageError("score.responses names responses made elsewhere, and none are sampled then: set experiment=score beside it")
+            raise UsageError(
+                "score.responses names responses made elsewhere, and none are sampled then: set experiment=score beside it"
+            )
         for group, names in (("targets", self.targets), ("policies", self.policies)):
             for name in names:
                 if not re.fullmatch(r"\w[\w.+-]*", name):
-                    raise UsageError(f"{group} has the name {name!r}, which cannot be a folder's: call it {group}.mine, for example")
+                    raise UsageError(
+                        f"{group} has the name {name!r}, which cannot be a folder's: call it {group}.mine, for example"
+                    )
 
 
 SCHEMAS: dict[tuple[str, str], Any] = {
@@ -303,7 +331,11 @@ def field_names() -> list[str]:
     """Every field as it stands on the command line: `sampling.top_p`, `backend.tp_size`, …"""
     names = [f.name for f in fields(RunConfig)]
     for (group, _), schema in SCHEMAS.items():
-        names += [f"{package}.{f.name}" for package in ((group, "target") if group == "backend" else (group,)) for f in fields(schema)]
+        names += [
+            f"{package}.{f.name}"
+            for package in ((group, "target") if group == "backend" else (group,))
+            for f in fields(schema)
+        ]
     return list(dict.fromkeys(names))
 
 
@@ -312,7 +344,11 @@ def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
     name may hold."""
     name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"
     digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
-    return name if len(name.encode()) <= MAX_FOLDER_NAME else f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
+    return (
+        name
+        if len(name.encode()) <= MAX_FOLDER_NAME
+        else f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
+    )
 
 
 def swept(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
@@ -334,8 +370,13 @@ def register() -> None:
     # What it takes out of the store it copies anyway.
     setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
-    for name, schema in engine_configs().items():  # the other groups have one schema each, which the run's holds already
+    for (
+        name,
+        schema,
+    ) in engine_configs().items():  # the other groups have one schema each, which the run's holds already
         node = OmegaConf.structured(schema)
-        for each in fields(PoolConfig):  # one by one: a whole group cannot be interpolated where a schema is, nor changed for one engine
+        for each in fields(
+            PoolConfig
+        ):  # one by one: a whole group cannot be interpolated where a schema is, nor changed for one engine
             node.pool[each.name] = f"${{pool.{each.name}}}"
         store.store(name=name, group="schema/backend", node=node)

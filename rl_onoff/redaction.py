@@ -40,11 +40,15 @@ def secret_values(environ: Mapping[str, str]) -> frozenset[str]:
 def secrets_in(value: Any, *, secret: bool = False) -> frozenset[str]:
     """Texts under a key that names a secret, anywhere in a config, long enough to be found again elsewhere."""
     if isinstance(value, Mapping):
-        return frozenset().union(*(secrets_in(item, secret=secret or is_secret_key(str(key))) for key, item in value.items()))
+        return frozenset().union(
+            *(secrets_in(item, secret=secret or is_secret_key(str(key))) for key, item in value.items())
+        )
     if isinstance(value, list | tuple):
         return frozenset().union(*(secrets_in(item, secret=secret) for item in value))
     text = str(value)
-    return frozenset([text]) if secret and len(text) >= MIN_LENGTH and not _INTERPOLATION.fullmatch(text) else frozenset()
+    return (
+        frozenset([text]) if secret and len(text) >= MIN_LENGTH and not _INTERPOLATION.fullmatch(text) else frozenset()
+    )
 
 
 def redact(value: Any, secrets: Collection[str] = ()) -> Any:
@@ -52,7 +56,9 @@ def redact(value: Any, secrets: Collection[str] = ()) -> Any:
     and for a login inside a URL. Enums become their values and paths text, so that the copy can be written down.
     """
     if isinstance(value, Mapping):
-        return {key: _mask(item, key) if is_secret_key(str(key)) else redact(item, secrets) for key, item in value.items()}
+        return {
+            key: _mask(item, key) if is_secret_key(str(key)) else redact(item, secrets) for key, item in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [redact(item, secrets) for item in value]
     if isinstance(value, Enum):
@@ -71,7 +77,11 @@ def _mask(value: Any, key: str) -> Any:
         return {inner: _mask(item, key) for inner, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mask(item, key) for item in value]
-    if value in (None, "") or isinstance(value, bool) or (isinstance(value, int | float) and key.lower().endswith("token")):
+    if (
+        value in (None, "")
+        or isinstance(value, bool)
+        or (isinstance(value, int | float) and key.lower().endswith("token"))
+    ):
         return value
     return value if isinstance(value, str) and _INTERPOLATION.fullmatch(value) else MASK
 
@@ -99,7 +109,10 @@ def _redact_overrides(value: Any, secrets: Collection[str]) -> Any:
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [redact_override(item, secrets) if isinstance(item, str) else _redact_overrides(item, secrets) for item in value]
+        return [
+            redact_override(item, secrets) if isinstance(item, str) else _redact_overrides(item, secrets)
+            for item in value
+        ]
     return value
 
 

@@ -40,7 +40,9 @@ def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -
     try:
         import math_verify as library
     except ImportError as error:
-        raise MissingDependencyError("the reward math_verify needs the package math-verify: pip install math-verify") from error
+        raise MissingDependencyError(
+            "the reward math_verify needs the package math-verify: pip install math-verify"
+        ) from error
 
     boxed = last_boxed(text)
     said = text[-MAX_CHARS:] if boxed is None else boxed
@@ -53,7 +55,11 @@ def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -
             logging.getLogger(f"math_verify.{part}").addFilter(_no_timeout_warning)
 
     def parse(part: str) -> list[Any]:
-        return [item for item in library.parse(part, parsing_timeout=timeout or 0) if isinstance(item, str) or not _too_large(item)]
+        return [
+            item
+            for item in library.parse(part, parsing_timeout=timeout or 0)
+            if isinstance(item, str) or not _too_large(item)
+        ]
 
     gold = parse(_in_box(answer))
     found = parse(said.replace("\\$", "") if boxed is None else _in_box(boxed))  # \\$ is money, not mathematics
@@ -90,7 +96,9 @@ def _too_large(expression: Any) -> bool:
         else:
             continue
         numbers = grows.atoms(sympy.Number)
-        if any(abs(number) > MAX_EXPONENT for number in numbers) or (grows.has(sympy.Pow, sympy.factorial) and not grows.free_symbols):
+        if any(abs(number) > MAX_EXPONENT for number in numbers) or (
+            grows.has(sympy.Pow, sympy.factorial) and not grows.free_symbols
+        ):
             return True
     return False
 
@@ -119,7 +127,9 @@ class Reward:
                 f"reward.function={self.spec} failed with {type(error).__name__} ({error}): mend it, or set reward=none"
             ) from error
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f"reward.function={self.spec} returned {value!r} where a finite number is wanted: mend it, or set reward=none")
+            raise UsageError(
+                f"reward.function={self.spec} returned {value!r} where a finite number is wanted: mend it, or set reward=none"
+            )
         return float(value)
 
 
@@ -130,7 +140,9 @@ class Judge:
         self.reward = reward
         self.judged = self.failed = 0
 
-    def __call__(self, text: str, meta: Mapping[str, Any], response: tuple[str, int]) -> tuple[float | None, str | None]:
+    def __call__(
+        self, text: str, meta: Mapping[str, Any], response: tuple[str, int]
+    ) -> tuple[float | None, str | None]:
         """(reward, why there is none though there should be)."""
         if self.reward is None or meta.get("answer") is None:
             return None, None
@@ -140,7 +152,11 @@ class Judge:
         except Exception as error:  # the user's own function may raise anything
             self.failed += 1
             if self.failed == 1:
-                log.warning("the reward of response %s is left empty, and so are those of others where it fails: %s", response, error)
+                log.warning(
+                    "the reward of response %s is left empty, and so are those of others where it fails: %s",
+                    response,
+                    error,
+                )
             if self.failed == self.judged == HOPELESS:
                 log.warning(
                     "the reward failed on each of the first %d responses: sampling goes on, and the responses are kept without rewards",
@@ -153,7 +169,9 @@ class Judge:
         """Say once how many failed."""
         if self.failed:
             log.warning(
-                "the reward failed on %d of %d responses, which are kept without one: mend reward.function", self.failed, self.judged
+                "the reward failed on %d of %d responses, which are kept without one: mend reward.function",
+                self.failed,
+                self.judged,
             )
 
 
@@ -167,21 +185,29 @@ def load_reward(spec: str) -> Reward:
             meant = f"{spec.strip(':')}:NAME"
         elif module and not colon:
             meant = f"{module}.py:{last}" if Path(f"{module}.py").is_file() else f"{module}:{last}"
-        raise UsageError(f"reward.function={spec} names no function: set reward.function={meant} or reward.function=file.py:name")
+        raise UsageError(
+            f"reward.function={spec} names no function: set reward.function={meant} or reward.function=file.py:name"
+        )
     try:
         module = _load_file(place, spec) if place.endswith(".py") else importlib.import_module(place)
     except UsageError:
         raise
     except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
         if not place.endswith(".py") and ("/" in place or Path(f"{place}.py").is_file()):
-            raise UsageError(f"reward.function={spec} names a file without its ending: set reward.function={place}.py:{name}") from error
+            raise UsageError(
+                f"reward.function={spec} names a file without its ending: set reward.function={place}.py:{name}"
+            ) from error
         raise UsageError(
             f"{place} of reward.function={spec} cannot be imported ({type(error).__name__}: {error}):"
             " mend it, or set reward.function to another"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        own = (key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__)
+        own = (
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        )
         there = sorted(key for key in own if not key.startswith("_"))
         raise UsageError(
             f"{place} of reward.function={spec} has no function {name!r} but {', '.join(there) or 'none at all'}:"
@@ -201,7 +227,9 @@ def load_reward(spec: str) -> Reward:
 def _load_file(place: str, spec: str) -> Any:
     path = Path(place).expanduser()
     if not path.is_file():
-        raise UsageError(f"the file {place} of reward.function={spec} does not exist: set reward.function=FILE.py:NAME to one that does")
+        raise UsageError(
+            f"the file {place} of reward.function={spec} does not exist: set reward.function=FILE.py:NAME to one that does"
+        )
     name = f"rl_onoff_reward_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None

@@ -60,7 +60,9 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot |
         for name, comparison in this.comparisons.items():
             summary.values.update(flat(name, comparison))
         if this.comparisons:
-            summary.values.update({f"onoff/{name}": value for name, value in gap_of(this.folder, this.comparisons).items()})
+            summary.values.update(
+                {f"onoff/{name}": value for name, value in gap_of(this.folder, this.comparisons).items()}
+            )
         report(this, summary)
     except NotItsTurn:
         slot.wait(path, (tracker, values))
@@ -135,7 +137,9 @@ def score(this: Run) -> None:
     config, folder = this.config, this.folder
     if config.score.responses is not None:
         tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
-        given = load_responses(config.score.responses, tokenizer, chat_template=config.data.chat_template, system=config.data.system)
+        given = load_responses(
+            config.score.responses, tokenizer, chat_template=config.data.chat_template, system=config.data.system
+        )
         folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
         stages.take_in(folder, given, tokenizer)
     if not folder.completions.exists():
@@ -165,7 +169,9 @@ def wanted(this: Run) -> Want:
     """What to compute of every token; the sampler's view is that of the sampler that made the responses."""
     config = this.config
     made_with = this.folder.completions.record().get("config", {}).get("sampling")
-    sampler = (Sampling(**made_with) if made_with else replace(config.sampling, n=1)) if config.score.processed else None
+    sampler = (
+        (Sampling(**made_with) if made_with else replace(config.sampling, n=1)) if config.score.processed else None
+    )
     return Want(top_k=config.score.top_k, full_logits=config.score.full_logits, sampler=sampler)
 
 

@@ -54,7 +54,9 @@ class Sampling:
         for fine, name, want, example in checks:
             if not fine:
                 value = getattr(self, name)
-                raise UsageError(f"sampling.{name} is {value!r} but must be {want}: set sampling.{name}={example}, for example")
+                raise UsageError(
+                    f"sampling.{name} is {value!r} but must be {want}: set sampling.{name}={example}, for example"
+                )
 
     @property
     def greedy(self) -> bool:

@@ -119,7 +119,9 @@ def _warns(method: Callable[Concatenate[WandbTracker, P], None]) -> Callable[Con
             return
         try:
             method(self, *args, **kwargs)
-        except Exception as error:  # wandb raises its own errors, its service's, protobuf's, sockets': none may end the run
+        except (
+            Exception
+        ) as error:  # wandb raises its own errors, its service's, protobuf's, sockets': none may end the run
             if method.__name__ not in self._warned:
                 self._warned.add(method.__name__)
                 log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
@@ -152,10 +154,14 @@ class WandbTracker:
         try:
             import wandb
         except ImportError as error:
-            raise MissingDependencyError("tracking=wandb needs the package wandb: pip install wandb, or set tracking=none") from error
+            raise MissingDependencyError(
+                "tracking=wandb needs the package wandb: pip install wandb, or set tracking=none"
+            ) from error
         self._wandb, self._run_dir = wandb, run_dir.resolve()
         secrets = secret_values(os.environ)
-        of_agent = "WANDB_SWEEP_ID" in os.environ  # an agent of `wandb sweep` says by the environment which run of which project it is
+        of_agent = (
+            "WANDB_SWEEP_ID" in os.environ
+        )  # an agent of `wandb sweep` says by the environment which run of which project it is
         try:
             mode, run_id = self._mode(), _run_id(run_dir, of_agent)
             with _redacted_argv(secrets):
@@ -164,7 +170,9 @@ class WandbTracker:
                     entity=None if of_agent else self.config.entity,
                     group=self.config.group or group,
                     job_type=job_type,
-                    name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # a sweep's job is called by all its overrides
+                    name=(self.config.name or self._run_dir.name)[
+                        :MAX_NAME
+                    ],  # a sweep's job is called by all its overrides
                     tags=list(self.config.tags),
                     config=redact(config, secrets),
                     dir=str(self._run_dir),
@@ -187,8 +195,12 @@ class WandbTracker:
             self._run.define_metric("progress/*", step_metric=STEP, summary="mean")
         except UsageError:
             raise
-        except Exception as error:  # wandb's, pydantic's, its service's own: whichever it is, the run may not begin untracked
-            raise UsageError(f"W&B did not start ({_one_line(error)}): mend it, or set tracking.mode=offline or tracking=none") from error
+        except (
+            Exception
+        ) as error:  # wandb's, pydantic's, its service's own: whichever it is, the run may not begin untracked
+            raise UsageError(
+                f"W&B did not start ({_one_line(error)}): mend it, or set tracking.mode=offline or tracking=none"
+            ) from error
 
     @_warns
     def log(self, values: Mapping[str, float]) -> None:
@@ -214,7 +226,9 @@ class WandbTracker:
     def html(self, name: str, path: Path) -> None:
         size = path.stat().st_size
         if size > MAX_HTML_BYTES:
-            log.warning("W&B: %s is %.0f MB, more than %.0f, and stays on disk only", path, size / 1e6, MAX_HTML_BYTES / 1e6)
+            log.warning(
+                "W&B: %s is %.0f MB, more than %.0f, and stays on disk only", path, size / 1e6, MAX_HTML_BYTES / 1e6
+            )
             return
         self._run.log({name: self._wandb.Html(str(path), inject=False)})
 
@@ -227,7 +241,9 @@ class WandbTracker:
             name = path.relative_to(run_dir)
             # run.log still grows, and a file that changes before it is uploaded spoils the artifact
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
-                artifact.add_file(str(path), name=name.as_posix(), policy="immutable", skip_cache=True)  # immutable: no copy
+                artifact.add_file(
+                    str(path), name=name.as_posix(), policy="immutable", skip_cache=True
+                )  # immutable: no copy
         with self._staging_in_run_dir():
             self._run.log_artifact(artifact)
 
@@ -245,9 +261,17 @@ class WandbTracker:
         """online, offline or disabled; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
         wanted: str = self.config.mode.value
         if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
-            modes = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+            modes = {
+                "online": "online",
+                "run": "online",
+                "offline": "offline",
+                "dryrun": "offline",
+                "disabled": "disabled",
+            }
             if given not in modes:
-                raise UsageError(f"WANDB_MODE is {given!r} but must be one of {', '.join(modes)}: unset it or set tracking.mode=offline")
+                raise UsageError(
+                    f"WANDB_MODE is {given!r} but must be one of {', '.join(modes)}: unset it or set tracking.mode=offline"
+                )
             wanted = modes[given]
         if wanted in ("offline", "disabled"):
             self._setup(silent=False)

@@ -41,11 +41,21 @@ def table(names: list[str], cells: Cells) -> str:
     for a in names:
         for b in names:
             k3, lo, hi = (value(cells, a, b, f"kl_k3{end}") for end in ("", "_lo", "_hi"))
-            numbers = [f"{value(cells, a, b, name):.4g}" for name in ("logprob_diff_max", "ess_token", "ess_seq", "argmax_agreement")]
+            numbers = [
+                f"{value(cells, a, b, name):.4g}"
+                for name in ("logprob_diff_max", "ess_token", "ess_seq", "argmax_agreement")
+            ]
             scored = f"{b} (noise floor)" if a == b else b
-            lines.append(f"| {a} | {scored} | {k3:.2g} ({lo:.2g} to {hi:.2g}) | {' | '.join('–' if n == 'nan' else n for n in numbers)} |")
+            lines.append(
+                f"| {a} | {scored} | {k3:.2g} ({lo:.2g} to {hi:.2g}) | {' | '.join('–' if n == 'nan' else n for n in numbers)} |"
+            )
     counts = cells[names[0], names[0]]
-    return "\n".join([*lines, "", f"{counts['responses']} responses of each policy, {counts['tokens']} tokens of the first."]) + "\n"
+    return (
+        "\n".join(
+            [*lines, "", f"{counts['responses']} responses of each policy, {counts['tokens']} tokens of the first."]
+        )
+        + "\n"
+    )
 
 
 def heat(x: float, values: list[float], by_order: bool) -> float:
@@ -76,7 +86,8 @@ def svg(names: list[str], cells: Cells) -> str:
         x0, values = i * panel + PAD, [value(cells, a, b, metric) for a in names for b in names]
         parts.append(f'<text class="t" x="{x0}" y="22">{html.escape(title)}</text>')
         parts += [
-            f'<text x="{x0 + (j + 0.5) * CELL}" y="{TOP - 10}" text-anchor="middle">{html.escape(b)}</text>' for j, b in enumerate(names)
+            f'<text x="{x0 + (j + 0.5) * CELL}" y="{TOP - 10}" text-anchor="middle">{html.escape(b)}</text>'
+            for j, b in enumerate(names)
         ]
         for j, a in enumerate(names):
             y = TOP + j * CELL

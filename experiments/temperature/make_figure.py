@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 
 TARGET = "huggingface-smollm2-float32"
-LINES = (("kl_k3", "k3 estimate at the sampled tokens", "#d1495b"), ("kl_forward_topk", "exact, on the top 20 tokens", "#2e6f95"))
+LINES = (
+    ("kl_k3", "k3 estimate at the sampled tokens", "#d1495b"),
+    ("kl_forward_topk", "exact, on the top 20 tokens", "#2e6f95"),
+)
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 70, 50, 40, 20
 
 Point = dict[str, dict[str, float]]
@@ -30,7 +33,9 @@ def table(points: dict[float, Point]) -> str:
     rows = [head, "|---|---|---|---|---|"]
     for temperature, of in points.items():
         two = [f"{of[m]['value']:.2g} ({of[m]['lo']:.2g} to {of[m]['hi']:.2g})" for m, _, _ in LINES]
-        rows.append(f"| {temperature} | {' | '.join(two)} | {of['logprob_diff_mean']['value']:.3g} | {of['ess_seq']['value']:.2f} |")
+        rows.append(
+            f"| {temperature} | {' | '.join(two)} | {of['logprob_diff_mean']['value']:.3g} | {of['ess_seq']['value']:.2f} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -39,7 +44,11 @@ def svg(points: dict[float, Point]) -> str:
     most = 1.1 * max(of[m]["hi"] for of in points.values() for m, _, _ in LINES)
 
     def x(temperature: float) -> float:
-        return LEFT + (temperature - temperatures[0]) / (temperatures[-1] - temperatures[0]) * (WIDTH - LEFT - RIGHT - 20) + 10
+        return (
+            LEFT
+            + (temperature - temperatures[0]) / (temperatures[-1] - temperatures[0]) * (WIDTH - LEFT - RIGHT - 20)
+            + 10
+        )
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - value / most * (HEIGHT - BOTTOM - TOP)
@@ -56,12 +65,19 @@ def svg(points: dict[float, Point]) -> str:
         f'<text x="{LEFT}" y="24">KL between bfloat16 and float32, nats a token</text>',
     ]
     parts += [f'<text x="{x(t)}" y="{y(0) + 18}" text-anchor="middle">{t}</text>' for t in temperatures]
-    parts += [f'<text x="{LEFT - 8}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>' for v in (0.0005, 0.001, 0.0015, 0.002) if v < most]
+    parts += [
+        f'<text x="{LEFT - 8}" y="{y(v) + 4}" text-anchor="end">{v:g}</text>'
+        for v in (0.0005, 0.001, 0.0015, 0.002)
+        if v < most
+    ]
     for number, (metric, label, colour) in enumerate(LINES):
         at = [(x(t), of[metric]) for t, of in points.items()]
         path = " ".join(f"{px:.1f},{y(of['value']):.1f}" for px, of in at)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<line x1="{px}" x2="{px}" y1="{y(of["lo"])}" y2="{y(of["hi"])}" stroke="{colour}" stroke-width="2"/>' for px, of in at]
+        parts += [
+            f'<line x1="{px}" x2="{px}" y1="{y(of["lo"])}" y2="{y(of["hi"])}" stroke="{colour}" stroke-width="2"/>'
+            for px, of in at
+        ]
         parts.append(f'<text x="{LEFT + 16}" y="{TOP + 18 + 18 * number}" style="fill:{colour}">{label}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -24,4 +24,6 @@ class SharedEngineLauncher(Launcher):
 
 
 TARGET = f"{SharedEngineLauncher.__module__}.{SharedEngineLauncher.__name__}"
-ConfigStore.instance().store(group="hydra/launcher", name="shared_engine", node={"_target_": TARGET}, provider="rl_onoff")
+ConfigStore.instance().store(
+    group="hydra/launcher", name="shared_engine", node={"_target_": TARGET}, provider="rl_onoff"
+)

@@ -40,7 +40,9 @@ def noise(ladder: Ladder, state: State) -> Row:
     alone = ladder.rescore(state.target, alone=True)
     batched = state.p
     if ids_differ(state) or not _is_recorded(ladder):
-        batched = ladder.rescore(state.target)  # what lies in the table was not made of these ids, or not by this engine
+        batched = ladder.rescore(
+            state.target
+        )  # what lies in the table was not made of these ids, or not by this engine
     measured, whole = gap(batched.views(LogprobKind.raw), alone.views(LogprobKind.raw)), state.gap()
     ladder.floor = max(measured, ROUNDING)
     share = min(1.0, ladder.floor / whole) if whole > 0 else 1.0
@@ -83,16 +85,22 @@ def retokenised(ladder: Ladder, state: State) -> list[Candidate] | Row:
     differ, total = ids_differ(state), len(state.q.rows)
     unfit = frozenset(key for key, row in state.q.rows.items() if len(row["logprobs"]) != len(row["token_ids"]))
     if unfit:
-        detail = (
-            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, which are not the sampled ones then"
-        )
+        detail = f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, which are not the sampled ones then"
         if len(unfit) == total:
             said = f"the main cause: {detail}"
-            return Row(rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=state.gap(), share=1.0, verdict=said)
+            return Row(
+                rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=state.gap(), share=1.0, verdict=said
+            )
         return [Candidate("the responses whose logprobs fit their ids", replace(state, without=unfit), detail)]
     if tokenizer is None:
         if differ:
-            return [Candidate("the tokens both sides hold", replace(state, same_ids_only=True), f"other ids in {len(differ)} responses")]
+            return [
+                Candidate(
+                    "the tokens both sides hold",
+                    replace(state, same_ids_only=True),
+                    f"other ids in {len(differ)} responses",
+                )
+            ]
         raise NotTried("both sides hold the same ids, and no tokenizer is known: set compare.tokenizer")
     again = {key: encode_again(tokenizer, row["token_ids"].tolist()) for key, row in state.q.rows.items()}
     if differ:
@@ -106,7 +114,9 @@ def retokenised(ladder: Ladder, state: State) -> list[Candidate] | Row:
     changed = sum(again[key] != row["token_ids"].tolist() for key, row in state.q.rows.items())
     said = f"not the cause: both sides hold the same ids; tokenising the text again would change {changed} of {total} responses"
     before = state.gap()
-    return Row(rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=before, after=before, share=0.0, verdict=said)
+    return Row(
+        rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=before, after=before, share=0.0, verdict=said
+    )
 
 
 def encode_again(tokenizer: object, ids: Sequence[int]) -> list[int]:
@@ -124,7 +134,11 @@ def transform(ladder: Ladder, state: State) -> list[Candidate]:
     sampler = ladder.sampler
     if not sampler.truncates and sampler.temperature in (0, 1):
         raise NotTried(f"at temperature {sampler.temperature:g} with nothing cut off all kinds of logprobs are one")
-    p = state.p if all(row["processed_logprobs"] is not None for row in state.p.rows.values()) else ladder.rescore(state.target)
+    p = (
+        state.p
+        if all(row["processed_logprobs"] is not None for row in state.p.rows.values())
+        else ladder.rescore(state.target)
+    )
     candidates = []
     for kind in LogprobKind:
         if kind is not state.kind:
@@ -136,7 +150,9 @@ def transform(ladder: Ladder, state: State) -> list[Candidate]:
 def describe(ladder: Ladder) -> str:
     """The sampler's transform in words."""
     names = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return ", ".join(f"{n} {getattr(ladder.sampler, n):g}" for n, none in names.items() if getattr(ladder.sampler, n) != none)
+    return ", ".join(
+        f"{n} {getattr(ladder.sampler, n):g}" for n, none in names.items() if getattr(ladder.sampler, n) != none
+    )
 
 
 def decode(ladder: Ladder, state: State) -> list[Candidate]:
@@ -153,7 +169,9 @@ def dtype(ladder: Ladder, state: State) -> list[Candidate]:
     return _precision(ladder, state, "float32", lambda engine: engine.with_dtype("float32"))
 
 
-def _precision(ladder: Ladder, state: State, what: str, change: Callable[[EngineConfig], EngineConfig | None]) -> list[Candidate]:
+def _precision(
+    ladder: Ladder, state: State, what: str, change: Callable[[EngineConfig], EngineConfig | None]
+) -> list[Candidate]:
     low = {who for who, name in ladder.dtypes.items() if name != "float32"}
     if not low:
         raise NotTried("both sides are in float32")
@@ -161,7 +179,9 @@ def _precision(ladder: Ladder, state: State, what: str, change: Callable[[Engine
 
 
 def tensor_parallel(ladder: Ladder, state: State) -> list[Candidate]:
-    split = {who for who in ("behaviour", "target") if (engine := getattr(state, who)) is not None and engine.num_devices > 1}
+    split = {
+        who for who in ("behaviour", "target") if (engine := getattr(state, who)) is not None and engine.num_devices > 1
+    }
     if not split:
         raise NotTried("no side is split over devices")
     return _each_and_both(ladder, state, "one device", split, lambda engine: engine.on_one_device())
@@ -183,7 +203,11 @@ def _each_and_both(
     if len(states) == 2:
         states["both"] = replace(states["target"], q=states["behaviour"].q, behaviour=engines["behaviour"])
     for who, changed_state in states.items():
-        words = {"target": f"{what} in the target", "behaviour": f"{what} in the behaviour", "both": f"{what} on both sides"}
+        words = {
+            "target": f"{what} in the target",
+            "behaviour": f"{what} in the behaviour",
+            "both": f"{what} on both sides",
+        }
         candidates.append(Candidate(words[who], changed_state))
     return candidates
 
@@ -193,7 +217,9 @@ def engine(ladder: Ladder, state: State) -> list[Candidate]:
     if state.behaviour is None or state.target is None:
         raise NotTried("an engine is not recorded")
     dtype = None if state.target.weights_dtype == "auto" else state.target.weights_dtype
-    here = replace(state.behaviour.with_model_of(state.target).with_dtype(dtype), logprob_kind=state.target.logprob_kind)
+    here = replace(
+        state.behaviour.with_model_of(state.target).with_dtype(dtype), logprob_kind=state.target.logprob_kind
+    )
     options = differences(state.target.what_it_computes(), here.what_it_computes())
     if not options:
         raise NotTried(f"both sides are {here.name} with the same options")
@@ -213,7 +239,9 @@ def weights(ladder: Ladder, state: State) -> list[Candidate]:
     detail = CAUSES[Rung.weights]
     names = different_tensors(state.behaviour, state.target)
     if names:
-        detail += f" (they differ in {', '.join(names[:3])}{f' and {len(names) - 3} more tensors' if len(names) > 3 else ''})"
+        detail += (
+            f" (they differ in {', '.join(names[:3])}{f' and {len(names) - 3} more tensors' if len(names) > 3 else ''})"
+        )
     return [Candidate(CHANGES[Rung.weights], replace(state, p=ladder.rescore(here), target=here), detail)]
 
 

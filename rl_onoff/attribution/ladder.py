@@ -101,11 +101,15 @@ class Ladder:
     def rescore(self, engine: EngineConfig | None, *, alone: bool = False) -> Source:
         """What `engine` says of the sampled ids, from disk where it said so before; `alone`: one response at a time, in another order."""
         if engine is None:
-            raise NotTried("the engine that it needs is not recorded: set target=…, or run the whole of experiment=onoff in this folder")
+            raise NotTried(
+                "the engine that it needs is not recorded: set target=…, or run the whole of experiment=onoff in this folder"
+            )
         if not all(len(response.prompt_ids) for response in self.responses):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = redact({"backend": engine.what_it_computes(), "want": asdict(want), **({"alone": True} if alone else {})})
+        config = redact(
+            {"backend": engine.what_it_computes(), "want": asdict(want), **({"alone": True} if alone else {})}
+        )
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")
         table.claim(config)
@@ -142,7 +146,13 @@ class Ladder:
                 state = self._try(rung, state, whole)
         tokens = sum(len(response.token_ids_T) for response in self.responses)
         return Attribution(
-            target=self.name, gap=whole, floor=self.floor, left=state.gap(), rows=self.rows, responses=len(self.responses), tokens=tokens
+            target=self.name,
+            gap=whole,
+            floor=self.floor,
+            left=state.gap(),
+            rows=self.rows,
+            responses=len(self.responses),
+            tokens=tokens,
         )
 
     def _try(self, rung: Rung, state: State, whole: float) -> State:
@@ -156,7 +166,9 @@ class Ladder:
         except NotTried as reason:
             self.rows.append(skipped(rung, str(reason)))
             return state
-        except OnOffError as error:  # an engine that is not installed, or cannot do this: the other rungs can still be tried
+        except (
+            OnOffError
+        ) as error:  # an engine that is not installed, or cannot do this: the other rungs can still be tried
             self.rows.append(skipped(rung, f"it failed ({error})"))
             return state
         before = state.gap()
@@ -198,9 +210,15 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
     }
     keys = _chosen(sorted(completions.keys() & table.keys()), config.limit)
     if not keys:
-        raise UsageError(f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first")
+        raise UsageError(
+            f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first"
+        )
     q = Source({key: completions[key] for key in keys}, reported=True)
-    own = Source(_rows(folder.scores(own_name), set(keys)), sampler_of(folder.scores(own_name))) if own_name not in (None, name) else None
+    own = (
+        Source(_rows(folder.scores(own_name), set(keys)), sampler_of(folder.scores(own_name)))
+        if own_name not in (None, name)
+        else None
+    )
     behaviour, target = engine_of(record, known), engine_of(table.record(), known) or this.config.target
     engines = {"behaviour": (behaviour, record), "target": (target, table.record())}
     ladder = Ladder(
@@ -210,10 +228,15 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         finish_reasons={key: completions[key]["finish_reason"] for key in keys},
         sampler=(sampling_of(record) or this.config.sampling).replace(n=1),
         own=own if own is not None and set(own.rows) == set(keys) else None,
-        dtypes={who: said.get("engine", {}).get("dtype") or (e.weights_dtype if e else "") for who, (e, said) in engines.items()},
+        dtypes={
+            who: said.get("engine", {}).get("dtype") or (e.weights_dtype if e else "")
+            for who, (e, said) in engines.items()
+        },
     )
     kind = LogprobKind(completions[keys[0]]["logprob_kind"])
-    state = State(q=q, p=Source(_rows(table, set(keys)), sampler_of(table)), kind=kind, behaviour=behaviour, target=target)
+    state = State(
+        q=q, p=Source(_rows(table, set(keys)), sampler_of(table)), kind=kind, behaviour=behaviour, target=target
+    )
     found = ladder.climb(state, config.rungs)
     folder.write_json("attribution.json", found.to_dict())
     return found
@@ -224,7 +247,9 @@ def _target(this: Run) -> str:
     folder, asked, names = this.folder, this.config.attribute.target, this.folder.score_names()
     if asked is not None:
         if asked not in names:
-            raise UsageError(f"{folder.path} has no scores {asked!r} but {', '.join(names)}: set attribute.target to one of them")
+            raise UsageError(
+                f"{folder.path} has no scores {asked!r} but {', '.join(names)}: set attribute.target to one of them"
+            )
         return asked
     others = [name for name in names if name != own_scores(folder)] or names
     if len(others) == 1:
@@ -249,4 +274,6 @@ def _chosen(keys: Sequence[Key], limit: int | None) -> list[Key]:
 
 
 def _response(row: StoredRow) -> Response:
-    return Response(request_id=row["request_id"], sample=row["sample"], prompt_ids=row["prompt_ids"], token_ids_T=row["token_ids"])
+    return Response(
+        request_id=row["request_id"], sample=row["sample"], prompt_ids=row["prompt_ids"], token_ids_T=row["token_ids"]
+    )

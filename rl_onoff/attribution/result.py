@@ -127,8 +127,16 @@ class Attribution:
         size = f"the gap between the behaviour and {self.target}, a mean k3 KL of {self.gap:.2g} nats a token over {self.tokens:,} tokens,"
         if self.gap <= self.floor:
             return f"Nothing to explain: {size} is not above the noise floor of {self.floor:.2g}."
-        small = f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below." if self.gap < ON_POLICY_K3 else ""
-        noise = f" One engine against itself in other batches shows {self.floor:.2g}." if self.floor > KEEP * self.gap else ""
+        small = (
+            f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below."
+            if self.gap < ON_POLICY_K3
+            else ""
+        )
+        noise = (
+            f" One engine against itself in other batches shows {self.floor:.2g}."
+            if self.floor > KEEP * self.gap
+            else ""
+        )
         causes = [row for row in self.rows if row.rung is not Rung.noise and (row.share or 0) >= KEEP]
         if not causes:
             if noise:

@@ -68,13 +68,18 @@ class BaseBackend(CoreBackend):
         if compute_gradients:
             self._check_gradients()
         batch, single = as_batch(prompts, "prompts")
-        requests = [Request(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling) for i, prompt in enumerate(batch)]
+        requests = [
+            Request(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling) for i, prompt in enumerate(batch)
+        ]
         done = {completion.request_id: completion for completion in self.complete(requests)}
         completions = [done[request.id] for request in requests]
         if not (return_logits or return_probs or compute_gradients):
             texts = [completion.text for completion in completions]
             return texts[0] if single else texts
-        pairs = [(request.prompt_ids, completion.token_ids_T) for request, completion in zip(requests, completions, strict=True)]
+        pairs = [
+            (request.prompt_ids, completion.token_ids_T)
+            for request, completion in zip(requests, completions, strict=True)
+        ]
         logits = self._logits(pairs, compute_gradients)
         results = []
         for completion, logits_TV in zip(completions, logits, strict=True):
@@ -91,7 +96,9 @@ class BaseBackend(CoreBackend):
             results.append(result)
         return results[0] if single else results
 
-    def get_logits(self, prompts: str | Sequence[Any], responses: str | Sequence[Any], compute_gradients: bool = False) -> Any:
+    def get_logits(
+        self, prompts: str | Sequence[Any], responses: str | Sequence[Any], compute_gradients: bool = False
+    ) -> Any:
         """Raw logits of every response token given its prompt: float32 (num_response_tokens, vocab_size), a list for lists.
 
         Prompts and responses are text or lists of token ids; a text response is encoded without special tokens. With
@@ -102,17 +109,27 @@ class BaseBackend(CoreBackend):
         prompt_batch, single = as_batch(prompts, "prompts")
         response_batch, single_response = as_batch(responses, "responses")
         if single != single_response or len(prompt_batch) != len(response_batch):
-            raise UsageError(f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per prompt")
+            raise UsageError(
+                f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per prompt"
+            )
         pairs = [(self._ids(p), self._ids(r, special=False)) for p, r in zip(prompt_batch, response_batch, strict=True)]
         logits = self._logits(pairs, compute_gradients)
         return logits[0] if single else logits
 
-    def get_probabilities(self, prompts: str | Sequence[Any], responses: str | Sequence[Any], temperature: float = 1.0) -> Any:
+    def get_probabilities(
+        self, prompts: str | Sequence[Any], responses: str | Sequence[Any], temperature: float = 1.0
+    ) -> Any:
         """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for lists."""
         if not is_number(temperature) or not 0 < temperature < math.inf:
-            raise UsageError(f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0, for example")
+            raise UsageError(
+                f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0, for example"
+            )
         logits = self.get_logits(prompts, responses)
-        return [_softmax(row, temperature) for row in logits] if isinstance(logits, list) else _softmax(logits, temperature)
+        return (
+            [_softmax(row, temperature) for row in logits]
+            if isinstance(logits, list)
+            else _softmax(logits, temperature)
+        )
 
     def encode(self, text: str | Sequence[str]) -> Any:
         """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if any)."""
@@ -139,7 +156,9 @@ class BaseBackend(CoreBackend):
 
     def _logits(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], compute_gradients: bool) -> list[Any]:
         """Full logits of (prompt ids, response ids) pairs, in their order."""
-        responses = [Response(request_id=str(i), sample=0, prompt_ids=p, token_ids_T=r) for i, (p, r) in enumerate(pairs)]
+        responses = [
+            Response(request_id=str(i), sample=0, prompt_ids=p, token_ids_T=r) for i, (p, r) in enumerate(pairs)
+        ]
         if compute_gradients:
             return self._logits_with_gradients(responses)
         scores = {s.request_id: s.logits_TV for s in self.score(responses, Want(full_logits=True))}

@@ -36,7 +36,9 @@ class BackendConfig:
         if self.backend_config is None:
             self.backend_config = schema()
         if not isinstance(self.backend_config, schema):
-            raise UsageError(f"backend {self.backend_type!r} takes a {schema.__name__}, not a {type(self.backend_config).__name__}")
+            raise UsageError(
+                f"backend {self.backend_type!r} takes a {schema.__name__}, not a {type(self.backend_config).__name__}"
+            )
         if not self.model_name or not isinstance(self.model_name, str):
             raise UsageError("no model was named: set model_name to a hub id, a folder, a .gguf file or smollm2")
         self.backend_config = dataclasses.replace(self.backend_config, model_name=self.model_name)
@@ -45,7 +47,11 @@ class BackendConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> BackendConfig:
         """Build from `{"backend_type": …, "model_name": …, "backend_specific": {…}}`."""
         backend_type = values.get("backend_type", "huggingface")
-        return cls(backend_type=backend_type, model_name=values.get("model_name", ""), backend_config=engine_config(backend_type, values))
+        return cls(
+            backend_type=backend_type,
+            model_name=values.get("model_name", ""),
+            backend_config=engine_config(backend_type, values),
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> BackendConfig:
@@ -74,7 +80,9 @@ def engine_config(backend_type: Any, values: Mapping[str, Any]) -> EngineConfig:
             raise UsageError(f"unknown key {key!r} in the backend's config: {mend}")
     options = values.get("backend_specific") or {}
     if not isinstance(options, Mapping):
-        raise UsageError(f"backend_specific is {options!r} but must be a mapping of the engine's options, as in {{'dtype': 'float32'}}")
+        raise UsageError(
+            f"backend_specific is {options!r} but must be a mapping of the engine's options, as in {{'dtype': 'float32'}}"
+        )
     options = dict(options)
     for name in options:
         if name not in known:
@@ -106,7 +114,9 @@ def nearest_engine(name: str, known: Iterable[str]) -> str | None:
 
 def _kind(name: str) -> LogprobKind:
     if name not in LogprobKind.__members__:
-        raise UsageError(f"logprob_kind is {name!r} but must be one of {', '.join(LogprobKind.__members__)}: set logprob_kind=raw")
+        raise UsageError(
+            f"logprob_kind is {name!r} but must be one of {', '.join(LogprobKind.__members__)}: set logprob_kind=raw"
+        )
     return LogprobKind[name]
 
 
@@ -115,7 +125,9 @@ def _check_types(schema: type[EngineConfig | PoolConfig], options: Mapping[str, 
     hints = get_type_hints(schema)
     for name, value in options.items():
         hint = hints[name]
-        if name in ("engine_kwargs", "runtime_env", "device_map") or name.endswith("dtype"):  # any mapping; what has a check of its own
+        if name in ("engine_kwargs", "runtime_env", "device_map") or name.endswith(
+            "dtype"
+        ):  # any mapping; what has a check of its own
             continue
         if not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
             wanted = str(getattr(hint, "__name__", hint)).replace(" | None", " or None")

@@ -40,12 +40,16 @@ class CoreBackend(ABC):
             assert config.backend_config is not None
             config = config.backend_config
         if not isinstance(config, self.config_class):
-            raise UsageError(f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}")
+            raise UsageError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}"
+            )
         if not config.model_name:
             raise UsageError("no model was named: set model.name to a hub id, a folder, a .gguf file or smollm2")
         if config.logprob_kind not in self.logprob_kinds:
             kinds = ", ".join(kind.value for kind in LogprobKind if kind in self.logprob_kinds)
-            raise UsageError(f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of {kinds}")
+            raise UsageError(
+                f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of {kinds}"
+            )
         self.config = config
         self._core: Core | None = None
         self._info: EngineInfo | None = None
@@ -153,7 +157,9 @@ class CoreBackend(ABC):
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Sample `n` responses to every request; yields each as it finishes, in any order."""
         core, requests = self._loaded(), list(requests)
-        _check_unique(key for request in requests for key in ((request.id, sample) for sample in request.sample_indices))
+        _check_unique(
+            key for request in requests for key in ((request.id, sample) for sample in request.sample_indices)
+        )
         for request in requests:
             self._check_prompt(request.id, len(request.prompt_ids), room=1)
         stops = {request.id: request.sampling.stop for request in requests}
@@ -170,7 +176,9 @@ class CoreBackend(ABC):
         for response in responses:
             self._check_prompt(response.request_id, len(response.prompt_ids), room=len(response.token_ids_T))
             if len(response.token_ids_T) == 0:
-                raise UsageError(f"response {response.sample} to request {response.request_id!r} has no tokens to score")
+                raise UsageError(
+                    f"response {response.sample} to request {response.request_id!r} has no tokens to score"
+                )
         yield from core._score(responses, want) if responses else ()
 
     def _check_prompt(self, request_id: str, num_tokens: int, room: int) -> None:
@@ -195,7 +203,10 @@ class CoreBackend(ABC):
 
         config = self.config
         return load_tokenizer(
-            config.model_name, tokenizer=config.tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code
+            config.model_name,
+            tokenizer=config.tokenizer,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
         )
 
     def _text(self, token_ids_T: np.ndarray, stop: Sequence[str]) -> str:
@@ -210,7 +221,9 @@ def _check_unique(keys: Iterable[tuple[str, int]]) -> None:
     seen: set[tuple[str, int]] = set()
     for key in keys:
         if key in seen:
-            raise UsageError(f"request {key[0]!r} (sample {key[1]}) is there twice: give every request an id of its own")
+            raise UsageError(
+                f"request {key[0]!r} (sample {key[1]}) is there twice: give every request an id of its own"
+            )
         seen.add(key)
 
 

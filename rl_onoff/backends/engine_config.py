@@ -15,7 +15,14 @@ from rl_onoff.errors import UsageError, nearest
 from rl_onoff.sampling import LogprobKind
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-DTYPES_ELSEWHERE = {"bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32"}
+DTYPES_ELSEWHERE = {
+    "bf16": "bfloat16",
+    "half": "float16",
+    "fp16": "float16",
+    "f16": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
 
 
 class PoolKind(Enum):
@@ -43,7 +50,9 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         if self.cpus_per_replica < 1:
-            raise UsageError(f"pool.cpus_per_replica is {self.cpus_per_replica} but must be at least 1: set pool.cpus_per_replica=1")
+            raise UsageError(
+                f"pool.cpus_per_replica is {self.cpus_per_replica} but must be at least 1: set pool.cpus_per_replica=1"
+            )
         if self.wait_s < 0:
             raise UsageError(f"pool.wait_s is {self.wait_s} but must be at least 0: set pool.wait_s=300")
 
@@ -133,15 +142,21 @@ class EngineConfig:
                 raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
         check_dtype("the dtype", self.dtype)
         if self.python is not None and self.worker is False:
-            raise UsageError("backend.python names another interpreter, which needs a process of its own: drop backend.worker=false")
+            raise UsageError(
+                "backend.python names another interpreter, which needs a process of its own: drop backend.worker=false"
+            )
         for owned in self.owned_kwargs:
             name, _, option = owned.partition("=")
             if name in self.engine_kwargs:
-                raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {option or 'backend.' + name} instead")
+                raise UsageError(
+                    f"backend.engine_kwargs.{name} is decided elsewhere: set {option or 'backend.' + name} instead"
+                )
 
     def check_context(self, name: str) -> None:
         if (value := getattr(self, name)) is not None and value < 1:
-            raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=4096, or null for the model's own")
+            raise UsageError(
+                f"backend.{name} is {value} but must be at least 1: set backend.{name}=4096, or null for the model's own"
+            )
 
     @property
     def weights_dtype(self) -> str:
@@ -151,7 +166,9 @@ class EngineConfig:
         """The value of an option that has two names; an error when both are set and differ."""
         mine, theirs = getattr(self, ours), getattr(self, engines)
         if mine is not None and theirs is not None and mine != theirs:
-            raise UsageError(f"backend.{ours}={mine} and backend.{engines}={theirs} are one option with two values: set one of them")
+            raise UsageError(
+                f"backend.{ours}={mine} and backend.{engines}={theirs} are one option with two values: set one of them"
+            )
         return theirs if mine is None else mine
 
 

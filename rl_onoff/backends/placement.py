@@ -12,7 +12,9 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
     backend = type(engine)
     if config.pool.kind is PoolKind.ray:
         if config.worker is False:
-            raise UsageError("backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of them")
+            raise UsageError(
+                "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of them"
+            )
         from rl_onoff.workers.pool import Pool
         from rl_onoff.workers.ray import RayCluster
 

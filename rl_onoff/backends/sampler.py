@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def draw(logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: np.ndarray, kind: LogprobKind) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: np.ndarray, kind: LogprobKind
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw one token per row by inverting the processed distribution's cumulative sum; returns (ids (R,), logprobs (R,))."""
     import torch
 

@@ -40,7 +40,9 @@ class TokenStats:
     def concatenate(cls, parts: list[TokenStats]) -> TokenStats:
         """The rows of all parts, in order."""
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        joined: dict[str, Any] = {name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()}
+        joined: dict[str, Any] = {
+            name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()
+        }
         return cls(**joined)
 
     @classmethod
@@ -71,7 +73,9 @@ class TokenStats:
         """These statistics as the scores of a response, whose tokens the rows are."""
         suffix = {"top_ids": "_TK", "top_logprobs": "_TK", "logits": "_TV"}
         arrays: dict[str, Any] = {f.name + suffix.get(f.name, "_T"): getattr(self, f.name) for f in fields(self)}
-        return TokenScores(request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays)
+        return TokenScores(
+            request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays
+        )
 
 
 def chunk_rows(vocab_size: int, device_type: str) -> int:
@@ -94,7 +98,9 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStat
         entropy_R = -torch.where(probs_RV > 0, probs_RV * shifted_RV, 0.0).sum(-1)
         rank_R = (z_RV > chosen_R1).sum(-1) + 1
         top = torch.topk(shifted_RV, min(want.top_k, z_RV.shape[-1]), -1) if want.top_k else None
-        processed_R, mass_R = _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler is not None else (None, None)
+        processed_R, mass_R = (
+            _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler is not None else (None, None)
+        )
         empty = np.empty((len(z_RV), 0))
         return TokenStats(
             logprobs=_numpy(chosen_R1[:, 0] - logsumexp_R),
@@ -109,7 +115,9 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStat
         )
 
 
-def stats_of_hidden(hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int) -> TokenStats:
+def stats_of_hidden(
+    hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
+) -> TokenStats:
     """Like token_stats, from the last hidden states: runs the LM head over `rows` positions at a time, so that no more
     than (rows, V) logits are ever held."""
     parts = (

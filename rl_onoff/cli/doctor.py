@@ -23,7 +23,11 @@ HELP = """rl-onoff doctor: which engines work here, what is missing, and the com
 rl-onoff doctor backend.python=/path/to/python: the same of the interpreter that an engine shall run under (target.python= is the same)"""
 
 ENGINES = {"huggingface": "transformers", "vllm": "vllm", "sglang": "sglang"}
-WORKER_PACKAGES = {"msgspec": "msgspec>=0.19", "numpy": "numpy>=2", "psutil": "psutil>=6"}  # of a worker; as in pyproject.toml
+WORKER_PACKAGES = {
+    "msgspec": "msgspec>=0.19",
+    "numpy": "numpy>=2",
+    "psutil": "psutil>=6",
+}  # of a worker; as in pyproject.toml
 PYTHON_SECONDS, ENGINE_SECONDS = 60.0, 180.0  # for an interpreter to start, and for an engine to be imported
 
 TESTED = {
@@ -83,7 +87,10 @@ def command(arguments: Sequence[str]) -> int:
     option, _, python = arguments[0].partition("=")
     if len(arguments) > 1 or option not in ("backend.python", "target.python") or not python:
         word = arguments[1] if len(arguments) > 1 else arguments[0]
-        print(f"rl-onoff: doctor does not take '{word}': write rl-onoff doctor backend.python=/path/to/python, or no more", file=sys.stderr)
+        print(
+            f"rl-onoff: doctor does not take '{word}': write rl-onoff doctor backend.python=/path/to/python, or no more",
+            file=sys.stderr,
+        )
         return 2
     return doctor_of(python, option)
 
@@ -132,25 +139,48 @@ def findings(sglang_python: str | None = None) -> Iterator[Line]:
 def findings_of(python: str, option: str = "backend.python") -> Iterator[Line]:
     """What is looked at of an interpreter that `option` names: whether it runs, serves as a worker, and which engines it has."""
     if Path(python).is_dir():
-        yield Line(False, "python", f"{python} is a folder", f"set {option} to the interpreter in it, as {Path(python) / 'bin/python'}")
+        yield Line(
+            False,
+            "python",
+            f"{python} is a folder",
+            f"set {option} to the interpreter in it, as {Path(python) / 'bin/python'}",
+        )
         return
     asked = _ask_worker(python)
     if "python" not in asked:
-        mend = f"write {option}=$HOME{python[1:]}" if python.startswith("~/") else f"set {option} to a Python interpreter"
+        mend = (
+            f"write {option}=$HOME{python[1:]}" if python.startswith("~/") else f"set {option} to a Python interpreter"
+        )
         yield Line(False, "python", f"{python} {asked['error']}", mend)
         return
-    yield Line(asked["recent"], "python", f"{asked['python']} at {python}", "" if asked["recent"] else "use Python 3.11 or later")
+    yield Line(
+        asked["recent"],
+        "python",
+        f"{asked['python']} at {python}",
+        "" if asked["recent"] else "use Python 3.11 or later",
+    )
     install = f"{python} -m pip install"
     if asked["missing"]:
         wanted = " ".join(f"'{WORKER_PACKAGES[name]}'" for name in asked["missing"])
-        yield Line(False, "worker", f"lacks {', '.join(asked['missing'])}, which a worker of rl_onoff needs", f"{install} {wanted}")
+        yield Line(
+            False,
+            "worker",
+            f"lacks {', '.join(asked['missing'])}, which a worker of rl_onoff needs",
+            f"{install} {wanted}",
+        )
     elif asked["error"]:
         mend = f"{install} {' '.join(repr(package) for package in WORKER_PACKAGES.values())}"
         yield Line(False, "worker", f"cannot be imported: {asked['error']}", mend)
     elif asked["recent"]:
-        yield Line(True, "worker", f"has {', '.join(f'{name} {version}' for name, version in asked['versions'].items())}")
-    engines = [_engine(name, module, python, f"{install} '{module}=={TESTED[module]}'") for name, module in ENGINES.items()]
-    has_one = any(line.fine for line in engines)  # then nothing else is wanted of it: engines seldom share an environment
+        yield Line(
+            True, "worker", f"has {', '.join(f'{name} {version}' for name, version in asked['versions'].items())}"
+        )
+    engines = [
+        _engine(name, module, python, f"{install} '{module}=={TESTED[module]}'") for name, module in ENGINES.items()
+    ]
+    has_one = any(
+        line.fine for line in engines
+    )  # then nothing else is wanted of it: engines seldom share an environment
     for line in engines:
         if line.fine:
             yield replace(line, mend=f"{option.removesuffix('.python')}={line.what} {option}={python}")
@@ -180,7 +210,9 @@ def _ask_worker(python: str) -> dict:
 
 def _environment(python: str, first: str | None = None) -> Mapping[str, str]:
     """The environment of a worker under this interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")
+    }
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (first, environment.get("PYTHONPATH"))))
     environment["PATH"] = os.pathsep.join(filter(None, (str(Path(python).parent), environment.get("PATH"))))
     environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package

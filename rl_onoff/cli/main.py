@@ -47,7 +47,9 @@ _shared: list[Any] = []  # the slot that the jobs of a sweep in this process sha
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; returns the number `metric` names, for a sweeper that optimises it."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where processes share cores
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin make torch crawl where processes share cores
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
     in_sweep = hydra_config.mode is RunMode.MULTIRUN
@@ -64,7 +66,9 @@ def job(cfg: DictConfig) -> float | None:
             _failures.append(error)
             return None
         then = "ends" if isinstance(error, MetricError) else "goes on"
-        log.error("job %s failed and the sweep %s: %s", path.name, then, error, exc_info=not isinstance(error, OnOffError))
+        log.error(
+            "job %s failed and the sweep %s: %s", path.name, then, error, exc_info=not isinstance(error, OnOffError)
+        )
         try:
             write_failure(path, error, secrets)
         except OnOffError:  # the disk, which the error may be about: the launcher has to carry it home
@@ -96,7 +100,9 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, secrets
 
             if in_sweep and turns.turn is not None and not _shared:
                 _shared.append(SharedSlot(turns.turn))
-            value = run(config, path, group=path.parent.name if in_sweep else None, slot=_shared[0] if _shared else None)
+            value = run(
+                config, path, group=path.parent.name if in_sweep else None, slot=_shared[0] if _shared else None
+            )
             (path / ERROR).unlink(missing_ok=True)  # of another process, which was refused because this one was writing
             if value is None and in_sweep and optimises(hydra_config):
                 raise missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
@@ -149,7 +155,9 @@ def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or the Ray launcher prints a line that several jobs have in common once
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS", "0"
+    )  # or the Ray launcher prints a line that several jobs have in common once
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
@@ -243,7 +251,9 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
             sentence += ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna"
     elif (said := target_sentence(error, sys.argv[1:])) is not None:
         sentence, code = said, UsageError.exit_code
-    elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # not of a job: Hydra could not make its folder
+    elif disk is not None and (
+        disk.errno in FULL_DISK or error not in _failures
+    ):  # not of a job: Hydra could not make its folder
         sentence, code = str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
     elif start.started is not None and type(error).__module__.partition(".")[0] in launchers.PACKAGES:
         said = next(iter(str(error).strip().splitlines()), "")
@@ -260,7 +270,9 @@ def _fail(error: Exception, before: str = "") -> NoReturn:
 
 def _continue_command(folder: str, secrets: frozenset[str]) -> str:
     """The command line as it was given, secrets masked, with the folder it goes on in."""
-    kept = [argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir=", f"{start.FIXED}="))]
+    kept = [
+        argument for argument in sys.argv[1:] if not argument.startswith(("run_dir=", "sweep_dir=", f"{start.FIXED}="))
+    ]
     return shlex.join(["rl-onoff", *(redact_override(argument, secrets) for argument in kept), folder])
 
 

@@ -40,7 +40,10 @@ SENTENCES = (  # what Hydra says -> the cause, then the override that mends it
 ELSEWHERE = {  # what an option is called in other programs -> here
     "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n", "num_rows": "limit",
 }  # fmt: skip
-ENGINES_BY_NAME = {"targets": ("an engine that scores", "target"), "policies": ("an engine", "backend")}  # what lacks, whose group it is of
+ENGINES_BY_NAME = {
+    "targets": ("an engine that scores", "target"),
+    "policies": ("an engine", "backend"),
+}  # what lacks, whose group it is of
 DATA_FILES = (".jsonl", ".csv", ".parquet", ".json")
 GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
 HYDRA_FLAGS = (
@@ -110,11 +113,18 @@ def flag_sentence(arguments: Sequence[str]) -> str | None:
                 value = following if following and not following.startswith("-") and "=" not in following else "VALUE"
             mend = redact_override(f"{option}={value}") if option else "NAME=VALUE, as rl-onoff --help shows"
             return f"{typed} is not an option, for options have no dashes: write {mend}"
-        if "/" in argument and not equals and argument[0] not in "-+~" and (before in BARE_FLAGS or not before.startswith("-")):
+        if (
+            "/" in argument
+            and not equals
+            and argument[0] not in "-+~"
+            and (before in BARE_FLAGS or not before.startswith("-"))
+        ):
             return f"'{argument}' is not an override: write {_meant(argument)}"
         if argument.startswith("="):
             return f"'{argument}' has no name: write NAME=VALUE, without blanks around the ="
-        if typed in _choices() and re.fullmatch(r"true|false|yes|no|on|off|null|[-+]?\d+(\.\d+)?", value, re.IGNORECASE):
+        if typed in _choices() and re.fullmatch(
+            r"true|false|yes|no|on|off|null|[-+]?\d+(\.\d+)?", value, re.IGNORECASE
+        ):
             return _no_choice(typed, value, _choices()[typed])
     return None
 
@@ -136,7 +146,9 @@ def _no_option(name: str, error: Exception) -> str:
 
 def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
     """What mends `targets.NAME.FIELD=…`, or a policy's, where nothing has that name yet; None if that is not the error."""
-    lacks = re.search(r"^\s*full_key: (?:targets|policies)\.[^.\s]+$", str(error.__cause__), re.MULTILINE)  # else it is a field of it
+    lacks = re.search(
+        r"^\s*full_key: (?:targets|policies)\.[^.\s]+$", str(error.__cause__), re.MULTILINE
+    )  # else it is a field of it
     typed = re.search(r"To append to your config use \+(.+)", str(error)) if lacks else None
     if typed is None and "is not a subclass of EngineConfig" in words:
         typed = re.match(r"Error merging override (.*?) Invalid type assigned", words)
@@ -193,7 +205,10 @@ def _meant(word: str) -> str:
 def _choices() -> dict[str, list[str]]:
     """The groups of conf/ and the choices each has."""
     names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
-    return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in dict.fromkeys((*GROUPS_FIRST, *names))}
+    return {
+        name: sorted(file.stem for file in (CONF / name).glob("*.yaml"))
+        for name in dict.fromkeys((*GROUPS_FIRST, *names))
+    }
 
 
 def _nearest(name: str, there: Sequence[str] | None = None) -> str | None:
@@ -209,7 +224,9 @@ def _nearest(name: str, there: Sequence[str] | None = None) -> str | None:
     if near:
         return f"{group}.{near}" if group else near
     for of, _, field in known:
-        if field == last and of and not (of_an_engine and of in ("backend", "target")):  # what another engine has is no help
+        if (
+            field == last and of and not (of_an_engine and of in ("backend", "target"))
+        ):  # what another engine has is no help
             return f"{of}.{field}"
     begun = [field for field in there if field.startswith(last)] if group and len(last) > 1 else []
     return f"{group}.{begun[0]}" if len(begun) == 1 else None
@@ -224,6 +241,14 @@ def _fields_there(error: Exception) -> list[str] | None:
 
 def _words(error: BaseException | None) -> str:
     """An exception's message in one line, without Hydra's trace of keys, types and search paths."""
-    noise = ("full_key:", "object_type=", "reference_type=", "To append to your config use", "Config search path", "provider=", "See https")
+    noise = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "To append to your config use",
+        "Config search path",
+        "provider=",
+        "See https",
+    )
     lines = [line.strip() for line in str(error or "").splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(noise))

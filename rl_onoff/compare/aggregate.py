@@ -58,7 +58,12 @@ class Aggregator:
     """Takes pairs one by one (`add`) and gives the Comparison once (`result`)."""
 
     def __init__(
-        self, *, thresholds: Thresholds = DEFAULT_THRESHOLDS, num_resamples: int = 1000, seed: int = 0, num_worst: int = 50
+        self,
+        *,
+        thresholds: Thresholds = DEFAULT_THRESHOLDS,
+        num_resamples: int = 1000,
+        seed: int = 0,
+        num_worst: int = 50,
     ) -> None:
         self.thresholds = thresholds
         self.num_resamples = num_resamples
@@ -69,7 +74,16 @@ class Aggregator:
         self._keys: list[tuple[str, int]] = []
         self._groups: list[Mapping[str, str]] = []
         self._columns: dict[str, list[np.ndarray]] = {
-            name: [] for name in ("token_ids", "behaviour", "target", "entropy_behaviour", "entropy_target", "lengths", "buckets")
+            name: []
+            for name in (
+                "token_ids",
+                "behaviour",
+                "target",
+                "entropy_behaviour",
+                "entropy_target",
+                "lengths",
+                "buckets",
+            )
         }
         self._responses, self._buckets = SumTable(), SumTable()
         self._waiting: list[tuple[Pair, dict[str, np.ndarray]]] = []
@@ -98,8 +112,12 @@ class Aggregator:
     def result(self) -> Comparison:
         self._flush()
         if not self._keys or self.kind is None:
-            raise UsageError("there is no response with tokens to compare: check that the two sides hold the same request ids and samples")
-        tokens = Tokens({name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}, self._keys)
+            raise UsageError(
+                "there is no response with tokens to compare: check that the two sides hold the same request ids and samples"
+            )
+        tokens = Tokens(
+            {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}, self._keys
+        )
         sums, everything = self._responses.finish(), np.ones(len(self._keys), bool)
         return Comparison(
             kind=self.kind,
@@ -134,8 +152,15 @@ class Aggregator:
         self._add_positions(terms, lengths_S)
         self._keys += [pair.key for pair in pairs]
         self._groups += [pair.groups for pair in pairs]
-        kept = {"token_ids": join(pairs, "target", "token_ids_T"), "behaviour": behaviour_N, "target": target_N, "lengths": lengths_S}
-        kept |= {name: terms[name].astype(np.float32) for name in ("entropy_behaviour", "entropy_target") if name in terms}
+        kept = {
+            "token_ids": join(pairs, "target", "token_ids_T"),
+            "behaviour": behaviour_N,
+            "target": target_N,
+            "lengths": lengths_S,
+        }
+        kept |= {
+            name: terms[name].astype(np.float32) for name in ("entropy_behaviour", "entropy_target") if name in terms
+        }
         for name, column in kept.items():
             self._columns[name].append(column)
         self._waiting, self._num_waiting = [], 0
@@ -148,7 +173,10 @@ class Aggregator:
         lengths = np.diff(starts, append=lengths_S.sum())
         sums = {name: segment_sums(terms[name], lengths) for name in POSITION_TERMS if name in terms}
         counts = dict.fromkeys(sums, lengths)
-        sums["cumulative_l"], counts["cumulative_l"] = cumulative_l(-terms["kl"], lengths_S)[starts], np.ones(len(starts))
+        sums["cumulative_l"], counts["cumulative_l"] = (
+            cumulative_l(-terms["kl"], lengths_S)[starts],
+            np.ones(len(starts)),
+        )
         self._buckets.append(sums, counts)
         self._columns["buckets"].append(np.broadcast_to(np.arange(len(edges)), inside.shape)[inside])
 
@@ -156,7 +184,11 @@ class Aggregator:
         sums = sums.rows(chosen_S)
         metrics = sums.estimates(self.num_resamples, self.seed)
         metrics |= {name: Estimate(value) for name, value in tokens.order_metrics(chosen_S).items()}
-        counts = {"responses": int(chosen_S.sum()), "responses_empty": num_empty, "tokens": int(tokens.lengths_S[chosen_S].sum())}
+        counts = {
+            "responses": int(chosen_S.sum()),
+            "responses_empty": num_empty,
+            "tokens": int(tokens.lengths_S[chosen_S].sum()),
+        }
         counted = [name for name in sums.names if name.startswith(("_tokens_", "_responses_"))]
         return Summary(metrics=metrics, counts=counts | {name[1:]: round(sums.total(name)) for name in counted})
 
@@ -167,7 +199,11 @@ class Aggregator:
         for bucket, (start, end) in enumerate(pairwise(edges)):
             rows = sums.rows(buckets_R == bucket)
             abs_l = tokens.abs_l_between(start, end)
-            counts = {"responses": len(rows.sums_RF), "tokens": len(abs_l), "tokens_clamped": round(rows.total("_tokens_clamped"))}
+            counts = {
+                "responses": len(rows.sums_RF),
+                "tokens": len(abs_l),
+                "tokens_clamped": round(rows.total("_tokens_clamped")),
+            }
             percentiles = zip(("p50", "p95", "p99", "max"), np.percentile(abs_l, (50, 95, 99, 100)), strict=True)
             metrics = rows.estimates(self.num_resamples, self.seed)
             metrics |= {f"logprob_diff_{name}": Estimate(float(value)) for name, value in percentiles}

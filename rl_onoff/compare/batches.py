@@ -62,8 +62,14 @@ def optional_terms(pairs: list[Pair], is_exact: bool) -> dict[str, np.ndarray]:
 def _topk_terms(pairs: list[Pair]) -> dict[str, np.ndarray]:
     q, p = pairs[0].behaviour, pairs[0].target
     lists = [join(pairs, who, name) for who in ("behaviour", "target") for name in ("top_ids_TK", "top_logprobs_TK")]
-    if q.kind_of_distribution is q.kind and p.kind_of_distribution is p.kind:  # else the logprobs are of another distribution
-        lists += [join(pairs, "target", "token_ids_T"), join(pairs, "behaviour", "logprobs_T"), join(pairs, "target", "logprobs_T")]
+    if (
+        q.kind_of_distribution is q.kind and p.kind_of_distribution is p.kind
+    ):  # else the logprobs are of another distribution
+        lists += [
+            join(pairs, "target", "token_ids_T"),
+            join(pairs, "behaviour", "logprobs_T"),
+            join(pairs, "target", "logprobs_T"),
+        ]
     terms = topk_terms(*lists)
     for who, side in (("behaviour", q), ("target", p)):
         if side.entropy_T is not None:

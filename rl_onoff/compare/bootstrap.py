@@ -107,7 +107,11 @@ class SumTable:
 def _weights(num_resamples: int, num_rows: int, rng: np.random.Generator) -> np.ndarray:
     """(B, R): how often a resample drew each row."""
     drawn_BR = rng.integers(num_rows, size=(num_resamples, num_rows)) + np.arange(num_resamples)[:, None] * num_rows
-    return np.bincount(drawn_BR.ravel(), minlength=num_resamples * num_rows).reshape(num_resamples, num_rows).astype(np.float64)
+    return (
+        np.bincount(drawn_BR.ravel(), minlength=num_resamples * num_rows)
+        .reshape(num_resamples, num_rows)
+        .astype(np.float64)
+    )
 
 
 def _interval(value: float, draws_B: np.ndarray) -> Estimate:

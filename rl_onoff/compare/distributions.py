@@ -29,7 +29,9 @@ def distribution_terms(
             "compare models with the same vocabulary on the same tokens"
         )
     ids_T = np.zeros(len(target_logits_TV), np.int64) if token_ids_T is None else token_ids_T
-    terms = _by_rows(_distribution_terms, behaviour_logits_TV, target_logits_TV, ids_T, k=min(k, target_logits_TV.shape[1]))
+    terms = _by_rows(
+        _distribution_terms, behaviour_logits_TV, target_logits_TV, ids_T, k=min(k, target_logits_TV.shape[1])
+    )
     if token_ids_T is None:
         del terms["rank_behaviour"], terms["rank_target"]
     return terms
@@ -127,7 +129,10 @@ def _topk_terms(
     logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
     either_T = (behaviour_ids_TK[:, :k] >= 0).sum(axis=1) + (target_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
-    likeliest_q_T, likeliest_p_T = _likeliest(behaviour_ids_TK, behaviour_logprobs_TK), _likeliest(target_ids_TK, target_logprobs_TK)
+    likeliest_q_T, likeliest_p_T = (
+        _likeliest(behaviour_ids_TK, behaviour_logprobs_TK),
+        _likeliest(target_ids_TK, target_logprobs_TK),
+    )
     divergences = divergence_terms(logq_TA, logp_TA)
     return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
         "entropy_behaviour_topk": entropy(logq_TA),
@@ -189,7 +194,9 @@ def _rank(logits_TV: np.ndarray, token_ids_T: np.ndarray) -> np.ndarray:
     return 1.0 + (logits_TV > own_T1).sum(axis=1)
 
 
-def _by_rows(function: Callable[..., dict[str, np.ndarray]], *arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
+def _by_rows(
+    function: Callable[..., dict[str, np.ndarray]], *arrays: np.ndarray, **options: int
+) -> dict[str, np.ndarray]:
     """The function on some rows at a time, so that its float64 copies stay small whatever T is."""
     total, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
     step = max(1, CHUNK // max(width, 1))

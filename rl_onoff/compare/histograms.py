@@ -26,7 +26,9 @@ def all_histograms(
     """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response."""
     l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N).l_N
     limit = max(float(np.percentile(np.abs(l_N), 99.5)), 1e-6)
-    edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in (entropy_behaviour_N, entropy_target_N)) or 1.0, 61)
+    edges = np.linspace(
+        0, max(float(np.max(x, initial=0.0)) for x in (entropy_behaviour_N, entropy_target_N)) or 1.0, 61
+    )
     return {
         "l": histogram(l_N, np.linspace(-limit, limit, 102)),
         "abs_l": histogram(np.abs(l_N), ABS_EDGES),

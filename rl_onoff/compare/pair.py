@@ -40,7 +40,9 @@ class Side:
         kind = kind or scores.kind
         logprobs_T = scores.logprobs_T if kind is scores.kind else scores.processed_logprobs_T
         if logprobs_T is None or kind not in (scores.kind, LogprobKind.processed):
-            raise UsageError(f"response {_name(scores.key)} was not scored with {kind.value} logprobs: score it with score.processed=true")
+            raise UsageError(
+                f"response {_name(scores.key)} was not scored with {kind.value} logprobs: score it with score.processed=true"
+            )
         has_top = scores.top_ids_TK.shape[1] > 0
         return cls(
             token_ids_T=scores.token_ids_T,
@@ -113,7 +115,16 @@ def check_pair(pair: Pair) -> None:
         _check_side(side, who, name)
 
 
-ARRAYS = ("logprobs_T", "entropy_T", "rank_T", "top_ids_TK", "top_logprobs_TK", "logits_TV", "processed_logprobs_T", "nucleus_mass_T")
+ARRAYS = (
+    "logprobs_T",
+    "entropy_T",
+    "rank_T",
+    "top_ids_TK",
+    "top_logprobs_TK",
+    "logits_TV",
+    "processed_logprobs_T",
+    "nucleus_mass_T",
+)
 
 
 def _check_side(side: Side, who: str, name: str) -> None:
@@ -128,10 +139,16 @@ def _check_side(side: Side, who: str, name: str) -> None:
         if not np.all(array < np.inf):  # false for NaN as for +inf
             raise UsageError(f"{here} has NaN or +inf in it: that engine's numbers are broken there")
         if what == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
-            raise UsageError(f"{here} has a position where every token is impossible: that engine's numbers are broken there")
+            raise UsageError(
+                f"{here} has a position where every token is impossible: that engine's numbers are broken there"
+            )
     ids_TK, logs_TK = side.top_ids_TK, side.top_logprobs_TK
-    if (ids_TK is None) != (logs_TK is None) or (ids_TK is not None and logs_TK is not None and ids_TK.shape != logs_TK.shape):
-        raise UsageError(f"the {who}'s top ids and top logprobs of response {name} have different shapes: the files do not belong together")
+    if (ids_TK is None) != (logs_TK is None) or (
+        ids_TK is not None and logs_TK is not None and ids_TK.shape != logs_TK.shape
+    ):
+        raise UsageError(
+            f"the {who}'s top ids and top logprobs of response {name} have different shapes: the files do not belong together"
+        )
     if num_tokens and np.max(side.logprobs_T) > 1:
         raise UsageError(
             f"the {who}'s logprobs of response {name} reach {np.max(side.logprobs_T):.3g}, and a logprob is never above 0: "

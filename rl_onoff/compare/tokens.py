@@ -24,7 +24,9 @@ class Tokens:
 
     def order_metrics(self, chosen_S: np.ndarray) -> dict[str, float]:
         chosen_N = np.repeat(chosen_S, self.lengths_S)
-        return order_metrics(self.columns["behaviour"][chosen_N], self.columns["target"][chosen_N], self.lengths_S[chosen_S])
+        return order_metrics(
+            self.columns["behaviour"][chosen_N], self.columns["target"][chosen_N], self.lengths_S[chosen_S]
+        )
 
     def abs_l_between(self, start: int, end: int) -> np.ndarray:
         return np.abs(self.l_N[(self.positions_N >= start) & (self.positions_N < end)])

@@ -59,7 +59,10 @@ class Comparison:
             "kind": self.kind.value,
             "overall": overall["metrics"],
             "counts": overall["counts"],
-            "groups": {key: {value: summary.to_dict() for value, summary in group.items()} for key, group in self.groups.items()},
+            "groups": {
+                key: {value: summary.to_dict() for value, summary in group.items()}
+                for key, group in self.groups.items()
+            },
             "positions": [{"start": b.start, "end": b.end, **b.summary.to_dict()} for b in self.positions],
             "histograms": self.histograms,
             "worst": self.worst,

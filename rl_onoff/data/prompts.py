@@ -47,16 +47,22 @@ class Row:
 
 def load_rows(data: DataConfig) -> list[Row]:
     """The rows that `data` selects, in its order; the ids of rows do not depend on shuffling or the limit."""
-    table = read_table(str(PROBLEMS) if data.path is None else data.path, key="data.path", format=data.format, split=data.split)
+    table = read_table(
+        str(PROBLEMS) if data.path is None else data.path, key="data.path", format=data.format, split=data.split
+    )
     if data.prompt is not None:
         prompt_column = table.column(data.prompt, "data.prompt")
     elif (found := table.first(PROMPT_COLUMNS)) is not None:
         prompt_column = found
     else:
-        raise UsageError(f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them")
+        raise UsageError(
+            f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them"
+        )
     answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
     id_column = _id_column(table, data.id)
-    groups = [table.column(name, "data.groups") for name in data.groups] or [name for name in GROUP_COLUMNS if name in table.columns]
+    groups = [table.column(name, "data.groups") for name in data.groups] or [
+        name for name in GROUP_COLUMNS if name in table.columns
+    ]
 
     order = list(range(len(table.records)))
     if data.shuffle:
@@ -98,7 +104,10 @@ def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
             if min(value) < 0:
                 raise UsageError(f"{where} has a negative token id in its prompt: {mend}")
             return value
-        if all(isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str) for item in value):
+        if all(
+            isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+            for item in value
+        ):
             messages = [{"role": item["role"], "content": item["content"]} for item in value]
             if not any(message["content"].strip() for message in messages):
                 raise UsageError(f"{where} has an empty prompt: {mend}")
@@ -129,7 +138,9 @@ def answer_of(value: Any, *, where: str) -> str | None:
     """The reference answer as text, from a string, a number, or verl's object with `target`; None if the row has none."""
     if isinstance(value, Mapping):
         if "target" not in value:
-            raise UsageError(f"{where} has an object without `target` as its reference answer: set data.answer to another column")
+            raise UsageError(
+                f"{where} has an object without `target` as its reference answer: set data.answer to another column"
+            )
         value = value["target"]
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None

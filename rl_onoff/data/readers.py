@@ -54,11 +54,15 @@ def read_table(path: str, *, key: str, format: Format = Format.auto, split: str 
         table = _read_datasets(path, file, key, split)
     else:
         if not file.is_file():
-            raise UsageError(f"the file {key}={path} {'is a folder' if file.is_dir() else 'does not exist'}: set {key} to an existing file")
+            raise UsageError(
+                f"the file {key}={path} {'is a folder' if file.is_dir() else 'does not exist'}: set {key} to an existing file"
+            )
         try:
             table = {Format.jsonl: _read_jsonl, Format.csv: _read_csv, Format.parquet: _read_parquet}[format](file, key)
         except OSError as error:
-            raise UsageError(f"the file {key}={path} cannot be read ({error.strerror or error}): set {key} to another file") from error
+            raise UsageError(
+                f"the file {key}={path} cannot be read ({error.strerror or error}): set {key} to another file"
+            ) from error
     if not len(table.records):
         raise UsageError(f"{table.name} has no rows: set {key} to a file that has some")
     return table
@@ -78,7 +82,9 @@ def _format(path: str, file: Path, key: str) -> Format:
     looks_like_a_file = re.fullmatch(r"\.[a-z]{2,}", ending) is not None
     if models.is_hub_id(path.partition(":")[0]) and not looks_like_a_file:
         return Format.datasets
-    raise UsageError(f"the file {key}={path} does not exist: set {key} to an existing file or to a Hugging Face datasets id")
+    raise UsageError(
+        f"the file {key}={path} does not exist: set {key} to an existing file or to a Hugging Face datasets id"
+    )
 
 
 def _read_jsonl(file: Path, key: str) -> Table:
@@ -136,7 +142,14 @@ def _read_parquet(file: Path, key: str) -> Table:
             f"{file.name} is not a Parquet file ({str(error).splitlines()[0]}): mend it, or set {key} to another file"
         ) from error
     numbers = range(1, table.num_rows + 1)
-    return Table(name=file.name, key=key, unit="row", columns=tuple(table.column_names), records=table.to_pylist(), numbers=numbers)
+    return Table(
+        name=file.name,
+        key=key,
+        unit="row",
+        columns=tuple(table.column_names),
+        records=table.to_pylist(),
+        numbers=numbers,
+    )
 
 
 def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
@@ -148,11 +161,15 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
 
     if file.is_dir():
         if not any((file / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            raise UsageError(f"the folder {key}={path} was not written by save_to_disk: set {key} to a file or to such a folder")
+            raise UsageError(
+                f"the folder {key}={path} was not written by save_to_disk: set {key} to a file or to such a folder"
+            )
         found = datasets.load_from_disk(str(file))
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
-                raise UsageError(f"{key}={path} has no split {split!r} but {', '.join(map(str, found))}: set data.split to one of them")
+                raise UsageError(
+                    f"{key}={path} has no split {split!r} but {', '.join(map(str, found))}: set data.split to one of them"
+                )
             found = found[split]
     else:
         repo, _, configuration = path.partition(":")
@@ -164,7 +181,9 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
                 raise
             # A split or configuration that is not there: the library's sentence lists those there are.
             cause = " ".join(str(error).split())
-            raise UsageError(f"{key}={path} cannot be loaded ({cause}): set data.split, or {key}={repo}:CONFIGURATION") from error
+            raise UsageError(
+                f"{key}={path} cannot be loaded ({cause}): set data.split, or {key}={repo}:CONFIGURATION"
+            ) from error
     numbers = range(1, len(found) + 1)
     return Table(name=path, key=key, unit="row", columns=tuple(found.column_names), records=found, numbers=numbers)
 

@@ -54,7 +54,9 @@ class GivenResponse:
     text: str  # of the response
     logprobs_T: np.ndarray | None = None  # float32: what its maker reported
     kind: LogprobKind | None = None  # of those logprobs
-    meta: Mapping[str, Any] = field(default_factory=dict)  # question, answer, reward and group columns, where there are any
+    meta: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # question, answer, reward and group columns, where there are any
 
 
 def load_requests(data: DataConfig, tokenizer: Any, sampling: Sampling) -> list[Request]:
@@ -66,7 +68,9 @@ def make_requests(rows: Sequence[Row], data: DataConfig, tokenizer: Any, samplin
     """Requests for rows that `load_rows` has checked already."""
     requests = []
     for row in rows:
-        prompt = encode_prompt(row.prompt, tokenizer, chat_template=data.chat_template, system=data.system, where=row.where)
+        prompt = encode_prompt(
+            row.prompt, tokenizer, chat_template=data.chat_template, system=data.system, where=row.where
+        )
         requests.append(Request(id=row.id, prompt_ids=prompt.ids, sampling=sampling, prompt=prompt.text, meta=row.meta))
     return requests
 
@@ -103,7 +107,9 @@ def encode_prompt(
         ids = tokenizer(text, verbose=False)["input_ids"]
     ids = _with_one_bos(ids, tokenizer)
     if not ids:
-        raise UsageError(f"{where} has an empty prompt: it has no tokens, so remove it or fill its prompt (data.prompt)")
+        raise UsageError(
+            f"{where} has an empty prompt: it has no tokens, so remove it or fill its prompt (data.prompt)"
+        )
     return EncodedPrompt(ids=np.asarray(ids, np.int32), text=text)
 
 
@@ -126,7 +132,11 @@ def _render(messages: Messages, tokenizer: Any, where: str) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        mend = "set data.system=null" if messages[0]["role"] == "system" else "mend the conversation, or set data.chat_template=false"
+        mend = (
+            "set data.system=null"
+            if messages[0]["role"] == "system"
+            else "mend the conversation, or set data.chat_template=false"
+        )
         raise UsageError(f"the model's chat template refuses the roles {roles} of {where} ({error}): {mend}") from error
 
 
@@ -155,7 +165,9 @@ def _with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
 # Responses made elsewhere
 
 
-def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = False, system: str | None = None) -> list[GivenResponse]:
+def load_responses(
+    path: str, tokenizer: Any = None, *, chat_template: bool = False, system: str | None = None
+) -> list[GivenResponse]:
     """The prompts and responses in a .parquet or .jsonl file.
 
     Best are token ids (columns prompt_ids and token_ids): nothing is tokenised. Text is tokenised once: a prompt that is a
@@ -172,7 +184,9 @@ def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = Fa
             )
     assert prompt_column is not None and response_column is not None
     if tokenizer is None and not (prompt_column.endswith("_ids") and response_column.endswith("_ids")):
-        raise UsageError(f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a model.tokenizer")
+        raise UsageError(
+            f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a model.tokenizer"
+        )
     id_column = table.first(("request_id", "id"))
 
     found: dict[tuple[str, int], GivenResponse] = {}
@@ -218,11 +232,21 @@ def load_responses(path: str, tokenizer: Any = None, *, chat_template: bool = Fa
             meta=_meta(table, record, prompt, where),
         )
     if not found:
-        raise UsageError(f"{table.name} has empty responses only: fill column {response_column}, or set score.responses to another file")
+        raise UsageError(
+            f"{table.name} has empty responses only: fill column {response_column}, or set score.responses to another file"
+        )
     if num_empty:
-        log.warning("%s: %d of %d rows left out: their response is empty, nothing to score", table.name, num_empty, len(table.records))
+        log.warning(
+            "%s: %d of %d rows left out: their response is empty, nothing to score",
+            table.name,
+            num_empty,
+            len(table.records),
+        )
     if any(given.kind for given in found.values()) and "logprob_kind" not in table.columns:
-        log.warning("%s does not say in a column logprob_kind of which kind its logprobs are: they are taken for raw ones", table.name)
+        log.warning(
+            "%s does not say in a column logprob_kind of which kind its logprobs are: they are taken for raw ones",
+            table.name,
+        )
     return list(found.values())
 
 
@@ -230,10 +254,14 @@ def _prompt_ids(prompt: Prompt, tokenizer: Any, where: str, chat_template: bool,
     if is_ids(prompt):
         return np.asarray(prompt, np.int32)
     if tokenizer is None:
-        raise UsageError(f"{where} has text as its prompt where token ids are wanted: give column prompt_ids of score.responses lists")
+        raise UsageError(
+            f"{where} has text as its prompt where token ids are wanted: give column prompt_ids of score.responses lists"
+        )
     if isinstance(prompt, str) and chat_template and any(token in prompt for token in _special_tokens(tokenizer)):
         chat_template = False  # it has been through a template
-    return encode_prompt(prompt, tokenizer, chat_template=chat_template or is_chat(prompt), system=system, where=where).ids
+    return encode_prompt(
+        prompt, tokenizer, chat_template=chat_template or is_chat(prompt), system=system, where=where
+    ).ids
 
 
 def _special_tokens(tokenizer: Any) -> list[str]:
@@ -245,12 +273,18 @@ def _response_ids(value: Any, tokenizer: Any, *, where: str, column: str) -> np.
         raise UsageError(f"{where} has no response: fill column {column} of score.responses, or remove the row")
     if isinstance(value, str) and value:
         if tokenizer is None:
-            raise UsageError(f"{where} has text as its response where token ids are wanted: give column token_ids of score.responses lists")
+            raise UsageError(
+                f"{where} has text as its response where token ids are wanted: give column token_ids of score.responses lists"
+            )
         value = tokenizer(value, add_special_tokens=False, verbose=False)["input_ids"]
     elif value == "":
         value = []
-    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
-        raise UsageError(f"{where} has a response that is neither text nor a list of token ids: mend column {column} of score.responses")
+    if not isinstance(value, list) or not all(
+        isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+    ):
+        raise UsageError(
+            f"{where} has a response that is neither text nor a list of token ids: mend column {column} of score.responses"
+        )
     return np.asarray(value, np.int32)
 
 
@@ -264,8 +298,12 @@ def _response_text(record: Mapping[str, Any], token_ids_T: np.ndarray, tokenizer
 def _logprobs(value: Any, num_tokens: int, where: str) -> np.ndarray | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in value):
-        raise UsageError(f"{where} has logprobs that are not a list of numbers: mend or remove column logprobs of score.responses")
+    if not isinstance(value, list) or not all(
+        isinstance(item, (int, float)) and not isinstance(item, bool) for item in value
+    ):
+        raise UsageError(
+            f"{where} has logprobs that are not a list of numbers: mend or remove column logprobs of score.responses"
+        )
     if len(value) != num_tokens:
         raise UsageError(
             f"{where} has {len(value)} logprobs for {num_tokens} response tokens: mend or remove column logprobs of score.responses"

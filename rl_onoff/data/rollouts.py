@@ -119,7 +119,9 @@ def _fits(role: str, value: Any) -> bool:
 def _export(row: Mapping[str, Any], record: Mapping[str, Any], request_id: str, sample: int, where: str) -> Export:
     ids_T = _numbers(row.get("token_ids"), np.int64, where, "token ids")
     logprobs = {
-        who: _numbers(row[who], np.float64, where, f"{who} logprobs") for who in ("behaviour", "target") if row.get(who) is not None
+        who: _numbers(row[who], np.float64, where, f"{who} logprobs")
+        for who in ("behaviour", "target")
+        if row.get(who) is not None
     }
     prompt_ids = _numbers(row.get("prompt_ids") or [], np.int64, where, "prompt ids")
     mask_T = _mask(row, record, len(ids_T), where)
@@ -139,7 +141,9 @@ def _export(row: Mapping[str, Any], record: Mapping[str, Any], request_id: str, 
         prompt_ids = prompt_ids[np.asarray(attention[: len(prompt_ids)], bool)]
     kind = record.get("logprob_kind")
     if kind is not None and kind not in [k.value for k in LogprobKind]:
-        raise UsageError(f"{where} has logprobs of the unknown kind {kind!r}: mend column logprob_kind, or set compare.behaviour_kind=raw")
+        raise UsageError(
+            f"{where} has logprobs of the unknown kind {kind!r}: mend column logprob_kind, or set compare.behaviour_kind=raw"
+        )
     return Export(
         request_id=request_id,
         sample=sample,
@@ -150,7 +154,9 @@ def _export(row: Mapping[str, Any], record: Mapping[str, Any], request_id: str, 
         prompt_ids=prompt_ids.astype(np.int32),
         prompt=_text(row.get("prompt")),
         text=_text(row.get("text")),
-        pieces=[piece for piece, kept in zip(pieces, kept_T, strict=True) if kept] if pieces and len(pieces) == len(kept_T) else None,
+        pieces=[piece for piece, kept in zip(pieces, kept_T, strict=True) if kept]
+        if pieces and len(pieces) == len(kept_T)
+        else None,
         reward=float(row["reward"]) if isinstance(row.get("reward"), int | float) else None,
         meta={name: jsonable(record[name]) for name in GROUP_COLUMNS if record.get(name) is not None},
     )
@@ -169,7 +175,11 @@ def _mask(row: Mapping[str, Any], record: Mapping[str, Any], num_ids: int, where
 
 
 def _response_part(
-    ids_T: np.ndarray, mask_T: np.ndarray | None, logprobs: Mapping[str, np.ndarray], record: Mapping[str, Any], where: str
+    ids_T: np.ndarray,
+    mask_T: np.ndarray | None,
+    logprobs: Mapping[str, np.ndarray],
+    record: Mapping[str, Any],
+    where: str,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Ids and mask of the response where the list of ids holds the prompt too, and what was before it.
 
@@ -190,5 +200,7 @@ def _response_part(
 def _numbers(value: Any, dtype: Any, where: str, what: str) -> np.ndarray:
     numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
     if not numbers:
-        raise UsageError(f"{where} has {what} that are not a list of numbers: mend it, or set +compare.columns.NAME to another column")
+        raise UsageError(
+            f"{where} has {what} that are not a list of numbers: mend it, or set +compare.columns.NAME to another column"
+        )
     return np.asarray(value, dtype)

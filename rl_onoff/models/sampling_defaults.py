@@ -20,7 +20,9 @@ def model_sampling(sampling: Sampling, engine: EngineConfig) -> Sampling:
         with hub_errors(files.name):
             found = GenerationConfig.from_pretrained(files.path, revision=files.revision or "main")
     except OSError as error:
-        raise UsageError(f"model.name={engine.model_name} has no generation_config.json: set model.sampling_defaults=false") from error
+        raise UsageError(
+            f"model.name={engine.model_name} has no generation_config.json: set model.sampling_defaults=false"
+        ) from error
     for name, nothing in PENALTIES.items():
         value = getattr(found, name, None)
         if value not in (None, nothing):

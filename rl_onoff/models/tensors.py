@@ -16,10 +16,14 @@ CHUNK = 1 << 24
 def different_tensors(a: EngineConfig, b: EngineConfig) -> list[str]:
     """Names of the tensors in which two local safetensors models differ; empty where that cannot be told (a hub id, other shapes)."""
     try:
-        ours, theirs = (dict(_tensors(Path(resolve(engine.model_name, revision=engine.revision).path))) for engine in (a, b))
+        ours, theirs = (
+            dict(_tensors(Path(resolve(engine.model_name, revision=engine.revision).path))) for engine in (a, b)
+        )
     except (OnOffError, OSError, ValueError):
         return []
-    if not ours or {name: where[0] for name, where in ours.items()} != {name: where[0] for name, where in theirs.items()}:
+    if not ours or {name: where[0] for name, where in ours.items()} != {
+        name: where[0] for name, where in theirs.items()
+    }:
         return []
     return [name for name in sorted(ours) if not _same(ours[name], theirs[name])]
 

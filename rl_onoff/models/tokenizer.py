@@ -8,12 +8,16 @@ from rl_onoff.errors import MissingDependencyError
 from rl_onoff.models.resolve import load_errors, resolve
 
 
-def load_tokenizer(model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
     """The transformers tokenizer of `tokenizer`, or else of the model itself; pads on the left, as batched decoding needs."""
     try:
         import transformers
     except ImportError as error:
-        raise MissingDependencyError(f"a tokenizer needs the transformers package ({error}): pip install rl-onoff") from error
+        raise MissingDependencyError(
+            f"a tokenizer needs the transformers package ({error}): pip install rl-onoff"
+        ) from error
     key = "model.tokenizer" if tokenizer else "model.name"
     files = resolve(tokenizer or model_name, revision=None if tokenizer else revision, key=key)
     with load_errors(files.name, key):

@@ -63,7 +63,9 @@ def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
     if record is None or kind is not LogprobKind.raw:
         return ""
     plain = asdict(Sampling())
-    how = [f"{name}={record[name]:g}" for name in ("temperature", "top_p", "top_k", "min_p") if record[name] != plain[name]]
+    how = [
+        f"{name}={record[name]:g}" for name in ("temperature", "top_p", "top_k", "min_p") if record[name] != plain[name]
+    ]
     if not how:
         return ""
     return (
@@ -76,11 +78,16 @@ def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, floa
     """The verdict's numbers, by names that no target's name is part of: what sweeps are looked at and optimised by."""
     own = own_scores(run)
     floor = noise_floor(own, comparisons)
-    found = {"kl_k3": comparisons[furthest(own, comparisons)]["kl_k3"].value, "kl_k3_floor": math.nan if floor is None else floor}
+    found = {
+        "kl_k3": comparisons[furthest(own, comparisons)]["kl_k3"].value,
+        "kl_k3_floor": math.nan if floor is None else floor,
+    }
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str], own: str | None = None) -> Path:
+def write_page(
+    run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str], own: str | None = None
+) -> Path:
     """`report.html`: targets in the order of how far they are, the behaviour's own scores last."""
     own = own or own_scores(run)
     names = sorted(comparisons, key=lambda name: (name == own, -comparisons[name]["kl_k3"].value))
@@ -96,6 +103,8 @@ def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: C
             metric_info=METRICS,
             token_text=token_text,
             attribution=run.read_json("attribution.json"),
-            num_responses=min(c.overall.counts["responses"] + c.overall.counts["responses_empty"] for c in comparisons.values()),
+            num_responses=min(
+                c.overall.counts["responses"] + c.overall.counts["responses_empty"] for c in comparisons.values()
+            ),
         ),
     )

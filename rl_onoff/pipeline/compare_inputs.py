@@ -57,7 +57,9 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         return here
     scores: dict[str, Table] = {}
     if config.behaviour is not None and _is_file(config.behaviour, "compare.behaviour"):
-        file = open_export(config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=config.target is not None)
+        file = open_export(
+            config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=config.target is not None
+        )
         behaviour, own = here, None
         if config.target is None and "target" not in file.columns:
             raise UsageError(
@@ -71,9 +73,13 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
     else:
         behaviour = here if config.behaviour is None else _folder(config.behaviour, "compare.behaviour")
         if not behaviour.completions.exists():
-            raise UsageError(f"{behaviour.path} has no responses: set compare.behaviour to a run folder that sampled some, or to a file")
+            raise UsageError(
+                f"{behaviour.path} has no responses: set compare.behaviour to a run folder that sampled some, or to a file"
+            )
         own = own_scores(behaviour)
-        scores = {name: behaviour.scores(name) for name in behaviour.score_names() if config.target is None or name == own}
+        scores = {
+            name: behaviour.scores(name) for name in behaviour.score_names() if config.target is None or name == own
+        }
     if config.target is not None:
         scores |= _target(config, here, behaviour.completions, taken=scores)
     joined = Joined(here.path, behaviour.completions, scores, own)
@@ -86,18 +92,27 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
     """The tables of scores that compare.target names, under names that are free."""
     assert config.target is not None
     if _is_file(config.target, "compare.target"):
-        file = open_export(config.target, key="compare.target", columns=config.columns, one_of_two=config.behaviour is not None)
+        file = open_export(
+            config.target, key="compare.target", columns=config.columns, one_of_two=config.behaviour is not None
+        )
         name = Path(config.target).stem
         return {name: _take_in_scores(here, file, name, config, completions)}
     path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
     folder = _folder(path, "compare.target")
     names = folder.score_names()
     if chosen and chosen not in names:
-        raise UsageError(f"{folder.path} has no scores {chosen!r} but {', '.join(names) or 'none'}: set compare.target={path}:NAME")
+        raise UsageError(
+            f"{folder.path} has no scores {chosen!r} but {', '.join(names) or 'none'}: set compare.target={path}:NAME"
+        )
     if not names:
-        raise UsageError(f"{folder.path} has no scores: make some with experiment=score run_dir={folder.path}, or set compare.target")
+        raise UsageError(
+            f"{folder.path} has no scores: make some with experiment=score run_dir={folder.path}, or set compare.target"
+        )
     label = folder.path.resolve().name
-    return {name if name not in taken else f"{label}-{name}": folder.scores(name) for name in ([chosen] if chosen else names)}
+    return {
+        name if name not in taken else f"{label}-{name}": folder.scores(name)
+        for name in ([chosen] if chosen else names)
+    }
 
 
 def _is_file(path: str, key: str) -> bool:
@@ -107,7 +122,9 @@ def _is_file(path: str, key: str) -> bool:
     if Path(path).suffix in FILES:
         return True
     what = f"is neither a run folder nor one of {', '.join(FILES)}" if Path(path).exists() else "does not exist"
-    raise UsageError(f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)} file")
+    raise UsageError(
+        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)} file"
+    )
 
 
 def _folder(path: str, key: str) -> RunDir:
@@ -207,4 +224,10 @@ def _check_common(run: RunDir, name: str) -> None:
             "name the column with the ids with +compare.columns.id=NAME, or compare runs of the same data"
         )
     if ours != theirs:
-        log.warning("%s has %d of the behaviour's %d responses, and %d others", name, len(ours & theirs), len(ours), len(theirs - ours))
+        log.warning(
+            "%s has %d of the behaviour's %d responses, and %d others",
+            name,
+            len(ours & theirs),
+            len(ours),
+            len(theirs - ours),
+        )

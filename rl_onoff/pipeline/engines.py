@@ -46,4 +46,9 @@ def default_name(engine: EngineConfig) -> str:
 
 def known_engines(config: RunConfig) -> list[EngineConfig]:
     """Every engine the config has, for finding the one that made a table again."""
-    return [*([config.target] if config.target else []), config.backend, *config.targets.values(), *config.policies.values()]
+    return [
+        *([config.target] if config.target else []),
+        config.backend,
+        *config.targets.values(),
+        *config.policies.values(),
+    ]

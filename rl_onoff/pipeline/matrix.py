@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CELL_METRICS = ("kl_k3", "logprob_diff_mean", "logprob_diff_max", "ess_token", "ess_seq", "kl_forward_topk", "argmax_agreement")
+CELL_METRICS = (
+    "kl_k3",
+    "logprob_diff_mean",
+    "logprob_diff_max",
+    "ess_token",
+    "ess_seq",
+    "kl_forward_topk",
+    "argmax_agreement",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +68,7 @@ class Matrix:
         if k3 <= floor:
             return f"On-policy: {said}, not above the noise floor of {floor:.2g}."
         if k3 < ON_POLICY_K3:
-            return (
-                f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below; the noise floor is {floor:.2g}."
-            )
+            return f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below; the noise floor is {floor:.2g}."
         if k3 < PRIME_RL_BAR:
             return f"Close: {said}, above the noise floor of {floor:.2g}, but under prime-rl's bar of {PRIME_RL_BAR}."
         return f"Off-policy: {said}, over prime-rl's bar of {PRIME_RL_BAR}; the noise floor is {floor:.2g}."
@@ -78,7 +84,11 @@ class Matrix:
             for metric in CELL_METRICS:
                 if (estimate := self.estimate(a, b, metric)) is not None:
                     found[f"matrix/{a}/{b}/{metric}"] = estimate.value
-        return {**found, "matrix/kl_k3_max": self.cells[self.furthest()]["kl_k3"].value, "matrix/kl_k3_floor": self.floor}
+        return {
+            **found,
+            "matrix/kl_k3_max": self.cells[self.furthest()]["kl_k3"].value,
+            "matrix/kl_k3_floor": self.floor,
+        }
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a cell, with every metric's interval."""
@@ -90,7 +100,10 @@ class Matrix:
                 row |= {metric: estimate.value, f"{metric}_lo": estimate.lo, f"{metric}_hi": estimate.hi}
             counts = comparison.overall.counts
             found.append({**row, "tokens": counts["tokens"], "responses": counts["responses"]})
-        return [{name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()} for row in found]
+        return [
+            {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+            for row in found
+        ]
 
     def to_csv(self) -> str:
         rows, out = self.rows(), io.StringIO()
@@ -105,10 +118,17 @@ class Matrix:
         lines = []
         for metric, label in (("kl_k3", "k3 KL (nats a token)"), ("logprob_diff_max", "max |log p - log q|"),
                               ("ess_token", "effective sample, tokens"), ("ess_seq", "effective sample, sequences")):  # fmt: skip
-            lines += ["", f"  {label}", f"    {'sampled by':<{width}}" + "".join(f"{name:>{width}}" for name in self.names)]
+            lines += [
+                "",
+                f"  {label}",
+                f"    {'sampled by':<{width}}" + "".join(f"{name:>{width}}" for name in self.names),
+            ]
             for a in self.names:
                 cells = (self.estimate(a, b, metric) for b in self.names)
-                lines.append(f"    {a:<{width}}" + "".join(f"{'-' if e is None else format(e.value, '.3g'):>{width}}" for e in cells))
+                lines.append(
+                    f"    {a:<{width}}"
+                    + "".join(f"{'-' if e is None else format(e.value, '.3g'):>{width}}" for e in cells)
+                )
         return "\n".join(lines[1:])
 
 
@@ -121,14 +141,20 @@ def check_policies(config: RunConfig) -> None:
         )
     for name in config.policies:
         if not re.fullmatch(r"[\w.-]+", name) or name in ("completions", "scores", ".hydra", ".", ".."):
-            raise UsageError(f"the policy {name!r} cannot be the name of a folder: call it by letters, digits, '-' and '.' in policies")
+            raise UsageError(
+                f"the policy {name!r} cannot be the name of a folder: call it by letters, digits, '-' and '.' in policies"
+            )
 
 
-def run_matrix(this: Run, generate: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]) -> Matrix:
+def run_matrix(
+    this: Run, generate: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
+) -> Matrix:
     """Sample with every policy, score with every policy, last one first since it is still loaded; then compare, and write it all down."""
     policies = this.config.policies
     subs = {
-        name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(this.folder.path / name), values={})
+        name: replace(
+            this, config=replace(this.config, backend=engine), folder=RunDir(this.folder.path / name), values={}
+        )
         for name, engine in policies.items()
     }
     for name, sub in subs.items():
@@ -144,10 +170,14 @@ def run_matrix(this: Run, generate: Callable[[Run], None], score: Callable[[Run,
         text = texts_of([sub.folder.completions.record()], None, policies.values())
         write_page(sub.folder, comparisons, text, own=a)
         values = summarise(sub.folder).values | sub.values
-        sub.folder.write_json("metrics.json", {"values": values, "comparisons": {b: c.to_dict() for b, c in comparisons.items()}})
+        sub.folder.write_json(
+            "metrics.json", {"values": values, "comparisons": {b: c.to_dict() for b, c in comparisons.items()}}
+        )
         missing = [b for b in policies if b not in comparisons]
         if missing:
-            raise UsageError(f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: take other prompts in data.path")
+            raise UsageError(
+                f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: take other prompts in data.path"
+            )
         cells |= {(a, b): comparisons[b] for b in policies}
     matrix = Matrix(list(policies), cells)
     write_whole(this.folder.path / "matrix.csv", matrix.to_csv())

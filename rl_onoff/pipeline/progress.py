@@ -30,7 +30,9 @@ class Progress:
             self._bar = tqdm(total=self.total, desc=self.stage, unit="response", smoothing=0.1, dynamic_ncols=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()
         self._end = time.monotonic()
@@ -61,7 +63,12 @@ class Progress:
         left = (self.total - self.responses) * self.seconds / self.responses
         if self._bar is None:
             log.info(
-                "%s: %d of %d responses, %.0f tokens/s, %s left", self.stage, self.responses, self.total, self.tokens_per_s, _clock(left)
+                "%s: %d of %d responses, %.0f tokens/s, %s left",
+                self.stage,
+                self.responses,
+                self.total,
+                self.tokens_per_s,
+                _clock(left),
             )
         self.report(
             {

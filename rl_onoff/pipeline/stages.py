@@ -53,12 +53,16 @@ def missing_requests(run: RunDir, requests: Sequence[Request]) -> list[Request]:
     return missing
 
 
-def generate(run: RunDir, requests: Sequence[Request], backend: BaseBackend, reward: Reward | None, progress: Progress) -> None:
+def generate(
+    run: RunDir, requests: Sequence[Request], backend: BaseBackend, reward: Reward | None, progress: Progress
+) -> None:
     """Sample what `requests` ask for and append each response to the run as it finishes."""
     by_id = {request.id: request for request in requests}
     judge = Judge(reward)
     if reward is not None and not any(request.meta.get("answer") is not None for request in requests):
-        log.warning("no row has a reference answer, so no response is judged: name its column with data.answer, or set reward=none")
+        log.warning(
+            "no row has a reference answer, so no response is judged: name its column with data.answer, or set reward=none"
+        )
     with run.completions.writer() as writer, progress:
         for completion in backend.complete(requests):
             request = by_id[completion.request_id]
@@ -112,7 +116,12 @@ def responses(run: RunDir) -> Iterator[Response]:
     """The run's completions as what `score` takes, those without tokens left out."""
     for row in run.completions.rows(["request_id", "sample", "prompt_ids", "token_ids"]):
         if len(row["token_ids"]):
-            yield Response(request_id=row["request_id"], sample=row["sample"], prompt_ids=row["prompt_ids"], token_ids_T=row["token_ids"])
+            yield Response(
+                request_id=row["request_id"],
+                sample=row["sample"],
+                prompt_ids=row["prompt_ids"],
+                token_ids_T=row["token_ids"],
+            )
 
 
 def scores_row(scores: TokenScores) -> Row:

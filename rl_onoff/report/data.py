@@ -53,7 +53,11 @@ class ReportInput:
     responses: Iterable[ReportResponse]
     comparisons: Sequence[Mapping[str, Any]] = ()
     metric_info: Mapping[str, Any] = field(default_factory=dict)
-    token_text: Callable[[int], str] | None = None  # text of a token id; None: ids outside the responses are shown as numbers
+    token_text: Callable[[int], str] | None = (
+        None  # text of a token id; None: ids outside the responses are shown as numbers
+    )
     attribution: Mapping[str, Any] | None = None  # Attribution.to_dict(): why the gap is there; None: nobody asked
     num_tokens: int | None = None  # response tokens to come; None: the first comparison's counts.tokens, else a guess
-    num_responses: int | None = None  # to come; where it is known, responses that the page has no room for are not read at all
+    num_responses: int | None = (
+        None  # to come; where it is known, responses that the page has no room for are not read at all
+    )

@@ -44,16 +44,27 @@ class Index:
     """Columns with one entry per response, and a heap of worst tokens per target; small enough to hold for a million responses."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {name: [] for name in ("id", "sample", "chunk", "length", "reward", "finish")}
+        self.columns: dict[str, list[Any]] = {
+            name: [] for name in ("id", "sample", "chunk", "length", "reward", "finish")
+        }
         self.groups: dict[str, list[str | None]] = {}
-        self.mean: list[list[Any]] = []  # per target (or the behaviour, where nothing is compared): mean l, or mean logprob
+        self.mean: list[
+            list[Any]
+        ] = []  # per target (or the behaviour, where nothing is compared): mean l, or mean logprob
         self.worst: list[list[Any]] = []  # max |l|, or minus the lowest logprob
         self.heaps: list[list[tuple[float, int, int, float, float]]] = []
         self.num_responses = 0
         self.has_behaviour = self.has_targets = False
 
     def add(self, response: ReportResponse, chunk: int) -> None:
-        row = (response.request_id, int(response.sample), chunk, len(response.token_ids_T), response.reward, response.finish_reason)
+        row = (
+            response.request_id,
+            int(response.sample),
+            chunk,
+            len(response.token_ids_T),
+            response.reward,
+            response.finish_reason,
+        )
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(plain(value))
         for name in {*self.groups, *response.groups}:
@@ -97,7 +108,8 @@ class Index:
 
     def as_json(self) -> dict[str, Any]:
         worst_tokens = [
-            [[-r, -t, plain(q), plain(p)] for _, r, t, q, p in sorted(heap, key=lambda item: item[:3], reverse=True)] for heap in self.heaps
+            [[-r, -t, plain(q), plain(p)] for _, r, t, q, p in sorted(heap, key=lambda item: item[:3], reverse=True)]
+            for heap in self.heaps
         ]
         groups = {}
         for name, values in self.groups.items():

@@ -8,7 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TABLES = (
-    ("kl_k3", "Mean k3 KL", "nats a token; under 1e-4 is what two engines in float32 stay below, 0.015 is prime-rl's bar"),
+    (
+        "kl_k3",
+        "Mean k3 KL",
+        "nats a token; under 1e-4 is what two engines in float32 stay below, 0.015 is prime-rl's bar",
+    ),
     ("logprob_diff_max", "Largest |log p − log q|", "nats, of any sampled token"),
     ("ess_token", "Effective sample, tokens", "fraction; 1 is on-policy"),
     ("ess_seq", "Effective sample, sequences", "fraction; 1 is on-policy"),
@@ -26,7 +30,9 @@ td.own { outline: 2px dashed var(--dim); outline-offset: -4px }
 """
 
 
-def matrix_page(names: Sequence[str], rows: Sequence[Mapping[str, Any]], verdict: str, sentences: Mapping[str, str]) -> str:
+def matrix_page(
+    names: Sequence[str], rows: Sequence[Mapping[str, Any]], verdict: str, sentences: Mapping[str, str]
+) -> str:
     """The whole page; `rows` are Matrix.rows(), `sentences` a verdict for every policy that sampled."""
     cells = {(row["sampled"], row["scored"]): row for row in rows}
     parts = [
@@ -38,13 +44,18 @@ def matrix_page(names: Sequence[str], rows: Sequence[Mapping[str, Any]], verdict
         "itself, what it said while it sampled against its own scores: the noise floor. In brackets the 95 % interval over responses.</p>",
     ]
     for metric, title, note in TABLES:
-        parts.append(f'<h2>{html.escape(title)}</h2><p class="note">{html.escape(note)}</p>{_table(names, cells, metric)}')
+        parts.append(
+            f'<h2>{html.escape(title)}</h2><p class="note">{html.escape(note)}</p>{_table(names, cells, metric)}'
+        )
     first = rows[0]
     parts.append("<h2>Each policy's own samples</h2><ul>")
     parts += [
-        f'<li><a href="{html.escape(name)}/report.html">{html.escape(name)}</a>: {html.escape(sentences[name])}</li>' for name in names
+        f'<li><a href="{html.escape(name)}/report.html">{html.escape(name)}</a>: {html.escape(sentences[name])}</li>'
+        for name in names
     ]
-    parts.append(f'</ul><p class="note">{first["responses"]:,} responses of each policy; the same numbers are in matrix.csv.</p>')
+    parts.append(
+        f'</ul><p class="note">{first["responses"]:,} responses of each policy; the same numbers are in matrix.csv.</p>'
+    )
     return "\n".join(parts) + "</main></body></html>\n"
 
 

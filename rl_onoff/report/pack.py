@@ -85,7 +85,10 @@ def pack_tokens(responses: Sequence[ReportResponse], limit: TopLimit) -> Chunk:
     for v in range(num_views):
         columns += [
             (f"logprob{v}", logprobs[v]),
-            (f"entropy{v}", _entropy_steps(_column(views[v], lengths, lambda view: view.entropy_T, np.float64, np.nan))),
+            (
+                f"entropy{v}",
+                _entropy_steps(_column(views[v], lengths, lambda view: view.entropy_T, np.float64, np.nan)),
+            ),
             (f"rank{v}", _column(views[v], lengths, lambda view: view.rank_T, np.uint32, 0)),
             *_coded_lists(v, lists[v], None if v == base_view else base, ids_N, _steps(logprobs[v])),
         ]
@@ -151,14 +154,20 @@ def _most_different(logprobs: Sequence[np.ndarray], share: float) -> np.ndarray:
         return np.ones(len(logprobs[0]), bool)
     first, *others = (np.nan_to_num(values_N.astype(np.float64), nan=0.0, neginf=-1e3) for values_N in logprobs)
     compared = others and not np.isnan(logprobs[0]).all()
-    size_N = np.max(np.abs(np.stack(others) - first), axis=0) if compared else -np.min(np.stack([first, *others]), axis=0)
+    size_N = (
+        np.max(np.abs(np.stack(others) - first), axis=0) if compared else -np.min(np.stack([first, *others]), axis=0)
+    )
     shown_N = np.zeros(len(size_N), bool)
     shown_N[np.argsort(-size_N, kind="stable")[: int(len(size_N) * share)]] = True
     return shown_N
 
 
-def _top_lists(views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit, shown_N: np.ndarray) -> TopLists:
-    width = min(max((0 if v is None or v.top_ids_TK is None else v.top_ids_TK.shape[1] for v in views), default=0), limit.k)
+def _top_lists(
+    views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit, shown_N: np.ndarray
+) -> TopLists:
+    width = min(
+        max((0 if v is None or v.top_ids_TK is None else v.top_ids_TK.shape[1] for v in views), default=0), limit.k
+    )
     ids_NK = np.full((sum(lengths), width), -1, np.int64)
     logprobs_NK = np.full((sum(lengths), width), -np.inf)
     start = 0
@@ -187,7 +196,9 @@ def _coded_ids(name: str, ids: np.ndarray, index: np.ndarray) -> list[tuple[str,
     return [(f"{name}_index", index), (f"{name}_id", ids[index == ESCAPE].astype(np.uint32))]
 
 
-def _coded_lists(v: int, lists: TopLists, base: TopLists | None, ids_N: np.ndarray, chosen_N: np.ndarray) -> list[tuple[str, np.ndarray]]:
+def _coded_lists(
+    v: int, lists: TopLists, base: TopLists | None, ids_N: np.ndarray, chosen_N: np.ndarray
+) -> list[tuple[str, np.ndarray]]:
     """Counts, ids and logprobs of one view's lists; base None: this view is the base itself.
 
     A logprob is a difference from the sampled token's own, from the base's for the same id, or from 0.

@@ -19,7 +19,9 @@ from rl_onoff.report.pack import TOP_LIMITS, Chunk, pack_json, pack_tokens
 
 CHUNK_RESPONSES = 32
 CHUNK_TOKENS = 8_000
-BUDGET_BYTES = 42_000_000  # of packed responses: 56 MB in base64, whatever the run; top lists are cut to fit, then responses
+BUDGET_BYTES = (
+    42_000_000  # of packed responses: 56 MB in base64, whatever the run; top lists are cut to fit, then responses
+)
 GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
@@ -79,7 +81,9 @@ def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
 
 def _file(name: str) -> str:
     text = resources.files("rl_onoff.report").joinpath("page", name).read_text(encoding="utf-8")
-    assert text.isascii(), f"{name} must be ASCII: the page is written in ASCII so that no server's charset can break it"
+    assert text.isascii(), (
+        f"{name} must be ASCII: the page is written in ASCII so that no server's charset can break it"
+    )
     return text
 
 
@@ -91,12 +95,19 @@ def _summary(report: ReportInput) -> dict[str, Any]:
     """What is worked out before the responses are read; infos of metrics that nobody measured are left out."""
     known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
     info = {name: _info(value) for name, value in report.metric_info.items() if name in known}
-    return {**{name: getattr(report, name) for name in ("title", "verdict", "policies", "comparisons", "attribution")}, "metric_info": info}
+    return {
+        **{name: getattr(report, name) for name in ("title", "verdict", "policies", "comparisons", "attribution")},
+        "metric_info": info,
+    }
 
 
 def _info(value: Any) -> dict[str, Any]:
     names = ("description", "unit", "better", "bar")
-    return dict(zip(names, value, strict=False)) if isinstance(value, tuple) else {name: getattr(value, name, None) for name in names}
+    return (
+        dict(zip(names, value, strict=False))
+        if isinstance(value, tuple)
+        else {name: getattr(value, name, None) for name in names}
+    )
 
 
 def _expected_tokens(report: ReportInput) -> int:
@@ -142,7 +153,11 @@ class _Packer:
     def finish(self) -> None:
         if self.pending:
             self._write_chunk()
-        index = {**self.index.as_json(), "left_out": self.num_left_out, "cut_chunks": sum(level > 0 for level in self.levels)}
+        index = {
+            **self.index.as_json(),
+            "left_out": self.num_left_out,
+            "cut_chunks": sum(level > 0 for level in self.levels),
+        }
         table = {"ids": list(self.texts), "texts": list(self.texts.values())}
         _write_script(self.out, "index", inline_json(index), "application/json")
         _write_script(self.out, "token-table", base64.b64encode(pack_json(table)).decode("ascii"), "text/plain")
@@ -177,7 +192,9 @@ class _Packer:
         rows = []
         for response in self.pending:
             own = self._own_texts(response.token_ids_T.tolist(), response.tokens)
-            rows.append({"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(response.text, TEXT_CHARS), "own": own})
+            rows.append(
+                {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(response.text, TEXT_CHARS), "own": own}
+            )
         return rows
 
     def _own_texts(self, ids: Sequence[int], tokens: Sequence[str]) -> dict[int, str]:

@@ -26,7 +26,9 @@ def disk_error(error: OSError, path: Path) -> OnOffError:
 
 def write_whole(file: Path, text: str) -> Path:
     """Replace a text file in one step, so that a reader never sees half of it."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs of a sweep that run side by side mask its multirun.yaml
+    partial = file.with_name(
+        f".{file.name}.{os.getpid()}.partial"
+    )  # jobs of a sweep that run side by side mask its multirun.yaml
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")

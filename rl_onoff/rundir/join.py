@@ -78,7 +78,12 @@ def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[
         if scored is None or (row["logprobs"] is None and own_row is None):
             continue
         kind = LogprobKind.raw if row["logprobs"] is None else LogprobKind[row["logprob_kind"]]
-        if kind is not LogprobKind.raw and drawn_with and target_sampler and not _same_transform(Sampling(**drawn_with), target_sampler):
+        if (
+            kind is not LogprobKind.raw
+            and drawn_with
+            and target_sampler
+            and not _same_transform(Sampling(**drawn_with), target_sampler)
+        ):
             raise UsageError(
                 f"the behaviour's logprobs are {kind.value} and {target} was scored under another sampler than the one that drew the "
                 "tokens: score them again in a folder of their own, with the sampling options of the run that sampled"
@@ -126,9 +131,15 @@ def scored_as(scores: Row, kind: LogprobKind, sampler: Sampling | None) -> np.nd
     """
     stored = LogprobKind(scores["logprob_kind"] or "raw")
     where = f"response {scores['request_id']}/{scores['sample']}"
-    if stored is kind or (stored is LogprobKind.raw and kind is LogprobKind.scaled and sampler and sampler.temperature in (0, 1)):
+    if stored is kind or (
+        stored is LogprobKind.raw and kind is LogprobKind.scaled and sampler and sampler.temperature in (0, 1)
+    ):
         return scores["logprobs"]
-    if stored is not LogprobKind.raw or scores["processed_logprobs"] is None or (sampler is None and kind is LogprobKind.scaled):
+    if (
+        stored is not LogprobKind.raw
+        or scores["processed_logprobs"] is None
+        or (sampler is None and kind is LogprobKind.scaled)
+    ):
         raise UsageError(
             f"the behaviour's logprobs of {where} are {kind.value} and the target's are {stored.value}: score the tokens with "
             "score.processed=true, or say what a file's logprobs are in compare.behaviour_kind and compare.target_kind"

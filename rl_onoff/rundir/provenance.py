@@ -80,7 +80,9 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
     return text
 
 
-def texts_of(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Callable[[int], str]:
+def texts_of(
+    records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]
+) -> Callable[[int], str]:
     """How the page writes tokens out: by the tokenizer, else by the pieces of text that came with the ids, else as ids."""
     records = list(records)
     loaded = texts_tokenizer(records, tokenizer, known)
@@ -102,5 +104,7 @@ def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None,
             if (engine := engine_of(record, known)) is not None:
                 return build(engine).get_tokenizer()
         except (OnOffError, OSError) as error:
-            log.warning("tokens are not written out by the tokenizer of %s: %s", record.get("config", {}).get("backend"), error)
+            log.warning(
+                "tokens are not written out by the tokenizer of %s: %s", record.get("config", {}).get("backend"), error
+            )
     return None

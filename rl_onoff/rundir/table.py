@@ -97,7 +97,11 @@ class RunDir:
 
     def score_names(self) -> list[str]:
         folder = self.path / "scores"
-        return sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.parquet"))) if folder.is_dir() else []
+        return (
+            sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.parquet")))
+            if folder.is_dir()
+            else []
+        )
 
     def write_json(self, name: str, value: Any) -> Path:
         """Replace a small file as a whole."""
@@ -114,7 +118,9 @@ class Table:
         self.path, self.columns = path, columns
 
     def shards(self) -> list[Path]:
-        return sorted(self.path.glob("part-*.parquet"), key=lambda shard: (len(shard.name), shard.name))  # 1000000 after 999999
+        return sorted(
+            self.path.glob("part-*.parquet"), key=lambda shard: (len(shard.name), shard.name)
+        )  # 1000000 after 999999
 
     def exists(self) -> bool:
         return bool(self.shards())
@@ -122,7 +128,9 @@ class Table:
     def rows(self, columns: Sequence[str] | None = None, shards: Sequence[Path] | None = None) -> Iterator[Row]:
         """All rows (of these shards), a small batch in memory at a time; lists of numbers come as numpy arrays."""
         for shard in self.shards() if shards is None else shards:
-            yield from _rows(shard, lambda file: file.iter_batches(batch_size=64, columns=list(columns) if columns else None))
+            yield from _rows(
+                shard, lambda file: file.iter_batches(batch_size=64, columns=list(columns) if columns else None)
+            )
 
     def rows_at(self, shard: Path, numbers: Collection[int]) -> Iterator[Row]:
         """The rows of a shard with these numbers, from 0; only the row groups they lie in are read."""
@@ -166,7 +174,10 @@ class Table:
         self._write_record({**self.record(), **facts})
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
-        write_whole(self.path / RECORD, json.dumps(redact(record, secret_values(os.environ)), indent=2, ensure_ascii=False) + "\n")
+        write_whole(
+            self.path / RECORD,
+            json.dumps(redact(record, secret_values(os.environ)), indent=2, ensure_ascii=False) + "\n",
+        )
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0, max_bytes: int = SHARD_BYTES) -> Writer:
         return Writer(self, max_rows, max_seconds, max_bytes)
@@ -191,7 +202,9 @@ class Writer:
             raise disk_error(error, self.table.path) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.flush()
 
     def append(self, row: Row) -> None:
@@ -224,7 +237,9 @@ class Writer:
         columns = [pa.array([row.get(name) for row in self._rows], type=kind) for name, kind in fields.items()]
         partial = shard.with_name(f".{shard.name}")
         try:
-            pq.write_table(pa.table(columns, names=list(fields)), partial, compression="zstd", row_group_size=GROUP_ROWS)
+            pq.write_table(
+                pa.table(columns, names=list(fields)), partial, compression="zstd", row_group_size=GROUP_ROWS
+            )
             sync(partial)
             partial.rename(shard)
             sync(shard.parent)
@@ -246,20 +261,29 @@ def _rows(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[Row]:
                     yield {name: column[i] for name, column in values.items()}
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
         cause = " ".join(str(error).split()).rstrip(".")
-        raise OnOffError(f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again") from error
+        raise OnOffError(
+            f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again"
+        ) from error
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
     """The leaves in which two nested configs differ, as `a.b: 1 -> 2`."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = [*before, *(key for key in after if key not in before)]
-        return [line for key in keys for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)]
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+        ]
     return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
 
 
 def _told_once(changes: list[str]) -> list[str]:
     """Without the changes of an option under its engine's own name where they are told under ours."""
-    ours = {change: re.sub(r"torch_dtype(?=: )", "dtype", change).replace("tensor_parallel_size: ", "tp_size: ") for change in changes}
+    ours = {
+        change: re.sub(r"torch_dtype(?=: )", "dtype", change).replace("tensor_parallel_size: ", "tp_size: ")
+        for change in changes
+    }
     return [change for change, ours in ours.items() if ours == change or ours not in changes]
 
 

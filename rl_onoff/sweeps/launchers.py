@@ -23,7 +23,9 @@ def prepare(launcher: DictConfig) -> None:
     if not _is(launcher, "hydra_ray_launcher"):
         return
     with open_dict(launcher.ray.init):
-        launcher.ray.init.setdefault("object_store_memory", None)  # else the plugin sets one, which a cluster that runs already refuses
+        launcher.ray.init.setdefault(
+            "object_store_memory", None
+        )  # else the plugin sets one, which a cluster that runs already refuses
         launcher.ray.init.setdefault("include_dashboard", False)  # ten processes, for a page that few open
         launcher.ray.init.setdefault("logging_level", logging.ERROR)
 

@@ -11,7 +11,10 @@ from rl_onoff.config import Stage
 from rl_onoff.errors import MetricError, UsageError, nearest
 
 MADE_BY = {"onoff": (Stage.compare, Stage.attribute), "matrix": (Stage.matrix,), "attribute": (Stage.attribute,)}
-OF_EVERY_RUN = {"onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"), "matrix": ("matrix/kl_k3_max", "matrix/kl_k3_floor")}  # whatever its engines
+OF_EVERY_RUN = {
+    "onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"),
+    "matrix": ("matrix/kl_k3_max", "matrix/kl_k3_floor"),
+}  # whatever its engines
 GROUPS = ("generate", "reward", "score", *MADE_BY)
 
 
@@ -31,12 +34,16 @@ def check_metric(config: DictConfig) -> None:
     if group not in GROUPS or not rest:
         near = nearest(group, GROUPS) or "onoff"
         example = f"{near}/{rest}" if rest else "onoff/kl_k3"
-        raise MetricError(f"metric={metric} is no number of a run, their names begin with {', '.join(GROUPS)}: set metric={example}")
+        raise MetricError(
+            f"metric={metric} is no number of a run, their names begin with {', '.join(GROUPS)}: set metric={example}"
+        )
     if "/" not in rest and metric not in (known := OF_EVERY_RUN.get(group, (metric,))):
         raise MetricError(f"metric={metric} is no number of a run: set metric={nearest(metric, known) or known[0]}")
     if group in MADE_BY and not set(MADE_BY[group]) & set(stages):
         example = {"matrix": "matrix", "attribute": "attribute"}.get(group, "onoff")
-        raise MetricError(f"metric={metric} is a number that this experiment does not find: set experiment={example}, or another metric")
+        raise MetricError(
+            f"metric={metric} is a number that this experiment does not find: set experiment={example}, or another metric"
+        )
 
 
 def missing_metric(metric: str, names: Collection[str]) -> UsageError:
@@ -44,4 +51,6 @@ def missing_metric(metric: str, names: Collection[str]) -> UsageError:
     if metric in {name for names in OF_EVERY_RUN.values() for name in names}:
         return UsageError(f"metric={metric} is not a finite number in this run, so the sweeper is told that it failed")
     near = nearest(metric, names) or "onoff/kl_k3"
-    return MetricError(f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for example")
+    return MetricError(
+        f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for example"
+    )

@@ -44,7 +44,10 @@ def launch(
             turn.alone = len(waiting) == 1 or job in stuck
             if job in wanted and not turn.has(wanted[job]):
                 continue
-            number, name = first + job, ", ".join(swept(job_overrides[job], config.hydra.job.config.override_dirname.exclude_keys))
+            number, name = (
+                first + job,
+                ", ".join(swept(job_overrides[job], config.hydra.job.config.override_dirname.exclude_keys)),
+            )
             log.info("#%d %s%s", number, "goes on: " if job in wanted else "", name)
             job_config = context.config_loader.load_sweep_config(config, list(job_overrides[job]))
             with open_dict(job_config):

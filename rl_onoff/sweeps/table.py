@@ -72,7 +72,9 @@ def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
     rows.writerow(["folder", *options, "status", "error", "verdict", *numbers])
     for job in jobs:
         known = [job.options.get(name, "") for name in options]
-        rows.writerow([job.name, *known, job.status, job.error, job.verdict, *(job.values.get(name, "") for name in numbers)])
+        rows.writerow(
+            [job.name, *known, job.status, job.error, job.verdict, *(job.values.get(name, "") for name in numbers)]
+        )
     return write_whole(sweep_dir / FILE, out.getvalue())
 
 
@@ -86,7 +88,13 @@ def as_text(jobs: Sequence[Job]) -> str:
     rows = [[*options, *shown.values(), "verdict"]]
     for job in jobs:
         numbers = [number(job.values[name]) if name in job.values else "" for name in shown]
-        rows.append([*(job.options.get(name, "") for name in options), *numbers, job.verdict if job.status == "done" else job.status])
+        rows.append(
+            [
+                *(job.options.get(name, "") for name in options),
+                *numbers,
+                job.verdict if job.status == "done" else job.status,
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<"] * len(options) + [">"] * len(shown) + ["<"]
     formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
@@ -113,7 +121,9 @@ def _read_job(folder: Path) -> Job:
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
     options = {name: value for name, _, value in (str(override).partition("=") for override in overrides)}
     failed = read_failure(folder / ERROR)
-    found: Mapping[str, Any] = (not failed and read_json(folder / "metrics.json")) or {}  # of a failed job: an earlier one's
+    found: Mapping[str, Any] = (
+        not failed and read_json(folder / "metrics.json")
+    ) or {}  # of a failed job: an earlier one's
     sentence = found.get("verdict") or found.get("matrix", {}).get("verdict", "")
     word = re.search("On-policy|Close|Off-policy", sentence)
     status = "failed" if failed else "done" if found else "unfinished"

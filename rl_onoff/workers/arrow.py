@@ -19,12 +19,22 @@ from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Respo
 if TYPE_CHECKING:
     from pyarrow import Array, RecordBatch
 
-FLOATS = ("logprobs_T", "entropy_T", "logsumexp_T", "top_logprobs_TK", "processed_logprobs_T", "nucleus_mass_T", "logits_TV")
+FLOATS = (
+    "logprobs_T",
+    "entropy_T",
+    "logsumexp_T",
+    "top_logprobs_TK",
+    "processed_logprobs_T",
+    "nucleus_mass_T",
+    "logits_TV",
+)
 INTEGERS = ("prompt_ids", "token_ids_T", "rank_T", "top_ids_TK")
 KINDS = {"completion": Completion, "request": Request, "response": Response, "scores": TokenScores}
 
 
-def batch_of(items: Sequence[Request] | Sequence[Response] | Sequence[Completion] | Sequence[TokenScores]) -> RecordBatch:
+def batch_of(
+    items: Sequence[Request] | Sequence[Response] | Sequence[Completion] | Sequence[TokenScores],
+) -> RecordBatch:
     """One or more objects of one type as a batch. A request's text and meta, which no engine reads, stay behind."""
     import pyarrow as pa
 
@@ -36,7 +46,9 @@ def batch_of(items: Sequence[Request] | Sequence[Response] | Sequence[Completion
         if name in FLOATS + INTEGERS:
             columns[name] = _lists(values, np.dtype(np.float32 if name in FLOATS else np.int32))
             if name in ("top_ids_TK", "logits_TV"):  # the other (T, K) array is as wide
-                columns[f"{name} width"] = pa.array([None if value is None else value.shape[1] for value in values], pa.int32())
+                columns[f"{name} width"] = pa.array(
+                    [None if value is None else value.shape[1] for value in values], pa.int32()
+                )
         elif name == "sampling":
             written = {id(value): msgspec.json.encode(value).decode() for value in {id(v): v for v in values}.values()}
             columns[name] = pa.array([written[id(value)] for value in values]).dictionary_encode()

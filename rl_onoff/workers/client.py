@@ -40,7 +40,13 @@ Error = TypeVar("Error", bound=OnOffError)
 class Host:
     """Runs one backend in a worker process. One call at a time; a new call drops what an older one had not yielded."""
 
-    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None, place: Place = ANYWHERE):
+    def __init__(
+        self,
+        backend_class: type[Core],
+        config: EngineConfig,
+        log_folder: Path | str | None = None,
+        place: Place = ANYWHERE,
+    ):
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
         self._log_folder = log_folder or os.environ.get(LOG_FOLDER)
@@ -67,9 +73,13 @@ class Host:
     # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        config = dataclasses.asdict(dataclasses.replace(self._config, pool=PoolConfig()))  # a worker starts no pool of its own
+        config = dataclasses.asdict(
+            dataclasses.replace(self._config, pool=PoolConfig())
+        )  # a worker starts no pool of its own
         if why := wire.fits(config):
-            raise UsageError(f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}")
+            raise UsageError(
+                f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}"
+            )
         self._worker = WorkerProcess(self._class, self._config.python, self._log_folder, self._place)
         try:
             self._hello()
@@ -96,7 +106,9 @@ class Host:
         requests, last = refill.take()
         if last:
             return
-        for reply in self._stream(lambda call: wire.Generate(call=call, requests=_bare(requests), last=False), refill.keys, refill):
+        for reply in self._stream(
+            lambda call: wire.Generate(call=call, requests=_bare(requests), last=False), refill.keys, refill
+        ):
             assert isinstance(reply, wire.Completed)
             yield reply.completion
 
@@ -114,7 +126,9 @@ class Host:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def _stream(self, message: Any, keys: set[Key], refill: Refill | None = None) -> Iterator[wire.Completed | wire.Scored]:
+    def _stream(
+        self, message: Any, keys: set[Key], refill: Refill | None = None
+    ) -> Iterator[wire.Completed | wire.Scored]:
         self._settle()
         self._call += 1
         call, self._open, self._in_flight = self._call, True, keys
@@ -122,7 +136,9 @@ class Host:
         try:
             while True:
                 if self._call != call:
-                    raise EngineError("another call to this backend began before this one was read to its end: read it first")
+                    raise EngineError(
+                        "another call to this backend began before this one was read to its end: read it first"
+                    )
                 reply = self._receive()
                 match reply:
                     case wire.Completed():
@@ -144,7 +160,9 @@ class Host:
         finally:
             self._cancel(call)
         if keys:
-            raise EngineError(f"{self._config.name} gave no result for {len(keys)} of the responses, {sorted(keys)[0]} first")
+            raise EngineError(
+                f"{self._config.name} gave no result for {len(keys)} of the responses, {sorted(keys)[0]} first"
+            )
 
     def _cancel(self, call: int) -> None:
         """Tell the worker that nobody reads the call's results any more; what it has sent is dropped by the next call."""
@@ -196,7 +214,9 @@ class Host:
         worker = self._alive()
         while True:
             try:
-                while not worker.channel.readable(PERIOD):  # between two messages: here alone can a call be left without harm
+                while not worker.channel.readable(
+                    PERIOD
+                ):  # between two messages: here alone can a call be left without harm
                     worker.check()
                     self.interrupt()
                     meanwhile()
@@ -212,7 +232,9 @@ class Host:
             raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
         if self._worker.channel.torn:
             self._close()
-            raise EngineError(f"the last call to the {self._config.name} engine was interrupted in the middle: load the backend again")
+            raise EngineError(
+                f"the last call to the {self._config.name} engine was interrupted in the middle: load the backend again"
+            )
         return self._worker
 
     # -- errors --------------------------------------------------------------------------------------------------------

@@ -94,7 +94,9 @@ def _count_gpus() -> int:
     if torch.version.cuda or torch.version.hip or (smi := shutil.which("nvidia-smi")) is None:
         return 0
     # a CPU build of torch says nothing about GPUs that an engine in another environment (backend.python) may have
-    done = subprocess.run([smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=60
+    )
     return len(done.stdout.splitlines()) if done.returncode == 0 else 0
 
 

@@ -57,7 +57,13 @@ class Machine:
 class Pool:
     """Runs the replicas of one backend. One call at a time; a call that is left early leaves the pool usable."""
 
-    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None, site: Site | None = None):
+    def __init__(
+        self,
+        backend_class: type[Core],
+        config: EngineConfig,
+        log_folder: Path | str | None = None,
+        site: Site | None = None,
+    ):
         self._class, self._config = backend_class, config
         self._site = site or Machine(backend_class, config, log_folder)
         self._replicas: list[Replica] = []
@@ -96,10 +102,14 @@ class Pool:
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         bare = [dataclasses.replace(request, prompt="", meta={}) for request in requests]
-        yield from self._share_out(items_of_requests(bare), lambda host, hand: host._generate_from(hand, self._room), self._room)
+        yield from self._share_out(
+            items_of_requests(bare), lambda host, hand: host._generate_from(hand, self._room), self._room
+        )
 
     def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        yield from self._share_out(items_of_responses(responses), lambda host, hand: host._score([item.what for item in hand.first], want))
+        yield from self._share_out(
+            items_of_responses(responses), lambda host, hand: host._score([item.what for item in hand.first], want)
+        )
 
     def _close(self) -> None:
         replicas, self._replicas = self._replicas, []
@@ -112,7 +122,9 @@ class Pool:
             replica.join()
         self._site.close()
 
-    def _share_out(self, items: list[Item], run: Callable[[Any, Hand], Generator[Any]], room: int | None = None) -> Iterator[Any]:
+    def _share_out(
+        self, items: list[Item], run: Callable[[Any, Hand], Generator[Any]], room: int | None = None
+    ) -> Iterator[Any]:
         self._running()
         if not items:
             return
@@ -126,7 +138,9 @@ class Pool:
                 yield result
                 if self._call is not call:  # a later one was begun, or the pool is closed
                     self._running()
-                    raise EngineError("another call to this backend began before this one was read to its end: read it first")
+                    raise EngineError(
+                        "another call to this backend began before this one was read to its end: read it first"
+                    )
         finally:
             call.stop()
         if call.shares.given_up:
@@ -138,7 +152,9 @@ class Pool:
 
     def _gave_up(self, deaths: Mapping[Key, EngineDiedError]) -> EngineError:
         keys = sorted(deaths)
-        names = ", ".join(_name(key) for key in keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+        names = ", ".join(_name(key) for key in keys[:NAMED]) + (
+            f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+        )
         error = EngineError(
             f"the {self._config.name} engine died three times on each of these responses, which have no result: {names}; all others are "
             "done: leave those requests out, or give the engine more memory"

@@ -34,14 +34,18 @@ _numbers = itertools.count()
 class WorkerProcess:
     """Starts `python -m rl_onoff.workers.worker_main` in a session and a temporary folder of its own."""
 
-    def __init__(self, backend_class: type[Core], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE):
+    def __init__(
+        self, backend_class: type[Core], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE
+    ):
         self.python = python or sys.executable
         packages = _packages(backend_class)
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
         self.log = self._folder / "worker.log"
         if log_folder is not None:
-            self.log = Path(log_folder) / f"{getattr(backend_class, 'name', 'engine')}-{os.getpid()}-{next(_numbers)}.log"
+            self.log = (
+                Path(log_folder) / f"{getattr(backend_class, 'name', 'engine')}-{os.getpid()}-{next(_numbers)}.log"
+            )
             self.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         with theirs, self.log.open("ab") as log:
@@ -80,9 +84,13 @@ class WorkerProcess:
         environment["PATH"] = os.pathsep.join(filter(None, (str(Path(self.python).parent), environment.get("PATH"))))
         environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
         environment["PYTHONUNBUFFERED"] = "1"
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin halve the speed where processes share cores
+        environment.setdefault(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        )  # threads that spin halve the speed where processes share cores
         # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"))
+        environment.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
+        )
         environment["TMPDIR"] = str(self._folder)
         return environment
 
@@ -116,7 +124,9 @@ class WorkerProcess:
             return "its process closed the connection"
         if code >= 0:
             return f"its process ended with exit code {code}"
-        return f"its process was killed by {signal.Signals(-code).name}" + (", maybe for want of memory" if code == -signal.SIGKILL else "")
+        return f"its process was killed by {signal.Signals(-code).name}" + (
+            ", maybe for want of memory" if code == -signal.SIGKILL else ""
+        )
 
     def tail(self) -> str:
         """The last lines of its log."""
@@ -144,7 +154,9 @@ def _packages(backend_class: type[Core]) -> list[Path]:
     for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:
         spec = importlib.util.find_spec(name) if name != "__main__" else None
         if spec is None or spec.origin is None:
-            raise UsageError(f"{backend_class.__qualname__} is defined in {name}, which a worker cannot import: put it in a module")
+            raise UsageError(
+                f"{backend_class.__qualname__} is defined in {name}, which a worker cannot import: put it in a module"
+            )
         found.append(Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin))
     return found
 

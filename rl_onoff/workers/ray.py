@@ -43,7 +43,9 @@ class RayCluster:
 
     def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None):
         self._class, self._log_folder = backend_class, log_folder
-        self._config = replace(config, model_name=_findable(config.model_name), tokenizer=config.tokenizer and _findable(config.tokenizer))
+        self._config = replace(
+            config, model_name=_findable(config.model_name), tokenizer=config.tokenizer and _findable(config.tokenizer)
+        )
         self._connection: Connection | None = None
 
     def hosts(self) -> list[RayHost]:
@@ -62,7 +64,13 @@ class RayCluster:
 class RayHost:
     """Runs one backend in a worker process on some node. One call at a time, read to its end or closed before the next."""
 
-    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None, address: str | None = None):
+    def __init__(
+        self,
+        backend_class: type[Core],
+        config: EngineConfig,
+        log_folder: Path | str | None = None,
+        address: str | None = None,
+    ):
         self._class, self._config, self._address = backend_class, config, address
         self._log_folder = str(log_folder) if log_folder is not None else os.environ.get(LOG_FOLDER)
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting; may raise
@@ -107,7 +115,9 @@ class RayHost:
                     runtime_env=dict(self._config.pool.runtime_env) or None,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0),
                 )
-                .remote(f"{self._class.__module__}:{self._class.__qualname__}", place.config, self._log_folder, environment)
+                .remote(
+                    f"{self._class.__module__}:{self._class.__qualname__}", place.config, self._log_folder, environment
+                )
             )
             reply = self._reply(self._actor.load.remote(), set())
             if reply.failure is not None:
@@ -121,7 +131,9 @@ class RayHost:
         return reply.info
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        yield from self._stream(batch_of(requests), None, {(r.id, sample) for r in requests for sample in r.sample_indices})
+        yield from self._stream(
+            batch_of(requests), None, {(r.id, sample) for r in requests for sample in r.sample_indices}
+        )
 
     def _generate_from(self, supply: Supply, room: int = 1 << 30) -> Iterator[Completion]:
         """Sample what the supply gives while it gives; at most `room` draws are with the worker at a time."""
@@ -157,7 +169,9 @@ class RayHost:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def _stream(self, batch: RecordBatch, want: Want | None, keys: set[Key], refill: Refill | None = None) -> Iterator[Any]:
+    def _stream(
+        self, batch: RecordBatch, want: Want | None, keys: set[Key], refill: Refill | None = None
+    ) -> Iterator[Any]:
         actor = self._actor
         if actor is None:
             raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
@@ -168,9 +182,13 @@ class RayHost:
                 reply = self._reply(waiting, keys)
                 results = items_of(reply.batch) if reply.batch is not None else []
                 keys.difference_update(item.key for item in results)
-                ahead = not reply.ended and (refill is None or bool(keys))  # with no more to give, it would wait before it yields
+                ahead = not reply.ended and (
+                    refill is None or bool(keys)
+                )  # with no more to give, it would wait before it yields
                 if ahead:
-                    waiting = actor.next.remote(call, *_more(refill))  # the next results are on their way while these are read
+                    waiting = actor.next.remote(
+                        call, *_more(refill)
+                    )  # the next results are on their way while these are read
                 yield from results
                 if not (ahead or reply.ended):
                     waiting = actor.next.remote(call, *_more(refill))
@@ -197,7 +215,9 @@ class RayHost:
         except RuntimeEnvSetupError as error:
             raise UsageError(f"Ray cannot set up pool.runtime_env ({_first_line(error)}): change it") from error
         except RayTaskError as error:
-            raise EngineError(f"a worker on the Ray cluster failed ({_first_line(error.cause)}): this is a bug") from error
+            raise EngineError(
+                f"a worker on the Ray cluster failed ({_first_line(error.cause)}): this is a bug"
+            ) from error
         except RayError as error:  # its process, its node or the object it sent is gone
             self._watch = None
             raise self._gone(error, tuple(sorted(keys))) from error
@@ -215,7 +235,11 @@ class RayHost:
         if isinstance(error, OutOfMemoryError):
             reason = "Ray ended it, for its node was short of memory"
         else:
-            reason = "its node left the Ray cluster" if "node has died" in str(error) else f"its actor is gone: {type(error).__name__}"
+            reason = (
+                "its node left the Ray cluster"
+                if "node has died" in str(error)
+                else f"its actor is gone: {type(error).__name__}"
+            )
         return death(self._config.name, reason, in_flight)
 
     # -- room ----------------------------------------------------------------------------------------------------------
@@ -239,7 +263,9 @@ class RayHost:
                     "pool.cpus_per_replica lower, or pool.wait_s higher"
                 )
             if not warned and time.monotonic() - began >= PATIENT_SECONDS:
-                log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", self._config.name, place, _room())
+                log.warning(
+                    "a replica of %s waits for room on the Ray cluster (%s); %s", self._config.name, place, _room()
+                )
                 warned = True
         return group
 

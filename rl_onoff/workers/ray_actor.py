@@ -148,7 +148,9 @@ class Worker:
     Ray does not keep the order in which methods are called: what is said of a call, by its number, may come after the next one began.
     """
 
-    def __init__(self, target: str, config: EngineConfig, log_folder: str | None, environment: Mapping[str, str] | None):
+    def __init__(
+        self, target: str, config: EngineConfig, log_folder: str | None, environment: Mapping[str, str] | None
+    ):
         self._target, self._config, self._log_folder, self._environment = target, config, log_folder, environment
         self._host: Host | None = None
         self._closing = Results()  # a call without results: what `load` is interrupted by
@@ -180,7 +182,9 @@ class Worker:
             ) from error
         environment = dict(self._environment or {})
         if self._environment and not os.environ.get(VISIBLE):
-            os.environ.pop(VISIBLE, None)  # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
+            os.environ.pop(
+                VISIBLE, None
+            )  # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
         return Host(backend_class, self._config, self._log_folder, Place(environment=environment))
 
     def watch(self) -> None:
@@ -200,7 +204,9 @@ class Worker:
             self._call, results = call, Results()
             self._results, self._feed = results, Feed(results)
             self._feed.add(batch, last)
-            self._thread = threading.Thread(target=self._run, args=(self._thread, results, self._feed, want), daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(self._thread, results, self._feed, want), daemon=True
+            )
             self._thread.start()
         return self._next(results)
 
@@ -216,7 +222,9 @@ class Worker:
 
     def _next(self, results: Results) -> Reply:
         items, ended, failure = results.take(WAIT_SECONDS)
-        return Reply(batch=batch_of(items) if items else None, ended=ended, failure=failure, lines=self._forward.lines())  # type: ignore[arg-type]
+        return Reply(
+            batch=batch_of(items) if items else None, ended=ended, failure=failure, lines=self._forward.lines()
+        )  # type: ignore[arg-type]
 
     def cancel(self, call: int) -> None:
         """Nobody wants the rest of the call."""

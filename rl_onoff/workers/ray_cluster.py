@@ -48,7 +48,9 @@ class Connection(threading.Thread):
 
         `num_cpus` is the least that a cluster has which is started here.
         """
-        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that asks for something after the end must not start Ray again
+        os.environ.setdefault(
+            "RAY_ENABLE_AUTO_CONNECT", "0"
+        )  # a thread that asks for something after the end must not start Ray again
         try:
             import ray
         except ImportError as error:
@@ -59,7 +61,11 @@ class Connection(threading.Thread):
                     return None
                 cls._current = cls._begun(pool, num_cpus)
             elif pool.address not in (None, "auto", cls._current.address, cls._current._options["address"]):
-                log.warning("this process is on the Ray cluster at %s, which is used instead of %s", cls._current.address, pool.address)
+                log.warning(
+                    "this process is on the Ray cluster at %s, which is used instead of %s",
+                    cls._current.address,
+                    pool.address,
+                )
             cls._current._users += 1
             return cls._current
 
@@ -85,7 +91,9 @@ class Connection(threading.Thread):
         self.start()
         try:
             if not self._ready.wait(START_SECONDS if address == "local" else JOIN_SECONDS):
-                raise EngineError(f"what is at {address} does not answer like a Ray cluster: set pool.address to one that runs")
+                raise EngineError(
+                    f"what is at {address} does not answer like a Ray cluster: set pool.address to one that runs"
+                )
         except BaseException:
             self._leave.set()
             raise
@@ -103,7 +111,9 @@ class Connection(threading.Thread):
         try:
             ray.init(**self._options)
             named = self._options["address"]
-            self.address = named.removeprefix("ray://") if named.startswith("ray://") else ray.get_runtime_context().gcs_address
+            self.address = (
+                named.removeprefix("ray://") if named.startswith("ray://") else ray.get_runtime_context().gcs_address
+            )
         except Exception as error:  # Ray raises what it likes; it is told where it is waited for
             self._error = error
             self._leave.set()
@@ -117,7 +127,9 @@ def _address(pool: PoolConfig) -> str:
     named = pool.address or os.environ.get("RAY_ADDRESS")
     if named == "local":
         return named
-    from ray._private.services import canonicalize_bootstrap_address  # the file that `ray start` writes has no public reader
+    from ray._private.services import (
+        canonicalize_bootstrap_address,  # the file that `ray start` writes has no public reader
+    )
 
     scheme, _, rest = (named or "").rpartition("://")
     try:
@@ -125,11 +137,15 @@ def _address(pool: PoolConfig) -> str:
     except (ConnectionError, ValueError, OSError):
         found = None
     if found is not None and answers(found):
-        return named or "auto"  # and not what was found: only where it finds a cluster does Ray look for the token it wants
+        return (
+            named or "auto"
+        )  # and not what was found: only where it finds a cluster does Ray look for the token it wants
     if named is None:
         return "local"
     where = "on this machine" if named == "auto" else f"at {named}"
-    raise EngineError(f"no Ray cluster answers {where}: set pool.address to one that runs, or to null to start one for this run")
+    raise EngineError(
+        f"no Ray cluster answers {where}: set pool.address to one that runs, or to null to start one for this run"
+    )
 
 
 def answers(address: str) -> bool:
@@ -169,8 +185,14 @@ def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
     total = sum(map(_gpus, nodes))
     wide = config.across_nodes()
     if wide is None or gpus > total:
-        there = f"{total} GPUs in all" if wide is not None else f"no node with more than {_gpus(largest)}, and {config.name} needs one"
-        raise UsageError(f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or less")
+        there = (
+            f"{total} GPUs in all"
+            if wide is not None
+            else f"no node with more than {_gpus(largest)}, and {config.name} needs one"
+        )
+        raise UsageError(
+            f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or less"
+        )
     # the engine's own processes sit beside some of its GPUs, which they must see but not reserve: its Ray workers will
     here = next(name for name in largest if name.startswith("node:") and not name.startswith("node:__"))
     return Berth(bundle={**cpus, here: NODE}, config=wide, across_nodes=True)
@@ -198,4 +220,6 @@ def alive_nodes() -> list[dict[str, float]]:
 
 def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
-    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or resources.get(name))
+    return ", ".join(
+        f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or resources.get(name)
+    )

@@ -58,7 +58,9 @@ class Hand:
 class Call:
     """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
 
-    def __init__(self, items: list[Item], num_replicas: int, run: Callable[[Hosting, Hand], Generator[Any]], room: int | None):
+    def __init__(
+        self, items: list[Item], num_replicas: int, run: Callable[[Hosting, Hand], Generator[Any]], room: int | None
+    ):
         self.shares = Shares(items, num_replicas)
         self.run = run
         self.room = room  # what a replica has at a time, where it can be topped up
@@ -205,7 +207,9 @@ class Replica:
             self._call = None
 
     def _died(self, call: Call, held: list[Item], error: EngineDiedError) -> None:
-        log.warning("a replica of %s is started again: %s", self._name, str(error).removesuffix(": run it again to go on"))
+        log.warning(
+            "a replica of %s is started again: %s", self._name, str(error).removesuffix(": run it again to go on")
+        )
         call.give_back(held, error)
         if held and held[0].deaths >= MOST_DEATHS:
             self._failures = 0  # its cause was found

@@ -52,7 +52,9 @@ def is_helper(process: psutil.Process) -> bool:
         return True
 
 
-def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), *, last_act: bool = False, patience: float = 2.0) -> None:
+def end(
+    processes: Iterable[psutil.Process], memory: Iterable[Path] = (), *, last_act: bool = False, patience: float = 2.0
+) -> None:
     """Kill the processes, and remove the shared memory that they alone had mapped, now or before (`memory`).
 
     Resource trackers get a moment after the others: they unlink what their dead processes left. `last_act`: this process ends

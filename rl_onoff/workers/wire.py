@@ -20,7 +20,9 @@ from rl_onoff import types
 from rl_onoff.backends.engine import EngineInfo
 from rl_onoff.types import Completion, Request, Response, TokenScores, Want
 
-types.__dict__.setdefault("np", np)  # its annotations name numpy, which it imports for type checkers alone; msgspec evaluates them
+types.__dict__.setdefault(
+    "np", np
+)  # its annotations name numpy, which it imports for type checkers alone; msgspec evaluates them
 
 PROTOCOL = 2  # raise it whenever a message changes its meaning
 PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told

@@ -69,7 +69,9 @@ class Watch(threading.Thread):
     def _note(self) -> list[psutil.Process]:
         """Remember the shared memory of this moment, to be removed at the end; returns this process's descendants."""
         children = psutil.Process().children(recursive=True)
-        self._memory = self._memory | sessions.shared_memory([psutil.Process(), *children])  # a new set: two threads read it
+        self._memory = self._memory | sessions.shared_memory(
+            [psutil.Process(), *children]
+        )  # a new set: two threads read it
         return children
 
     def tidy(self) -> None:

@@ -52,7 +52,12 @@ def test_every_rung_has_a_row(tmp_path: Path) -> None:
 
 def test_temperature_with_logprobs_that_are_scaled_but_called_raw(tmp_path: Path) -> None:
     folder = run_in(
-        tmp_path / "run", "experiment=onoff", *FAKE, "target.noise=0.02", "sampling.temperature=0.7", "backend.logprob_kind=scaled"
+        tmp_path / "run",
+        "experiment=onoff",
+        *FAKE,
+        "target.noise=0.02",
+        "sampling.temperature=0.7",
+        "backend.logprob_kind=scaled",
     )
     rewrite(folder.completions, lambda row: row | LABELLED_RAW)
     found = climb(folder, *FAKE, "target.noise=0.02")
@@ -63,13 +68,20 @@ def test_temperature_with_logprobs_that_are_scaled_but_called_raw(tmp_path: Path
     assert found["gap"] == pytest.approx(k3(*both(folder, target)), rel=1e-6)
     # nothing is cut off, so the processed logprobs that were stored are the scaled ones
     assert row["after"] == pytest.approx(k3(*both(folder, target, "processed_logprobs")), rel=1e-5)
-    assert row["share"] == pytest.approx(1 - row["after"] / found["gap"], rel=1e-6)  # the fake engine repeats itself exactly
+    assert row["share"] == pytest.approx(
+        1 - row["after"] / found["gap"], rel=1e-6
+    )  # the fake engine repeats itself exactly
     assert "sampling transform" in found["sentence"]
 
 
 def test_top_p_with_logprobs_that_are_processed_but_called_raw(tmp_path: Path) -> None:
     folder = run_in(
-        tmp_path / "run", "experiment=onoff", *FAKE, "sampling.top_p=0.8", "backend.logprob_kind=processed", "target.noise=0.001"
+        tmp_path / "run",
+        "experiment=onoff",
+        *FAKE,
+        "sampling.top_p=0.8",
+        "backend.logprob_kind=processed",
+        "target.noise=0.001",
     )
     rewrite(folder.completions, lambda row: row | LABELLED_RAW)
     found = climb(folder, *FAKE, "target.noise=0.001", "attribute.target=fake-smollm2-auto-target")
@@ -107,13 +119,17 @@ def test_text_that_was_tokenised_again(sampled: RunDir, tiny_llama: str, tmp_pat
             logprobs = model(sequence).logits[0].log_softmax(-1)
         at = len(sequence[0]) - len(ids)
         chosen = logprobs[at - 1 : -1].gather(-1, torch.tensor(ids)[:, None])[:, 0].numpy()
-        small = dict.fromkeys(("entropy", "logsumexp", "rank", "top_ids", "top_logprobs", "processed_logprobs", "nucleus_mass"))
+        small = dict.fromkeys(
+            ("entropy", "logsumexp", "rank", "top_ids", "top_logprobs", "processed_logprobs", "nucleus_mass")
+        )
         return row | small | {"token_ids": np.array(ids, np.int32), "logprobs": chosen}
 
     rewrite(folder.scores("again"), score_the_text)
     changed = sum(
         a["token_ids"].tolist() != b["token_ids"].tolist()
-        for a, b in zip(sorted(folder.completions.rows(), key=by_id), sorted(folder.scores("again").rows(), key=by_id), strict=True)
+        for a, b in zip(
+            sorted(folder.completions.rows(), key=by_id), sorted(folder.scores("again").rows(), key=by_id), strict=True
+        )
     )
     assert changed >= 3
     found = climb(folder, "attribute.target=again")
@@ -134,7 +150,9 @@ def test_without_a_mismatch_nothing_is_named(sampled: RunDir, tmp_path: Path) ->
 
 
 def test_an_end_token_that_one_side_lacks(tmp_path: Path) -> None:
-    folder = run_in(tmp_path / "run", "experiment=onoff", *FAKE, "target.noise=0.01", "data.limit=12", "sampling.max_new_tokens=200")
+    folder = run_in(
+        tmp_path / "run", "experiment=onoff", *FAKE, "target.noise=0.01", "data.limit=12", "sampling.max_new_tokens=200"
+    )
     name = next(name for name in folder.score_names() if name.endswith("target"))
 
     def without_last(row: dict[str, Any]) -> dict[str, Any]:
@@ -161,16 +179,29 @@ def noisy_head(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> str
     return str(folder)
 
 
-def test_a_perturbed_lm_head(tiny_llama: str, noisy_head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    engines = (f"model.name={tiny_llama}", "model.dtype=float32", "target=huggingface", f"target.model_name={noisy_head}")
+def test_a_perturbed_lm_head(
+    tiny_llama: str, noisy_head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engines = (
+        f"model.name={tiny_llama}",
+        "model.dtype=float32",
+        "target=huggingface",
+        f"target.model_name={noisy_head}",
+    )
     folder = run_in(tmp_path / "run", "experiment=onoff", *engines, "data.limit=6", "sampling.max_new_tokens=16")
     with caplog.at_level("INFO"):
         found = climb(folder, *engines)
     assert main_cause(found) == "weights" and found["rows"]["weights"]["share"] > 0.99
     assert "they differ in lm_head.weight)" in found["sentence"] and "comes from the weights" in found["sentence"]
-    others = [row["share"] for name, row in found["rows"].items() if name not in ("weights", "noise") and row["share"] is not None]
+    others = [
+        row["share"]
+        for name, row in found["rows"].items()
+        if name not in ("weights", "noise") and row["share"] is not None
+    ]
     assert max(others) < 0.05
-    assert sum("loading" in line for line in caplog.messages) == 2  # the target for the floor, its engine with the other weights
+    assert (
+        sum("loading" in line for line in caplog.messages) == 2
+    )  # the target for the floor, its engine with the other weights
 
 
 def test_precision_is_found_in_head_and_body(tiny_llama: str, tmp_path: Path) -> None:
@@ -232,7 +263,14 @@ def test_sampled_ids_that_were_replaced_by_the_texts(sampled: RunDir, tiny_llama
 
     rewrite(folder.completions, encode)
     shutil.rmtree(folder.path / "scores")
-    run_in(folder.path, "experiment=score", f"model.name={tiny_llama}", "model.dtype=float32", "score.name=again", "stages=[score]")
+    run_in(
+        folder.path,
+        "experiment=score",
+        f"model.name={tiny_llama}",
+        "model.dtype=float32",
+        "score.name=again",
+        "stages=[score]",
+    )
     found = climb(folder)
     assert main_cause(found) == "retokenised" and "re-tokenised text" in found["sentence"]
     assert f"{6 - fitting} of 6 responses have not as many logprobs as ids" in found["sentence"]
@@ -249,7 +287,9 @@ def test_a_head_in_float32(tiny_llama: str) -> None:
     scores = {}
     for head in (None, "float32"):
         options = {"dtype": "bfloat16", "head_dtype": head}
-        with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}) as backend:
+        with create_backend(
+            {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
+        ) as backend:
             (scored,) = backend.score([Response(request_id="a", sample=0, prompt_ids=prompt, token_ids_T=ids)])
             scores[head] = scored.logprobs_T
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
@@ -264,7 +304,9 @@ def test_files_without_any_engine(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [(rng.integers(0, 200, 20).tolist(), (-rng.exponential(1, 20)).tolist()) for _ in range(8)]
     ours = [{"token_ids": ids, "logprobs": q, "logprob_kind": "raw"} for ids, q in rows]
-    theirs = [{"token_ids": ids[:-1], "logprobs": (np.array(q)[:-1] + rng.normal(0, 0.01, 19)).tolist()} for ids, q in rows]
+    theirs = [
+        {"token_ids": ids[:-1], "logprobs": (np.array(q)[:-1] + rng.normal(0, 0.01, 19)).tolist()} for ids, q in rows
+    ]
     for name, content in (("rollouts", ours), ("trainer", theirs)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     files = (f"compare.behaviour={tmp_path / 'rollouts.jsonl'}", f"compare.target={tmp_path / 'trainer.jsonl'}")

@@ -24,7 +24,9 @@ def options_of(name: str) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend(request: pytest.FixtureRequest, smollm2: str) -> Iterator[BaseBackend]:
     """Every backend in turn, loaded, with the built-in model in float32 (the fake has a model of its own)."""
-    built = create_backend({"backend_type": request.param, "model_name": smollm2, "backend_specific": options_of(request.param)})
+    built = create_backend(
+        {"backend_type": request.param, "model_name": smollm2, "backend_specific": options_of(request.param)}
+    )
     with built as loaded:
         yield loaded
 

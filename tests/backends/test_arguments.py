@@ -47,17 +47,27 @@ def test_wrong_arguments_of_generate(named, words, fake):
 
 
 def test_arguments_of_numpy_are_as_good(fake):
-    named = {"max_length": np.int64(3), "temperature": np.float32(0.5), "top_k": np.int32(5), "top_p": np.float64(0.5), "seed": np.int64(1)}
+    named = {
+        "max_length": np.int64(3),
+        "temperature": np.float32(0.5),
+        "top_k": np.int32(5),
+        "top_p": np.float64(0.5),
+        "seed": np.int64(1),
+    }
     assert isinstance(fake.generate("x", **named), str)
 
 
-@pytest.mark.parametrize("prompts", [None, 3, ["a", None], [1.5], [[1.5]], [1, "a"], {"a": 1}, b"a", [{"role": "user"}]], ids=repr)
+@pytest.mark.parametrize(
+    "prompts", [None, 3, ["a", None], [1.5], [[1.5]], [1, "a"], {"a": 1}, b"a", [{"role": "user"}]], ids=repr
+)
 def test_prompts_that_are_none(prompts, fake):
     assert "text" in refused(fake.generate, prompts)
 
 
 @pytest.mark.parametrize(
-    "prompts", ["a", ["a", "b"], [97, 98], [[97], [98, 99]], (97, 98), np.array([97, 98]), [np.array([97])], []], ids=repr
+    "prompts",
+    ["a", ["a", "b"], [97, 98], [[97], [98, 99]], (97, 98), np.array([97, 98]), [np.array([97])], []],
+    ids=repr,
 )
 def test_prompts_in_every_form(prompts, fake):
     fake.generate(prompts, max_length=2)
@@ -77,16 +87,28 @@ def test_the_other_calls(fake):
         ({"model": "m"}, "unknown key 'model' in the backend's config: did you mean model_name?"),
         ({"type": "vllm", "model_name": "m"}, "did you mean backend_type?"),
         ({"model_name": "m", "device": "cpu"}, "options of the engine go under backend_specific"),
-        ({"backend_type": "hf", "model_name": "m"}, "did you mean huggingface? choose one of huggingface, vllm, sglang"),
+        (
+            {"backend_type": "hf", "model_name": "m"},
+            "did you mean huggingface? choose one of huggingface, vllm, sglang",
+        ),
         ({"backend_type": "VLLM", "model_name": "m"}, "did you mean vllm?"),
-        ({"backend_type": None, "model_name": "m"}, "there is no backend None: choose one of huggingface, vllm, sglang"),
+        (
+            {"backend_type": None, "model_name": "m"},
+            "there is no backend None: choose one of huggingface, vllm, sglang",
+        ),
         ({"backend_type": "huggingface"}, "set model_name to"),
         ({"model_name": 3}, "set model_name to"),
         ({"model_name": "m", "backend_specific": ["cpu"]}, "must be a mapping of the engine's options"),
-        ({"model_name": "m", "backend_specific": {"devise": "cpu"}}, "huggingface has no option 'devise': did you mean device?"),
+        (
+            {"model_name": "m", "backend_specific": {"devise": "cpu"}},
+            "huggingface has no option 'devise': did you mean device?",
+        ),
         ({"model_name": "m", "backend_specific": {"tp_size": "2"}}, "tp_size is '2' but must be of type int or None"),
         ({"model_name": "m", "backend_specific": {"logprob_kind": "rawer"}}, "must be one of raw, scaled, processed"),
-        ({"model_name": "m", "backend_specific": {"torch_dtype": "bf16"}}, "backend.torch_dtype is 'bf16' but must be one of auto"),
+        (
+            {"model_name": "m", "backend_specific": {"torch_dtype": "bf16"}},
+            "backend.torch_dtype is 'bf16' but must be one of auto",
+        ),
         ("huggingface", "a config is a mapping"),
     ],
 )
@@ -95,14 +117,31 @@ def test_wrong_configs(config, words):
 
 
 def test_configs_that_look_odd_and_are_right():
-    create_backend({"model_name": "m", "backend_specific": {"device_map": {"": 0}, "engine_kwargs": {"a": [1]}, "logprob_kind": "scaled"}})
-    create_backend({"backend_type": "vllm", "model_name": "m", "backend_specific": {"gpu_memory_utilization": 1, "max_model_len": None}})
+    create_backend(
+        {
+            "model_name": "m",
+            "backend_specific": {"device_map": {"": 0}, "engine_kwargs": {"a": [1]}, "logprob_kind": "scaled"},
+        }
+    )
+    create_backend(
+        {
+            "backend_type": "vllm",
+            "model_name": "m",
+            "backend_specific": {"gpu_memory_utilization": 1, "max_model_len": None},
+        }
+    )
 
 
 @pytest.mark.parametrize("name", engine_configs())
 def test_samplers_that_every_engine_has(name):
     backend = create_backend({"backend_type": name, "model_name": "m"})
-    for sampling in (Sampling(), Sampling(temperature=0), Sampling(top_p=0.9, top_k=5), Sampling(min_p=0.1), Sampling(stop=["a"])):
+    for sampling in (
+        Sampling(),
+        Sampling(temperature=0),
+        Sampling(top_p=0.9, top_k=5),
+        Sampling(min_p=0.1),
+        Sampling(stop=["a"]),
+    ):
         backend.check_sampling(sampling)
     assert not backend.is_loaded()
 
@@ -110,10 +149,18 @@ def test_samplers_that_every_engine_has(name):
 @pytest.mark.parametrize(
     ("name", "sampling", "words"),
     [
-        ("vllm", Sampling(temperature=3), "sampling.temperature is 3 but vLLM takes 0 (greedy) or 0.01 to 2.0: set sampling.temperature=1"),
+        (
+            "vllm",
+            Sampling(temperature=3),
+            "sampling.temperature is 3 but vLLM takes 0 (greedy) or 0.01 to 2.0: set sampling.temperature=1",
+        ),
         ("vllm", Sampling(temperature=0.001), "sampling.temperature is 0.001"),
         ("vllm", Sampling(min_p=0.1, top_p=0.9), "set sampling.min_p=0 or sampling.top_p=1"),
-        ("sglang", Sampling(stop=[str(i) for i in range(33)]), "sampling.stop has 33 strings but SGLang takes at most 32"),
+        (
+            "sglang",
+            Sampling(stop=[str(i) for i in range(33)]),
+            "sampling.stop has 33 strings but SGLang takes at most 32",
+        ),
     ],
 )
 def test_samplers_an_engine_does_not_have(name, sampling, words):

@@ -27,12 +27,17 @@ CHAT = [
 
 def chat_ids(backend: BaseBackend, question: str) -> np.ndarray:
     tokenizer = backend.get_tokenizer()
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
     return np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
 def requests_for(backend: BaseBackend, questions: list[str], **sampling: Any) -> list[Request]:
-    return [Request(id=str(i), prompt_ids=chat_ids(backend, q), sampling=Sampling(**sampling)) for i, q in enumerate(questions)]
+    return [
+        Request(id=str(i), prompt_ids=chat_ids(backend, q), sampling=Sampling(**sampling))
+        for i, q in enumerate(questions)
+    ]
 
 
 def complete(backend: BaseBackend, requests: list[Request]) -> dict[tuple[str, int], Completion]:
@@ -45,7 +50,10 @@ def random_responses(backend: BaseBackend, count: int = 64, seed: int = 0, longe
     No prompt is a single token: there float32 itself is off by 1e-3 in SmolLM2's entropy, measured against float64.
     """
     rng = np.random.default_rng(seed)
-    text = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42.\nHowever, nobody knows why; see also the appendix. " * 4
+    text = (
+        "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42.\nHowever, nobody knows why; see also the appendix. "
+        * 4
+    )
     source = np.asarray(backend.encode(text), np.int32)
 
     def piece(shortest: int) -> np.ndarray:
@@ -141,7 +149,9 @@ def test_a_stop_string_cuts_the_text_and_keeps_the_ids(backend: BaseBackend) -> 
     whole = complete(backend, requests_for(backend, [question], max_new_tokens=30, temperature=0))["0", 0]
     stop = whole.text[4:7]
     first = whole.text.index(stop)
-    stopped = complete(backend, requests_for(backend, [question], max_new_tokens=30, temperature=0, stop=["never this", stop]))["0", 0]
+    stopped = complete(
+        backend, requests_for(backend, [question], max_new_tokens=30, temperature=0, stop=["never this", stop])
+    )["0", 0]
     assert stopped.finish_reason is FinishReason.stop
     assert stopped.text == whole.text[:first]
     length = len(stopped.token_ids_T)
@@ -188,14 +198,20 @@ class Trickle:
 
 
 def test_work_that_comes_while_it_works(backend: BaseBackend) -> None:
-    long, *short = (requests_for(backend, [q], max_new_tokens=n, seed=3)[0] for q, n in zip(CHAT, (40, 2, 2, 2, 2), strict=False))
+    long, *short = (
+        requests_for(backend, [q], max_new_tokens=n, seed=3)[0] for q, n in zip(CHAT, (40, 2, 2, 2, 2), strict=False)
+    )
     requests = [long, *(replace(request, id=str(i)) for i, request in enumerate(short, 1))]
     expected = complete(backend, requests)
     core = backend._core
     came = {completion.key: completion for completion in core._generate_from(Trickle(requests))}  # type: ignore[union-attr]
-    assert {key: c.token_ids_T.tolist() for key, c in came.items()} == {key: c.token_ids_T.tolist() for key, c in expected.items()}
+    assert {key: c.token_ids_T.tolist() for key, c in came.items()} == {
+        key: c.token_ids_T.tolist() for key, c in expected.items()
+    }
     if backend.name in ("vllm", "sglang"):
-        assert next(reversed(came)) == ("0", 0), "the long one is still at work when all others, which came later, are done"
+        assert next(reversed(came)) == ("0", 0), (
+            "the long one is still at work when all others, which came later, are done"
+        )
 
 
 def test_samples_and_seeds_differ_and_a_sample_can_be_drawn_alone(backend: BaseBackend) -> None:
@@ -207,13 +223,17 @@ def test_samples_and_seeds_differ_and_a_sample_can_be_drawn_alone(backend: BaseB
     assert list(only) == [("0", 2)]
     assert only["0", 2].token_ids_T.tolist() == done["0", 2].token_ids_T.tolist()
     other = complete(backend, requests_for(backend, CHAT[1:2], max_new_tokens=16, n=4, seed=6))
-    assert {tuple(c.token_ids_T.tolist()) for c in other.values()} != {tuple(c.token_ids_T.tolist()) for c in done.values()}
+    assert {tuple(c.token_ids_T.tolist()) for c in other.values()} != {
+        tuple(c.token_ids_T.tolist()) for c in done.values()
+    }
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
 def test_truncation_to_one_token_is_greedy(backend: BaseBackend, sampling: dict[str, Any]) -> None:
     greedy = complete(backend, requests_for(backend, CHAT[:3], max_new_tokens=8, temperature=0))
-    truncated = complete(backend, requests_for(backend, CHAT[:3], max_new_tokens=8, temperature=1.3, seed=9, **sampling))
+    truncated = complete(
+        backend, requests_for(backend, CHAT[:3], max_new_tokens=8, temperature=1.3, seed=9, **sampling)
+    )
     for key, completion in greedy.items():
         assert truncated[key].token_ids_T.tolist() == completion.token_ids_T.tolist()
 
@@ -235,7 +255,9 @@ def greedy_ids(reference: Any, smollm2: str) -> list[list[int]]:
     answers = []
     for question in CHAT:
         messages = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         with torch.no_grad():
             output = reference.generate(**prompt, max_new_tokens=NUM_GREEDY, do_sample=False, repetition_penalty=1.0)
         answers.append(output[0, prompt["input_ids"].shape[1] :].tolist())
@@ -245,7 +267,10 @@ def greedy_ids(reference: Any, smollm2: str) -> list[list[int]]:
 def test_sampled_logprobs_are_the_scored_ones(backend: BaseBackend) -> None:
     requests = requests_for(backend, CHAT[:5], max_new_tokens=20, temperature=0.8, top_k=30, top_p=0.9, seed=2)
     done = complete(backend, requests)
-    responses = [Response(request_id=r.id, sample=0, prompt_ids=r.prompt_ids, token_ids_T=done[r.id, 0].token_ids_T) for r in requests]
+    responses = [
+        Response(request_id=r.id, sample=0, prompt_ids=r.prompt_ids, token_ids_T=done[r.id, 0].token_ids_T)
+        for r in requests
+    ]
     for scores in backend.score(responses):
         np.testing.assert_allclose(scores.logprobs_T, done[scores.key].logprobs_T, atol=5e-4)
 
@@ -277,13 +302,18 @@ def test_scores_are_those_of_a_plain_forward_pass(backend: BaseBackend, referenc
 def test_responses_that_share_a_prompt(backend: BaseBackend, reference: Any) -> None:
     pieces = random_responses(backend, count=9, seed=4)
     prompt_ids = np.concatenate([pieces[8].prompt_ids, pieces[8].token_ids_T, pieces[7].prompt_ids])
-    shared = [Response(request_id="same", sample=i, prompt_ids=prompt_ids, token_ids_T=pieces[i].token_ids_T) for i in range(8)]
+    shared = [
+        Response(request_id="same", sample=i, prompt_ids=prompt_ids, token_ids_T=pieces[i].token_ids_T)
+        for i in range(8)
+    ]
     for _ in range(2):  # the second time every engine that caches prompts has this one
         for scores in list(backend.score(shared, Want(top_k=1))):
             (alone,) = backend.score([shared[scores.sample]], Want(top_k=1))
             np.testing.assert_allclose(scores.logprobs_T, alone.logprobs_T, atol=TOLERANCE)
             if backend.name != "fake":
-                np.testing.assert_allclose(scores.logprobs_T, plain(reference, shared[scores.sample]).chosen_T, atol=TOLERANCE)
+                np.testing.assert_allclose(
+                    scores.logprobs_T, plain(reference, shared[scores.sample]).chosen_T, atol=TOLERANCE
+                )
 
 
 def test_full_logits(backend: BaseBackend, reference: Any) -> None:
@@ -291,7 +321,10 @@ def test_full_logits(backend: BaseBackend, reference: Any) -> None:
     for scores in backend.score(responses, Want(full_logits=True, top_k=2)):
         response = next(r for r in responses if r.key == scores.key)
         assert scores.logits_TV is not None
-        assert scores.logits_TV.shape == (len(response.token_ids_T), backend.info.vocab_size) and scores.logits_TV.dtype == np.float32
+        assert (
+            scores.logits_TV.shape == (len(response.token_ids_T), backend.info.vocab_size)
+            and scores.logits_TV.dtype == np.float32
+        )
         if backend.name != "fake":
             np.testing.assert_allclose(scores.logits_TV, plain_logits(reference, response), atol=5e-3)
 
@@ -350,7 +383,9 @@ def test_text_in_text_out(backend: BaseBackend) -> None:
 
 
 def test_generate_with_logits_and_probabilities(backend: BaseBackend) -> None:
-    result = backend.generate("The capital of France is", max_length=5, temperature=0.7, return_logits=True, return_probs=True)
+    result = backend.generate(
+        "The capital of France is", max_length=5, temperature=0.7, return_logits=True, return_probs=True
+    )
     assert set(result) == {"text", "token_ids", "logprobs", "finish_reason", "logits", "probs"}
     shape = (len(result["token_ids"]), backend.info.vocab_size)
     assert result["logits"].shape == result["probs"].shape == shape
@@ -362,7 +397,11 @@ def test_generate_with_logits_and_probabilities(backend: BaseBackend) -> None:
 def test_logits_and_probabilities_of_a_given_response(backend: BaseBackend) -> None:
     logits = backend.get_logits("The capital of France is", " Paris, of course")
     ids = backend.get_tokenizer().encode(" Paris, of course", add_special_tokens=False)
-    assert isinstance(logits, np.ndarray) and logits.shape == (len(ids), backend.info.vocab_size) and logits.dtype == np.float32
+    assert (
+        isinstance(logits, np.ndarray)
+        and logits.shape == (len(ids), backend.info.vocab_size)
+        and logits.dtype == np.float32
+    )
     several = backend.get_logits(["The capital of France is", "One plus one is"], [" Paris, of course", " two"])
     np.testing.assert_allclose(several[0], logits, atol=5e-3)
     probs = backend.get_probabilities("The capital of France is", " Paris, of course", temperature=2.0)

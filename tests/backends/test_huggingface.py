@@ -42,7 +42,9 @@ def families() -> dict[str, Any]:
         "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1,
     }  # fmt: skip
     return {
-        "gpt2": GPT2Config(vocab_size=49152, n_embd=64, n_layer=2, n_head=2, n_positions=256, eos_token_id=2, bos_token_id=1),
+        "gpt2": GPT2Config(
+            vocab_size=49152, n_embd=64, n_layer=2, n_head=2, n_positions=256, eos_token_id=2, bos_token_id=1
+        ),
         "gemma2": Gemma2Config(**shape, final_logit_softcapping=5.0, sliding_window=8, query_pre_attn_scalar=32),
         "cohere": CohereConfig(**{k: v for k, v in shape.items() if k != "head_dim"}, logit_scale=0.25),
         "granite": GraniteConfig(**{k: v for k, v in shape.items() if k != "head_dim"}, logits_scaling=3.0),
@@ -58,18 +60,26 @@ def some_responses(seed: int, count: int = 12) -> list[Response]:
 
     alone = [Response(request_id=f"{i}", sample=0, prompt_ids=ids(1, 30), token_ids_T=ids(1, 40)) for i in range(count)]
     prompt_ids = ids(20, 30)
-    return alone + [Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=ids(1, 40)) for i in range(4)]
+    return alone + [
+        Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=ids(1, 40)) for i in range(4)
+    ]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "cohere", "granite", "mistral"])
-def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(family: str, tmp_path: Any, smollm2: str) -> None:
+def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(
+    family: str, tmp_path: Any, smollm2: str
+) -> None:
     path = random_model(tmp_path, families()[family], smollm2)
-    with create_backend({"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}) as backend:
+    with create_backend(
+        {"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}
+    ) as backend:
         assert backend._split.splits
         responses = {r.key: r for r in some_responses(1)}
         for scores in backend.score(responses.values(), Want(full_logits=True)):
             response = responses[scores.key]
-            sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64))
+            sequence = torch.as_tensor(
+                np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64)
+            )
             with torch.no_grad():
                 plain = backend._split.whole(sequence).logits[0, len(response.prompt_ids) - 1 : -1].float().numpy()
             assert scores.logits_TV is not None
@@ -99,14 +109,18 @@ def test_a_model_that_does_not_split_is_scored_whole(tiny: BaseBackend, caplog: 
         assert not tiny._split.splits and "cannot be split" in caplog.text
         for scores in tiny.score(some_responses(3), Want(top_k=2)):
             np.testing.assert_allclose(scores.logprobs_T, expected[scores.key], atol=1e-4)
-        (completion,) = tiny.complete([Request(id="a", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=4))])
+        (completion,) = tiny.complete(
+            [Request(id="a", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=4))]
+        )
         assert len(completion.token_ids_T) == 4
     finally:
         tiny._split = split
 
 
 def test_gradients_of_given_responses_reach_the_weights(tiny: BaseBackend) -> None:
-    logits = tiny.get_logits(["The capital of France is", "One plus one is"], [" Paris, I think", " two"], compute_gradients=True)
+    logits = tiny.get_logits(
+        ["The capital of France is", "One plus one is"], [" Paris, I think", " two"], compute_gradients=True
+    )
     weight = tiny._split.whole.model.layers[0].self_attn.q_proj.weight
     weight.grad = None
     loss = sum(-row.log_softmax(-1)[:, 0].sum() for row in logits)
@@ -139,7 +153,9 @@ def test_scoring_still_builds_no_graph_after_gradients_were_asked_for(tiny: Base
 
 
 def test_the_context_ends_a_response(tiny: BaseBackend) -> None:
-    request = Request(id="long", prompt_ids=np.arange(5, 5 + tiny.info.max_len - 3, dtype=np.int32), sampling=Sampling(temperature=0))
+    request = Request(
+        id="long", prompt_ids=np.arange(5, 5 + tiny.info.max_len - 3, dtype=np.int32), sampling=Sampling(temperature=0)
+    )
     (completion,) = tiny.complete([request])
     assert 1 <= len(completion.token_ids_T) <= 3
 
@@ -157,7 +173,9 @@ def test_nothing_comes_from_the_generation_config(tiny_llama: str, tmp_path: Any
     requests = [Request(id="0", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=30, seed=4))]
     ids = []
     for path in (tiny_llama, str(folder)):
-        with create_backend({"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}) as backend:
+        with create_backend(
+            {"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}
+        ) as backend:
             ids.append(next(iter(backend.complete(requests))).token_ids_T.tolist())
     assert ids[0] == ids[1]
 
@@ -167,7 +185,9 @@ def test_kinds_of_logprobs(tiny_llama: str, kind: LogprobKind) -> None:
     options = {"torch_dtype": "float32", "logprob_kind": kind.value}
     sampling = Sampling(max_new_tokens=12, temperature=0.5, top_k=5, seed=2)
     prompt_ids = np.arange(9, dtype=np.int32)
-    with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}) as backend:
+    with create_backend(
+        {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
+    ) as backend:
         (completion,) = backend.complete([Request(id="0", prompt_ids=prompt_ids, sampling=sampling)])
         response = Response(request_id="0", sample=0, prompt_ids=prompt_ids, token_ids_T=completion.token_ids_T)
         (scores,) = backend.score([response], Want(sampler=sampling, full_logits=True))

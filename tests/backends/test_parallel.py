@@ -22,18 +22,30 @@ PROMPTS = [[(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))] for i in 
 SAMPLING = Sampling(max_new_tokens=12, n=2, seed=3, top_k=20)
 REQUESTS = [Request(id=str(i), prompt_ids=np.array(ids, np.int32), sampling=SAMPLING) for i, ids in enumerate(PROMPTS)]
 RESPONSES = [
-    Response(request_id=request.id, sample=s, prompt_ids=request.prompt_ids, token_ids_T=np.array(PROMPTS[(i + s + 1) % 12], np.int32))
+    Response(
+        request_id=request.id,
+        sample=s,
+        prompt_ids=request.prompt_ids,
+        token_ids_T=np.array(PROMPTS[(i + s + 1) % 12], np.int32),
+    )
     for i, request in enumerate(REQUESTS)
     for s in range(2)
 ]
 
 
-MANY = [Request(id=f"m{i}", prompt_ids=np.array(PROMPTS[i % 12], np.int32), sampling=SAMPLING.replace(n=1, seed=i)) for i in range(200)]
+MANY = [
+    Request(id=f"m{i}", prompt_ids=np.array(PROMPTS[i % 12], np.int32), sampling=SAMPLING.replace(n=1, seed=i))
+    for i in range(200)
+]
 
 
-def made_by(name: str, model: str, kills: int = 0, **options: Any) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
+def made_by(
+    name: str, model: str, kills: int = 0, **options: Any
+) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
     """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
-    with create_backend({"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}) as backend:
+    with create_backend(
+        {"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}
+    ) as backend:
         completions = list(backend.complete(REQUESTS))
         scores = list(backend.score(RESPONSES, Want(top_k=3, full_logits=True)))
         completions += in_spite_of(kills, backend)
@@ -87,7 +99,9 @@ def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, caps
 @pytest.mark.timeout(120)
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
     options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2}
-    with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}) as backend:
+    with create_backend(
+        {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
+    ) as backend:
         with pytest.raises(UsageError, match=r"no gradients with backend\.tp_size=2"):
             backend.get_logits("a", "b", compute_gradients=True)
         stream = backend.complete(REQUESTS)
@@ -98,9 +112,13 @@ def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whol
         rank.kill()
         with pytest.raises(EngineDiedError, match=f"pid {rank.pid}"):
             list(backend.score(RESPONSES))
-    with create_backend({"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options | {"tp_size": 1}}) as one:
+    with create_backend(
+        {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options | {"tp_size": 1}}
+    ) as one:
         for expected in one.score(RESPONSES, Want(full_logits=True)):
-            np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)  # steps of bfloat16
+            np.testing.assert_allclose(
+                scores[expected.key].logits_TV, expected.logits_TV, atol=0.25
+            )  # steps of bfloat16
 
 
 @pytest.mark.timeout(60)
@@ -124,4 +142,6 @@ def test_what_cannot_be_split_is_refused(request, model, options, words):
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_replicas_of_an_engine_give_what_one_gives(name, tiny_llama):
     options = {"vllm": {"max_model_len": 256}, "sglang": {"context_length": 256}}[name]
-    assert_same(made_by(name, tiny_llama, kills=1, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4)
+    assert_same(
+        made_by(name, tiny_llama, kills=1, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4
+    )

@@ -19,7 +19,9 @@ from tests.backends.conftest import options_of
 
 @pytest.fixture(scope="module", params=["huggingface", "vllm", "sglang"])
 def backend(request: pytest.FixtureRequest, smollm2: str) -> Iterator[BaseBackend]:
-    backend = create_backend({"backend_type": request.param, "model_name": smollm2, "backend_specific": options_of(request.param)})
+    backend = create_backend(
+        {"backend_type": request.param, "model_name": smollm2, "backend_specific": options_of(request.param)}
+    )
     backend.load()
     yield backend
     backend.close()
@@ -122,16 +124,26 @@ def test_errors_of_the_configuration() -> None:
     with pytest.raises(ValueError, match="takes a HuggingFaceBackendConfig"):
         BackendConfig(backend_type="huggingface", model_name="gpt2", backend_config=VLLMBackendConfig())
     with pytest.raises(ValueError, match="one option with two values"):
-        create_backend({"backend_type": "vllm", "model_name": "gpt2", "backend_specific": {"tp_size": 2, "tensor_parallel_size": 3}})
+        create_backend(
+            {
+                "backend_type": "vllm",
+                "model_name": "gpt2",
+                "backend_specific": {"tp_size": 2, "tensor_parallel_size": 3},
+            }
+        )
     with pytest.raises(ValueError, match="decided elsewhere"):
-        create_backend({"backend_type": "vllm", "model_name": "gpt2", "backend_specific": {"engine_kwargs": {"seed": 3}}})
+        create_backend(
+            {"backend_type": "vllm", "model_name": "gpt2", "backend_specific": {"engine_kwargs": {"seed": 3}}}
+        )
     with pytest.raises(ValueError, match="cannot report scaled logprobs"):
         create_backend({"backend_type": "vllm", "model_name": "gpt2", "backend_specific": {"logprob_kind": "scaled"}})
     with pytest.raises(ValueError, match="no config file"):
         BackendConfig.from_file("nowhere.yaml")
 
 
-def test_a_missing_engine_is_an_import_error_that_names_the_extra(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_engine_is_an_import_error_that_names_the_extra(
+    smollm2: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "vllm", None)  # Python's own way to say that a module is not there

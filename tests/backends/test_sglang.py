@@ -85,7 +85,9 @@ def assert_scores(scores: Sequence[TokenScores], responses: Sequence[Response], 
             if name in ("rank_T", "top_ids_TK"):
                 assert (got != expected).sum() <= 0.01 * got.size, name  # equal where not tied
             else:
-                assert np.abs(got[finite] - expected[finite]).max(initial=0) < (5e-3 if name == "logits_TV" else TOLERANCE), name
+                assert np.abs(got[finite] - expected[finite]).max(initial=0) < (
+                    5e-3 if name == "logits_TV" else TOLERANCE
+                ), name
 
 
 def response(text_ids: np.ndarray, num_prompt: int, num_tokens: int, sample: int = 0, shift: int = 0) -> Response:
@@ -102,7 +104,9 @@ def text_ids(chunked: BaseBackend) -> np.ndarray:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def test_eight_long_responses_share_a_prompt_in_pieces(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+def test_eight_long_responses_share_a_prompt_in_pieces(
+    chunked: BaseBackend, text_ids: np.ndarray, reference: Any
+) -> None:
     responses = [response(text_ids, 75, 10 + 7 * i, sample=i, shift=3 * i) for i in range(8)]
     want = Want(top_k=5)
     assert_scores(list(chunked.score(responses, want)), responses, reference, want)
@@ -143,7 +147,9 @@ def test_two_tensor_parallel_ranks(pair: BaseBackend, tiny_reference: Any) -> No
     want = Want(top_k=3, full_logits=True)
     assert_scores(list(pair.score(responses, want)), responses, tiny_reference, want)
 
-    (completion,) = pair.complete([Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))])
+    (completion,) = pair.complete(
+        [Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))]
+    )
     assert completion.kind is LogprobKind.scaled
     asked = Response(request_id="a", sample=0, prompt_ids=ids[:12], token_ids_T=completion.token_ids_T)
     scaled = plain(tiny_reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
@@ -155,19 +161,30 @@ def test_two_tensor_parallel_ranks(pair: BaseBackend, tiny_reference: Any) -> No
 
 def test_a_response_depends_on_its_seed_alone(chunked: BaseBackend, text_ids: np.ndarray) -> None:
     base = Sampling(max_new_tokens=12, n=3, seed=5)
-    samplings = [base, base.replace(top_k=20, top_p=0.8), base.replace(min_p=0.1, temperature=1.5), base.replace(temperature=0.0)]
-    requests = [Request(id=str(i), prompt_ids=text_ids[: 9 + i], sampling=sampling) for i, sampling in enumerate(samplings)]
+    samplings = [
+        base,
+        base.replace(top_k=20, top_p=0.8),
+        base.replace(min_p=0.1, temperature=1.5),
+        base.replace(temperature=0.0),
+    ]
+    requests = [
+        Request(id=str(i), prompt_ids=text_ids[: 9 + i], sampling=sampling) for i, sampling in enumerate(samplings)
+    ]
     together = {completion.key: completion for completion in chunked.complete(requests)}
     assert len(together) == 12
     for i, request in enumerate(requests):
-        (alone,) = chunked.complete([Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))])
+        (alone,) = chunked.complete(
+            [Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))]
+        )
         assert np.array_equal(alone.token_ids_T, together[alone.key].token_ids_T)
     assert len({tuple(together["0", sample].token_ids_T) for sample in range(3)}) == 3
     assert len({tuple(together["3", sample].token_ids_T) for sample in range(3)}) == 1
 
 
 def test_the_same_seed_draws_what_our_own_loop_draws(chunked: BaseBackend, text_ids: np.ndarray, smollm2: str) -> None:
-    huggingface = create_backend({"backend_type": "huggingface", "model_name": smollm2, "backend_specific": {"dtype": "float32"}})
+    huggingface = create_backend(
+        {"backend_type": "huggingface", "model_name": smollm2, "backend_specific": {"dtype": "float32"}}
+    )
     sampling = Sampling(max_new_tokens=12, n=2, temperature=0.9, top_k=50, top_p=0.95, min_p=0.02, seed=3)
     request = Request(id="a", prompt_ids=text_ids[:20], sampling=sampling)
     ours = {c.key: c for c in chunked.complete([request])}
@@ -177,15 +194,24 @@ def test_the_same_seed_draws_what_our_own_loop_draws(chunked: BaseBackend, text_
 
 
 def test_the_engine_survives_an_abandoned_call(chunked: BaseBackend, text_ids: np.ndarray) -> None:
-    stream = chunked.complete([Request(id="a", prompt_ids=text_ids[:20], sampling=Sampling(max_new_tokens=300, n=6, stop=[" ", "."]))])
+    stream = chunked.complete(
+        [Request(id="a", prompt_ids=text_ids[:20], sampling=Sampling(max_new_tokens=300, n=6, stop=[" ", "."]))]
+    )
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert len(list(chunked.complete([Request(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))]))) == 1
+    assert (
+        len(list(chunked.complete([Request(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))])))
+        == 1
+    )
 
 
 def test_limits_are_named_before_anything_runs(chunked: BaseBackend, text_ids: np.ndarray) -> None:
     with pytest.raises(UsageError, match="at most 32"):
-        list(chunked.complete([Request(id="a", prompt_ids=text_ids[:9], sampling=Sampling(stop=[f"s{i}" for i in range(33)]))]))
+        list(
+            chunked.complete(
+                [Request(id="a", prompt_ids=text_ids[:9], sampling=Sampling(stop=[f"s{i}" for i in range(33)]))]
+            )
+        )
     with pytest.raises(UsageError, match=r"backend\.logprob_kind"):
         SGLangBackend(SGLangBackendConfig(model_name="smollm2", logprob_kind=LogprobKind.processed))
 
@@ -201,8 +227,15 @@ def test_a_response_may_fill_the_context(chunked: BaseBackend, text_ids: np.ndar
 
 def test_every_sampling_argument_is_explicit() -> None:
     args = SGLangBackend.sampling_args(Sampling(top_k=0, temperature=0.0, max_new_tokens=7, stop=["x"]), (2, 5), seed=9)
-    assert args["top_k"] == 1 << 30 and args["temperature"] == 0 and args["stop_token_ids"] == [2, 5] and args["sampling_seed"] == 9
-    assert args["n"] == 1 and args["stop"] == ["x"] and args["repetition_penalty"] == 1.0 and args["max_new_tokens"] == 7
+    assert (
+        args["top_k"] == 1 << 30
+        and args["temperature"] == 0
+        and args["stop_token_ids"] == [2, 5]
+        and args["sampling_seed"] == 9
+    )
+    assert (
+        args["n"] == 1 and args["stop"] == ["x"] and args["repetition_penalty"] == 1.0 and args["max_new_tokens"] == 7
+    )
 
 
 # -- death -------------------------------------------------------------------------------------------------------------

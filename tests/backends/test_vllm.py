@@ -69,7 +69,10 @@ def check(scores: TokenScores, expected: TokenScores, want: Want = EVERYTHING) -
 
 def texts(backend: BaseBackend, count: int, seed: int = 0) -> list[np.ndarray]:
     """Pieces of plain text, as token ids."""
-    text = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42.\nHowever, nobody knows why; see also the appendix. " * 8
+    text = (
+        "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42.\nHowever, nobody knows why; see also the appendix. "
+        * 8
+    )
     source = np.asarray(backend.encode(text), np.int32)
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, len(source) - 60, count)
@@ -79,7 +82,10 @@ def texts(backend: BaseBackend, count: int, seed: int = 0) -> list[np.ndarray]:
 def sharing_a_prompt(backend: BaseBackend, count: int = 8, seed: int = 0) -> list[Response]:
     *pieces, a, b, c = texts(backend, count + 3, seed)
     prompt_ids = np.concatenate([a, b, c, a, b])
-    return [Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=piece) for i, piece in enumerate(pieces)]
+    return [
+        Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=piece)
+        for i, piece in enumerate(pieces)
+    ]
 
 
 # -- a real model, whose prefill is cut small --------------------------------------------------------------------------
@@ -108,7 +114,9 @@ def test_a_response_that_this_engine_has_just_sampled(chunked: BaseBackend, refe
     prompt_ids = np.concatenate(texts(chunked, 6, seed=3))[:40]  # not cut: see vllm_engine.py on seeds
     request = Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=70, temperature=0.9))
     completions = list(chunked.complete([request]))
-    responses = [Response(request_id="a", sample=c.sample, prompt_ids=prompt_ids, token_ids_T=c.token_ids_T) for c in completions]
+    responses = [
+        Response(request_id="a", sample=c.sample, prompt_ids=prompt_ids, token_ids_T=c.token_ids_T) for c in completions
+    ]
     got = {s.key: s for s in chunked.score(responses, Want())}
     for completion, response in zip(completions, responses, strict=True):
         check(got[response.key], plain(reference, response, Want()), Want())
@@ -121,7 +129,9 @@ def test_the_longest_sequence_and_the_shortest(chunked: BaseBackend, reference: 
         Response(request_id="long", sample=0, prompt_ids=ids[:-40], token_ids_T=ids[-40:]),
         Response(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[1:2]),
     ]
-    for scores, response in zip(sorted(chunked.score(responses, Want()), key=lambda s: s.request_id), responses, strict=True):
+    for scores, response in zip(
+        sorted(chunked.score(responses, Want()), key=lambda s: s.request_id), responses, strict=True
+    ):
         check(scores, plain(reference, response, Want()), Want())
 
 
@@ -133,7 +143,9 @@ def tiny_reference(tiny_llama: str) -> Any:
     return reference_of(tiny_llama)
 
 
-def test_the_public_api_gives_the_same_numbers_and_the_engine_still_samples(tiny_llama: str, tiny_reference: Any) -> None:
+def test_the_public_api_gives_the_same_numbers_and_the_engine_still_samples(
+    tiny_llama: str, tiny_reference: Any
+) -> None:
     with create_backend(config(tiny_llama, in_engine_stats=False)) as backend:
         assert not backend.info.in_engine_stats
         ids = np.concatenate(texts(backend, 4))[:60]
@@ -147,16 +159,23 @@ def test_the_public_api_gives_the_same_numbers_and_the_engine_still_samples(tiny
         (completion,) = backend.complete([request])
         assert completion.kind is LogprobKind.raw
         sampled = Response(request_id="a", sample=0, prompt_ids=request.prompt_ids, token_ids_T=completion.token_ids_T)
-        np.testing.assert_allclose(completion.logprobs_T, plain(tiny_reference, sampled, Want()).logprobs_T, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            completion.logprobs_T, plain(tiny_reference, sampled, Want()).logprobs_T, atol=TOLERANCE
+        )
 
 
 def test_a_vllm_without_the_runner_we_know_degrades_loudly(tiny_llama: str, caplog: pytest.LogCaptureFixture) -> None:
     with GoneVLLM(config(tiny_llama)) as backend:
         assert not backend.info.in_engine_stats
-        assert "not computed inside this vLLM (AttributeError: 'ModelRunner' object has no attribute 'requests')" in caplog.text
+        assert (
+            "not computed inside this vLLM (AttributeError: 'ModelRunner' object has no attribute 'requests')"
+            in caplog.text
+        )
 
 
-def test_a_vllm_that_moved_its_insides_degrades_loudly(tiny_llama: str, tiny_reference: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vllm_that_moved_its_insides_degrades_loudly(
+    tiny_llama: str, tiny_reference: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     with MovedVLLM(config(tiny_llama)) as backend:
         assert not backend.info.in_engine_stats
         assert "not computed inside this vLLM (its logprobs are off by" in caplog.text
@@ -182,18 +201,27 @@ def test_processed_logprobs_are_those_of_the_sampler(tiny_llama: str) -> None:
         samplers = {
             "k": Sampling(top_k=5, temperature=0.7), "p": Sampling(top_p=0.5), "m": Sampling(min_p=0.2), "greedy": Sampling(temperature=0),
         }  # fmt: skip
-        requests = [Request(id=name, prompt_ids=prompt_ids, sampling=s.replace(max_new_tokens=12, n=2)) for name, s in samplers.items()]
+        requests = [
+            Request(id=name, prompt_ids=prompt_ids, sampling=s.replace(max_new_tokens=12, n=2))
+            for name, s in samplers.items()
+        ]
         for completion in list(backend.complete(requests)):
             assert completion.kind is LogprobKind.processed
             response = Response(request_id="a", sample=0, prompt_ids=prompt_ids, token_ids_T=completion.token_ids_T)
             (scores,) = backend.score([response], Want(sampler=samplers[completion.request_id]))
-            np.testing.assert_allclose(completion.logprobs_T, scores.processed_logprobs_T, atol=1e-3, err_msg=completion.request_id)
-        (completion,) = backend.complete([Request(id="eos", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=2000))])
+            np.testing.assert_allclose(
+                completion.logprobs_T, scores.processed_logprobs_T, atol=1e-3, err_msg=completion.request_id
+            )
+        (completion,) = backend.complete(
+            [Request(id="eos", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=2000))]
+        )
         assert completion.finish_reason in (FinishReason.length, FinishReason.eos)
         assert len(completion.token_ids_T) <= backend.info.max_len - len(prompt_ids)
 
         worker = psutil.Process(backend._core.pid)
-        requests = [Request(id=str(i), prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400)) for i in range(200)]
+        requests = [
+            Request(id=str(i), prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400)) for i in range(200)
+        ]
         _killed_in_the_middle(backend, requests, worker.pid)
         assert not worker.is_running()
 
@@ -222,7 +250,9 @@ def test_two_devices(tiny_llama: str, tiny_reference: Any) -> None:
         ranks = [child for child in children if "Worker" in " ".join(child.cmdline())]
         assert len(ranks) == 2, [child.cmdline() for child in children]
         prompt_ids = responses[0].prompt_ids
-        requests = [Request(id=str(i), prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=8 + i)) for i in range(200)]
+        requests = [
+            Request(id=str(i), prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=8 + i)) for i in range(200)
+        ]
         _killed_in_the_middle(backend, requests, ranks[1].pid)
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
@@ -231,9 +261,23 @@ def test_two_devices(tiny_llama: str, tiny_reference: Any) -> None:
 
 
 def test_every_sampling_argument_is_explicit() -> None:
-    args = VLLMBackend.sampling_args(Sampling(temperature=0.5, top_k=7, top_p=0.9, stop=["x"], max_new_tokens=3, n=4), [2, 5], 11)
-    assert (args["n"], args["seed"], args["max_tokens"], args["stop"], args["stop_token_ids"]) == (1, 11, 3, ["x"], [2, 5])
-    assert (args["temperature"], args["top_k"], args["top_p"], args["min_p"], args["repetition_penalty"]) == (0.5, 7, 0.9, 0.0, 1.0)
+    args = VLLMBackend.sampling_args(
+        Sampling(temperature=0.5, top_k=7, top_p=0.9, stop=["x"], max_new_tokens=3, n=4), [2, 5], 11
+    )
+    assert (args["n"], args["seed"], args["max_tokens"], args["stop"], args["stop_token_ids"]) == (
+        1,
+        11,
+        3,
+        ["x"],
+        [2, 5],
+    )
+    assert (args["temperature"], args["top_k"], args["top_p"], args["min_p"], args["repetition_penalty"]) == (
+        0.5,
+        7,
+        0.9,
+        0.0,
+        1.0,
+    )
     assert args["ignore_eos"] and args["detokenize"]
     assert not VLLMBackend.sampling_args(Sampling(), [2], 0)["detokenize"]
 
@@ -269,7 +313,9 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_environment_without_the_package_is_named(tiny_llama: str) -> None:
     backend = create_backend(config(tiny_llama, python=SGLANG_PYTHON))
-    with pytest.raises(MissingDependencyError, match=r"pip install 'rl-onoff\[vllm\]' \(in the environment of backend\.python="):
+    with pytest.raises(
+        MissingDependencyError, match=r"pip install 'rl-onoff\[vllm\]' \(in the environment of backend\.python="
+    ):
         backend.load()
 
 
@@ -293,7 +339,10 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
     assert hook(SimpleNamespace(prompt_logprobs_worker=worker), recorder) == "V2"
     responses = {
         number: Response(
-            request_id="r", sample=number, prompt_ids=np.arange(size, dtype=np.int32), token_ids_T=np.arange(6, dtype=np.int32) + number
+            request_id="r",
+            sample=number,
+            prompt_ids=np.arange(size, dtype=np.int32),
+            token_ids_T=np.arange(6, dtype=np.int32) + number,
         )
         for number, size in ((1, 3), (2, 4))
     }
@@ -310,7 +359,10 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
         )  # fmt: skip
         # request 1 owns rows 0-7, request 2 rows 8-16 of hidden_ND; request 3 is none of ours
         owned = {1: 0, 2: 8, 3: 0}
-        spans = [slice(owned[i] + first, owned[i] + first + count) for i, first, count in zip(ids, firsts, counts, strict=True)]
+        spans = [
+            slice(owned[i] + first, owned[i] + first + count)
+            for i, first, count in zip(ids, firsts, counts, strict=True)
+        ]
         rows = torch.cat([hidden_ND[span] for span in spans])
         return worker.compute_prompt_logprobs(lambda h: h @ weight_VD.T, rows, batch, "more")
 
@@ -321,7 +373,9 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
     results = read(recorder.fetch([1, 2]), folder)
     for number, response in responses.items():
         start = {1: 0, 2: 8}[number] + len(response.prompt_ids) - 1
-        expected = token_stats(hidden_ND[start : start + 6] @ weight_VD.T, torch.as_tensor(response.token_ids_T), Want(top_k=2))
+        expected = token_stats(
+            hidden_ND[start : start + 6] @ weight_VD.T, torch.as_tensor(response.token_ids_T), Want(top_k=2)
+        )
         assert results[number] is not None
         np.testing.assert_allclose(results[number].logprobs, expected.logprobs, atol=1e-5)
         np.testing.assert_array_equal(results[number].top_ids, expected.top_ids)

@@ -14,10 +14,18 @@ ENGINES = ("huggingface", "vllm", "sglang")
 
 
 @pytest.mark.timeout(1200)
-def test_the_matrix_of_huggingface_vllm_and_sglang(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_matrix_of_huggingface_vllm_and_sglang(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RL_ONOFF_SGLANG_PYTHON", SGLANG_PYTHON)
-    small = ("policies.vllm.max_model_len=1024", "policies.vllm.enforce_eager=true", "policies.sglang.context_length=1024")
-    folder = run_in(tmp_path / "run", "experiment=matrix", "policies=engines", *small, "data.limit=4", "sampling.max_new_tokens=32")
+    small = (
+        "policies.vllm.max_model_len=1024",
+        "policies.vllm.enforce_eager=true",
+        "policies.sglang.context_length=1024",
+    )
+    folder = run_in(
+        tmp_path / "run", "experiment=matrix", "policies=engines", *small, "data.limit=4", "sampling.max_new_tokens=32"
+    )
     found = folder.read_json("metrics.json")["matrix"]
     assert found["policies"] == list(ENGINES)
     cells = {(cell["sampled"], cell["scored"]): cell for cell in found["cells"]}

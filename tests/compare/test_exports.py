@@ -104,8 +104,12 @@ def test_one_file_with_both_logprobs(layout: Any, ending: str, tmp_path: Path) -
 
 
 def test_two_files(tmp_path: Path) -> None:
-    q = write(tmp_path / "rollouts.jsonl", [{k: v for k, v in verl(i).items() if k != "old_log_probs"} for i in range(3)])
-    p = write(tmp_path / "trainer.parquet", [{"id": f"row-{i}", "token_ids": IDS[i], "logprobs": P[i]} for i in (2, 0, 1)])
+    q = write(
+        tmp_path / "rollouts.jsonl", [{k: v for k, v in verl(i).items() if k != "old_log_probs"} for i in range(3)]
+    )
+    p = write(
+        tmp_path / "trainer.parquet", [{"id": f"row-{i}", "token_ids": IDS[i], "logprobs": P[i]} for i in (2, 0, 1)]
+    )
     folder = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={q}", f"compare.target={p}")
     assert metrics(folder, "trainer")["kl_k3"] == pytest.approx(np.mean(np.exp(L) - L - 1), rel=1e-6)
 
@@ -115,13 +119,17 @@ def test_two_files_whose_columns_have_other_names(tmp_path: Path) -> None:
     p = write(tmp_path / "p.jsonl", [{"name": f"x{i}", "token_ids": IDS[i], "lp_fsdp": P[i]} for i in range(3)])
     columns = "{id: name, token_ids: toks, behaviour: lp_vllm, target: lp_fsdp}"
     files = (f"compare.behaviour={q}", f"compare.target={p}", f"+compare.columns={columns}")
-    assert metrics(run_in(tmp_path / "run", "experiment=compare", *files), "p")["kl"] == pytest.approx(np.mean(-L), rel=1e-6)
+    assert metrics(run_in(tmp_path / "run", "experiment=compare", *files), "p")["kl"] == pytest.approx(
+        np.mean(-L), rel=1e-6
+    )
 
 
 def test_columns_that_have_other_names(tmp_path: Path) -> None:
     rows = [{"name": f"x{i}", "toks": IDS[i], "lp_vllm": Q[i], "lp_fsdp": P[i]} for i in range(3)]
     file = write(tmp_path / "x.jsonl", rows)
-    with pytest.raises(UsageError, match=r"no column with lists of token ids but name, toks, .*: set \+compare.columns.token_ids"):
+    with pytest.raises(
+        UsageError, match=r"no column with lists of token ids but name, toks, .*: set \+compare.columns.token_ids"
+    ):
         run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
     columns = "{id: name, token_ids: toks, behaviour: lp_vllm, target: lp_fsdp}"
     folder = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}", f"+compare.columns={columns}")
@@ -152,13 +160,18 @@ def test_a_file_that_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> 
         ([{"token_ids": [1, 2], "logprobs": [-1.0, None]}], "behaviour logprobs that are not a list of numbers"),
         ([{"token_ids": [1, 2], "completion_mask": [1], "logprobs": [-1.0, -1.0]}], "a mask of 1 for 2 token ids"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "logprob_kind": "natural"}], "unknown kind 'natural'"),
-        ([{"id": "a", "sample": 0, "token_ids": [1, 2], "logprobs": [-1.0, -1.0]}] * 2, "id 'a' and sample 0 of an earlier row"),
+        (
+            [{"id": "a", "sample": 0, "token_ids": [1, 2], "logprobs": [-1.0, -1.0]}] * 2,
+            "id 'a' and sample 0 of an earlier row",
+        ),
         ([{"token_ids": [1, 2]}], "no column with logprobs"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0]}], "one column with logprobs, logprobs: set compare.target"),
     ],
 )
 def test_what_is_refused(rows: list[dict[str, Any]], words: str, tmp_path: Path) -> None:
-    rows = [row | ({} if "one column" in words or "no column" in words else {"old_log_probs": [-1.0, -1.0]}) for row in rows]
+    rows = [
+        row | ({} if "one column" in words or "no column" in words else {"old_log_probs": [-1.0, -1.0]}) for row in rows
+    ]
     with pytest.raises(UsageError, match=words):
         run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={write(tmp_path / 'x.jsonl', rows)}")
 

@@ -35,23 +35,31 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, RunDir]:
 def test_two_folders(folders: tuple[RunDir, RunDir], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sampled, scored = folders
     with caplog.at_level("INFO"):
-        here = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={scored.path}")
+        here = run_in(
+            tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={scored.path}"
+        )
     assert not any("loading" in message for message in caplog.messages)
     found = here.read_json("metrics.json")["comparisons"]
     assert set(found) == {"fake-smollm2-auto", "noisy"}
     p = {row["request_id"]: row["logprobs"] for row in scored.scores("noisy").rows()}
-    l_N = np.concatenate([p[row["request_id"]].astype(np.float64) - row["logprobs"] for row in sampled.completions.rows()])
+    l_N = np.concatenate(
+        [p[row["request_id"]].astype(np.float64) - row["logprobs"] for row in sampled.completions.rows()]
+    )
     assert found["noisy"]["overall"]["kl_k3"]["value"] == pytest.approx(np.mean(np.exp(l_N) - l_N - 1), rel=1e-6)
     assert "kl_forward_topk" in found["noisy"]["overall"]  # the behaviour's own scores came along
     assert not (here.path / "completions").exists() and (here.path / "report.html").exists()
 
 
-def test_rows_meet_whatever_their_order_and_no_part_of_a_shard_is_read_for_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_meet_whatever_their_order_and_no_part_of_a_shard_is_read_for_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, chance = RunDir(tmp_path), np.random.default_rng(0)
     for table in (run.completions, run.scores("mine")):
         with table.writer(max_rows=50) as out:
             for i in chance.permutation(300):
-                out.append({"request_id": str(i), "sample": 0, "token_ids": np.array([i]), "logprobs": np.array([-i - 1.0])})
+                out.append(
+                    {"request_id": str(i), "sample": 0, "token_ids": np.array([i]), "logprobs": np.array([-i - 1.0])}
+                )
     num_read = 0
     rows_at = Table.rows_at
 
@@ -65,15 +73,27 @@ def test_rows_meet_whatever_their_order_and_no_part_of_a_shard_is_read_for_one_r
     assert len(joined) == 300 and num_read == 6, "once a shard"
     for row, found in joined:
         assert found["mine"] is not None and found["mine"]["token_ids"][0] == row["token_ids"][0]
-    assert all(found == {"none": None} for _, found in Lookup({"none": run.scores("none")}).beside(run.completions.rows()))
+    assert all(
+        found == {"none": None} for _, found in Lookup({"none": run.scores("none")}).beside(run.completions.rows())
+    )
 
 
 def test_a_folder_and_one_of_its_scores(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:
     sampled, scored = folders
-    here = run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={scored.path}:noisy")
+    here = run_in(
+        tmp_path / "run",
+        "experiment=compare",
+        f"compare.behaviour={sampled.path}",
+        f"compare.target={scored.path}:noisy",
+    )
     assert "noisy" in here.read_json("metrics.json")["comparisons"]
     with pytest.raises(UsageError, match=r"no scores 'quiet' but noisy: set compare.target="):
-        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={scored.path}:quiet")
+        run_in(
+            tmp_path / "run",
+            "experiment=compare",
+            f"compare.behaviour={sampled.path}",
+            f"compare.target={scored.path}:quiet",
+        )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +112,9 @@ def test_nothing_in_common(folders: tuple[RunDir, RunDir], tmp_path: Path) -> No
     other = RunDir(shutil.copytree(scored.path, tmp_path / "other"))
     rewrite(other.scores("noisy"), lambda row: row | {"request_id": f"other-{row['request_id']}"})
     with pytest.raises(UsageError, match=r"no response in common \(ids .* here and other-.* there\)"):
-        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}")
+        run_in(
+            tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}"
+        )
 
 
 def test_other_ids(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:
@@ -100,7 +122,9 @@ def test_other_ids(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:
     other = RunDir(shutil.copytree(scored.path, tmp_path / "other"))
     rewrite(other.scores("noisy"), lambda row: row | {"token_ids": (row["token_ids"] + 1) % 257})
     with pytest.raises(UsageError, match="score the very token ids that were sampled, with the same tokenizer"):
-        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}")
+        run_in(
+            tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}"
+        )
 
 
 def test_other_tokenizers(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:
@@ -108,8 +132,12 @@ def test_other_tokenizers(folders: tuple[RunDir, RunDir], tmp_path: Path) -> Non
     other = RunDir(shutil.copytree(scored.path, tmp_path / "other"))
     table = other.scores("noisy")
     table.describe(tokenizer={i: f"<{i}>" for i in table.record()["tokenizer"]})
-    with pytest.raises(UsageError, match=r"noisy and the behaviour have different tokenizers \(id 0 is '<0>' there and"):
-        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}")
+    with pytest.raises(
+        UsageError, match=r"noisy and the behaviour have different tokenizers \(id 0 is '<0>' there and"
+    ):
+        run_in(
+            tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}"
+        )
 
 
 def test_logprobs_of_other_kinds(tmp_path: Path) -> None:
@@ -138,7 +166,9 @@ def kept(logits_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p /= p.sum()
         nucleus = order[: int(np.searchsorted(np.cumsum(p), 0.7)) + 1]
         keep_TV[t, nucleus[np.exp(z_V[nucleus] - z_V.max()) >= 0.02]] = True
-    return z_TV - np.log(np.exp(z_TV - z_TV.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_TV.max(-1, keepdims=True), keep_TV
+    return z_TV - np.log(np.exp(z_TV - z_TV.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_TV.max(
+        -1, keepdims=True
+    ), keep_TV
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +230,14 @@ def test_another_sampler_than_the_one_that_drew(processed: RunDir, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["raw", "processed"])
 def test_raw_logprobs_of_tokens_drawn_otherwise_are_said_to_be(tmp_path: Path, kind: str) -> None:
-    engines = ("experiment=onoff", "backend=fake", "model.name=fake", "target=fake", "target.noise=0.3", f"backend.logprob_kind={kind}")
+    engines = (
+        "experiment=onoff",
+        "backend=fake",
+        "model.name=fake",
+        "target=fake",
+        "target.noise=0.3",
+        f"backend.logprob_kind={kind}",
+    )
     sampler = ("data.limit=4", "sampling.max_new_tokens=8", "sampling.temperature=0.5", "sampling.top_k=5")
     run = run_in(tmp_path / "run", *engines, *sampler)
     verdict = run.read_json("metrics.json")["verdict"]

@@ -23,10 +23,14 @@ POLICIES = (*(f"+backend@policies.{name}=fake" for name in NAMES), "policies.nea
 MATRIX = ("experiment=matrix", *POLICIES, "data.limit=5", "sampling.max_new_tokens=24")
 
 
-def test_every_cell_and_every_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_cell_and_every_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     with caplog.at_level("INFO"):
         folder = run_in(tmp_path / "run", *MATRIX)
-    assert sum("loading" in message for message in caplog.messages) == 2 * len(NAMES) - 1  # the last to sample is the first to score
+    assert (
+        sum("loading" in message for message in caplog.messages) == 2 * len(NAMES) - 1
+    )  # the last to sample is the first to score
     with (folder.path / "matrix.csv").open() as file:
         cells = {(row["sampled"], row["scored"]): row for row in csv.DictReader(file)}
     assert set(cells) == {(a, b) for a in NAMES for b in NAMES}
@@ -37,7 +41,9 @@ def test_every_cell_and_every_file(tmp_path: Path, caplog: pytest.LogCaptureFixt
         l_N, w_S = np.concatenate(per_response), np.exp([part.sum() for part in per_response])
         assert float(cell["kl_k3"]) == pytest.approx(np.mean(np.exp(l_N) - l_N - 1), rel=1e-6, abs=1e-15)
         assert float(cell["logprob_diff_max"]) == pytest.approx(np.abs(l_N).max(), rel=1e-6)
-        assert float(cell["ess_token"]) == pytest.approx(np.exp(l_N).sum() ** 2 / (len(l_N) * np.exp(2 * l_N).sum()), rel=1e-6)
+        assert float(cell["ess_token"]) == pytest.approx(
+            np.exp(l_N).sum() ** 2 / (len(l_N) * np.exp(2 * l_N).sum()), rel=1e-6
+        )
         assert float(cell["ess_seq"]) == pytest.approx(w_S.sum() ** 2 / (len(w_S) * (w_S**2).sum()), rel=1e-6)
         assert (float(cell["kl_k3"]) < 1e-12) == (a == b)
         assert int(cell["tokens"]) == len(l_N) and int(cell["responses"]) == 5
@@ -49,7 +55,9 @@ def test_every_cell_and_every_file(tmp_path: Path, caplog: pytest.LogCaptureFixt
     said = capsys.readouterr().out
     assert "k3 KL (nats a token)" in said and "effective sample, sequences" in said and "matrix.html" in said
     page = (folder.path / "matrix.html").read_text()
-    assert html.escape(found["matrix"]["verdict"]) in page and 'href="near/report.html"' in page and "<script" not in page
+    assert (
+        html.escape(found["matrix"]["verdict"]) in page and 'href="near/report.html"' in page and "<script" not in page
+    )
     assert all((folder.path / name / "report.html").exists() for name in NAMES)
 
 
@@ -76,7 +84,10 @@ def test_a_policys_folder_is_a_run_folder(tmp_path: Path) -> None:
     ("overrides", "words"),
     [
         ((), "needs two policies or more and has 0: set policies=engines, policies=dtypes"),
-        (("+backend@policies.scores=fake", "+backend@policies.b=fake"), "the policy 'scores' cannot be the name of a folder"),
+        (
+            ("+backend@policies.scores=fake", "+backend@policies.b=fake"),
+            "the policy 'scores' cannot be the name of a folder",
+        ),
     ],
 )
 def test_policies_that_are_refused(overrides: tuple[str, ...], words: str, tmp_path: Path) -> None:
@@ -87,7 +98,9 @@ def test_policies_that_are_refused(overrides: tuple[str, ...], words: str, tmp_p
 def test_the_studys_table_and_plot(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", *MATRIX)
     script = ROOT / "experiments/engine_mismatch/make_figures.py"
-    subprocess.run([sys.executable, str(script), str(folder.path), "--out", str(tmp_path / "out")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(script), str(folder.path), "--out", str(tmp_path / "out")], check=True, capture_output=True
+    )
     table = (tmp_path / "out" / "table.md").read_text()
     assert sum("(noise floor)" in line for line in table.splitlines()) == 3 and "5 responses of each policy" in table
     plot = ElementTree.parse(tmp_path / "out" / "matrix.svg")

@@ -23,7 +23,9 @@ EITHER = pytest.mark.parametrize("command", [MODULE, SCRIPT], ids=["python -m rl
 
 def said(command: list[str], *arguments: str, cwd: Path, **environ: str) -> str:
     """What it prints; it must succeed and complain about nothing."""
-    done = subprocess.run([*command, *arguments], cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*command, *arguments], cwd=cwd, env={**os.environ, **environ}, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
@@ -79,13 +81,17 @@ def test_every_command_about_sweeps_composes(command: list[str], tmp_path: Path)
 
 def test_the_other_launchers_options_compose(tmp_path: Path) -> None:
     more = ["+hydra.launcher.additional_parameters={mail-type: END}", "hydra.launcher.setup=[module load cuda]"]
-    launcher = yaml.safe_load(said(MODULE, "hydra/launcher=submitit_slurm", *more, "--cfg", "hydra", cwd=tmp_path))["hydra"]["launcher"]
+    launcher = yaml.safe_load(said(MODULE, "hydra/launcher=submitit_slurm", *more, "--cfg", "hydra", cwd=tmp_path))[
+        "hydra"
+    ]["launcher"]
     assert launcher["additional_parameters"] == {"mail-type": "END"} and launcher["setup"] == ["module load cuda"]
 
 
 @EITHER
 def test_cfg_job_shows_the_whole_config(command, tmp_path):
-    config = yaml.safe_load(said(command, "--cfg", "job", "--resolve", "backend=fake", "model=some/model", "sampling.n=3", cwd=tmp_path))
+    config = yaml.safe_load(
+        said(command, "--cfg", "job", "--resolve", "backend=fake", "model=some/model", "sampling.n=3", cwd=tmp_path)
+    )
     assert config["backend"]["_target_"] == "rl_onoff.backends.fake.FakeBackend"
     assert config["backend"]["model_name"] == "some/model"
     assert config["sampling"]["n"] == 3
@@ -106,7 +112,11 @@ def test_info_shows_where_the_config_comes_from(command, tmp_path):
 
 @pytest.mark.parametrize(
     ("typed", "want"),
-    [("backend=", "backend=fake backend=hugging"), ("sampling.t", "sampling.temperature="), ("backend=vllm backend.t", "backend.tp_size=")],
+    [
+        ("backend=", "backend=fake backend=hugging"),
+        ("sampling.t", "sampling.temperature="),
+        ("backend=vllm backend.t", "backend.tp_size="),
+    ],
 )
 def test_completion_knows_groups_and_fields(typed, want, tmp_path):
     line = f"rl-onoff {typed}"

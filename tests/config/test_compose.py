@@ -53,7 +53,9 @@ def test_every_target_composes_with_every_backend(backend):
 def test_every_engine_has_a_group_choice_and_a_file_of_the_public_api():
     assert set(ENGINES) == set(engine_configs())
     configs = ROOT / "rl_onoff/backends/configs"
-    assert {file.name for file in configs.iterdir()} == {f"{name}_default.yaml" for name in engine_configs() if name != "fake"}
+    assert {file.name for file in configs.iterdir()} == {
+        f"{name}_default.yaml" for name in engine_configs() if name != "fake"
+    }
 
 
 def test_an_engines_own_name_and_ours_are_one_option():
@@ -63,12 +65,21 @@ def test_an_engines_own_name_and_ours_are_one_option():
 
 
 def test_all_engines_follow_the_pool_field_by_field():
-    config = composed("pool=ray", "pool.wait_s=9", "policies=dtypes", "target=vllm", "target.pool.kind=local", "backend.pool.address=auto")
+    config = composed(
+        "pool=ray",
+        "pool.wait_s=9",
+        "policies=dtypes",
+        "target=vllm",
+        "target.pool.kind=local",
+        "backend.pool.address=auto",
+    )
     assert config.target is not None
     pools = [config.backend.pool, config.policies["float32"].pool, config.target.pool, config.pool]
     assert [pool.kind.value for pool in pools] == ["ray", "ray", "local", "ray"]
     assert [pool.address for pool in pools] == ["auto", None, None, None] and all(pool.wait_s == 9 for pool in pools)
-    assert config.backend.what_it_computes() == composed().backend.what_it_computes(), "a run folder goes on with another pool"
+    assert config.backend.what_it_computes() == composed().backend.what_it_computes(), (
+        "a run folder goes on with another pool"
+    )
 
 
 def test_the_experiment_beats_the_config_and_the_command_line_beats_both():
@@ -85,7 +96,10 @@ def settings(file: Path) -> list[tuple[Any, dict[str, Any]]]:
     values = {name: value for name, value in values.items() if name not in ("defaults", "hydra")}
     if group == "policies":
         text = file.read_text()
-        return [(engine_configs()[re.search(rf"/backend/(\w+)@{name}\b", text)[1]], fields) for name, fields in values.items()]
+        return [
+            (engine_configs()[re.search(rf"/backend/(\w+)@{name}\b", text)[1]], fields)
+            for name, fields in values.items()
+        ]
     if group in ("conf", "experiment") or "@package _global_" in file.read_text():
         return [(RunConfig, values)]
     return [(engine_configs()[file.stem] if group in ("backend", "target") else SCHEMAS[group, group], values)]

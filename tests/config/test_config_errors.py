@@ -84,10 +84,15 @@ def error_of(*typed: str) -> Exception:
     return caught.value
 
 
-@pytest.mark.parametrize("typed", ["target.dtype=float32", "+target.dtype=float32", "target.engine_kwargs.x=1", "++target.model_name=gpt2"])
+@pytest.mark.parametrize(
+    "typed", ["target.dtype=float32", "+target.dtype=float32", "target.engine_kwargs.x=1", "++target.model_name=gpt2"]
+)
 @pytest.mark.parametrize("first", ["backend=fake", "target=self"])
 def test_an_option_of_a_target_that_is_not_there(first, typed):
-    assert target_sentence(error_of(first, typed), [first, typed]) == f"{typed} needs an engine that scores: add target=huggingface"
+    assert (
+        target_sentence(error_of(first, typed), [first, typed])
+        == f"{typed} needs an engine that scores: add target=huggingface"
+    )
 
 
 def test_an_assertion_about_something_else_is_not_taken_for_it():
@@ -114,12 +119,24 @@ def test_an_option_of_an_engine_that_has_no_name_yet(typed, mend):
 @pytest.mark.parametrize(
     ("typed", "mend"),
     [
-        ("+target@targets.f32=huggingface targets.f32.dtyp=1", "there is no option targets.f32.dtyp: did you mean targets.f32.dtype?"),
+        (
+            "+target@targets.f32=huggingface targets.f32.dtyp=1",
+            "there is no option targets.f32.dtyp: did you mean targets.f32.dtype?",
+        ),
         ("target=huggingface target.dtyp=1", "there is no option target.dtyp: did you mean target.dtype"),
         ("+target@targets.f32=fake targets.f32.attn=1", "there is no option targets.f32.attn; an engine's own"),
-        ("backend=fake backend.attn_implementation=eager", "there is no option backend.attn_implementation; an engine's own"),
-        ("backend=huggingface backend.attn=eager", "there is no option backend.attn: did you mean backend.attn_implementation?"),
-        ("backend=fake backend.temperature=0", "there is no option backend.temperature: did you mean sampling.temperature?"),
+        (
+            "backend=fake backend.attn_implementation=eager",
+            "there is no option backend.attn_implementation; an engine's own",
+        ),
+        (
+            "backend=huggingface backend.attn=eager",
+            "there is no option backend.attn: did you mean backend.attn_implementation?",
+        ),
+        (
+            "backend=fake backend.temperature=0",
+            "there is no option backend.temperature: did you mean sampling.temperature?",
+        ),
         ("sampling.temp=0.7", "there is no option sampling.temp: did you mean sampling.temperature?"),
         ("sampling.t=0.7", "there is no option sampling.t; an engine's own"),
         ("data.lim=3", "there is no option data.lim: did you mean data.limit?"),

@@ -47,7 +47,10 @@ def test_an_interpreter_without_anything(capsys, tmp_path) -> None:
     python = tmp_path / "bare/bin/python"
     assert doctor.command([f"backend.python={python}"]) == 1
     said = capsys.readouterr().out
-    assert "lacks msgspec, numpy, psutil" in said and f"{python} -m pip install 'msgspec>=0.19' 'numpy>=2' 'psutil>=6'" in said
+    assert (
+        "lacks msgspec, numpy, psutil" in said
+        and f"{python} -m pip install 'msgspec>=0.19' 'numpy>=2' 'psutil>=6'" in said
+    )
     assert "--  sglang " in said and f"{python} -m pip install 'sglang==" in said
 
 
@@ -99,5 +102,7 @@ def test_what_stands_after_doctor(capsys) -> None:
 
 def test_the_command_line_has_it() -> None:
     for words, code in ((["-h"], 0), (["sglang"], 2)):
-        done = subprocess.run([sys.executable, "-m", "rl_onoff", "doctor", *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "rl_onoff", "doctor", *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == code and "doctor" in done.stdout + done.stderr and "Traceback" not in done.stderr

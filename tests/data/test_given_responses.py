@@ -45,24 +45,33 @@ def test_token_ids_need_no_tokenizer(write):
     assert first.response.prompt_ids.dtype == first.response.token_ids_T.dtype == np.int32
     assert first.logprobs_T.tolist() == [-1, -0.5] and first.kind is LogprobKind.scaled
     assert first.meta == {"question": "", "answer": "4", "reward": 0.5}
-    assert second.response.key == ("b", 0) and second.logprobs_T is None and second.kind is None and second.text == "nine"
+    assert (
+        second.response.key == ("b", 0) and second.logprobs_T is None and second.kind is None and second.text == "nine"
+    )
 
 
 def test_parquet(tmp_path):
     import pandas
 
-    pandas.DataFrame({"id": [5, 5], "prompt_ids": [[1, 2]] * 2, "token_ids": [[3], [4, 5]]}).to_parquet(tmp_path / "r.parquet")
+    pandas.DataFrame({"id": [5, 5], "prompt_ids": [[1, 2]] * 2, "token_ids": [[3], [4, 5]]}).to_parquet(
+        tmp_path / "r.parquet"
+    )
     assert [given.response.key for given in load_responses(str(tmp_path / "r.parquet"))] == [("5", 0), ("5", 1)]
 
 
 def test_text_is_tokenised_once_and_equal_prompts_share_an_id(write, tokenizer):
     chat = [{"role": "user", "content": "Hi"}]
     path = write(
-        {"prompt": "One two", "response": " three"}, {"prompt": chat, "response": "Hello."}, {"prompt": "One two", "response": " four"}
+        {"prompt": "One two", "response": " three"},
+        {"prompt": chat, "response": "Hello."},
+        {"prompt": "One two", "response": " four"},
     )
     one, two, three = load_responses(path, tokenizer)
     assert [given.response.key for given in (one, two, three)] == [("0", 0), ("1", 0), ("0", 1)]
-    assert tokenizer.decode(one.response.prompt_ids) == "One two" and tokenizer.decode(one.response.token_ids_T) == one.text == " three"
+    assert (
+        tokenizer.decode(one.response.prompt_ids) == "One two"
+        and tokenizer.decode(one.response.token_ids_T) == one.text == " three"
+    )
     assert tokenizer.decode(two.response.prompt_ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert two.meta["question"] == "Hi"
 
@@ -83,9 +92,15 @@ def test_text_of_token_ids_is_decoded_where_there_is_a_tokenizer(write, tokenize
         ({"prompt_ids": [1], "token_ids": [3.5]}, "neither text nor a list of token ids"),
         ({"prompt_ids": [1], "token_ids": "text"}, "text as its response where token ids"),
         ({"prompt_ids": "text", "token_ids": [3]}, "text as its prompt where token ids"),
-        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0, -2.0], "logprob_kind": "raw"}, "has 2 logprobs for 1 response tokens"),
+        (
+            {"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0, -2.0], "logprob_kind": "raw"},
+            "has 2 logprobs for 1 response tokens",
+        ),
         ({"prompt_ids": [1], "token_ids": [3], "logprobs": "x"}, "logprobs that are not a list of numbers"),
-        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0], "logprob_kind": "odd"}, "logprob_kind of score.responses"),
+        (
+            {"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0], "logprob_kind": "odd"},
+            "logprob_kind of score.responses",
+        ),
         ({"prompt_ids": [1], "token_ids": [3], "sample": "x"}, "'x' as its sample"),
         ({"prompt_ids": [1, 2], "token_ids": [3], "id": "fine"}, "the id 'fine' of a row with another prompt"),
         ({"prompt_ids": [1], "token_ids": [3], "id": "fine", "sample": 0}, "repeats the id 'fine' and sample 0"),
@@ -100,11 +115,15 @@ def test_bad_rows_are_named_by_their_line(write, row, words):
 
 @pytest.mark.parametrize("kind", ["ids", "text"])
 def test_rows_with_an_empty_response_are_left_out_with_one_warning(write, caplog, tokenizer, kind):
-    prompt, response, empty, full = ("prompt_ids", "token_ids", [], [2]) if kind == "ids" else ("prompt", "response", "", "b")
+    prompt, response, empty, full = (
+        ("prompt_ids", "token_ids", [], [2]) if kind == "ids" else ("prompt", "response", "", "b")
+    )
     row = {prompt: [1] if kind == "ids" else "a", "logprob_kind": "raw"}
     path = write({**row, response: empty, "logprobs": []}, {**row, response: full}, {**row, response: empty})
     (given,) = load_responses(path, None if kind == "ids" else tokenizer)
-    assert given.response.key == ("0", 1), "the sample's number is its place among the rows of its prompt, empty ones included"
+    assert given.response.key == ("0", 1), (
+        "the sample's number is its place among the rows of its prompt, empty ones included"
+    )
     assert caplog.messages == ["r.jsonl: 2 of 3 rows left out: their response is empty, nothing to score"]
 
 

@@ -22,12 +22,17 @@ def word_tokenizer(*, adds_bos: bool, template: str | None):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", "user", "system", "hello", "be", "short", ":"])}
+    words = {
+        word: index
+        for index, word in enumerate(["<s>", "</s>", "<unk>", "user", "system", "hello", "be", "short", ":"])
+    }
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
 
 
 PLAIN = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
@@ -53,7 +58,10 @@ def test_the_bundled_set_as_requests(tokenizer):
 def test_a_system_message_is_put_before_conversations_without_one(tokenizer):
     for prompt in ("Hi", [{"role": "user", "content": "Hi"}]):
         text = encode_prompt(prompt, tokenizer, chat_template=True, system="Be brief.").text
-        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>") and text.count("system") == 1
+        assert (
+            text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+            and text.count("system") == 1
+        )
     own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
     assert "Be brief" not in encode_prompt(own, tokenizer, chat_template=True, system="Be brief.").text
     assert len(own) == 2
@@ -69,7 +77,8 @@ def test_chats_have_exactly_one_bos_if_tokenizer_or_template_want_one(adds_bos, 
 
 
 @pytest.mark.parametrize(
-    ("adds_bos", "text", "words"), [(True, "hello", ["<s>", "hello"]), (True, "<s> hello", ["<s>", "hello"]), (False, "hello", ["hello"])]
+    ("adds_bos", "text", "words"),
+    [(True, "hello", ["<s>", "hello"]), (True, "<s> hello", ["<s>", "hello"]), (False, "hello", ["hello"])],
 )
 def test_raw_text_has_the_tokenizers_own_special_tokens_once(adds_bos, text, words):
     tokenizer = word_tokenizer(adds_bos=adds_bos, template=None)
@@ -105,8 +114,12 @@ def test_a_base_models_tokenizer_has_no_chat_template(prompt):
 
 def test_a_template_that_refuses_a_system_message():
     words = word_tokenizer(adds_bos=False, template=NO_SYSTEM)
-    with pytest.raises(UsageError, match=r"refuses the roles system, user of row 1 of a \(no system role\): set data\.system=null"):
-        make_requests([Row(id="0", prompt="hello", where="row 1 of a")], DataConfig(system="be short"), words, Sampling())
+    with pytest.raises(
+        UsageError, match=r"refuses the roles system, user of row 1 of a \(no system role\): set data\.system=null"
+    ):
+        make_requests(
+            [Row(id="0", prompt="hello", where="row 1 of a")], DataConfig(system="be short"), words, Sampling()
+        )
 
 
 def test_lengths_against_the_context(tokenizer):

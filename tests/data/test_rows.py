@@ -73,7 +73,10 @@ def test_jsonl_with_default_columns(tmp_path):
 def test_jsonl_blank_lines_and_a_byte_order_mark(tmp_path):
     (tmp_path / "a.jsonl").write_bytes('\ufeff{"prompt": "é"}\n\n{"prompt": "b"}\n'.encode())
     rows = load_rows(DataConfig(path=str(tmp_path / "a.jsonl")))
-    assert [(row.id, row.prompt, row.where) for row in rows] == [("0", "é", "line 1 of a.jsonl"), ("1", "b", "line 3 of a.jsonl")]
+    assert [(row.id, row.prompt, row.where) for row in rows] == [
+        ("0", "é", "line 1 of a.jsonl"),
+        ("1", "b", "line 3 of a.jsonl"),
+    ]
     assert "answer" not in rows[0].meta
 
 
@@ -106,7 +109,9 @@ def test_verl_layout_with_both_kinds_of_ground_truth(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
-@pytest.mark.parametrize(("name", "num_rows", "last_id"), [("math500", 500, "499"), ("aime2025", 30, "29"), ("amc23", 40, "49")])
+@pytest.mark.parametrize(
+    ("name", "num_rows", "last_id"), [("math500", 500, "499"), ("aime2025", 30, "29"), ("amc23", 40, "49")]
+)
 def test_real_verl_files(name, num_rows, last_id):
     rows = load_rows(DataConfig(path=str(SHARED / f"{name}.parquet")))
     assert len(rows) == num_rows and rows[-1].id == last_id
@@ -206,7 +211,9 @@ def test_empty_files(tmp_path):
         assert f"{name} has no rows: set data.path" in refusal(path=str(tmp_path / name))
 
 
-@pytest.mark.parametrize("prompt", [5, True, {"a": 1}, [1, "a"], [{"role": "user"}], [{"role": "user", "content": 3}], [True]])
+@pytest.mark.parametrize(
+    "prompt", [5, True, {"a": 1}, [1, "a"], [{"role": "user"}], [{"role": "user", "content": 3}], [True]]
+)
 def test_prompts_of_a_wrong_type(tmp_path, prompt):
     path = write_lines(tmp_path / "a.jsonl", {"prompt": "fine"}, {"prompt": prompt})
     message = refusal(path=path)
@@ -227,7 +234,9 @@ def test_other_wrong_values(tmp_path):
     assert "a list as its reference answer" in message(answer=[1])
     assert "as its id in column id" in message(id=None) and "as its id in column id" in message(id=1.5)
     assert "negative token id" in message(prompt=[-1, 4])
-    assert "ends with the assistant's turn" in message(prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    assert "ends with the assistant's turn" in message(
+        prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    )
 
 
 def test_repeated_ids_and_the_way_out(tmp_path):
@@ -245,9 +254,15 @@ def test_a_datasets_id_that_cannot_be_reached():
     import os
 
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, cwd=PROBLEMS.parents[2]
+        [sys.executable, "-c", script],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=PROBLEMS.parents[2],
     )
-    assert done.stdout.startswith("data.path=rl-onoff/no-such-dataset is not in the local cache and the hub cannot be reached"), done.stderr
+    assert done.stdout.startswith(
+        "data.path=rl-onoff/no-such-dataset is not in the local cache and the hub cannot be reached"
+    ), done.stderr
 
 
 def test_importing_these_modules_brings_nothing_heavy():

@@ -52,7 +52,12 @@ def refused_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
     from rl_onoff.cli.main import main
 
     root = logging.getLogger()
-    handlers, level, raises, on_term = list(root.handlers), root.level, logging.raiseExceptions, signal.getsignal(signal.SIGTERM)
+    handlers, level, raises, on_term = (
+        list(root.handlers),
+        root.level,
+        logging.raiseExceptions,
+        signal.getsignal(signal.SIGTERM),
+    )
 
     def call(*arguments: str, cwd: Path, code: int = 2) -> str:
         monkeypatch.chdir(cwd)

@@ -173,7 +173,12 @@ def test_one_sentence(arguments, cause, mend, folder, refused_here):
 
 
 def test_one_sentence_is_all_a_process_prints(folder):
-    for arguments in (["backend=nope"], ["sampling.n=0"], ["data.path=bad.jsonl"], ["experiment=score", "run_dir=no-run"]):
+    for arguments in (
+        ["backend=nope"],
+        ["sampling.n=0"],
+        ["data.path=bad.jsonl"],
+        ["experiment=score", "run_dir=no-run"],
+    ):
         refused(*FAKE, *arguments, cwd=folder)
 
 
@@ -185,7 +190,9 @@ def test_a_traceback_when_it_is_asked_for(folder):
 
 def test_help_is_not_an_error_when_the_reader_goes_away(folder):
     command = f"{' '.join(COMMAND)} --cfg job | true"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+    )
     assert "Traceback" not in done.stderr
 
 
@@ -201,7 +208,10 @@ def test_a_reward_that_fails_loses_nothing_and_shows_in_the_numbers(tmp_path, mo
         assert all("ZeroDivisionError" in row["meta"] for row in rows if row["reward"] is None)
         assert folder.read_json("metrics.json")["values"]["reward/failed"] == failed
         assert re.search(rf"reward failed +{failed}\n", capsys.readouterr().out)
-    assert "reward/failed" not in run_in(tmp_path / "fine", *few, "data.limit=4", "reward=math").read_json("metrics.json")["values"]
+    assert (
+        "reward/failed"
+        not in run_in(tmp_path / "fine", *few, "data.limit=4", "reward=math").read_json("metrics.json")["values"]
+    )
 
 
 def test_a_changed_option_is_told_once_under_its_first_name(tmp_path):
@@ -213,7 +223,9 @@ def test_a_changed_option_is_told_once_under_its_first_name(tmp_path):
     with pytest.raises(
         UsageError, match=r'config \(backend\.dtype: "float32" -> "bfloat16"; backend\.tp_size: null -> 2\): undo'
     ) as caught:
-        claimed.claim({"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}})
+        claimed.claim(
+            {"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}}
+        )
     assert "torch_dtype" not in str(caught.value)
     with pytest.raises(UsageError, match=r'config \(backend\.torch_dtype: "float32" -> "bfloat16"\)'):
         claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}})
@@ -246,7 +258,11 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path):
     rl_onoff(*few, "experiment=generate", cwd=tmp_path)
     few = (*few, "experiment=score", "score.full_logits=true")
     before = token_ids(tmp_path / "run")
-    command = ["bash", "-c", f"ulimit -f 200; exec {' '.join([*COMMAND, *few])}"]  # 200 KiB a file; the logits need 1.2 MB
+    command = [
+        "bash",
+        "-c",
+        f"ulimit -f 200; exec {' '.join([*COMMAND, *few])}",
+    ]  # 200 KiB a file; the logits need 1.2 MB
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("rl-onoff: the disk that holds"), done.stderr

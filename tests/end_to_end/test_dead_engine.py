@@ -10,7 +10,14 @@ import psutil
 
 from tests.end_to_end.conftest import COMMAND, FAKE, environment, rl_onoff, table
 
-RUN = (*FAKE, "backend.worker=true", "data.limit=50", "sampling.n=4", "sampling.max_new_tokens=200", "experiment=generate")
+RUN = (
+    *FAKE,
+    "backend.worker=true",
+    "data.limit=50",
+    "sampling.n=4",
+    "sampling.max_new_tokens=200",
+    "experiment=generate",
+)
 
 
 def test_a_killed_engine_costs_only_what_was_in_flight(tmp_path: Path) -> None:

@@ -53,7 +53,11 @@ def test_a_run_on_ray_is_the_run_and_leaves_no_process(here, tmp_path):
     mark = uuid.uuid4().hex
     done = rl_onoff(*LONG, *ON_RAY, "run_dir=run", cwd=tmp_path, **{MARK: mark})
     assert gone(mark, 5), marked(mark)
-    assert "starting a Ray cluster on this machine" in done.stdout and "starting 2 replicas" in done.stdout and not done.stderr
+    assert (
+        "starting a Ray cluster on this machine" in done.stdout
+        and "starting 2 replicas" in done.stdout
+        and not done.stderr
+    )
     assert token_ids(tmp_path / "run") == token_ids(here)
 
 
@@ -83,4 +87,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_without_ray(how, here, tmp_
 
 def test_no_cluster_is_one_sentence(tmp_path):
     sentence = refused(*FAKE, "pool=ray", "pool.address=127.0.0.1:9", cwd=tmp_path, code=1)
-    assert sentence == "no Ray cluster answers at 127.0.0.1:9: set pool.address to one that runs, or to null to start one for this run"
+    assert (
+        sentence
+        == "no Ray cluster answers at 127.0.0.1:9: set pool.address to one that runs, or to null to start one for this run"
+    )

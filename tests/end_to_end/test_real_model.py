@@ -33,14 +33,25 @@ def test_the_demo(tmp_path: Path) -> None:
         "experiment=onoff", "model.dtype=bfloat16", "target=huggingface", "target.dtype=float32", "data.limit=3",
         "sampling.max_new_tokens=16", f"run_dir={run_dir}",
     )  # fmt: skip
-    for words in ("tokens/s", "mean logprob", "mean entropy", "perplexity", "accuracy", "KL, k3 estimate", "report.html", "wandb sync"):
+    for words in (
+        "tokens/s",
+        "mean logprob",
+        "mean entropy",
+        "perplexity",
+        "accuracy",
+        "KL, k3 estimate",
+        "report.html",
+        "wandb sync",
+    ):
         assert words in said
     responses = pd.read_parquet(run_dir / "completions")
     assert len(responses) == 3 and (responses["token_ids"].map(len) == responses["logprobs"].map(len)).all()
     scores = pd.read_parquet(run_dir / "scores" / "huggingface-smollm2-float32")
     joined = responses.merge(scores, on=["request_id", "sample"], suffixes=("", "_target"))
     assert len(joined) == 3
-    l_N = np.concatenate([p - q for p, q in zip(joined["logprobs_target"], joined["logprobs"], strict=True)]).astype(np.float64)
+    l_N = np.concatenate([p - q for p, q in zip(joined["logprobs_target"], joined["logprobs"], strict=True)]).astype(
+        np.float64
+    )
     metrics = json.loads((run_dir / "metrics.json").read_text())
     k3 = metrics["values"]["onoff/huggingface-smollm2-float32/kl_k3"]
     assert k3 == pytest.approx(np.mean(np.exp(l_N) - l_N - 1), rel=1e-6)
@@ -50,9 +61,18 @@ def test_the_demo(tmp_path: Path) -> None:
     assert (run_dir / "report.html").stat().st_size > 50_000
     (offline,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
     inspected = subprocess.run(
-        ["wandb", "leet", "inspect", "--json", "--summary", str(offline)], capture_output=True, text=True, env=with_bin()
+        ["wandb", "leet", "inspect", "--json", "--summary", str(offline)],
+        capture_output=True,
+        text=True,
+        env=with_bin(),
     )
-    for name in ("onoff/huggingface-smollm2-float32/kl_k3", "kl_k3_lo", "worst_tokens", "generate/logprob", "entropy_target"):
+    for name in (
+        "onoff/huggingface-smollm2-float32/kl_k3",
+        "kl_k3_lo",
+        "worst_tokens",
+        "generate/logprob",
+        "entropy_target",
+    ):
         assert name in inspected.stdout, inspected.stdout + inspected.stderr
 
 

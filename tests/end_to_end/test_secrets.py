@@ -37,7 +37,10 @@ def test_a_run_keeps_no_secret(tmp_path):
     assert_absent(tmp_path / "run", GIVEN, ENVIRON)
     assert "logging in with *** and ***" in (tmp_path / "run" / "run.log").read_text()
     overrides = yaml.safe_load((tmp_path / "run" / ".hydra" / "overrides.yaml").read_text())
-    assert "+backend.engine_kwargs.hf_token=***" in overrides and "+backend.engine_kwargs.header=${oc.env:MY_API_KEY}" in overrides
+    assert (
+        "+backend.engine_kwargs.hf_token=***" in overrides
+        and "+backend.engine_kwargs.header=${oc.env:MY_API_KEY}" in overrides
+    )
 
 
 def test_a_sweep_keeps_no_secret(tmp_path):
@@ -74,7 +77,9 @@ def test_an_error_that_quotes_a_secret_is_written_down_without_it(tmp_path):
 
 def test_another_secret_is_no_other_config(tmp_path):
     for secret in (GIVEN, ENVIRON):
-        rl_onoff(*SMALL, "experiment=generate", f"+backend.engine_kwargs.hf_token={secret}", "run_dir=run", cwd=tmp_path)
+        rl_onoff(
+            *SMALL, "experiment=generate", f"+backend.engine_kwargs.hf_token={secret}", "run_dir=run", cwd=tmp_path
+        )
 
 
 def test_the_files_hydra_would_write_are_there_and_complete(tmp_path):

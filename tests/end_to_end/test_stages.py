@@ -56,7 +56,16 @@ def test_rows_are_those_asked_for_and_join(done):
     for response, score in zip(responses.itertuples(), scores.itertuples(), strict=True):
         length = len(response.token_ids)
         assert response.token_ids.tolist() == score.token_ids.tolist()
-        for name in ("logprobs", "entropy", "logsumexp", "rank", "top_ids", "top_logprobs", "processed_logprobs", "nucleus_mass"):
+        for name in (
+            "logprobs",
+            "entropy",
+            "logsumexp",
+            "rank",
+            "top_ids",
+            "top_logprobs",
+            "processed_logprobs",
+            "nucleus_mass",
+        ):
             assert len(getattr(score, name)) == length, name
         np.testing.assert_allclose(response.logprobs, score.logprobs, atol=1e-5)  # one engine, temperature 1
 
@@ -97,7 +106,9 @@ def test_score_reads_an_earlier_run(tmp_path):
     rl_onoff(*SMALL, "run_dir=run", "experiment=score", "score.name=mine", "backend.noise=0.1", cwd=tmp_path)
     responses, scores = table(tmp_path / "run" / "completions"), table(tmp_path / "run" / "scores" / "mine")
     assert [ids.tolist() for ids in responses.token_ids] == [ids.tolist() for ids in scores.token_ids]
-    assert not np.allclose(np.concatenate(responses.logprobs), np.concatenate(scores.logprobs), atol=1e-3), "another policy"
+    assert not np.allclose(np.concatenate(responses.logprobs), np.concatenate(scores.logprobs), atol=1e-3), (
+        "another policy"
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -143,7 +154,9 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(tmp_path):
 def test_progress_is_a_bar_on_a_terminal(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    process = subprocess.Popen([*COMMAND, *LONGER], cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=theirs)
+    process = subprocess.Popen(
+        [*COMMAND, *LONGER], cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=theirs
+    )
     os.close(theirs)
     shown, end = b"", time.monotonic() + 60
     while time.monotonic() < end:

@@ -38,7 +38,9 @@ def test_every_combination_has_a_folder_and_again_does_what_is_missing(tmp_path)
 
 
 def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
-    done = rl_onoff("-m", *SMALL, "experiment=generate", "sampling.top_p=0.9,0,1.0", "sweep_dir=sweep", cwd=tmp_path, code=2)
+    done = rl_onoff(
+        "-m", *SMALL, "experiment=generate", "sampling.top_p=0.9,0,1.0", "sweep_dir=sweep", cwd=tmp_path, code=2
+    )
     assert sum(1 for folder in folders(tmp_path).values() if (folder / "completions").exists()) == 2
     assert "failed and the sweep goes on: sampling.top_p is 0.0" in done.stdout
     assert done.stderr.startswith("rl-onoff: sampling.top_p is 0.0") and len(done.stderr.splitlines()) == 1
@@ -58,7 +60,16 @@ def test_an_error_nobody_foresaw_does_not_stop_the_others_either(tmp_path):
 
 def loads(*arguments: str, cwd: Path) -> int:
     """How many engines the log of a sweep says were loaded."""
-    done = rl_onoff("-m", "backend=fake", "reward=none", "tracking=none", "data.limit=2", "sampling.max_new_tokens=4", *arguments, cwd=cwd)
+    done = rl_onoff(
+        "-m",
+        "backend=fake",
+        "reward=none",
+        "tracking=none",
+        "data.limit=2",
+        "sampling.max_new_tokens=4",
+        *arguments,
+        cwd=cwd,
+    )
     return (done.stdout + done.stderr).count("INFO loading fake")
 
 
@@ -96,7 +107,13 @@ def test_jobs_that_do_again_what_failed_come_to_an_end(tmp_path: Path) -> None:
         "    yield from score(self, responses, want)\nFakeBackend._score = fails\n"
         "def reward(text, answer, meta):\n    return 1.0\n"
     )
-    stages = ("stages=[generate,score,attribute]", "score.own=false", "target=fake", "target.noise=0.3", "reward.function=alone.py:reward")
+    stages = (
+        "stages=[generate,score,attribute]",
+        "score.own=false",
+        "target=fake",
+        "target.noise=0.3",
+        "reward.function=alone.py:reward",
+    )
     done = rl_onoff("-m", *SMALL, *stages, "sampling.temperature=0.5,0.7,1.0", "sweep_dir=sweep", cwd=tmp_path)
     assert "sweep (3 done)" in done.stdout
     found = [json.loads((job / "attribution.json").read_text()) for job in folders(tmp_path).values()]
@@ -125,7 +142,12 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
     assert re.search(r"target\.noise +sampling\.top_p +responses .* k3 KL +noise floor +verdict\n", said)
     rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
     assert list(rows.columns[:6]) == ["folder", "target.noise", "sampling.top_p", "status", "error", "verdict"]
-    assert rows["status"].tolist() == ["failed", "done", "failed", "done"] and rows["target.noise"].tolist() == [0, 0, 0.3, 0.3]
+    assert rows["status"].tolist() == ["failed", "done", "failed", "done"] and rows["target.noise"].tolist() == [
+        0,
+        0,
+        0.3,
+        0.3,
+    ]
     assert rows["error"][0].startswith("sampling.top_p is 0.0") and rows["verdict"][3] == "Off-policy"
     assert set(rows["folder"]) == set(folders(tmp_path)), "named by what was swept alone"
     assert all(name.count(",") == 1 for name in rows["folder"])
@@ -135,7 +157,9 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
     assert len(rows) == 6, "jobs of an earlier sweep stay in the table"
 
     rl_onoff("-m", *SMALL, *jobs[:2], "target.noise=0.5", "sampling.top_p=1.0", "sweep_dir=sweep", cwd=tmp_path)
-    assert "sampling.top_p=1.0,target.noise=0.5" in folders(tmp_path), "named as the others are, though nothing is swept"
+    assert "sampling.top_p=1.0,target.noise=0.5" in folders(tmp_path), (
+        "named as the others are, though nothing is swept"
+    )
     rl_onoff("-m", *SMALL, "experiment=generate", "sampling.top_p=0.7", "sweep_dir=other", cwd=tmp_path)
     rl_onoff("-m", *SMALL, "experiment=generate", "sampling.top_p=0.8", "sweep_dir=other", cwd=tmp_path)
     assert len(pd.read_csv(tmp_path / "other" / "sweep.csv")) == 2, "a sweep of one job has a name of its own too"
@@ -145,7 +169,9 @@ def test_a_command_after_a_sweep_in_one_process_knows_nothing_of_it(tmp_path: Pa
     small = [*SMALL, "experiment=generate"]
     commands = [["-m", *small, "sampling.n=1,2", "sweep_dir=sweep"], [*small, "run_dir=run"]]
     run = f"import sys\nfrom rl_onoff.cli.main import main\nfor command in {commands}:\n    sys.argv = ['rl-onoff', *command]\n    main()\n"
-    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and done.stdout.count("sweep.csv") == 1, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith(str(tmp_path / "run"))
 
@@ -160,14 +186,23 @@ def test_a_sweep_that_is_refused_fails_no_job_of_the_one_that_runs(tmp_path: Pat
         "            (folder / 'error.txt').write_text('another process is writing\\nexit code 2\\n')\n"
         "    return 1.0\n"
     )
-    small = ("backend=fake", "model=fake", "tracking=none", "data.limit=2", "sampling.max_new_tokens=4", "experiment=generate")
+    small = (
+        "backend=fake",
+        "model=fake",
+        "tracking=none",
+        "data.limit=2",
+        "sampling.max_new_tokens=4",
+        "experiment=generate",
+    )
     done = rl_onoff("-m", *small, "reward.function=other.py:reward", "sampling.n=1,2", "sweep_dir=sweep", cwd=tmp_path)
     assert not list(tmp_path.glob("sweep/*/error.txt")) and "sweep (2 done)" in done.stdout
 
 
 def test_a_refused_job_costs_the_others_no_engine(tmp_path: Path) -> None:
     small = ("data.limit=2", "sampling.max_new_tokens=4", "sweep_dir=sweep")
-    done = rl_onoff("-m", *FAKE, *small, "backend.worker=true", "data.prompt=question,nothing,null", cwd=tmp_path, code=2)
+    done = rl_onoff(
+        "-m", *FAKE, *small, "backend.worker=true", "data.prompt=question,nothing,null", cwd=tmp_path, code=2
+    )
     text = done.stdout + done.stderr
     assert "the sweep goes on" in text and text.count("loading fake") == 1
     assert len(list((tmp_path / "sweep").glob("*/metrics.json"))) == 2

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rl_onoff.compare.metrics import METRICS, Thresholds, chosen_token_metrics, cumulative_l, effective_sample_size, log_ratios, token_terms
+from rl_onoff.compare.metrics import (
+    METRICS,
+    Thresholds,
+    chosen_token_metrics,
+    cumulative_l,
+    effective_sample_size,
+    log_ratios,
+    token_terms,
+)
 
 LN2 = np.log(2)
 
@@ -56,7 +64,11 @@ def test_signs_by_hand():
     """The target finds the one token half as likely: k1 is positive, and the target's perplexity is the larger."""
     m = chosen_token_metrics(np.log([0.5]), np.log([0.25]), np.array([1]))
     assert m["kl"] == pytest.approx(LN2) and m["kl_k3"] == pytest.approx(LN2 - 0.5)
-    assert m["ppl_behaviour"] == pytest.approx(2) and m["ppl_target"] == pytest.approx(4) and m["ppl_ratio"] == pytest.approx(2)
+    assert (
+        m["ppl_behaviour"] == pytest.approx(2)
+        and m["ppl_target"] == pytest.approx(4)
+        and m["ppl_ratio"] == pytest.approx(2)
+    )
     assert m["log_ppl_diff_mean"] == m["log_ppl_diff_min"] == pytest.approx(LN2)
     assert m["is_ratio_max_seq"] == pytest.approx(0.5) and m["chi2_seq"] == pytest.approx(-0.75)
 
@@ -81,7 +93,9 @@ def test_clip_range_is_two_sided():
     assert chosen_token_metrics(np.full(3, -2.0), p_N, np.array([3]))["fraction_outside"] == pytest.approx(1 / 3)
     for eps_low, eps_high, share in ((0.1, 0.1, 1), (0.1, 0.3, 1 / 3), (0.3, 0.1, 2 / 3)):
         uneven = Thresholds(eps_low=eps_low, eps_high=eps_high)
-        assert chosen_token_metrics(np.full(3, -2.0), p_N, np.array([3]), uneven)["fraction_outside"] == pytest.approx(share)
+        assert chosen_token_metrics(np.full(3, -2.0), p_N, np.array([3]), uneven)["fraction_outside"] == pytest.approx(
+            share
+        )
 
 
 def test_estimators_meet_the_exact_kl():
@@ -94,7 +108,10 @@ def test_estimators_meet_the_exact_kl():
     m = chosen_token_metrics(np.log(q_V)[drawn_N], np.log(p_V)[drawn_N], np.full(1000, 1000))
     exact = float(np.sum(q_V * np.log(q_V / p_V)))
     ratio_V = p_V / q_V
-    error = {name: 5 * np.sqrt(float(q_V @ f**2 - (q_V @ f) ** 2) / 1e6) for name, f in (("kl", np.log(ratio_V)), ("w", ratio_V))}
+    error = {
+        name: 5 * np.sqrt(float(q_V @ f**2 - (q_V @ f) ** 2) / 1e6)
+        for name, f in (("kl", np.log(ratio_V)), ("w", ratio_V))
+    }
     k3_V, k2_V = ratio_V - 1 - np.log(ratio_V), 0.5 * np.log(ratio_V) ** 2
     assert abs(m["kl"] - exact) < error["kl"]
     assert abs(m["kl_k3"] - exact) < 5 * np.sqrt(float(q_V @ k3_V**2 - exact**2) / 1e6)

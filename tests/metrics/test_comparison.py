@@ -72,7 +72,10 @@ def test_full_logits_agree_with_independent_float64():
             e_TV = np.exp(x_TV.astype(np.longdouble))
             probs.append(e_TV / e_TV.sum(1, keepdims=True))
             logprobs_T = np.log(probs[-1][np.arange(20), ids_T]).astype(np.float64)
-            top = {"top_ids_TK": np.argsort(-x_TV, axis=1)[:, :5], "top_logprobs_TK": -np.sort(-log_softmax(x_TV), axis=1)[:, :5]}
+            top = {
+                "top_ids_TK": np.argsort(-x_TV, axis=1)[:, :5],
+                "top_logprobs_TK": -np.sort(-log_softmax(x_TV), axis=1)[:, :5],
+            }
             sides.append(Side(token_ids_T=ids_T, logprobs_T=logprobs_T, kind=RAW, logits_TV=x_TV, **top))
         q, p = probs
         kl.append((q * np.log(q / p)).sum(1))
@@ -123,8 +126,12 @@ def test_the_samplers_view():
     logits_TV, ids_T = 3 * rng.standard_normal((10, 30)), rng.integers(30, size=10)
     cut_T = np.where(np.arange(10) < 3, -np.inf, -1.0).astype(np.float32)
     behaviour, target = scored(logits_TV, ids_T, 5, np.full(10, -1.0, np.float32)), scored(logits_TV, ids_T, 5, cut_T)
-    raw = compare([Pair(request_id="a", sample=0, behaviour=Side.from_scores(behaviour), target=Side.from_scores(target))])
-    assert raw["impossible_fraction"].value == pytest.approx(0.3) and raw["nucleus_mass_target"].value == pytest.approx(0.9)
+    raw = compare(
+        [Pair(request_id="a", sample=0, behaviour=Side.from_scores(behaviour), target=Side.from_scores(target))]
+    )
+    assert raw["impossible_fraction"].value == pytest.approx(0.3) and raw["nucleus_mass_target"].value == pytest.approx(
+        0.9
+    )
     assert raw["kl_k3"].value == 0 and raw["nucleus_mass"].value == pytest.approx(0.9)
     q, p = Side.from_scores(behaviour, PROCESSED), Side.from_scores(target, PROCESSED)
     c = compare([Pair(request_id="a", sample=0, behaviour=q, target=p)])
@@ -245,7 +252,9 @@ def test_refuses_no_pair_and_mixed_kinds():
 
 def test_distributions_of_unlike_kind_are_refused_and_the_sampled_token_kept_apart():
     lists = {"top_ids_TK": np.array([[1, 2]]), "top_logprobs_TK": np.log([[0.5, 0.3]])}
-    q, p = (make_pair([-0.1], [-0.1], kind=PROCESSED, distribution_kind=kind, **lists).target for kind in (RAW, PROCESSED))
+    q, p = (
+        make_pair([-0.1], [-0.1], kind=PROCESSED, distribution_kind=kind, **lists).target for kind in (RAW, PROCESSED)
+    )
     with pytest.raises(UsageError, match="distributions of response a/0 are raw and processed"):
         compare([Pair(request_id="a", sample=0, behaviour=q, target=p)])
     apart = compare([Pair(request_id="a", sample=0, behaviour=q, target=q)])
@@ -254,7 +263,13 @@ def test_distributions_of_unlike_kind_are_refused_and_the_sampled_token_kept_apa
 
 def test_sides_from_stored_rows():
     completion = Completion(
-        request_id="a", sample=0, token_ids_T=np.array([1]), text="", logprobs_T=np.array([-1.0]), kind=RAW, finish_reason=FinishReason.eos
+        request_id="a",
+        sample=0,
+        token_ids_T=np.array([1]),
+        text="",
+        logprobs_T=np.array([-1.0]),
+        kind=RAW,
+        finish_reason=FinishReason.eos,
     )
     assert Side.from_completion(completion).kind is RAW
     scores = scored(np.zeros((1, 3)), np.array([1]), 0)
@@ -265,7 +280,13 @@ def test_sides_from_stored_rows():
 
 @pytest.mark.parametrize(
     ("noise", "floor", "start"),
-    [(0.001, None, "On-policy"), (0.03, None, "Close:"), (0.5, None, "Off-policy"), (0.001, 1e-9, "Close:"), (0.03, 1e-3, "On-policy")],
+    [
+        (0.001, None, "On-policy"),
+        (0.03, None, "Close:"),
+        (0.5, None, "Off-policy"),
+        (0.001, 1e-9, "Close:"),
+        (0.03, 1e-3, "On-policy"),
+    ],
 )
 def test_verdict(noise, floor, start):
     sentence = verdict(compare(random_pairs(50, noise=noise), num_resamples=200), floor)
@@ -279,7 +300,9 @@ def test_a_gap_within_its_uncertainty_of_the_noise_floor_is_not_called_real():
 
 
 def test_verdict_says_when_the_interval_reaches_over_the_bar():
-    pairs = [make_pair([-3.0] * 4, [-3.0] * 4, name=str(i)) for i in range(20)] + [make_pair([-3.0] * 4, [-2.6, -3, -2.2, -2.6])]
+    pairs = [make_pair([-3.0] * 4, [-3.0] * 4, name=str(i)) for i in range(20)] + [
+        make_pair([-3.0] * 4, [-2.6, -3, -2.2, -2.6])
+    ]
     assert verdict(compare(pairs)).startswith("Close, not surely")
 
 

@@ -107,7 +107,9 @@ def test_lists_of_unlike_width_and_padding():
 
 def test_nothing_shared_leaves_one_bucket():
     terms = topk_terms(np.array([[1]]), np.log([[0.9]]), np.array([[2]]), np.log([[0.9]]))
-    assert terms["kl_forward_topk"][0] == 0 and terms["mass_outside_behaviour"][0] == 1 and terms["topk_jaccard"][0] == 0
+    assert (
+        terms["kl_forward_topk"][0] == 0 and terms["mass_outside_behaviour"][0] == 1 and terms["topk_jaccard"][0] == 0
+    )
 
 
 def test_float32_rounding_makes_no_divergence_of_its_own():
@@ -121,7 +123,13 @@ def test_float32_rounding_makes_no_divergence_of_its_own():
 
 
 @settings(deadline=None, max_examples=200)
-@given(seed=st.integers(0, 2**32), k=st.integers(1, 12), other_k=st.integers(1, 12), noise=st.floats(0, 3), sampled=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    k=st.integers(1, 12),
+    other_k=st.integers(1, 12),
+    noise=st.floats(0, 3),
+    sampled=st.booleans(),
+)
 def test_topk_is_a_lower_bound_and_divergences_behave(seed, k, other_k, noise, sampled):
     logq_TV, logp_TV = (log_softmax(x) for x in random_logits(seed, 5, 12, noise))
     exact, mirrored = distribution_terms(logq_TV, logp_TV), distribution_terms(logp_TV, logq_TV)

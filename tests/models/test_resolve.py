@@ -90,7 +90,10 @@ def test_a_revision_belongs_to_a_hub_id(tmp_path):
         (hub.LocalEntryNotFoundError("offline"), "hub cannot be reached"),
         (hub.OfflineModeIsEnabled("offline"), "hub cannot be reached"),
         (OSError("We couldn't connect to the hub to load the files"), "hub cannot be reached"),
-        (OSError("a/b is not a local folder and is not a valid model identifier listed on the hub"), "was not found on the hub"),
+        (
+            OSError("a/b is not a local folder and is not a valid model identifier listed on the hub"),
+            "was not found on the hub",
+        ),
         (OSError("You are trying to access a gated repo."), "is gated on the hub"),
         (OSError("x is not a valid git identifier (branch name, tag name or commit id)"), r"set model\.revision"),
     ],
@@ -111,7 +114,10 @@ def test_other_errors_pass_through():
 def test_transformers_own_error_without_a_network(monkeypatch):
     from transformers import AutoConfig
 
-    with pytest.raises(UsageError, match=r"model\.name=rl-onoff/no-such-model .*hub"), models.hub_errors("rl-onoff/no-such-model"):
+    with (
+        pytest.raises(UsageError, match=r"model\.name=rl-onoff/no-such-model .*hub"),
+        models.hub_errors("rl-onoff/no-such-model"),
+    ):
         AutoConfig.from_pretrained("rl-onoff/no-such-model", local_files_only=True)
 
 

@@ -18,9 +18,7 @@ from rl_onoff.compare.metrics import METRICS
 from rl_onoff.report import ReportInput, ReportResponse, TokenView
 from rl_onoff.types import LogprobKind
 
-QUESTION = (
-    "Solve the problem, then give the answer in \\boxed{{}}.\n\n{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
-)
+QUESTION = "Solve the problem, then give the answer in \\boxed{{}}.\n\n{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
 ANSWER = (
     "First, count what {name} buys: {b} boxes of {c} apples are {b} * {c} = {bc} apples.\n"
     "Then add the {a} apples that {name} had before.\n\nSo the total is {a} + {bc} = {total}. The answer is \\boxed{{{total}}}."
@@ -40,8 +38,20 @@ class SampleRun:
 
     def report(self, **changes: Any) -> ReportInput:
         num_targets = len(self.comparisons)
-        target = {"engine": "HuggingFace", "model": "smollm2", "dtype": "float32", "version": "transformers 4.57", "attention": "sdpa"}
-        sampler = {"engine": "vLLM", "dtype": "bfloat16", "version": "vllm 0.11", "attention": "flash", "sampling": {"temperature": 1.0}}
+        target = {
+            "engine": "HuggingFace",
+            "model": "smollm2",
+            "dtype": "float32",
+            "version": "transformers 4.57",
+            "attention": "sdpa",
+        }
+        sampler = {
+            "engine": "vLLM",
+            "dtype": "bfloat16",
+            "version": "vllm 0.11",
+            "attention": "flash",
+            "sampling": {"temperature": 1.0},
+        }
         policies = [
             {**target, **sampler},
             *({**target, "dtype": dtype} for dtype in ("float32", "bfloat16", "float16")[:num_targets]),
@@ -87,10 +97,17 @@ def make_run(num_responses: int = 45, noises: tuple[float, ...] = (0.12,), seed:
     code = {word: i for i, word in enumerate(words)}
     responses = [_response(i, *row, code, noises, rng) for i, row in enumerate(rows)]
     comparisons = [compare([_pair(r, v) for r in responses], num_resamples=200) for v in range(len(noises))]
-    return SampleRun(responses, words, [c.to_dict() for c in comparisons], verdict(comparisons[0]) if comparisons else "Sampled only.")
+    return SampleRun(
+        responses,
+        words,
+        [c.to_dict() for c in comparisons],
+        verdict(comparisons[0]) if comparisons else "Sampled only.",
+    )
 
 
-def _response(i: int, prompt: str, text: str, code: dict[str, int], noises: tuple[float, ...], rng: np.random.Generator) -> ReportResponse:
+def _response(
+    i: int, prompt: str, text: str, code: dict[str, int], noises: tuple[float, ...], rng: np.random.Generator
+) -> ReportResponse:
     tokens = words_of(text)
     assert "".join(tokens) == text
     ids_T = np.array([code[token] for token in tokens])
@@ -119,7 +136,13 @@ def _pair(response: ReportResponse, v: int) -> Pair:
         Side(token_ids_T=response.token_ids_T, kind=LogprobKind.raw, **{name: getattr(view, name) for name in names})
         for view in (response.behaviour, response.targets[v])
     ]
-    return Pair(request_id=response.request_id, sample=response.sample, behaviour=sides[0], target=sides[1], groups=response.groups)
+    return Pair(
+        request_id=response.request_id,
+        sample=response.sample,
+        behaviour=sides[0],
+        target=sides[1],
+        groups=response.groups,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +154,12 @@ def sample_run() -> Callable[..., SampleRun]:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Chromium, headless, with a console that is kept; it may reach nothing but files."""
     how = "install it with `apt-get install chromium chromium-driver` and `pip install selenium`"
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        os.environ.get("CHROMIUM")
+        or shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     driver = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.fail(f"the tests of report.html need Chromium and chromedriver: {how}, or set CHROMIUM and CHROMEDRIVER")

@@ -14,11 +14,16 @@ def test_the_ladder_is_shown(page, sample_run, tmp_path):
     ]
     found = Attribution(target="<trainer>", gap=0.2, floor=0.0, left=0.01, rows=rows, responses=3, tokens=30)
     page.open(write_report(tmp_path / "report.html", sample_run(3).report(attribution=found.to_dict())))
-    cells = [[cell.text for cell in row.find_elements("css selector", "th, td")] for row in page.all("#attribution tbody tr")]
+    cells = [
+        [cell.text for cell in row.find_elements("css selector", "th, td")] for row in page.all("#attribution tbody tr")
+    ]
     assert cells[0][1:] == ["0.2", "0.01", "95 %", f"the main cause: {rows[0].verdict.partition(': ')[2]}"]
     assert "the target's <b>scaled</b> logprobs" in cells[0][0]
     assert cells[1][1:] == ["–", "–", "–", "not tried: both sides are in float32"]
-    assert page.find("#attribution h2").text == "Why <trainer> differs" and found.sentence() in page.find("#attribution").text
+    assert (
+        page.find("#attribution h2").text == "Why <trainer> differs"
+        and found.sentence() in page.find("#attribution").text
+    )
     assert page.errors() == []
 
 

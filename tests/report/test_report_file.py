@@ -104,7 +104,10 @@ def test_lists_of_the_tokens_that_differ_most_are_kept_longest(sample_run):
 
     run = sample_run(8)
     limit = next(limit for limit in TOP_LIMITS if limit.share == 1 / 8)
-    q_N, p_N = (np.concatenate([view(r).logprobs_T for r in run.responses]) for view in (lambda r: r.behaviour, lambda r: r.targets[0]))
+    q_N, p_N = (
+        np.concatenate([view(r).logprobs_T for r in run.responses])
+        for view in (lambda r: r.behaviour, lambda r: r.targets[0])
+    )
     kept_N = pack._most_different([q_N, p_N], limit.share)
     assert kept_N.sum() == len(q_N) // 8
     assert np.abs(p_N - q_N)[kept_N].min() >= np.abs(p_N - q_N)[~kept_N].max()

@@ -29,7 +29,9 @@ def no_console_error(page):
     assert page.errors() == []
 
 
-TOP_IDS = "return [...document.querySelectorAll(`#panel .s${arguments[0]} tbody tr[data-id]`)].map((row) => +row.dataset.id)"
+TOP_IDS = (
+    "return [...document.querySelectorAll(`#panel .s${arguments[0]} tbody tr[data-id]`)].map((row) => +row.dataset.id)"
+)
 ALL_TOKENS = """return [...document.querySelectorAll('.response')].map(
     (card) => [+card.dataset.r, card.querySelector('.tokens').textContent])"""
 
@@ -52,7 +54,13 @@ def test_verdict_policies_metrics_and_plots_are_shown(page, run, report):
     assert "sampled vLLM" in page.find("#policies").text and "scored HuggingFace" in page.find("#policies").text
     k3 = run.comparisons[0]["overall"]["kl_k3"]
     assert number(page.find("#headline .value").text) == pytest.approx(k3["value"], rel=1e-3)
-    wanted = {"p against q", "Log-ratio of the sampled tokens", "Drift with length", "Effective sample size", "Entropy by position"}
+    wanted = {
+        "p against q",
+        "Log-ratio of the sampled tokens",
+        "Drift with length",
+        "Effective sample size",
+        "Entropy by position",
+    }
     assert wanted <= set(page.texts("figure h3"))
     assert page.js(
         "return [...document.querySelectorAll('figure svg')].every((s) => s.getAttribute('aria-label') && s.children.length > 3)"
@@ -174,7 +182,9 @@ def test_colours_follow_the_choice(page, run, report):
     page.set("colour", "entropy0")
     assert all(x >= 0 for x in page.js(classes))
     label = page.find(f'.response[data-r="{r}"] .token').get_attribute("aria-label")
-    assert "entropy" in label and number(label.split()[-1]) == pytest.approx(response.behaviour.entropy_T[0], rel=2e-3, abs=2e-4)
+    assert "entropy" in label and number(label.split()[-1]) == pytest.approx(
+        response.behaviour.entropy_T[0], rel=2e-3, abs=2e-4
+    )
 
 
 def test_keyboard_alone(page, run, report):
@@ -186,7 +196,9 @@ def test_keyboard_alone(page, run, report):
     keys(Keys.TAB)
     assert focus()[0] == "tab-overview"
     keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert focus()[0] == "tab-tokens" and page.find("#tokens").is_displayed() and not page.find("#overview").is_displayed()
+    assert (
+        focus()[0] == "tab-tokens" and page.find("#tokens").is_displayed() and not page.find("#overview").is_displayed()
+    )
     for _ in range(40):
         keys(Keys.TAB)
         if focus()[1] is not None:
@@ -217,7 +229,10 @@ def test_roles_and_labels(page, report):
     assert page.js(unnamed) == []
     for tab in page.all("[role=tab]"):
         panel = page.find("#" + tab.get_attribute("aria-controls"))
-        assert panel.get_attribute("aria-labelledby") == tab.get_attribute("id") and panel.get_attribute("role") == "tabpanel"
+        assert (
+            panel.get_attribute("aria-labelledby") == tab.get_attribute("id")
+            and panel.get_attribute("role") == "tabpanel"
+        )
     assert page.js("return [...document.querySelectorAll('thead th')].every((h) => h.scope === 'col')")
     assert page.find("#announce").get_attribute("aria-live") == "polite"
     assert page.js("return document.querySelectorAll('.tokens [tabindex=\"0\"]').length") == 10  # one stop a response
@@ -225,7 +240,9 @@ def test_roles_and_labels(page, report):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_both_schemes(page, report, scheme):
-    page.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    page.chrome.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     page.open(report)
     page.tab("tokens")
     page.find(".token").click()
@@ -280,7 +297,9 @@ def test_a_worst_token_leads_to_its_place(page, run, report):
     row.find_element("css selector", "button").click()
     page.wait(lambda: page.all("#panel.open"))
     assert abs(page.number("l")) == pytest.approx(size, rel=1e-6)
-    assert page.js("return [+document.activeElement.closest('.response').dataset.r, +document.activeElement.dataset.t]") == [r, t]
+    assert page.js(
+        "return [+document.activeElement.closest('.response').dataset.r, +document.activeElement.dataset.t]"
+    ) == [r, t]
     assert page.chrome.current_url.endswith(f"#token-{r}-{t}")
     page.open(report, f"#token-{r}-{t}")
     assert abs(page.number("l")) == pytest.approx(size, rel=1e-6)
@@ -318,7 +337,9 @@ def test_a_sampler_that_gave_logprobs_alone(page, sample_run, tmp_path):
         assert len(page.all("#panel .top-list")) == 1 and page.js(TOP_IDS, "1")[:10] == target.top_ids_TK[t].tolist()
         shares = [float(text.split()[0].lstrip("<")) / 100 for text in page.texts("#panel .s1 td.share")]
         assert shares[:10] == pytest.approx(np.exp(target.top_logprobs_TK[t].astype(float)), rel=0.06, abs=6e-4)
-        assert page.number("l") == pytest.approx(float(target.logprobs_T[t]) - float(bare[r].behaviour.logprobs_T[t]), abs=1e-9)
+        assert page.number("l") == pytest.approx(
+            float(target.logprobs_T[t]) - float(bare[r].behaviour.logprobs_T[t]), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("which", ["behaviour", "target"])

@@ -8,7 +8,16 @@ import pytest
 
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.errors import UsageError
-from rl_onoff.rewards import HOPELESS, Judge, accuracy, last_boxed, load_reward, math_verify, pass_at_k, summarise_rewards
+from rl_onoff.rewards import (
+    HOPELESS,
+    Judge,
+    accuracy,
+    last_boxed,
+    load_reward,
+    math_verify,
+    pass_at_k,
+    summarise_rewards,
+)
 
 RIGHT = [
     ("She has 24 apples left.", "24"),
@@ -71,7 +80,9 @@ def test_every_bundled_answer_is_recognised_and_not_taken_for_another():
     for row, other in itertools.pairwise(rows):
         text = f"Let us think. The answer is {row.meta['answer']}."
         assert math_verify(text, row.meta["answer"], row.meta) == 1.0
-        assert math_verify(text, other.meta["answer"], other.meta) == float(float(row.meta["answer"]) == float(other.meta["answer"]))
+        assert math_verify(text, other.meta["answer"], other.meta) == float(
+            float(row.meta["answer"]) == float(other.meta["answer"])
+        )
 
 
 def test_the_last_box_with_its_inner_braces():
@@ -112,7 +123,10 @@ def test_a_reward_of_a_module_and_one_of_a_file(tmp_path, monkeypatch):
         ("mine.py", "set reward.function=mine.py:NAME"),
         ("mine.length", "set reward.function=mine.py:length"),
         ("some.module.f", "set reward.function=some.module:f"),
-        ("few.py:f", r"cannot be called with \(text, answer, meta\): too many positional arguments: give it these three"),
+        (
+            "few.py:f",
+            r"cannot be called with \(text, answer, meta\): too many positional arguments: give it these three",
+        ),
         ("more.py:f", r"cannot be called with \(text, answer, meta\): missing a required argument"),
         ("empty.py:f", "has no function 'f' but none at all"),
     ],
@@ -131,7 +145,11 @@ def test_a_reward_that_cannot_be_loaded(tmp_path, monkeypatch, spec, words):
 
 @pytest.mark.parametrize(
     ("body", "words"),
-    [("return None", "returned None"), ("return float('nan')", "returned nan"), ("raise KeyError('x')", "failed with KeyError")],
+    [
+        ("return None", "returned None"),
+        ("return float('nan')", "returned nan"),
+        ("raise KeyError('x')", "failed with KeyError"),
+    ],
 )
 def test_a_reward_that_does_not_give_a_number(tmp_path, body, words):
     (tmp_path / "mine.py").write_text(f"def f(text, answer, meta):\n    {body}\n")
@@ -179,7 +197,9 @@ def test_what_is_not_judged_does_not_fail(caplog):
 # Numbers
 
 
-@pytest.mark.parametrize(("num_samples", "num_correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (4, 1, 4), (8, 3, 2)])
+@pytest.mark.parametrize(
+    ("num_samples", "num_correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (4, 1, 4), (8, 3, 2)]
+)
 def test_pass_at_k_is_the_mean_over_all_choices(num_samples, num_correct, k):
     draws = list(itertools.combinations([True] * num_correct + [False] * (num_samples - num_correct), k))
     assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
@@ -190,7 +210,9 @@ def test_the_summary_gives_every_prompt_equal_weight():
     assert summary["num_prompts"] == 2 and summary["num_responses"] == 9
     assert summary["reward_mean"] == pytest.approx((0.25 + 0.7) / 2)
     assert summary["accuracy"] == summary["pass@1"] == pytest.approx((0.25 + 0.6) / 2)
-    assert summary["pass@2"] == pytest.approx((pass_at_k(4, 1, 2) + pass_at_k(5, 3, 2)) / 2) and summary["pass@4"] == 1.0
+    assert (
+        summary["pass@2"] == pytest.approx((pass_at_k(4, 1, 2) + pass_at_k(5, 3, 2)) / 2) and summary["pass@4"] == 1.0
+    )
     assert "pass@8" not in summary
     assert summarise_rewards({}) == {}
     assert accuracy([1.0, 0.9, 2.0]) == pytest.approx(2 / 3)

@@ -277,9 +277,16 @@ with RunDir(sys.argv[1]).lock():
 
 def test_a_folder_has_one_writer_and_a_killed_one_leaves_no_lock(tmp_path):
     run = RunDir(tmp_path / "run")
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match=r"another process is writing to .*run: wait until it is done, or set run_dir"), run.lock():
+        with (
+            pytest.raises(
+                UsageError, match=r"another process is writing to .*run: wait until it is done, or set run_dir"
+            ),
+            run.lock(),
+        ):
             raise AssertionError("two at once")
         process.kill()
     with run.lock(), pytest.raises(UsageError), RunDir(run.path).lock():

@@ -27,13 +27,26 @@ class Server(ThreadingHTTPServer):
         if operation == "Viewer":
             return {"viewer": {"id": "1", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
         if operation == "RunResumeStatus":
-            resumable = {"historyTail": '["{\\"_step\\":1}"]', "eventsTail": "[]", "summaryMetrics": "{}", "config": "{}", "tags": []}
+            resumable = {
+                "historyTail": '["{\\"_step\\":1}"]',
+                "eventsTail": "[]",
+                "summaryMetrics": "{}",
+                "config": "{}",
+                "tags": [],
+            }
             counts = {"historyLineCount": 2, "logLineCount": 0, "eventsLineCount": 0}
-            return {"model": {**project, "bucket": {"id": "b", "name": variables["name"], **resumable, **counts}} if self.upserts else None}
+            return {
+                "model": {**project, "bucket": {"id": "b", "name": variables["name"], **resumable, **counts}}
+                if self.upserts
+                else None
+            }
         if operation == "UpsertBucket" and not self.refusing:
             self.upserts.append(variables)
             return {
-                "upsertBucket": {"inserted": len(self.upserts) == 1, "bucket": {"id": "b", "name": variables["name"], "project": project}}
+                "upsertBucket": {
+                    "inserted": len(self.upserts) == 1,
+                    "bucket": {"id": "b", "name": variables["name"], "project": project},
+                }
             }
         return {}
 

@@ -27,7 +27,12 @@ def test_names_that_only_look_like_secrets(key):
 def test_redact_masks_leaves_and_keeps_the_rest():
     config = {
         "model": {"name": "m", "token": "abc", "eos_token": "</s>"},
-        "engine_kwargs": {"use_auth_token": True, "password": 1234, "credentials": {"user": "u", "keys": ["k1"]}, "api_key": None},
+        "engine_kwargs": {
+            "use_auth_token": True,
+            "password": 1234,
+            "credentials": {"user": "u", "keys": ["k1"]},
+            "api_key": None,
+        },
         "headers": ["Bearer hunter2-hunter2"],
         "proxy": "http://me:pw@proxy:3128/x",
         "mode": TrackingMode.auto,
@@ -37,7 +42,12 @@ def test_redact_masks_leaves_and_keeps_the_rest():
     before = repr(config)
     assert redact(config, {"hunter2-hunter2"}) == {
         "model": {"name": "m", "token": "***", "eos_token": "</s>"},
-        "engine_kwargs": {"use_auth_token": True, "password": "***", "credentials": {"user": "***", "keys": ["***"]}, "api_key": None},
+        "engine_kwargs": {
+            "use_auth_token": True,
+            "password": "***",
+            "credentials": {"user": "***", "keys": ["***"]},
+            "api_key": None,
+        },
         "headers": ["Bearer ***"],
         "proxy": "http://***@proxy:3128/x",
         "mode": "auto",
@@ -64,5 +74,10 @@ def test_redact_override(argument, want):
 
 
 def test_secret_values_come_from_the_environment_and_are_long_enough_to_be_found_again():
-    environ = {"HF_TOKEN": "hf_abcdefgh", "WANDB_API_KEY": "short", "HOME": "/home/someone", "TOKENIZERS_PARALLELISM": "false-false"}
+    environ = {
+        "HF_TOKEN": "hf_abcdefgh",
+        "WANDB_API_KEY": "short",
+        "HOME": "/home/someone",
+        "TOKENIZERS_PARALLELISM": "false-false",
+    }
     assert secret_values(environ) == {"hf_abcdefgh"}

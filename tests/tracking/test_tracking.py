@@ -99,7 +99,9 @@ def test_an_offline_run_is_read_back(run_dir, capfd):
     assert table["columns"] == ["question", "answer", "reward", "stopped"]
     assert table["data"] == [["q0", "many", 0.5, True], ["q1", "1", None, False]]
     assert (file.parent / "files" / summary["report/page"]["path"]).read_text() == page.read_text()
-    assert not [path for path in (run_dir.parents[1] / "home").rglob("staging/*") if path.is_file()], "all of it lies in the run folder"
+    assert not [path for path in (run_dir.parents[1] / "home").rglob("staging/*") if path.is_file()], (
+        "all of it lies in the run folder"
+    )
     assert capfd.readouterr() == ("", ""), "nothing on the terminal: its lines would tear a progress bar"
 
 
@@ -126,7 +128,9 @@ def test_two_jobs_in_one_process_are_two_runs(run_dir):
     second.log({"progress/responses": 2})
     first.close(failed=False)
     second.close(failed=False)
-    assert [records(log_files(folder)[0], "history")[0]["item"]["progress/responses"] for folder in (run_dir, other)] == [1, 2]
+    assert [
+        records(log_files(folder)[0], "history")[0]["item"]["progress/responses"] for folder in (run_dir, other)
+    ] == [1, 2]
 
 
 def test_the_run_folder_as_an_artifact(run_dir):
@@ -166,7 +170,12 @@ def test_a_report_too_large_stays_on_disk(run_dir, monkeypatch, caplog):
 def test_no_secret_in_any_file(run_dir, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "fake-secret-value")
     monkeypatch.setenv("HF_TOKEN", "hf_fake_secret_value")
-    argv = ["run.py", "backend.engine_kwargs.hf_token=hunter2", "backend.engine_kwargs={password: hunter2}", "sampling.n=4"]
+    argv = [
+        "run.py",
+        "backend.engine_kwargs.hf_token=hunter2",
+        "backend.engine_kwargs={password: hunter2}",
+        "sampling.n=4",
+    ]
     monkeypatch.setattr(sys, "argv", argv)
     tracker = started(run_dir, config={**CONFIG, "headers": "Bearer hf_fake_secret_value"})
     tracker.log({"progress/responses": 1})
@@ -304,7 +313,11 @@ def test_before_start_every_call_does_nothing(run_dir):
 
 @pytest.mark.parametrize("tracker", [NoTracker, WandbTracker])
 def test_trackers_have_the_protocols_methods_with_its_signatures(tracker):
-    methods = {name: method for name, method in vars(Tracker).items() if inspect.isfunction(method) and not name.startswith("_")}
+    methods = {
+        name: method
+        for name, method in vars(Tracker).items()
+        if inspect.isfunction(method) and not name.startswith("_")
+    }
     assert set(methods) >= {"start", "log", "summary", "histogram", "table", "html", "artifact", "close"}
     for name, method in methods.items():
         assert inspect.signature(getattr(tracker, name)) == inspect.signature(method), name

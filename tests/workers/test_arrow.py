@@ -36,10 +36,16 @@ samplings = st.builds(
 )  # fmt: skip
 requests = lengths.flatmap(
     lambda n: st.builds(
-        Request, id=names, prompt_ids=ids(n), sampling=samplings, samples=st.none() | st.lists(st.integers(0, 9)).map(tuple)
+        Request,
+        id=names,
+        prompt_ids=ids(n),
+        sampling=samplings,
+        samples=st.none() | st.lists(st.integers(0, 9)).map(tuple),
     )
 )
-responses = lengths.flatmap(lambda n: st.builds(Response, request_id=names, sample=samples, prompt_ids=ids(n + 1), token_ids_T=ids(n)))
+responses = lengths.flatmap(
+    lambda n: st.builds(Response, request_id=names, sample=samples, prompt_ids=ids(n + 1), token_ids_T=ids(n))
+)
 completions = lengths.flatmap(
     lambda n: st.builds(
         Completion, request_id=names, sample=samples, token_ids_T=ids(n), text=names, logprobs_T=floats(n),
@@ -68,7 +74,9 @@ def assert_same(one: object, other: object) -> None:
     for field in dataclasses.fields(one):  # type: ignore[arg-type]
         mine, theirs = getattr(one, field.name), getattr(other, field.name)
         if isinstance(mine, np.ndarray):
-            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes(), field.name
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes(), (
+                field.name
+            )
         else:
             assert mine == theirs and type(mine) is type(theirs), field.name
 
@@ -95,7 +103,9 @@ def test_extreme_numbers_keep_their_bits():
 
 
 def test_arrays_are_written_to_and_hold_nothing_else_in_memory():
-    item = Response(request_id="a", sample=0, prompt_ids=np.arange(3, dtype=np.int32), token_ids_T=np.arange(2, dtype=np.int32))
+    item = Response(
+        request_id="a", sample=0, prompt_ids=np.arange(3, dtype=np.int32), token_ids_T=np.arange(2, dtype=np.int32)
+    )
     one, two = travelled([item, item])
     one.token_ids_T[:] = 7
     assert one.token_ids_T.base is None and two.token_ids_T.tolist() == [0, 1]
@@ -104,12 +114,19 @@ def test_arrays_are_written_to_and_hold_nothing_else_in_memory():
 def test_text_and_meta_stay_and_a_shared_sampler_is_sent_once():
     sampling = Sampling(stop=["stop here" * 100])
     ids_P = np.arange(3, dtype=np.int32)
-    batch = batch_of([Request(id=str(i), prompt_ids=ids_P, sampling=sampling, prompt="text", meta={"not": object()}) for i in range(100)])
+    batch = batch_of(
+        [
+            Request(id=str(i), prompt_ids=ids_P, sampling=sampling, prompt="text", meta={"not": object()})
+            for i in range(100)
+        ]
+    )
     assert not {"prompt", "meta"} & set(batch.schema.names) and batch.get_total_buffer_size() < 10_000
     back = items_of(batch)
     assert back[0].sampling == sampling and back[0].sampling is back[99].sampling
 
 
 def test_numbers_are_flat_columns_of_32_bits():
-    batch = batch_of([Response(request_id="a", sample=0, prompt_ids=np.arange(3, dtype=np.int32), token_ids_T=np.zeros(0, np.int32))])
+    batch = batch_of(
+        [Response(request_id="a", sample=0, prompt_ids=np.arange(3, dtype=np.int32), token_ids_T=np.zeros(0, np.int32))]
+    )
     assert batch.schema.field("prompt_ids").type == pa.large_list(pa.int32())

@@ -31,7 +31,9 @@ def tiny(worker: bool = True, python: str | None = None, **engine_kwargs) -> Tin
 
 
 def request(id: str, num_tokens: int = 4, n: int = 1) -> Request:
-    return Request(id=id, prompt_ids=np.arange(num_tokens, dtype=np.int32), sampling=Sampling(n=n, seed=7), meta={"not": object()})
+    return Request(
+        id=id, prompt_ids=np.arange(num_tokens, dtype=np.int32), sampling=Sampling(n=n, seed=7), meta={"not": object()}
+    )
 
 
 def response(sample: int, num_tokens: int) -> Response:
@@ -85,7 +87,12 @@ def test_completions_are_those_of_the_same_backend_in_this_process():
         ours, theirs = list(here._core._generate(requests)), list(there._core._generate(requests))
     assert len(ours) == len(theirs) == 3
     for mine, other in zip(ours, theirs, strict=True):
-        assert (mine.key, mine.text, mine.kind, mine.finish_reason) == (other.key, other.text, other.kind, other.finish_reason)
+        assert (mine.key, mine.text, mine.kind, mine.finish_reason) == (
+            other.key,
+            other.text,
+            other.kind,
+            other.finish_reason,
+        )
         for name in ("token_ids_T", "logprobs_T"):
             a, b = getattr(mine, name), getattr(other, name)
             assert a.dtype == b.dtype and np.array_equal(a, b)
@@ -273,12 +280,17 @@ def fake_python(tmp_path: Path, body: str) -> str:
 
 def test_an_interpreter_without_our_dependencies(tmp_path):
     python = fake_python(tmp_path, "import msgspec_that_is_not_there\n")
-    with pytest.raises(MissingDependencyError, match=r"backend\.python=\S+ cannot run a worker of rl_onoff \(ModuleNotFoundError"):
+    with pytest.raises(
+        MissingDependencyError, match=r"backend\.python=\S+ cannot run a worker of rl_onoff \(ModuleNotFoundError"
+    ):
         tiny(python=python).load()
 
 
 def test_another_version_of_the_protocol_is_one_sentence(tmp_path):
-    python = fake_python(tmp_path, f"import os, sys, time\nos.write(int(sys.argv[3]), {(wire.PREAMBLE % 99).encode()!r})\ntime.sleep(60)\n")
+    python = fake_python(
+        tmp_path,
+        f"import os, sys, time\nos.write(int(sys.argv[3]), {(wire.PREAMBLE % 99).encode()!r})\ntime.sleep(60)\n",
+    )
     with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 2"):
         tiny(python=python).load()
 
@@ -336,17 +348,30 @@ def test_the_child_sees_this_package_but_not_its_neighbours(tmp_path):
 
 
 def test_the_fake_backend_in_a_worker_gives_what_it_gives_here():
-    requests = [Request(id=str(i), prompt_ids=np.arange(6, dtype=np.int32) + i, sampling=Sampling(max_new_tokens=9, n=2)) for i in range(5)]
+    requests = [
+        Request(id=str(i), prompt_ids=np.arange(6, dtype=np.int32) + i, sampling=Sampling(max_new_tokens=9, n=2))
+        for i in range(5)
+    ]
     results = []
     for worker in (False, True):
         with create_backend(FakeBackendConfig(model_name="fake", worker=worker)) as backend:
             completions = list(backend.complete(requests))
             prompts = {r.id: r.prompt_ids for r in requests}
             responses = [
-                Response(request_id=c.request_id, sample=c.sample, prompt_ids=prompts[c.request_id], token_ids_T=c.token_ids_T)
+                Response(
+                    request_id=c.request_id,
+                    sample=c.sample,
+                    prompt_ids=prompts[c.request_id],
+                    token_ids_T=c.token_ids_T,
+                )
                 for c in completions
             ]
-            results.append((completions, list(backend.score(responses, Want(top_k=3, full_logits=True, sampler=Sampling(top_p=0.9))))))
+            results.append(
+                (
+                    completions,
+                    list(backend.score(responses, Want(top_k=3, full_logits=True, sampler=Sampling(top_p=0.9)))),
+                )
+            )
     for here, there in zip(*(completions + scores for completions, scores in results), strict=True):
         for name in here.__dataclass_fields__:
             np.testing.assert_array_equal(getattr(here, name), getattr(there, name))

@@ -29,7 +29,9 @@ def tiny_pool(dp_size: int = 2, **engine_kwargs) -> Pool:
 
 def request(id: str, num_tokens: int = 4, n: int = 1, max_new_tokens: int = 100) -> Request:
     ids = np.arange(num_tokens, dtype=np.int32) + sum(map(ord, id))
-    return Request(id=id, prompt_ids=ids, sampling=Sampling(n=n, seed=7, max_new_tokens=max_new_tokens), meta={"not": object()})
+    return Request(
+        id=id, prompt_ids=ids, sampling=Sampling(n=n, seed=7, max_new_tokens=max_new_tokens), meta={"not": object()}
+    )
 
 
 @pytest.fixture
@@ -131,7 +133,10 @@ def test_a_list_of_devices_ends_where_cuda_says_it_ends():
 def test_each_replica_gets_gpus_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2,0")
     monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
-    assert [place.environment for place in devices.places(2, 2)] == [{"CUDA_VISIBLE_DEVICES": "3,1"}, {"CUDA_VISIBLE_DEVICES": "2,0"}]
+    assert [place.environment for place in devices.places(2, 2)] == [
+        {"CUDA_VISIBLE_DEVICES": "3,1"},
+        {"CUDA_VISIBLE_DEVICES": "2,0"},
+    ]
     assert devices.replicas_that_fit(2) == 2
     with pytest.raises(UsageError, match=r"4 visible GPUs cannot be divided into replicas of backend\.tp_size=3"):
         devices.replicas_that_fit(3)
@@ -192,7 +197,9 @@ def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(p
     two = pool()
     requests = [request(str(i)) for i in range(70)]
     got = []
-    with pytest.raises(EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others") as caught:
+    with pytest.raises(
+        EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others"
+    ) as caught:
         for completion in two._generate([*requests[:20], request("die"), *requests[20:]]):
             got.append(completion.request_id)
     assert sorted(got, key=int) == [str(i) for i in range(70)]
@@ -263,7 +270,9 @@ def test_replicas_do_not_run_far_ahead_of_the_reader(pool):
 def test_a_worker_that_sends_takes_in_what_its_parent_sends(pool):
     """The longest results come last, so that a worker waits to send one while its parent sends more requests than a socket holds."""
     one, got = pool(dp_size=1), []
-    for completion in one._generate([request(str(i), 1000 * (i + 1), max_new_tokens=10**6 - 2000 * i) for i in range(90)]):
+    for completion in one._generate(
+        [request(str(i), 1000 * (i + 1), max_new_tokens=10**6 - 2000 * i) for i in range(90)]
+    ):
         got.append(int(completion.request_id))
         time.sleep(0.02)
     assert got == list(range(90))

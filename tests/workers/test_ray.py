@@ -16,7 +16,13 @@ import psutil
 import pytest
 import ray
 
-from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig, SGLangBackendConfig, VLLMBackendConfig, create_backend
+from rl_onoff.backends import (
+    FakeBackendConfig,
+    HuggingFaceBackendConfig,
+    SGLangBackendConfig,
+    VLLMBackendConfig,
+    create_backend,
+)
 from rl_onoff.backends.engine import Draw, Given
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig, PoolKind
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
@@ -79,7 +85,9 @@ def pool(cluster: TwoNodes) -> Iterator[Callable[..., Pool]]:
     """A function that makes and loads pools of the tiny backend on the cluster, and closes them."""
     made = []
 
-    def make(dp_size: int = 2, load: bool = True, wait_s: float = 60, runtime_env: dict | None = None, **engine_kwargs: Any) -> Pool:
+    def make(
+        dp_size: int = 2, load: bool = True, wait_s: float = 60, runtime_env: dict | None = None, **engine_kwargs: Any
+    ) -> Pool:
         placed = on(cluster, wait_s=wait_s, runtime_env=runtime_env or {})
         config = FakeBackendConfig(model_name="tiny", dp_size=dp_size, engine_kwargs=engine_kwargs, pool=placed)
         made.append(Pool(TinyBackend, config, site=RayCluster(TinyBackend, config)))
@@ -111,7 +119,9 @@ def test_every_response_once_from_both_nodes(pool):
     two = pool(seconds=0.005)
     got = list(two._generate(many(60, n=2)))
     assert sorted(c.key for c in got) == sorted((str(i), s) for i in range(60) for s in range(2))
-    assert all(c.text == str(request_of(c.request_id, n=2).seed_of(c.sample)) for c in got), "requests arrive as they are"
+    assert all(c.text == str(request_of(c.request_id, n=2).seed_of(c.sample)) for c in got), (
+        "requests arrive as they are"
+    )
     actors = [psutil.Process(pid).parent() for pid in two.pids]
     raylets = [actor.parent() for actor in actors if actor]
     assert len({raylet.pid for raylet in raylets if raylet}) == 2, "one on each node"
@@ -144,8 +154,14 @@ def test_requests_that_come_while_it_works(cluster):
 def test_large_scores_come_whole_and_can_be_written_to(pool):
     ids = np.arange(60, dtype=np.int32)
     responses = [Response(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(20)]
-    for scores in pool()._score(responses, Want(top_k=2, full_logits=True)):  # 12 MB each, twice the object stores in all
-        assert scores.logits_TV is not None and scores.logits_TV.shape == (60, 50_000) and (scores.logits_TV == scores.sample).all()
+    for scores in pool()._score(
+        responses, Want(top_k=2, full_logits=True)
+    ):  # 12 MB each, twice the object stores in all
+        assert (
+            scores.logits_TV is not None
+            and scores.logits_TV.shape == (60, 50_000)
+            and (scores.logits_TV == scores.sample).all()
+        )
         assert scores.top_ids_TK.shape == (60, 2) and scores.processed_logprobs_T is None
         scores.logits_TV[:] += 1
 
@@ -199,7 +215,11 @@ def test_the_public_api(cluster):
 def test_a_node_that_leaves_costs_only_the_work_in_flight(cluster, tiny_llama):
     chance = np.random.default_rng(0)
     requests = [
-        Request(id=str(i), prompt_ids=chance.integers(0, 40_000, 4 + i % 9).astype(np.int32), sampling=Sampling(max_new_tokens=8, seed=3))
+        Request(
+            id=str(i),
+            prompt_ids=chance.integers(0, 40_000, 4 + i % 9).astype(np.int32),
+            sampling=Sampling(max_new_tokens=8, seed=3),
+        )
         for i in range(200)
     ]
     config: dict[str, Any] = {"model_name": tiny_llama, "dtype": "float32", "batch_size": 8}
@@ -212,7 +232,9 @@ def test_a_node_that_leaves_costs_only_the_work_in_flight(cluster, tiny_llama):
             if len(got) == 60:
                 cluster.remove()
     assert len(got) == 200 and {c.key for c in got} == set(expected)
-    assert all(np.array_equal(c.token_ids_T, expected[c.key].token_ids_T) and c.text == expected[c.key].text for c in got)
+    assert all(
+        np.array_equal(c.token_ids_T, expected[c.key].token_ids_T) and c.text == expected[c.key].text for c in got
+    )
 
 
 def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
@@ -228,7 +250,11 @@ def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
     until(lambda: None not in two.pids)
     assert len(set(before) & set(two.pids)) == 1
     waits = [r.message for r in caplog.records if "waits for room" in r.message]
-    assert "(its node left the Ray cluster)" in caplog.text and len(waits) == 1 and "it has 1 CPU, of which 0 CPU are free" in waits[0]
+    assert (
+        "(its node left the Ray cluster)" in caplog.text
+        and len(waits) == 1
+        and "it has 1 CPU, of which 0 CPU are free" in waits[0]
+    )
 
 
 @pytest.mark.parametrize("whose", ["the actor", "the engine"])
@@ -255,7 +281,9 @@ def test_a_replica_that_died_while_idle_is_started_again(pool):
 def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(pool):
     two, got = pool(), []
     requests = many(40)
-    with pytest.raises(EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others") as caught:
+    with pytest.raises(
+        EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others"
+    ) as caught:
         for completion in two._generate([*requests[:20], request_of("die"), *requests[20:]]):
             got.append(completion.request_id)
     assert sorted(got, key=int) == [str(i) for i in range(40)]
@@ -281,12 +309,17 @@ def test_a_failed_load_is_one_error(pool):
 @pytest.mark.parametrize("lacks", ["rl_onoff", "tests"])
 def test_nodes_that_lack_a_package(pool, tmp_path, lacks):
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{lacks!r}] = None  # it cannot be imported\n")
-    with pytest.raises(UsageError, match=rf"the nodes of the Ray cluster cannot import {lacks}.*: install it there, .*pool\.runtime_env"):
+    with pytest.raises(
+        UsageError,
+        match=rf"the nodes of the Ray cluster cannot import {lacks}.*: install it there, .*pool\.runtime_env",
+    ):
         pool(dp_size=1, runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}})
 
 
 def test_no_room(pool, caplog):
-    with pytest.raises(EngineError, match=r"no room for a replica \(1 CPU\) for 2 s; it has 2 CPU, .* set backend\.dp_size or"):
+    with pytest.raises(
+        EngineError, match=r"no room for a replica \(1 CPU\) for 2 s; it has 2 CPU, .* set backend\.dp_size or"
+    ):
         pool(dp_size=3, wait_s=2)
     assert "waits for room" in caplog.text
 
@@ -295,7 +328,9 @@ def test_a_cluster_without_a_node_is_not_waited_for(pool, monkeypatch):
     """As when the only node of a cluster that was started here dies: room never comes."""
     monkeypatch.setattr("rl_onoff.workers.ray.alive_nodes", lambda: [])
     began = time.monotonic()
-    with pytest.raises(EngineError, match=r"no node of the Ray cluster is alive any more: run the same command again to go on$"):
+    with pytest.raises(
+        EngineError, match=r"no node of the Ray cluster is alive any more: run the same command again to go on$"
+    ):
         pool(dp_size=3, wait_s=60)
     assert time.monotonic() - began < 30
 
@@ -322,14 +357,18 @@ def test_a_wait_for_room_can_be_left(pool):
 def test_an_address_where_no_cluster_answers(address):
     config = FakeBackendConfig(model_name="fake", pool=PoolConfig(kind=PoolKind.ray, address=address))
     began = time.monotonic()
-    with pytest.raises(EngineError, match=rf"no Ray cluster answers at {address}: set pool\.address to one that runs, or to null"):
+    with pytest.raises(
+        EngineError, match=rf"no Ray cluster answers at {address}: set pool\.address to one that runs, or to null"
+    ):
         create_backend(config).load()
     assert time.monotonic() - began < 15
 
 
 def test_a_cluster_of_another_version(cluster, monkeypatch):
     monkeypatch.setattr(ray, "__version__", "2.51.0")
-    with pytest.raises(EngineError, match=r"the Ray cluster at .* cannot be used \(Version mismatch: .*2\.51\.0.*\): set pool\.address"):
+    with pytest.raises(
+        EngineError, match=r"the Ray cluster at .* cannot be used \(Version mismatch: .*2\.51\.0.*\): set pool\.address"
+    ):
         create_backend(FakeBackendConfig(model_name="fake", pool=on(cluster))).load()
 
 
@@ -354,7 +393,9 @@ def test_a_pool_on_ray_is_no_engine_in_this_process():
         create_backend(FakeBackendConfig(model_name="fake", worker=False, pool=PoolConfig(kind=PoolKind.ray))).load()
 
 
-@pytest.mark.parametrize("pool", [{"kind": "slurm"}, {"adress": "auto"}, {"kind": "ray", "cpus_per_replica": 0}, {"wait_s": "long"}])
+@pytest.mark.parametrize(
+    "pool", [{"kind": "slurm"}, {"adress": "auto"}, {"kind": "ray", "cpus_per_replica": 0}, {"wait_s": "long"}]
+)
 def test_a_wrong_pool_is_refused(pool):
     with pytest.raises(UsageError, match=r"pool|wait_s is 'long' but must be of type float"):
         create_backend({"model_name": "m", "backend_specific": {"pool": pool}})
@@ -389,13 +430,19 @@ def test_what_a_replica_reserves(nodes, config: EngineConfig, bundle, replicas):
 
 
 def test_vllm_spans_nodes_with_its_own_ray_executor():
-    assert berth(GPU_NODES, VLLMBackendConfig(tp_size=12)).config.engine_kwargs == {"distributed_executor_backend": "ray"}
+    assert berth(GPU_NODES, VLLMBackendConfig(tp_size=12)).config.engine_kwargs == {
+        "distributed_executor_backend": "ray"
+    }
     mine = VLLMBackendConfig(tp_size=12, engine_kwargs={"distributed_executor_backend": "mp", "x": 1})
     assert berth(GPU_NODES, mine).config.engine_kwargs == mine.engine_kwargs, "who says so themselves is not overruled"
 
 
 def test_more_gpus_than_there_are():
-    with pytest.raises(UsageError, match=r"tp_size=12 needs 12 GPUs but the Ray cluster has no node with more than 8, and sglang"):
+    with pytest.raises(
+        UsageError, match=r"tp_size=12 needs 12 GPUs but the Ray cluster has no node with more than 8, and sglang"
+    ):
         berth(GPU_NODES, SGLangBackendConfig(tp_size=12))
-    with pytest.raises(UsageError, match=r"tp_size=16 needs 16 GPUs but the Ray cluster has 12 GPUs in all: set backend\.tp_size"):
+    with pytest.raises(
+        UsageError, match=r"tp_size=16 needs 16 GPUs but the Ray cluster has 12 GPUs in all: set backend\.tp_size"
+    ):
         berth(GPU_NODES, VLLMBackendConfig(tp_size=16))

@@ -57,11 +57,15 @@ class TinyBackend(BaseBackend):
                 raise ZeroDivisionError("a bug of the engine")
         if "engine" in kwargs:
             self._memory = multiprocessing.shared_memory.SharedMemory(create=True, size=1 << 16)
-            self._semaphore = multiprocessing.get_context("spawn").Semaphore()  # has a name until its tracker takes it away
+            self._semaphore = multiprocessing.get_context(
+                "spawn"
+            ).Semaphore()  # has a name until its tracker takes it away
             self._engine = subprocess.Popen([sys.executable, "-c", ENGINE, self._memory.name], stdout=subprocess.PIPE)
             self._engine.stdout.readline()
             Path(kwargs["engine"]).write_text(f"{self._engine.pid} {self._memory.name}")
-        return EngineInfo(engine="tiny", version=sys.executable, dtype="float32", vocab_size=50_000, max_len=1 << 20, eos_ids=(0,))
+        return EngineInfo(
+            engine="tiny", version=sys.executable, dtype="float32", vocab_size=50_000, max_len=1 << 20, eos_ids=(0,)
+        )
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         for request in requests:

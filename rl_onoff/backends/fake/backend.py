@@ -47,8 +47,12 @@ class ByteTokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode(i) for i in ids]
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any):
-        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + ("assistant: " if add_generation_prompt else "")
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any
+    ):
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + (
+            "assistant: " if add_generation_prompt else ""
+        )
         return self.encode(text) if tokenize else text
 
 
@@ -72,7 +76,9 @@ class FakeBackend(BaseBackend):
 
         seed = zlib.crc32(self.config.model_name.encode())
         self._table = 2 * random(seed) + self.config.noise * random(seed + 1)
-        self._info = EngineInfo(engine=self.name, version="1", dtype="float32", vocab_size=257, max_len=4096, eos_ids=(256,))
+        self._info = EngineInfo(
+            engine=self.name, version="1", dtype="float32", vocab_size=257, max_len=4096, eos_ids=(256,)
+        )
         return self._info
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
@@ -83,7 +89,9 @@ class FakeBackend(BaseBackend):
                 row = Row(request, sample, self.info.max_len)
                 while row.finish is None:
                     logits = self._rows(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
-                    token, logprob = draw(logits, [request.sampling], np.array([row.uniform()]), self.config.logprob_kind)
+                    token, logprob = draw(
+                        logits, [request.sampling], np.array([row.uniform()]), self.config.logprob_kind
+                    )
                     row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), frozenset(self.info.eos_ids))
                 yield row.completion(self.config.logprob_kind)
 

@@ -47,7 +47,9 @@ class HuggingFaceBackend(BaseBackend):
             import torch  # noqa: F401
             import transformers
         except ImportError as error:
-            raise MissingDependencyError(f"the huggingface backend needs torch and transformers ({error}): pip install rl-onoff") from error
+            raise MissingDependencyError(
+                f"the huggingface backend needs torch and transformers ({error}): pip install rl-onoff"
+            ) from error
         if self.config.num_devices > 1:
             from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 
@@ -84,7 +86,9 @@ class HuggingFaceBackend(BaseBackend):
             device_map = "auto"
         dtype = config.weights_dtype
         files = resolve(config.model_name, revision=config.revision)
-        with load_errors(config.model_name, options="backend.device_map, backend.attn_implementation or backend.engine_kwargs"):
+        with load_errors(
+            config.model_name, options="backend.device_map, backend.attn_implementation or backend.engine_kwargs"
+        ):
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 files.path,
                 revision=files.revision or "main",
@@ -124,7 +128,9 @@ class HuggingFaceBackend(BaseBackend):
                 if not self._split.splits:
                     scores = [self._score_whole(response, want) for response in batch]
                 else:
-                    scores = self._score_batch(batch, self._hidden_shared(batch) if shares_prompt else self._hidden(batch), want)
+                    scores = self._score_batch(
+                        batch, self._hidden_shared(batch) if shares_prompt else self._hidden(batch), want
+                    )
             yield from scores
 
     def _close(self) -> None:
@@ -158,7 +164,12 @@ class HuggingFaceBackend(BaseBackend):
 
     def _num_replicas(self) -> int | None:
         config = self.config
-        if config.pool.kind is PoolKind.ray or config.dp_size is not None or config.num_devices == 1 or not config.gpus_per_replica:
+        if (
+            config.pool.kind is PoolKind.ray
+            or config.dp_size is not None
+            or config.num_devices == 1
+            or not config.gpus_per_replica
+        ):
             return config.dp_size
         from rl_onoff.workers.devices import replicas_that_fit
 
@@ -178,7 +189,9 @@ class HuggingFaceBackend(BaseBackend):
 
     def _check_gradients(self) -> None:
         if self.config.num_devices > 1:
-            raise UsageError(f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1")
+            raise UsageError(
+                f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1"
+            )
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 
@@ -214,7 +227,9 @@ class HuggingFaceBackend(BaseBackend):
         """
         import torch
 
-        width = max(response.num_tokens for response in batch) - 1  # the last token's own position gives no response token
+        width = (
+            max(response.num_tokens for response in batch) - 1
+        )  # the last token's own position gives no response token
         ids_BL = np.zeros((len(batch), width), np.int64)
         for i, response in enumerate(batch):
             sequence = np.concatenate([response.prompt_ids, response.token_ids_T[:-1]])
@@ -238,9 +253,14 @@ class HuggingFaceBackend(BaseBackend):
         output.past_key_values.batch_repeat_interleave(len(batch))
         positions = torch.arange(len(prompt_ids), len(prompt_ids) + width, device=self._split.device)[None]
         hidden_BLD = self._split.body(
-            input_ids=self._tensor(ids_BL), past_key_values=output.past_key_values, position_ids=positions, use_cache=True
+            input_ids=self._tensor(ids_BL),
+            past_key_values=output.past_key_values,
+            position_ids=positions,
+            use_cache=True,
         ).last_hidden_state
-        return torch.cat([part for i, r in enumerate(batch) for part in (first_1D, hidden_BLD[i, : len(r.token_ids_T) - 1])])
+        return torch.cat(
+            [part for i, r in enumerate(batch) for part in (first_1D, hidden_BLD[i, : len(r.token_ids_T) - 1])]
+        )
 
     def _score_batch(self, batch: Sequence[Response], hidden_RD: Tensor, want: Want) -> list[TokenScores]:
         from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
@@ -266,7 +286,9 @@ class HuggingFaceBackend(BaseBackend):
         import torch
 
         if self._split is None:
-            raise EngineError("gradients need the model in this process: set worker to false and leave dp_size and python alone")
+            raise EngineError(
+                "gradients need the model in this process: set worker to false and leave dp_size and python alone"
+            )
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
             return [self._whole_logits(response).float() for response in responses]
@@ -289,10 +311,14 @@ class HuggingFaceBackend(BaseBackend):
         try:
             torch.device(device)
         except RuntimeError as error:
-            raise UsageError(f"backend.device is {device!r}, which torch does not know: set backend.device=cuda or cpu") from error
+            raise UsageError(
+                f"backend.device is {device!r}, which torch does not know: set backend.device=cuda or cpu"
+            ) from error
         kind, _, index = device.partition(":")
         if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"backend.device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices: set backend.device=cpu")
+            raise UsageError(
+                f"backend.device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices: set backend.device=cpu"
+            )
         return device
 
 

@@ -39,14 +39,18 @@ class HuggingFaceBackendConfig(EngineConfig):
         check_dtype("backend.torch_dtype", self.torch_dtype)
         self.same("dtype", "torch_dtype")
         if self.head_dtype not in (None, "float32"):
-            raise UsageError(f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32")
+            raise UsageError(
+                f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32"
+            )
         if ":" in (self.device or "") and (self.dp_size or self.tp_size or 1) > 1:
             raise UsageError(
                 f"backend.device={self.device} names one device, but replicas and their parts share out all: set backend.device=cuda"
             )
         for name in ("batch_size", "max_batch_tokens"):
             if getattr(self, name) < 1:
-                raise UsageError(f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16")
+                raise UsageError(
+                    f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16"
+                )
 
     @property
     def weights_dtype(self) -> str:

@@ -35,7 +35,9 @@ def batches(rows: Sequence[Row], batch_size: int, max_batch_tokens: int) -> Iter
         yield batch
 
 
-def decode(model: SplitModel, rows: list[Row], tokenizer: Any, eos_ids: frozenset[int], kind: LogprobKind) -> Iterator[Completion]:
+def decode(
+    model: SplitModel, rows: list[Row], tokenizer: Any, eos_ids: frozenset[int], kind: LogprobKind
+) -> Iterator[Completion]:
     """Sample one batch to the end; yields each response as it finishes."""
     import torch
 
@@ -79,7 +81,9 @@ def _prefill(model: SplitModel, rows: Sequence[Row]) -> tuple[Tensor, Any, Tenso
         mask_BL[i, width - len(prompt_ids) :] = 1
     mask = torch.as_tensor(mask_BL, device=model.device)
     logits_BV, cache = model.last_logits(
-        input_ids=torch.as_tensor(ids_BL, device=model.device), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_(min=0)
+        input_ids=torch.as_tensor(ids_BL, device=model.device),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp_(min=0),
     )
     of_row = torch.tensor([place[row.request.prompt_ids.tobytes()] for row in rows], device=model.device)
     if len(of_row) != len(prompts):

@@ -32,14 +32,18 @@ class SplitModel:
         self._whole_keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.splits = self._lm_head is not None and self._body is not model and self._agrees()
         if not self.splits:
-            log.warning("%s cannot be split into body and head: full logits are computed, which is slower", type(model).__name__)
+            log.warning(
+                "%s cannot be split into body and head: full logits are computed, which is slower", type(model).__name__
+            )
 
     @property
     def shares_prompts(self) -> bool:
         """Whether a prompt's cache can be repeated for several responses: plain attention caches can."""
         text_config = self.whole.config.get_text_config()
         layers = getattr(text_config, "layer_types", None) or ["full_attention"]
-        return self.splits and set(layers) == {"full_attention"} and getattr(text_config, "sliding_window", None) is None
+        return (
+            self.splits and set(layers) == {"full_attention"} and getattr(text_config, "sliding_window", None) is None
+        )
 
     @property
     def device(self) -> Any:
@@ -57,7 +61,9 @@ class SplitModel:
     def use_float32_head(self) -> None:
         """Compute the logits in float32 from now on. The head is copied: its weight may be the embedding's, which stays as it is."""
         if not self.splits:
-            raise UsageError("the LM head of this model cannot be taken apart from its body: set backend.head_dtype=null")
+            raise UsageError(
+                "the LM head of this model cannot be taken apart from its body: set backend.head_dtype=null"
+            )
         import torch
 
         self._lm_head = copy.deepcopy(self._lm_head).float()
@@ -84,13 +90,17 @@ class SplitModel:
             except (AttributeError, TypeError, RuntimeError) as error:
                 log.warning("splitting the model failed: %s", error)
                 return False
-        return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.to(ours.device).float(), atol=1e-4, rtol=1e-3)
+        return ours.shape == theirs.shape and torch.allclose(
+            ours.float(), theirs.to(ours.device).float(), atol=1e-4, rtol=1e-3
+        )
 
 
 def _after_head(config: Any) -> Callable[[Tensor], Tensor]:
     """What the model does to its logits after the LM head (Gemma's soft cap; Cohere's and Granite's scales)."""
     config = config.get_text_config()
-    cap, scale, divide = (getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    cap, scale, divide = (
+        getattr(config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    )
 
     def apply(logits: Tensor) -> Tensor:
         if scale is not None:

@@ -1,4 +1,4 @@
-"""A rank of tensor parallelism: `python -m rl_onoff.backends.huggingface.rank` holds a part of a model and follows rank 0 (tensor_parallel.py)."""
+"""A rank of tensor parallelism: holds a part of a model and follows rank 0 (tensor_parallel.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds; idle ranks wait at the pipe
+TIMEOUT = timedelta(
+    hours=2
+)  # of a collective operation: large weights load at different speeds; idle ranks wait at the pipe
 
 
 def join(rank: int, size: int, store: str) -> None:

@@ -33,14 +33,22 @@ class Ranks:
 
     def __init__(self, config: HuggingFaceBackendConfig):
         size = config.num_devices
-        if (main := getattr(sys.modules["__main__"], "__spec__", None)) is None or main.name != "rl_onoff.workers.worker_main":
-            raise UsageError(f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size}: drop it")
+        if (
+            main := getattr(sys.modules["__main__"], "__spec__", None)
+        ) is None or main.name != "rl_onoff.workers.worker_main":
+            raise UsageError(
+                f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size}: drop it"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._others: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-        self._forgotten: list[int] = []  # caches that nobody can reach any more; the others hear of them with the next step
+        self._forgotten: list[
+            int
+        ] = []  # caches that nobody can reach any more; the others hear of them with the next step
         store = str(Path(self._folder.name) / "store")
         for rank in range(1, size):
-            process = subprocess.Popen([sys.executable, "-m", "rl_onoff.backends.huggingface.rank"], stdin=subprocess.PIPE)
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rl_onoff.backends.huggingface.rank"], stdin=subprocess.PIPE
+            )
             assert process.stdin is not None
             self._others.append((process, process.stdin))
             pickle.dump((config, rank, store), process.stdin)

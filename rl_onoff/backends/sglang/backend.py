@@ -60,7 +60,9 @@ class SGLangBackend(BaseBackend):
             import sglang  # noqa: F401
         except ImportError as error:
             if error.name != "sglang":
-                raise EngineError(f"SGLang is installed but cannot be imported ({error}): run `rl-onoff doctor`") from error
+                raise EngineError(
+                    f"SGLang is installed but cannot be imported ({error}): run `rl-onoff doctor`"
+                ) from error
             raise MissingDependencyError(
                 "the sglang backend needs the sglang package: pip install 'rl-onoff[sglang]', or set backend.python to the interpreter "
                 "of an environment that has it"
@@ -76,10 +78,16 @@ class SGLangBackend(BaseBackend):
                 self._close()
                 self._start(False)
         if not self._seeds_count():
-            log.warning("SGLang %s: our sampler inside the engine does not work, so sampling.seed has no effect", version)
+            log.warning(
+                "SGLang %s: our sampler inside the engine does not work, so sampling.seed has no effect", version
+            )
         manager = self._engine.tokenizer_manager
         model = manager.model_config
-        eos_ids = {self.get_tokenizer().eos_token_id, manager.tokenizer.eos_token_id, *(model.hf_eos_token_id or ())} - {None}
+        eos_ids = {
+            self.get_tokenizer().eos_token_id,
+            manager.tokenizer.eos_token_id,
+            *(model.hf_eos_token_id or ()),
+        } - {None}
         self._info = EngineInfo(
             engine=self.name,
             version=version,
@@ -123,7 +131,9 @@ class SGLangBackend(BaseBackend):
 
             return len(members[0].prompt_ids) + sum(len(response.token_ids_T) for response in members), group
 
-        yield from self._run(whole(map(work, groups.values())), max(1, self._pool // 2))  # else a prompt is evicted before its turn
+        yield from self._run(
+            whole(map(work, groups.values())), max(1, self._pool // 2)
+        )  # else a prompt is evicted before its turn
 
     def _close(self) -> None:
         engine, self._engine, self._public = self._engine, None, None
@@ -133,7 +143,9 @@ class SGLangBackend(BaseBackend):
     @staticmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
         if len(sampling.stop) > MAX_STOP:
-            raise UsageError(f"sampling.stop has {len(sampling.stop)} strings but SGLang takes at most {MAX_STOP}: shorten sampling.stop")
+            raise UsageError(
+                f"sampling.stop has {len(sampling.stop)} strings but SGLang takes at most {MAX_STOP}: shorten sampling.stop"
+            )
         return {
             "n": 1,
             "max_new_tokens": sampling.max_new_tokens,
@@ -176,7 +188,10 @@ class SGLangBackend(BaseBackend):
             return str(error)
         output = loop.run_until_complete(
             self._engine.async_generate(
-                input_ids=ids.tolist(), sampling_params={"max_new_tokens": 0, "temperature": 0.0}, return_logprob=True, logprob_start_len=4
+                input_ids=ids.tolist(),
+                sampling_params={"max_new_tokens": 0, "temperature": 0.0},
+                return_logprob=True,
+                logprob_start_len=4,
             )
         )
         theirs = np.array([entry[0] for entry in output["meta_info"]["input_token_logprobs"][1:]])
@@ -191,7 +206,9 @@ class SGLangBackend(BaseBackend):
 
         async def draw() -> list[Any]:
             rids = [Job(prompt_len=3, seed=1).rid() for _ in range(4)]
-            return await asyncio.gather(*(self._engine.async_generate(input_ids=[1, 2, 3], sampling_params=args, rid=rid) for rid in rids))
+            return await asyncio.gather(
+                *(self._engine.async_generate(input_ids=[1, 2, 3], sampling_params=args, rid=rid) for rid in rids)
+            )
 
         return len({output["output_ids"][0] for output in self._engine.loop.run_until_complete(draw())}) == 1
 
@@ -200,7 +217,9 @@ class SGLangBackend(BaseBackend):
     async def _complete(self, request: Request, sample: int) -> Completion:
         sampling, seed = request.sampling, request.seed_of(sample)
         room = self.info.max_len - len(request.prompt_ids)
-        args = self.sampling_args(sampling.replace(max_new_tokens=min(sampling.max_new_tokens, room)), self.info.eos_ids, seed)
+        args = self.sampling_args(
+            sampling.replace(max_new_tokens=min(sampling.max_new_tokens, room)), self.info.eos_ids, seed
+        )
         job = Job(prompt_len=len(request.prompt_ids), seed=seed)
         output = await self._engine.async_generate(
             input_ids=request.prompt_ids.tolist(), sampling_params=args, return_logprob=True, rid=job.rid()
@@ -237,11 +256,16 @@ class SGLangBackend(BaseBackend):
             os.truncate(handle, num_tokens * self._engine.tokenizer_manager.model_config.vocab_size * 4)
             os.close(handle)
         name = str(file) if file else None
-        job = Job(prompt_len=num_prompt, num_tokens=num_tokens, top_k=want.top_k, sampler=want.sampler, logits_file=name)
+        job = Job(
+            prompt_len=num_prompt, num_tokens=num_tokens, top_k=want.top_k, sampler=want.sampler, logits_file=name
+        )
         try:
             output = await self._engine.async_generate(
                 input_ids=np.concatenate([response.prompt_ids, response.token_ids_T]).tolist(),
-                sampling_params={"max_new_tokens": 1, "temperature": 0.0},  # with 0 new tokens the statistics would not come back
+                sampling_params={
+                    "max_new_tokens": 1,
+                    "temperature": 0.0,
+                },  # with 0 new tokens the statistics would not come back
                 return_logprob=True,
                 logprob_start_len=num_prompt - 1,
                 rid=job.rid(),

@@ -51,7 +51,9 @@ class Rows:
         for field in fields(stats):
             values = getattr(stats, field.name)
             if values is not None:
-                column = self._columns.setdefault(field.name, np.empty((self._job.num_tokens, *values.shape[1:]), values.dtype))
+                column = self._columns.setdefault(
+                    field.name, np.empty((self._job.num_tokens, *values.shape[1:]), values.dtype)
+                )
                 column[here] = values[there]
         if self._job.logits_file:
             shape = self._job.num_tokens, logits_RV.shape[-1]
@@ -70,7 +72,9 @@ class Rows:
 class Step:
     """One forward pass that holds requests to be scored: which rows of it belong to which response."""
 
-    unfinished: ClassVar[OrderedDict[str, Rows]] = OrderedDict()  # of this process, by request id: chunks come in several steps
+    unfinished: ClassVar[OrderedDict[str, Rows]] = (
+        OrderedDict()
+    )  # of this process, by request id: chunks come in several steps
 
     def __init__(self, batch: Any, reports: bool):
         self.jobs = [Job.of(rid) for rid in batch.rids]
@@ -78,7 +82,9 @@ class Step:
         self.errors: str | None = None
         self._rids = batch.rids
         # of each request: rows with a logprob, and the response position of the first
-        self._counts = [n - s for n, s in zip(batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu, strict=True)]
+        self._counts = [
+            n - s for n, s in zip(batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu, strict=True)
+        ]
         starts = [p + s for p, s in zip(batch.extend_prefix_lens_cpu, batch.extend_logprob_start_lens_cpu, strict=True)]
         self._first = [start - (job.prompt_len - 1) if job else 0 for start, job in zip(starts, self.jobs, strict=True)]
         self._ends = list(itertools.accumulate(self._counts))
@@ -154,7 +160,13 @@ def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any
 def around_input_logprobs(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     """InputLogprobProcessor.forward: instead of one pass of SGLang's and one of ours, the LM head runs once, in chunks."""
     metadata = kwargs.get("logits_metadata")
-    if _step is None or args or metadata is None or metadata.extend_return_top_logprob or metadata.extend_token_ids_logprob:
+    if (
+        _step is None
+        or args
+        or metadata is None
+        or metadata.extend_return_top_logprob
+        or metadata.extend_token_ids_logprob
+    ):
         return original(processor, *args, **kwargs)
     return _input_logprobs(_step, **kwargs)
 
@@ -175,8 +187,13 @@ def _input_logprobs(
 
     sampled, logprobs = [], []
     token_ids_R = logits_metadata.extend_input_logprob_token_ids_gpu
-    of_sample, of_logprob = np.asarray(logits_metadata.sample_indices_cpu), np.asarray(logits_metadata.input_logprob_indices_cpu)
-    size = chunk_rows(lm_head.num_embeddings if hasattr(lm_head, "num_embeddings") else 2**17, pruned_states.device.type)
+    of_sample, of_logprob = (
+        np.asarray(logits_metadata.sample_indices_cpu),
+        np.asarray(logits_metadata.input_logprob_indices_cpu),
+    )
+    size = chunk_rows(
+        lm_head.num_embeddings if hasattr(lm_head, "num_embeddings") else 2**17, pruned_states.device.type
+    )
     for start in range(0, len(pruned_states), size):
         end = min(start + size, len(pruned_states))
         # on every rank alike and outside the `try`: it is collective, and the rest of the engine needs it
@@ -190,7 +207,9 @@ def _input_logprobs(
             try:
                 rows = of_logprob[lo:hi] - start
                 together = rows[-1] - rows[0] == hi - lo - 1
-                mine_RV = logits_RV[rows[0] : rows[-1] + 1] if together else logits_RV[input_logprob_indices[lo:hi] - start]
+                mine_RV = (
+                    logits_RV[rows[0] : rows[-1] + 1] if together else logits_RV[input_logprob_indices[lo:hi] - start]
+                )
                 values = step.add(int(lo), int(hi), mine_RV, token_ids_R[lo:hi])
             except Exception:
                 step.errors = traceback.format_exc()

@@ -37,10 +37,16 @@ def check(meta: dict[str, Any]) -> None:
     if reason.get("type") == "abort":
         raise EngineError(f"SGLang gave a request up: {reason.get('message')}")
     if reason.get("matched") == "NaN happened":
-        raise EngineError("the model's logits are not numbers (SGLang: NaN happened): set backend.dtype=float32 or another model")
+        raise EngineError(
+            "the model's logits are not numbers (SGLang: NaN happened): set backend.dtype=float32 or another model"
+        )
     for info in meta.get(INFO) or ():
         if info and (error := info.get("error") or info.get("sampler_error")):
-            mend = "set backend.in_engine_stats=false" if "error" in info else "report it with the tail of the worker's log"
+            mend = (
+                "set backend.in_engine_stats=false"
+                if "error" in info
+                else "report it with the tail of the worker's log"
+            )
             raise EngineError(f"our code inside SGLang failed ({error.strip().splitlines()[-1]}): {mend}")
 
 

@@ -43,7 +43,9 @@ def uniform(seed: int, position: int) -> float:
     return float(_block(seed, position // BLOCK)[position % BLOCK])
 
 
-def kept_probs(probs_RV: Tensor, top_k_R: Tensor | None, top_p_R: Tensor | None, min_p_R: Tensor | None, max_top_k: int | None) -> Tensor:
+def kept_probs(
+    probs_RV: Tensor, top_k_R: Tensor | None, top_p_R: Tensor | None, min_p_R: Tensor | None, max_top_k: int | None
+) -> Tensor:
     """Probabilities (after temperature) with those that the sampler cuts set to 0, not renormalised.
 
     Top-k, then top-p of what is left, then min-p relative to the likeliest: as `token_stats.process_logits`, but row by row
@@ -65,7 +67,9 @@ def kept_probs(probs_RV: Tensor, top_k_R: Tensor | None, top_p_R: Tensor | None,
         if top_p_R is not None:
             share_RK = sorted_RK / sorted_RK.sum(-1, keepdim=True)
             cut_RK = (share_RK.cumsum(-1) - share_RK >= top_p_R[:, None]) & (top_p_R < 1)[:, None]
-            kept_RV = kept_RV.masked_fill(torch.zeros_like(kept_RV, dtype=torch.bool).scatter_(-1, order_RK, cut_RK), 0.0)
+            kept_RV = kept_RV.masked_fill(
+                torch.zeros_like(kept_RV, dtype=torch.bool).scatter_(-1, order_RK, cut_RK), 0.0
+            )
     if min_p_R is not None:
         kept_RV = torch.where(kept_RV >= kept_RV.amax(-1, keepdim=True) * min_p_R[:, None], kept_RV, 0.0)
     return kept_RV
@@ -80,7 +84,9 @@ def invert(kept_RV: Tensor, uniform_R: Tensor) -> Tensor:
     return torch.searchsorted(cdf_RV, at_R1, right=True)[:, 0].clamp_(max=kept_RV.shape[-1] - 1)
 
 
-def around_sample(original: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
+def around_sample(
+    original: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any, *args: Any, **kwargs: Any
+) -> Any:
     """ModelRunner.sample: knows the requests and how far they are, which the sampler does not."""
     global _uniforms_R, _error
     try:
@@ -90,7 +96,9 @@ def around_sample(original: Callable[..., Any], runner: Any, logits_output: Any,
         if len(seeds) == len(jobs):
             lens = _lens(forward_batch)
             # a prompt that is still being prefilled samples too, and the engine drops it: any number will do
-            _uniforms_R = np.array([uniform(seed, max(0, n - prompt_len)) for (seed, prompt_len), n in zip(seeds, lens, strict=True)])
+            _uniforms_R = np.array(
+                [uniform(seed, max(0, n - prompt_len)) for (seed, prompt_len), n in zip(seeds, lens, strict=True)]
+            )
     except Exception:
         _error = traceback.format_exc()
     token_ids_R = original(runner, logits_output, forward_batch, *args, **kwargs)
@@ -103,7 +111,12 @@ def around_sample(original: Callable[..., Any], runner: Any, logits_output: Any,
 
 
 def around_sample_from_probs(
-    original: Callable[..., Any], sampler: Any, probs_RV: Tensor, info: Any, positions: Tensor, simple_sampling_case: bool
+    original: Callable[..., Any],
+    sampler: Any,
+    probs_RV: Tensor,
+    info: Any,
+    positions: Tensor,
+    simple_sampling_case: bool,
 ) -> Any:
     """Sampler._sample_from_probs, which the engine calls for every step that is not greedy throughout."""
     global _error

@@ -46,7 +46,9 @@ class VLLMBackend(BaseBackend):
         try:
             import vllm
         except ImportError as error:
-            raise MissingDependencyError(f"the vllm backend needs the vllm package ({error}): pip install 'rl-onoff[vllm]'") from error
+            raise MissingDependencyError(
+                f"the vllm backend needs the vllm package ({error}): pip install 'rl-onoff[vllm]'"
+            ) from error
         from rl_onoff.backends.huggingface.backend import end_ids
         from rl_onoff.backends.vllm.engine import HOOKS, options
 
@@ -138,7 +140,10 @@ class VLLMBackend(BaseBackend):
         from rl_onoff.backends.vllm.engine import Engine
 
         if self._engine is not None and self._engine.mode != mode:
-            log.warning("vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one life", mode)
+            log.warning(
+                "vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one life",
+                mode,
+            )
             self._close()
         if self._engine is None:
             self._engine = Engine(self.config, mode, in_engine=self._in_engine)
@@ -190,7 +195,9 @@ class VLLMBackend(BaseBackend):
                 if not engine.closed:
                     engine.rpc("rl_onoff_end")
         if waiting:
-            raise EngineError(f"vLLM computed only a part of {len(waiting)} responses: set backend.in_engine_stats=false")
+            raise EngineError(
+                f"vLLM computed only a part of {len(waiting)} responses: set backend.in_engine_stats=false"
+            )
 
     def _public_stats(self, responses: Sequence[Response], want: Want) -> Iterator[tuple[Response, TokenStats]]:
         """Through vLLM's public API; one response at a time, for each is gigabytes of Python objects."""
@@ -219,11 +226,16 @@ class VLLMBackend(BaseBackend):
         ((_, output),) = next(engine.run(whole([(None, ids.tolist(), params)])))
         public_T = np.array([output.prompt_logprobs[i][int(ids[i])].logprob for i in range(4, len(ids))])
         worst = float(np.abs(stats.logprobs - public_T).max())
-        allowed = 2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5  # logits of half precision are steps of 0.1 apart
+        allowed = (
+            2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5
+        )  # logits of half precision are steps of 0.1 apart
         return "" if worst <= allowed else f"its logprobs are off by up to {worst:.2g} nats"
 
     def _fall_back(self, why: str) -> None:
-        log.warning("token statistics are not computed inside this vLLM (%s): they come through its public API, which is much slower", why)
+        log.warning(
+            "token statistics are not computed inside this vLLM (%s): they come through its public API, which is much slower",
+            why,
+        )
         self._in_engine = False
 
 
@@ -232,10 +244,14 @@ def _prefix(response: Response) -> list[int]:
     return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
 
 
-def _jobs(responses: Sequence[Response], numbers: Iterable[int], skip_cache: bool) -> Iterator[tuple[int, list[int], Any]]:
+def _jobs(
+    responses: Sequence[Response], numbers: Iterable[int], skip_cache: bool
+) -> Iterator[tuple[int, list[int], Any]]:
     from vllm import SamplingParams
 
     for number in numbers:
         job = probe.job_of(number, responses[number])
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, extra_args=job, skip_reading_prefix_cache=skip_cache)
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, extra_args=job, skip_reading_prefix_cache=skip_cache
+        )
         yield number, _prefix(responses[number]), params

@@ -37,7 +37,9 @@ class Engine:
 
         for option in config.engine_kwargs:
             if option not in options():
-                raise UsageError(f"backend.engine_kwargs.{option} is no option of this vLLM: drop it or correct its name")
+                raise UsageError(
+                    f"backend.engine_kwargs.{option} is no option of this vLLM: drop it or correct its name"
+                )
         files = resolve(config.model_name, revision=config.revision)
         self._on_cpu = current_platform.is_cpu()
         self.mode = mode  # vLLM's logprobs_mode, which is fixed for life
@@ -80,7 +82,9 @@ class Engine:
         """Most requests that are computed at once."""
         return self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
-    def run(self, take: Callable[[int, bool], Iterable[Input]], most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
+    def run(
+        self, take: Callable[[int, bool], Iterable[Input]], most: int | None = None
+    ) -> Iterator[list[tuple[Any, Any]]]:
         """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
 
         `take` gives up to so many inputs, and waits for one where asked to. `most` bounds the requests inside the engine: enough to fill
@@ -136,13 +140,19 @@ def _set_environment(tensor_parallel: int, on_cpu: bool) -> None:
     """vLLM's settings that are environment variables; what the user has set stays."""
     values = {"VLLM_NO_USAGE_STATS": "1"}
     if tensor_parallel == 1:
-        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # we are in a process of our own already; loads in a fifth of the time
+        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+            "0"  # we are in a process of our own already; loads in a fifth of the time
+        )
     if on_cpu:
         values["TORCH_COMPILE_DISABLE"] = "1"
-        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(16, psutil.virtual_memory().available // 2**33)))  # GiB: an eighth
+        values["VLLM_CPU_KVCACHE_SPACE"] = str(
+            max(1, min(16, psutil.virtual_memory().available // 2**33))
+        )  # GiB: an eighth
         cores = sorted(os.sched_getaffinity(0))
         each = max(1, min(len(cores) // tensor_parallel, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
         ranks = [cores[rank * each : (rank + 1) * each] for rank in range(tensor_parallel)]
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)  # vLLM would leave one idle
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            ",".join(map(str, rank)) for rank in ranks
+        )  # vLLM would leave one idle
     for name, value in values.items():
         os.environ.setdefault(name, value)

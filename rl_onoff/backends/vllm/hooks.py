@@ -100,7 +100,11 @@ def _hook_v2(worker: Any, recorder: Recorder) -> None:
         recorder.step(hidden_states, logits_fn, batch(input_batch))
         return compute(logits_fn, hidden_states, input_batch, *args, **kwargs)
 
-    worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = hooked_add, hooked_remove, hooked_compute
+    worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = (
+        hooked_add,
+        hooked_remove,
+        hooked_compute,
+    )
 
 
 def capped_scheduler(**kwargs: Any) -> Any:

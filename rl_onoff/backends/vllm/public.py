@@ -29,7 +29,9 @@ def stats(output: Any, response: Response, want: Want, vocab_size: int) -> Token
     size = chunk_rows(vocab_size, "cpu")
     parts = []
     for at in range(0, len(rows), size):
-        logits_RV = torch.from_numpy(np.stack([_logits(flat, position, vocab_size) for flat, position in rows[at : at + size]]))
+        logits_RV = torch.from_numpy(
+            np.stack([_logits(flat, position, vocab_size) for flat, position in rows[at : at + size]])
+        )
         ids_R = torch.from_numpy(np.ascontiguousarray(response.token_ids_T[at : at + size]))
         parts.append(token_stats(logits_RV, ids_R, want))
     return TokenStats.concatenate(parts)

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 JOB = "rl_onoff"  # the key in extra_args
 Head = Callable[["Tensor"], "Tensor | None"]
-Batch = Iterator[tuple[Mapping[str, Any], int, int, int]]  # job, position of its first scheduled token, number of them, their offset
+Batch = Iterator[
+    tuple[Mapping[str, Any], int, int, int]
+]  # job, position of its first scheduled token, number of them, their offset
 
 
 def job_of(number: int, response: Response) -> dict[str, Any]:
@@ -38,11 +40,18 @@ def job_of(number: int, response: Response) -> dict[str, Any]:
 def read(encoded: bytes, folder: Path) -> dict[int, TokenStats | None]:
     """What `fetch` sent: statistics by job number, None for a job of which some row was never computed."""
     results: dict[int, TokenStats | None] = {}
-    for number, arrays in msgspec.msgpack.decode(encoded, type=list[tuple[int, dict[str, tuple[str, list[int], bytes]] | None]]):
+    for number, arrays in msgspec.msgpack.decode(
+        encoded, type=list[tuple[int, dict[str, tuple[str, list[int], bytes]] | None]]
+    ):
         if arrays is None:
             results[number] = None
             continue
-        stats = TokenStats(**{name: np.frombuffer(bytearray(data), dtype).reshape(shape) for name, (dtype, shape, data) in arrays.items()})
+        stats = TokenStats(
+            **{
+                name: np.frombuffer(bytearray(data), dtype).reshape(shape)
+                for name, (dtype, shape, data) in arrays.items()
+            }
+        )
         file = folder / f"{number}.npy"
         if file.exists():
             stats.logits = np.asarray(np.load(file, mmap_mode="c"))  # copy on write: private to its reader

@@ -16,7 +16,9 @@ def __getattr__(name: str) -> Callable[..., Any]:
         raise AttributeError(name)
 
     def kernel(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"sgl_kernel.{name} is a stand-in: this environment runs SGLang on torch's own kernels")
+        raise NotImplementedError(
+            f"sgl_kernel.{name} is a stand-in: this environment runs SGLang on torch's own kernels"
+        )
 
     kernel.__name__ = name
     return kernel
