@@ -18,7 +18,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import Row, load_rows
-from rl_onoff.data.requests import check_lengths, load_responses, make_requests
+from rl_onoff.data.requests import check_lengths, encode_rows, load_responses
 from rl_onoff.errors import UsageError
 from rl_onoff.models.sampling_defaults import model_sampling
 from rl_onoff.pipeline import stages
@@ -109,10 +109,9 @@ def generate(this: Run) -> None:
     completions.claim(generate_record(config))
     engine = config.backend
     tokenizer = build(engine).get_tokenizer()
-    requests = make_requests(this.rows, config.data, tokenizer, config.sampling)
-    missing = stages.missing_requests(this.folder, requests)
-    total = sum(len(request.sample_indices) for request in missing)
-    wanted = len(requests) * config.sampling.n
+    prompts = encode_rows(this.rows, config.data, tokenizer)
+    missing = stages.missing_requests(this.folder, prompts, config.sampling)
+    total, wanted = len(missing), len(prompts) * config.sampling.n
     if total < wanted:
         log.info("generate: %d of %d responses are there already", wanted - total, wanted)
     if not missing:
@@ -121,7 +120,7 @@ def generate(this: Run) -> None:
     check_lengths(missing, backend.info.max_len)
     completions.describe(engine=asdict(backend.info), tokenizer=landmarks(tokenizer))
     progress = this.progress("generate", total)
-    stages.generate(this.folder, missing, backend, reward_of(config), progress)
+    stages.generate(this.folder, missing, prompts, backend, reward_of(config), progress)
     this.values["generate/tokens_per_s"] = progress.tokens_per_s
 
 

@@ -1,6 +1,6 @@
 """The data that flows through a run. Shapes: P prompt tokens, T response tokens, K top tokens, V vocabulary.
 
-Row t of every array describes response token t: the distribution that produced it, not the one that follows it.
+Row t of every array describes response token t: the distribution that produced that token, not the one that follows it.
 A response is named by (request id, sample); engines meet on disk, joined by that pair. Text is never tokenised again
 between stages: token ids are the currency.
 """
@@ -8,16 +8,19 @@ between stages: token ids are the currency.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from rl_onoff.sampling import LogprobKind, Sampling
 
-__all__ = ["Completion", "FinishReason", "Key", "LogprobKind", "Request", "Response", "Sampling", "TokenScores", "Want"]
+__all__ = [
+    "Completion", "FinishReason", "Key", "LogprobKind", "Request", "Response", "Rollout", "SampleRequest", "Sampling",
+    "TokenScores", "Want", "sample_requests",
+]  # fmt: skip
 
 Key = tuple[str, int]  # (request id, sample)
 
@@ -31,54 +34,57 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """One prompt to be answered `sampling.n` times."""
-
-    id: str
-    prompt_ids: np.ndarray  # (P,) int32
-    sampling: Sampling
-    samples: tuple[int, ...] | None = None  # which of the n sample indices to draw; None: all of them
-    prompt: str = ""  # the prompt as text, after the chat template; for people, never tokenised again
-    meta: Mapping[str, Any] = field(default_factory=dict)  # question, answer, group columns: whatever the row had
-
-    @property
-    def sample_indices(self) -> tuple[int, ...]:
-        return tuple(range(self.sampling.n)) if self.samples is None else self.samples
-
-    def seed_of(self, sample: int) -> int:
-        """The engine's seed for one response: 31 bits that depend on (seed, prompt, sample), not on the batch."""
-        text = f"{self.sampling.seed} {sample} ".encode() + np.asarray(self.prompt_ids, np.int32).tobytes()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") >> 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """One sampled response, with the logprobs the engine reported while it sampled."""
-
-    request_id: str
-    sample: int
-    token_ids_T: np.ndarray  # int32: what was sampled, EOS and the tokens that completed a stop string included
-    text: str  # without special tokens, cut before the first stop string
-    logprobs_T: np.ndarray  # float32, nats
-    kind: LogprobKind
-    finish_reason: FinishReason
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.request_id, self.sample
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Response:
-    """A prompt and the token ids of one response to it: what `score` is given."""
+class SampleRequest:
+    """One response to be drawn."""
 
     request_id: str
     sample: int
     prompt_ids: np.ndarray  # (P,) int32, P >= 1
-    token_ids_T: np.ndarray  # (T,) int32
+    sampling: Sampling
+    seed: int  # of this response alone: 31 bits that depend on (sampling.seed, prompt, sample), not on the batch
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
+        return self.request_id, self.sample
+
+    @property
+    def num_tokens(self) -> int:
+        """Most tokens that prompt and response may have together."""
+        return len(self.prompt_ids) + self.sampling.max_new_tokens
+
+
+def sample_requests(
+    *, id: str, prompt_ids: np.ndarray, sampling: Sampling, samples: Iterable[int] | None = None
+) -> list[SampleRequest]:
+    """The requests of one prompt: `sampling.n` of them, or those of `samples`; each has the seed of its response."""
+    prompt_ids, requests = np.asarray(prompt_ids, np.int32), []
+    for sample in range(sampling.n) if samples is None else samples:
+        text = f"{sampling.seed} {sample} ".encode() + prompt_ids.tobytes()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") >> 1
+        requests.append(
+            SampleRequest(request_id=id, sample=sample, prompt_ids=prompt_ids, sampling=sampling, seed=seed)
+        )
+    return requests
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response: drawn by an engine of ours, read from a file that a trainer wrote, or to be scored."""
+
+    request_id: str
+    sample: int
+    prompt_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # (P,) int32; empty where unknown
+    token_ids_T: np.ndarray  # int32: what was sampled, EOS and the tokens that completed a stop string included
+    mask_T: np.ndarray | None = None  # bool: the policy sampled this token; None: it sampled all of them
+    logprobs_T: np.ndarray | None = None  # float32, nats: what the sampler reported; None where it reported nothing
+    kind: LogprobKind | None = None  # of logprobs_T
+    text: str = ""  # without special tokens, cut before the first stop string
+    finish_reason: FinishReason | None = None  # None where unknown
+    reward: float | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)  # question, answer, group columns: what the row had
+
+    @property
+    def key(self) -> Key:
         return self.request_id, self.sample
 
     @property
@@ -98,26 +104,68 @@ class Want:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
-    """What an engine says about every token of one response, by prefill over the given ids.
+    """What a policy says about every token of one response; arrays that nobody asked for, or that a file lacks, are None.
 
-    `logprobs_T`, `entropy_T`, `rank_T` and the top tokens describe the raw distribution (nats); `logsumexp_T` is the
-    normaliser of the raw logits. A token's rank is 1 + the number of tokens with a strictly larger logit.
+    `entropy_T`, `rank_T` and the top tokens describe the raw distribution (nats); `logsumexp_T` is the normaliser of the
+    raw logits. A token's rank is 1 + the number of tokens with a strictly larger logit.
     """
 
-    request_id: str
-    sample: int
+    request_id: str = ""
+    sample: int = 0
     token_ids_T: np.ndarray  # int32
-    logprobs_T: np.ndarray  # float32
-    entropy_T: np.ndarray  # float32
-    logsumexp_T: np.ndarray  # float32
-    rank_T: np.ndarray  # int32
-    top_ids_TK: np.ndarray  # int32, most likely first
-    top_logprobs_TK: np.ndarray  # float32
-    kind: LogprobKind = LogprobKind.raw
+    logprobs_T: np.ndarray  # float32, -inf where the token is impossible
+    kind: LogprobKind = LogprobKind.raw  # of logprobs_T
+    entropy_T: np.ndarray | None = None  # float32
+    logsumexp_T: np.ndarray | None = None  # float32
+    rank_T: np.ndarray | None = None  # int32
+    top_ids_TK: np.ndarray | None = None  # int32, most likely first
+    top_logprobs_TK: np.ndarray | None = None  # float32
     processed_logprobs_T: np.ndarray | None = None  # float32, -inf where the sampler could not have drawn the token
     nucleus_mass_T: np.ndarray | None = None  # float32: probability (after temperature) that the sampler kept
     logits_TV: np.ndarray | None = None  # float32
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         return self.request_id, self.sample
+
+    def of(self, rollout: Rollout) -> Self:
+        """The same scores under the name of a response, whose tokens the rows are."""
+        return replace(self, request_id=rollout.request_id, sample=rollout.sample, token_ids_T=rollout.token_ids_T)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that are there, by name."""
+        return {name: array for name in ARRAYS if (array := getattr(self, name)) is not None}
+
+    def __getitem__(self, rows: slice) -> Self:
+        return replace(self, **{name: array[rows] for name, array in self.arrays().items()})
+
+    @classmethod
+    def collect(cls, parts: Iterable[TokenScores], num_rows: int) -> TokenScores:
+        """The rows of all parts, in order; each part may be made when it is asked for, and is dropped before the next.
+
+        A small array kept from every chunk would lie between the chunks' large buffers and keep them from being used
+        again: that grew the heap by gigabytes.
+        """
+        whole: dict[str, Any] = {}
+        at = 0
+        for part in parts:
+            at += copy_rows(part, whole, at, num_rows)
+        assert at == num_rows
+        return cls(**whole)
+
+
+ARRAYS: Sequence[str] = tuple(name for name in TokenScores.__slots__ if name.endswith(("_T", "_TK", "_TV")))
+
+
+def copy_rows(scores: TokenScores, whole: dict[str, np.ndarray], at: int, num_rows: int) -> int:
+    """Copy the rows of `scores` into arrays of `num_rows` rows, from row `at`; returns how many rows they are."""
+    for name, values in scores.arrays().items():
+        if name not in whole:
+            whole[name] = np.empty((num_rows, *values.shape[1:]), values.dtype)
+        whole[name][at : at + len(values)] = values
+    return len(scores.token_ids_T)
+
+
+# Names of earlier versions.
+Request = sample_requests
+Response = Completion = Rollout

@@ -27,7 +27,7 @@ from rl_onoff.rundir.join import sampler_of, scored_as
 from rl_onoff.rundir.provenance import engine_of, sampling_of
 from rl_onoff.rundir.table import Key, Table
 from rl_onoff.rundir.table import Row as StoredRow
-from rl_onoff.types import LogprobKind, Response, Sampling, Want
+from rl_onoff.types import LogprobKind, Rollout, Sampling, Want
 
 if TYPE_CHECKING:
     from rl_onoff.pipeline.context import Run
@@ -90,7 +90,7 @@ class Ladder:
 
     this: Run
     name: str  # of the target's scores
-    responses: list[Response]
+    responses: list[Rollout]
     finish_reasons: dict[Key, str | None]
     sampler: Sampling  # that drew the tokens, as far as is known
     own: Source | None  # the behaviour's own scores, where the run has them
@@ -273,7 +273,7 @@ def _chosen(keys: Sequence[Key], limit: int | None) -> list[Key]:
     return sorted(keys, key=lambda key: hashlib.blake2b(f"{key[1]} {key[0]}".encode(), digest_size=8).digest())[:limit]
 
 
-def _response(row: StoredRow) -> Response:
-    return Response(
+def _response(row: StoredRow) -> Rollout:
+    return Rollout(
         request_id=row["request_id"], sample=row["sample"], prompt_ids=row["prompt_ids"], token_ids_T=row["token_ids"]
     )

@@ -11,7 +11,7 @@ import numpy as np
 from rl_onoff.backends.arguments import as_batch, check_arguments, is_number, token_ids_of
 from rl_onoff.backends.core import CoreBackend
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Request, Response, Sampling, Want
+from rl_onoff.types import Rollout, Sampling, Want, sample_requests
 
 Text = str | Sequence[int]  # a prompt or response: text, or token ids
 
@@ -69,25 +69,22 @@ class BaseBackend(CoreBackend):
             self._check_gradients()
         batch, single = as_batch(prompts, "prompts")
         requests = [
-            Request(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling) for i, prompt in enumerate(batch)
+            sample_requests(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling)
+            for i, prompt in enumerate(batch)
         ]
-        done = {completion.request_id: completion for completion in self.complete(requests)}
-        completions = [done[request.id] for request in requests]
+        done = {rollout.request_id: rollout for rollout in self.complete(requests)}
+        rollouts = [done[str(i)] for i in range(len(batch))]
         if not (return_logits or return_probs or compute_gradients):
-            texts = [completion.text for completion in completions]
+            texts = [rollout.text for rollout in rollouts]
             return texts[0] if single else texts
-        pairs = [
-            (request.prompt_ids, completion.token_ids_T)
-            for request, completion in zip(requests, completions, strict=True)
-        ]
-        logits = self._logits(pairs, compute_gradients)
+        logits = self._logits(rollouts, compute_gradients)
         results = []
-        for completion, logits_TV in zip(completions, logits, strict=True):
+        for rollout, logits_TV in zip(rollouts, logits, strict=True):
             result: dict[str, Any] = {
-                "text": completion.text,
-                "token_ids": completion.token_ids_T.tolist(),
-                "logprobs": completion.logprobs_T,
-                "finish_reason": completion.finish_reason.value,
+                "text": rollout.text,
+                "token_ids": rollout.token_ids_T.tolist(),
+                "logprobs": rollout.logprobs_T,
+                "finish_reason": rollout.finish_reason and rollout.finish_reason.value,
             }
             if return_logits or compute_gradients:
                 result["logits"] = logits_TV
@@ -112,8 +109,11 @@ class BaseBackend(CoreBackend):
             raise UsageError(
                 f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per prompt"
             )
-        pairs = [(self._ids(p), self._ids(r, special=False)) for p, r in zip(prompt_batch, response_batch, strict=True)]
-        logits = self._logits(pairs, compute_gradients)
+        rollouts = [
+            Rollout(request_id=str(i), sample=0, prompt_ids=self._ids(p), token_ids_T=self._ids(r, special=False))
+            for i, (p, r) in enumerate(zip(prompt_batch, response_batch, strict=True))
+        ]
+        logits = self._logits(rollouts, compute_gradients)
         return logits[0] if single else logits
 
     def get_probabilities(
@@ -154,17 +154,14 @@ class BaseBackend(CoreBackend):
         if not self.supports_gradients:
             raise UsageError(f"{self.name} gives no gradients: use the huggingface backend for compute_gradients")
 
-    def _logits(self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], compute_gradients: bool) -> list[Any]:
-        """Full logits of (prompt ids, response ids) pairs, in their order."""
-        responses = [
-            Response(request_id=str(i), sample=0, prompt_ids=p, token_ids_T=r) for i, (p, r) in enumerate(pairs)
-        ]
+    def _logits(self, rollouts: Sequence[Rollout], compute_gradients: bool) -> list[Any]:
+        """Full logits of every response, in their order."""
         if compute_gradients:
-            return self._logits_with_gradients(responses)
-        scores = {s.request_id: s.logits_TV for s in self.score(responses, Want(full_logits=True))}
-        return [scores[response.request_id] for response in responses]
+            return self._logits_with_gradients(rollouts)
+        scores = {s.request_id: s.logits_TV for s in self.score(rollouts, Want(full_logits=True))}
+        return [scores[rollout.request_id] for rollout in rollouts]
 
-    def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
+    def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         raise NotImplementedError
 
 

@@ -1,8 +1,8 @@
 """The core of every backend: token ids in and out, and everything about it that is not an engine call.
 
-`complete(requests)` streams Completions as they finish, `score(responses, want)` streams TokenScores. An engine's file implements
-`_load`, `_generate`, `_score`, `_close` and a pure `sampling_args`. Where the engine runs (here, in a worker process, in a pool of
-them) is decided in `load` and is not the engine's business.
+`complete(requests)` streams Rollouts as they finish, `score(rollouts, want)` streams TokenScores. An engine's folder
+implements `_load`, `_generate`, `_score`, `_close` and a pure `sampling_args`. Where the engine runs (here, in a worker
+process, in a pool of workers) is decided by placement.py and is not the engine's business.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from rl_onoff.backends.config import BackendConfig
-from rl_onoff.backends.engine import Core, EngineInfo, Supply, requests_of
+from rl_onoff.backends.engine import Core, EngineInfo, Given, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import place
 from rl_onoff.errors import EngineError, UsageError
-from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
+
+IDS = ("prompt_ids", "token_ids_T")
 
 
 class CoreBackend(ABC):
@@ -62,17 +64,12 @@ class CoreBackend(ABC):
         """Load the weights in this process."""
 
     @abstractmethod
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Sample every `request.sample_indices` of every request."""
-
-    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
-        """Sample what the supply gives, while it gives; for engines that can take more in the middle of their work to do better."""
-        while draws := supply.take(wait=True):
-            yield from self._generate(requests_of(draws))
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
+        """Sample what the supply gives, while it gives; a rollout's prompt and text may be left to `complete`."""
 
     @abstractmethod
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        """Score given token ids; none of the responses is empty or longer than the context."""
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        """Score given token ids; no response is empty or longer than the context."""
 
     @abstractmethod
     def _close(self) -> None:
@@ -154,32 +151,38 @@ class CoreBackend(ABC):
 
     # -- the core: token ids -------------------------------------------------------------------------------------------
 
-    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Sample `n` responses to every request; yields each as it finishes, in any order."""
-        core, requests = self._loaded(), list(requests)
-        _check_unique(
-            key for request in requests for key in ((request.id, sample) for sample in request.sample_indices)
-        )
-        for request in requests:
-            self._check_prompt(request.id, len(request.prompt_ids), room=1)
-        stops = {request.id: request.sampling.stop for request in requests}
-        for completion in core._generate(requests) if requests else ():
-            yield replace(completion, text=self._text(completion.token_ids_T, stops[completion.request_id]))
+    def complete(self, requests: Iterable[SampleRequest | Sequence[SampleRequest]]) -> Iterator[Rollout]:
+        """Sample one response to every request; yields each as it finishes, in any order.
 
-    def score(self, responses: Iterable[Response], want: Want | None = None) -> Iterator[TokenScores]:
+        What `sample_requests` makes of one prompt, a list of requests, may stand in place of a request.
+        """
+        core = self._loaded()
+        asked = [one for request in requests for one in ([request] if isinstance(request, SampleRequest) else request)]
+        by_key = _by_key(asked)
+        for request in asked:
+            self._check_prompt(request.request_id, len(request.prompt_ids), room=1)
+        for rollout in core._generate(Given(asked)) if asked else ():
+            request = by_key[rollout.key]
+            text = self._text(rollout.token_ids_T, request.sampling.stop)
+            yield replace(rollout, prompt_ids=request.prompt_ids, text=text)
+
+    def score(self, rollouts: Iterable[Rollout], want: Want | None = None) -> Iterator[TokenScores]:
         """Score given responses by prefill; yields each as it is done, in any order.
 
         Row t describes response token t, whose distribution is that of a plain forward pass over the unpadded sequence.
         """
-        core, responses, want = self._loaded(), list(responses), want or Want()
-        _check_unique(response.key for response in responses)
-        for response in responses:
-            self._check_prompt(response.request_id, len(response.prompt_ids), room=len(response.token_ids_T))
-            if len(response.token_ids_T) == 0:
-                raise UsageError(
-                    f"response {response.sample} to request {response.request_id!r} has no tokens to score"
-                )
-        yield from core._score(responses, want) if responses else ()
+        core, bare = self._loaded(), []
+        for rollout in rollouts:  # engines read the ids alone
+            ids = (np.asarray(ids, np.int32) for ids in (rollout.prompt_ids, rollout.token_ids_T))
+            bare.append(
+                Rollout(request_id=rollout.request_id, sample=rollout.sample, **dict(zip(IDS, ids, strict=True)))
+            )
+        _by_key(bare)
+        for rollout in bare:
+            self._check_prompt(rollout.request_id, len(rollout.prompt_ids), room=len(rollout.token_ids_T))
+            if len(rollout.token_ids_T) == 0:
+                raise UsageError(f"response {rollout.sample} to request {rollout.request_id!r} has no tokens to score")
+        yield from core._score(bare, want or Want()) if bare else ()
 
     def _check_prompt(self, request_id: str, num_tokens: int, room: int) -> None:
         if num_tokens == 0:
@@ -216,15 +219,15 @@ class CoreBackend(ABC):
         return text if cut is None else cut
 
 
-def _check_unique(keys: Iterable[tuple[str, int]]) -> None:
-    """Results are told apart by these alone."""
-    seen: set[tuple[str, int]] = set()
-    for key in keys:
-        if key in seen:
+def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
+    """Requests or rollouts by (request id, sample), which is all that tells their results apart."""
+    found: dict[Key, Any] = {}
+    for item in items:
+        if found.setdefault(item.key, item) is not item:
             raise UsageError(
-                f"request {key[0]!r} (sample {key[1]}) is there twice: give every request an id of its own"
+                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request an id of its own"
             )
-        seen.add(key)
+    return found
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
 
-from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
 
 Item = TypeVar("Item")
-Draw = tuple[Request, int]  # one response to sample: the request, and which of its samples
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,57 +28,43 @@ class EngineInfo:
     replicas: int = 1
 
 
+class Supply(Protocol):
+    """Where an engine gets the responses that it samples."""
+
+    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
+        """Up to `most` requests (None: all that are there). Empty: none is there now; after a `wait`, none will come."""
+        ...
+
+
 class Core(Protocol):
     """The four calls an engine answers, wherever it runs. One call at a time; results come in any order."""
 
     def _load(self) -> EngineInfo: ...
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]: ...
+    def _generate(self, supply: Supply) -> Iterator[Rollout]: ...
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]: ...
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]: ...
 
     def _close(self) -> None: ...
 
 
-class Supply(Protocol):
-    """Where an engine gets what it samples."""
-
-    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
-        """Up to `most` draws (None: all that are there). Nothing: there are none now; after a `wait`, none will come."""
-        ...
-
-
 class Given:
-    """A supply that is there from the start."""
+    """A supply whose requests are all there from the start."""
 
-    def __init__(self, requests: Iterable[Request]) -> None:
-        self._draws = deque(draws_of(requests))
+    def __init__(self, requests: Iterable[SampleRequest]) -> None:
+        self._requests = deque(requests)
 
-    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
-        return taken(self._draws, most)
+    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
+        return taken(self._requests, most)
 
 
-def taken(draws: deque[Draw], most: int | None) -> list[Draw]:
-    """The first `most` draws (None: all), taken out."""
-    number = len(draws) if most is None else min(max(most, 0), len(draws))
-    return [draws.popleft() for _ in range(number)]
+def taken(requests: deque[Item], most: int | None) -> list[Item]:
+    """The first `most` requests (None: all), taken out."""
+    number = len(requests) if most is None else min(max(most, 0), len(requests))
+    return [requests.popleft() for _ in range(number)]
 
 
 def whole(items: Iterable[Item]) -> Callable[[int, bool], Iterable[Item]]:
-    """What an engine's loop takes from, where all that it is to do is there."""
+    """What an engine's loop takes its work from, where all of the work is there from the start."""
     items = iter(items)
     return lambda most, wait: islice(items, max(most, 0))
-
-
-def draws_of(requests: Iterable[Request]) -> list[Draw]:
-    return [(request, sample) for request in requests for sample in request.sample_indices]
-
-
-def requests_of(draws: Iterable[Draw]) -> list[Request]:
-    """The draws as requests again, each with the samples that are among them."""
-    samples: dict[int, list[int]] = {}
-    requests: dict[int, Request] = {}
-    for request, sample in draws:
-        requests[id(request)] = request
-        samples.setdefault(id(request), []).append(sample)
-    return [replace(request, samples=tuple(samples[number])) for number, request in requests.items()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rl_onoff.backends.token_stats import process_logits
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Sampling
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +55,11 @@ def _distinct(samplings: Sequence[Sampling]) -> list[Sampling]:
 class Row:
     """One response while it is being sampled."""
 
-    def __init__(self, request: Request, sample: int, max_len: int):
-        self.request, self.sample = request, sample
+    def __init__(self, request: SampleRequest, max_len: int):
+        self.request = request
         room = max_len - len(request.prompt_ids)
         self.limit = min(request.sampling.max_new_tokens, room)
-        self.uniforms = np.random.Generator(np.random.Philox(request.seed_of(sample)))
+        self.uniforms = np.random.Generator(np.random.Philox(request.seed))
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
@@ -91,13 +91,11 @@ class Row:
         text = tokenizer.decode(self.token_ids, skip_special_tokens=True)
         return any(string in text for string in stop)
 
-    def completion(self, kind: LogprobKind) -> Completion:
-        assert self.finish is not None
-        return Completion(
-            request_id=self.request.id,
-            sample=self.sample,
+    def rollout(self, kind: LogprobKind) -> Rollout:
+        return Rollout(
+            request_id=self.request.request_id,
+            sample=self.request.sample,
             token_ids_T=np.asarray(self.token_ids, np.int32),
-            text="",  # written by BaseBackend.complete, alike for every engine
             logprobs_T=np.asarray(self.logprobs, np.float32),
             kind=kind,
             finish_reason=self.finish,

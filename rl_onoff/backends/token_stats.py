@@ -6,13 +6,12 @@ logits are never changed: they may be the engine's own buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl_onoff.types import Response, Sampling, TokenScores, Want
+from rl_onoff.types import Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,69 +21,13 @@ GPU_CHUNK_BYTES = 256 * 2**20
 NUCLEUS_TOKENS = 512  # tokens looked at first when the nucleus of top-p is sought
 
 
-@dataclass(kw_only=True, slots=True)
-class TokenStats:
-    """Statistics of R positions, float32 and int32 numpy arrays; fields that were not wanted are None."""
-
-    logprobs: np.ndarray  # (R,)
-    entropy: np.ndarray  # (R,)
-    logsumexp: np.ndarray  # (R,)
-    rank: np.ndarray  # (R,)
-    top_ids: np.ndarray  # (R, K)
-    top_logprobs: np.ndarray  # (R, K)
-    processed_logprobs: np.ndarray | None = None  # (R,)
-    nucleus_mass: np.ndarray | None = None  # (R,)
-    logits: np.ndarray | None = None  # (R, V)
-
-    @classmethod
-    def concatenate(cls, parts: list[TokenStats]) -> TokenStats:
-        """The rows of all parts, in order."""
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        joined: dict[str, Any] = {
-            name: None if values[0] is None else np.concatenate(values) for name, values in columns.items()
-        }
-        return cls(**joined)
-
-    @classmethod
-    def collect(cls, parts: Iterable[TokenStats], num_rows: int) -> TokenStats:
-        """The same for parts that are made one after the other, each dropped before the next is made.
-
-        A small array kept from every chunk would lie between the chunks' large buffers and keep them from being used again:
-        that grew the heap by gigabytes.
-        """
-        whole: dict[str, Any] = {}
-        at = 0
-        for part in parts:
-            for f in fields(cls):
-                values = getattr(part, f.name)
-                if values is not None:
-                    if f.name not in whole:
-                        whole[f.name] = np.empty((num_rows, *values.shape[1:]), values.dtype)
-                    whole[f.name][at : at + len(values)] = values
-            at += len(part.logprobs)
-        assert at == num_rows
-        return cls(**whole)
-
-    def __getitem__(self, rows: slice) -> TokenStats:
-        cut: dict[str, Any] = {f.name: None if (v := getattr(self, f.name)) is None else v[rows] for f in fields(self)}
-        return TokenStats(**cut)
-
-    def of(self, response: Response) -> TokenScores:
-        """These statistics as the scores of a response, whose tokens the rows are."""
-        suffix = {"top_ids": "_TK", "top_logprobs": "_TK", "logits": "_TV"}
-        arrays: dict[str, Any] = {f.name + suffix.get(f.name, "_T"): getattr(self, f.name) for f in fields(self)}
-        return TokenScores(
-            request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, **arrays
-        )
-
-
 def chunk_rows(vocab_size: int, device_type: str) -> int:
     """How many rows of logits to hold at once."""
     size = CPU_CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
     return max(1, size // (4 * vocab_size))
 
 
-def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStats:
+def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScores:
     """Statistics of the tokens `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the logits' device."""
     import torch
 
@@ -101,30 +44,30 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenStat
         processed_R, mass_R = (
             _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler is not None else (None, None)
         )
-        empty = np.empty((len(z_RV), 0))
-        return TokenStats(
-            logprobs=_numpy(chosen_R1[:, 0] - logsumexp_R),
-            entropy=_numpy(entropy_R),
-            logsumexp=_numpy(logsumexp_R),
-            rank=_numpy(rank_R, np.int32),
-            top_ids=empty.astype(np.int32) if top is None else _numpy(top.indices, np.int32),
-            top_logprobs=empty.astype(np.float32) if top is None else _numpy(top.values),
-            processed_logprobs=None if processed_R is None else _numpy(processed_R),
-            nucleus_mass=None if mass_R is None else _numpy(mass_R),
-            logits=_numpy(z_RV) if want.full_logits else None,
+        return TokenScores(
+            token_ids_T=_numpy(token_ids_R, np.int32),
+            logprobs_T=_numpy(chosen_R1[:, 0] - logsumexp_R),
+            entropy_T=_numpy(entropy_R),
+            logsumexp_T=_numpy(logsumexp_R),
+            rank_T=_numpy(rank_R, np.int32),
+            top_ids_TK=None if top is None else _numpy(top.indices, np.int32),
+            top_logprobs_TK=None if top is None else _numpy(top.values),
+            processed_logprobs_T=None if processed_R is None else _numpy(processed_R),
+            nucleus_mass_T=None if mass_R is None else _numpy(mass_R),
+            logits_TV=_numpy(z_RV) if want.full_logits else None,
         )
 
 
 def stats_of_hidden(
     hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
-) -> TokenStats:
+) -> TokenScores:
     """Like token_stats, from the last hidden states: runs the LM head over `rows` positions at a time, so that no more
     than (rows, V) logits are ever held."""
     parts = (
         token_stats(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows], want)
         for start in range(0, len(hidden_RD), rows)
     )
-    return TokenStats.collect(parts, len(hidden_RD))
+    return TokenScores.collect(parts, len(hidden_RD))
 
 
 def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:

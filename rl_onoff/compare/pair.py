@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Completion, LogprobKind, TokenScores
+from rl_onoff.types import LogprobKind, Rollout, TokenScores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Side:
     nucleus_mass_T: np.ndarray | None = None  # probability that the sampler keeps
 
     @classmethod
-    def from_completion(cls, completion: Completion) -> Side:
+    def from_completion(cls, completion: Rollout) -> Side:
         """The logprobs an engine reported while it sampled."""
         return cls(token_ids_T=completion.token_ids_T, logprobs_T=completion.logprobs_T, kind=completion.kind)
 
@@ -43,7 +43,7 @@ class Side:
             raise UsageError(
                 f"response {_name(scores.key)} was not scored with {kind.value} logprobs: score it with score.processed=true"
             )
-        has_top = scores.top_ids_TK.shape[1] > 0
+        has_top = scores.top_ids_TK is not None
         return cls(
             token_ids_T=scores.token_ids_T,
             logprobs_T=logprobs_T,

@@ -7,8 +7,8 @@ beginning-of-sequence token that is doubled (by a template and a tokenizer that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,13 +25,12 @@ from rl_onoff.data.prompts import (
     is_chat,
     is_ids,
     jsonable,
-    load_rows,
     parse_prompt,
     question_of,
 )
 from rl_onoff.data.readers import Table, look_up, read_table
 from rl_onoff.errors import UsageError
-from rl_onoff.types import LogprobKind, Request, Response, Sampling
+from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest
 
 log = logging.getLogger(__name__)
 
@@ -40,53 +39,34 @@ RESPONSE_COLUMNS = ("token_ids", "response_ids", "completion_ids", "response", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedPrompt:
-    """A prompt as an engine gets it, and as people read it."""
+    """A prompt as an engine gets it and as people read it, with what else its row has."""
 
+    id: str = ""
     ids: np.ndarray  # (P,) int32
-    text: str
+    text: str  # after the chat template; never tokenised again
+    meta: Mapping[str, Any] = field(default_factory=dict)  # question, answer and the group columns
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GivenResponse:
-    """A response made elsewhere, to be scored."""
-
-    response: Response
-    text: str  # of the response
-    logprobs_T: np.ndarray | None = None  # float32: what its maker reported
-    kind: LogprobKind | None = None  # of those logprobs
-    meta: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # question, answer, reward and group columns, where there are any
+def encode_rows(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[EncodedPrompt]:
+    """The prompts of rows that `load_rows` has checked already."""
+    options = {"chat_template": data.chat_template, "system": data.system}
+    return [
+        replace(encode_prompt(row.prompt, tokenizer, where=row.where, **options), id=row.id, meta=row.meta)
+        for row in rows
+    ]
 
 
-def load_requests(data: DataConfig, tokenizer: Any, sampling: Sampling) -> list[Request]:
-    """The selected rows as requests."""
-    return make_requests(load_rows(data), data, tokenizer, sampling)
-
-
-def make_requests(rows: Sequence[Row], data: DataConfig, tokenizer: Any, sampling: Sampling) -> list[Request]:
-    """Requests for rows that `load_rows` has checked already."""
-    requests = []
-    for row in rows:
-        prompt = encode_prompt(
-            row.prompt, tokenizer, chat_template=data.chat_template, system=data.system, where=row.where
-        )
-        requests.append(Request(id=row.id, prompt_ids=prompt.ids, sampling=sampling, prompt=prompt.text, meta=row.meta))
-    return requests
-
-
-def check_lengths(requests: Sequence[Request], max_len: int) -> list[Request]:
+def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
     """Refuse a prompt that leaves no room for one token in a context of `max_len`.
 
-    Returns the requests that have room for fewer than max_new_tokens: their responses end when the context is full.
+    A response with room for fewer than max_new_tokens ends when the context is full.
     """
     for request in requests:
         if len(request.prompt_ids) >= max_len:
             raise UsageError(
-                f"the prompt of row {request.id!r} has {len(request.prompt_ids)} tokens and the model's context only {max_len}:"
-                " remove the row from data.path, or set model.name to a model with a longer context"
+                f"the prompt of row {request.request_id!r} has {len(request.prompt_ids)} tokens and the model's context only"
+                f" {max_len}: remove the row from data.path, or set model.name to a model with a longer context"
             )
-    return [request for request in requests if len(request.prompt_ids) + request.sampling.max_new_tokens > max_len]
 
 
 def encode_prompt(
@@ -167,7 +147,7 @@ def _with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
 
 def load_responses(
     path: str, tokenizer: Any = None, *, chat_template: bool = False, system: str | None = None
-) -> list[GivenResponse]:
+) -> list[Rollout]:
     """The prompts and responses in a .parquet or .jsonl file.
 
     Best are token ids (columns prompt_ids and token_ids): nothing is tokenised. Text is tokenised once: a prompt that is a
@@ -189,7 +169,7 @@ def load_responses(
         )
     id_column = table.first(("request_id", "id"))
 
-    found: dict[tuple[str, int], GivenResponse] = {}
+    found: dict[Key, Rollout] = {}
     first_of_prompt: dict[bytes, str] = {}
     prompt_of_id: dict[str, bytes] = {}
     num_samples: dict[str, int] = {}
@@ -224,12 +204,17 @@ def load_responses(
             num_empty += 1  # it has had its sample number, so the others keep theirs
             continue
         logprobs_T = _logprobs(record.get("logprobs"), len(token_ids_T), where)
-        found[request_id, sample] = GivenResponse(
-            response=Response(request_id=request_id, sample=sample, prompt_ids=prompt_ids, token_ids_T=token_ids_T),
+        meta = _meta(table, record, prompt, where)
+        found[request_id, sample] = Rollout(
+            request_id=request_id,
+            sample=sample,
+            prompt_ids=prompt_ids,
+            token_ids_T=token_ids_T,
             text=_response_text(record, token_ids_T, tokenizer),
             logprobs_T=logprobs_T,
             kind=None if logprobs_T is None else _kind(record.get("logprob_kind", LogprobKind.raw.value), where),
-            meta=_meta(table, record, prompt, where),
+            reward=meta.get("reward"),
+            meta=meta,
         )
     if not found:
         raise UsageError(

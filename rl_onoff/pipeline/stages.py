@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.data.requests import GivenResponse
+from rl_onoff.data.requests import EncodedPrompt
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.progress import Progress
 from rl_onoff.rewards import FAILED, Judge
 from rl_onoff.rundir.table import Row, RunDir, Table
-from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.types import Rollout, SampleRequest, Sampling, TokenScores, Want, sample_requests
 
 log = logging.getLogger(__name__)
 
@@ -30,63 +30,67 @@ REPLICA_WINDOW = 128  # and to each replica at least, for all of them wait for t
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 
-def missing_requests(run: RunDir, requests: Sequence[Request]) -> list[Request]:
-    """The requests, each with the samples that are not on disk yet.
+def missing_requests(run: RunDir, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> list[SampleRequest]:
+    """The requests for `sampling.n` responses to every prompt that are not on disk yet.
 
-    Raises UsageError when a row on disk has the id of a request but another prompt.
+    Raises UsageError when a row on disk has the id of a prompt but other token ids.
     """
-    by_id = {request.id: request for request in requests}
+    by_id = {prompt.id: prompt for prompt in prompts}
     done: dict[str, set[int]] = {}
     for row in run.completions.rows(["request_id", "sample", "prompt_ids"]):
-        request = by_id.get(row["request_id"])
-        if request is not None and not np.array_equal(request.prompt_ids, row["prompt_ids"]):
+        prompt = by_id.get(row["request_id"])
+        if prompt is not None and not np.array_equal(prompt.ids, row["prompt_ids"]):
             raise UsageError(
                 f"row {row['request_id']!r} of the data has another prompt than in {run.path}: "
                 "set run_dir to a new folder, or undo the change"
             )
         done.setdefault(row["request_id"], set()).add(row["sample"])
     missing = []
-    for request in requests:
-        samples = tuple(s for s in request.sample_indices if s not in done.get(request.id, ()))
-        if samples:
-            missing.append(replace(request, samples=samples))
+    for prompt in prompts:
+        samples = [sample for sample in range(sampling.n) if sample not in done.get(prompt.id, ())]
+        missing += sample_requests(id=prompt.id, prompt_ids=prompt.ids, sampling=sampling, samples=samples)
     return missing
 
 
 def generate(
-    run: RunDir, requests: Sequence[Request], backend: BaseBackend, reward: Reward | None, progress: Progress
+    run: RunDir,
+    requests: Sequence[SampleRequest],
+    prompts: Sequence[EncodedPrompt],
+    backend: BaseBackend,
+    reward: Reward | None,
+    progress: Progress,
 ) -> None:
     """Sample what `requests` ask for and append each response to the run as it finishes."""
-    by_id = {request.id: request for request in requests}
+    by_id = {prompt.id: prompt for prompt in prompts}
     judge = Judge(reward)
-    if reward is not None and not any(request.meta.get("answer") is not None for request in requests):
+    if reward is not None and not any(prompt.meta.get("answer") is not None for prompt in prompts):
         log.warning(
             "no row has a reference answer, so no response is judged: name its column with data.answer, or set reward=none"
         )
     with run.completions.writer() as writer, progress:
-        for completion in backend.complete(requests):
-            request = by_id[completion.request_id]
-            value, failure = judge(completion.text, request.meta, completion.key)
-            writer.append(completion_row(request, completion, value, failure))
-            progress.add(len(completion.token_ids_T))
+        for rollout in backend.complete(requests):
+            prompt = by_id[rollout.request_id]
+            value, failure = judge(rollout.text, prompt.meta, rollout.key)
+            meta = {**prompt.meta, FAILED: failure} if failure else prompt.meta
+            writer.append(rollout_row(replace(rollout, reward=value, meta=meta), prompt.text))
+            progress.add(len(rollout.token_ids_T))
     judge.conclude()
 
 
-def completion_row(request: Request, completion: Completion, reward: float | None, failure: str | None = None) -> Row:
-    """One row of the completions table; `failure` says why a response that should have a reward has none."""
-    meta = {**request.meta, FAILED: failure} if failure else dict(request.meta)
+def rollout_row(rollout: Rollout, prompt: str) -> Row:
+    """One row of the completions table; `prompt` is the prompt's text."""
     return {
-        "request_id": request.id,
-        "sample": completion.sample,
-        "prompt": request.prompt,
-        "prompt_ids": request.prompt_ids,
-        "token_ids": completion.token_ids_T,
-        "text": completion.text,
-        "logprobs": completion.logprobs_T,
-        "logprob_kind": completion.kind.value,
-        "finish_reason": completion.finish_reason.value,
-        "reward": reward,
-        "meta": json.dumps(meta, ensure_ascii=False, default=str),
+        "request_id": rollout.request_id,
+        "sample": rollout.sample,
+        "prompt": prompt,
+        "prompt_ids": rollout.prompt_ids,
+        "token_ids": rollout.token_ids_T,
+        "text": rollout.text,
+        "logprobs": rollout.logprobs_T,
+        "logprob_kind": None if rollout.kind is None else rollout.kind.value,
+        "finish_reason": None if rollout.finish_reason is None else rollout.finish_reason.value,
+        "reward": rollout.reward,
+        "meta": json.dumps(dict(rollout.meta), ensure_ascii=False, default=str),
     }
 
 
@@ -112,11 +116,11 @@ def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress:
                 progress.add(len(scores.token_ids_T))
 
 
-def responses(run: RunDir) -> Iterator[Response]:
+def responses(run: RunDir) -> Iterator[Rollout]:
     """The run's completions as what `score` takes, those without tokens left out."""
     for row in run.completions.rows(["request_id", "sample", "prompt_ids", "token_ids"]):
         if len(row["token_ids"]):
-            yield Response(
+            yield Rollout(
                 request_id=row["request_id"],
                 sample=row["sample"],
                 prompt_ids=row["prompt_ids"],
@@ -135,36 +139,25 @@ def scores_row(scores: TokenScores) -> Row:
         "entropy": scores.entropy_T,
         "logsumexp": scores.logsumexp_T,
         "rank": scores.rank_T,
-        "top_ids": list(scores.top_ids_TK),
-        "top_logprobs": list(scores.top_logprobs_TK),
+        "top_ids": _lists(scores.top_ids_TK),
+        "top_logprobs": _lists(scores.top_logprobs_TK),
         "processed_logprobs": scores.processed_logprobs_T,
         "nucleus_mass": scores.nucleus_mass_T,
-        "logits": None if scores.logits_TV is None else list(scores.logits_TV),
+        "logits": _lists(scores.logits_TV),
     }
+
+
+def _lists(array: np.ndarray | None) -> list[np.ndarray] | None:
+    return None if array is None else list(array)
 
 
 # -- responses made elsewhere ------------------------------------------------------------------------------------------
 
 
-def take_in(run: RunDir, given: Iterable[GivenResponse], tokenizer: Any) -> None:
+def take_in(run: RunDir, given: Iterable[Rollout], tokenizer: Any) -> None:
     """Put responses made elsewhere into the run, as if it had sampled them; the prompt's text is for people alone."""
     done = run.completions.keys()
     with run.completions.writer() as writer:
-        for item in given:
-            if item.response.key in done:
-                continue
-            writer.append(
-                {
-                    "request_id": item.response.request_id,
-                    "sample": item.response.sample,
-                    "prompt": tokenizer.decode(item.response.prompt_ids.tolist()),
-                    "prompt_ids": item.response.prompt_ids,
-                    "token_ids": item.response.token_ids_T,
-                    "text": item.text,
-                    "logprobs": item.logprobs_T,
-                    "logprob_kind": None if item.kind is None else item.kind.value,
-                    "finish_reason": None,
-                    "reward": item.meta.get("reward"),
-                    "meta": json.dumps(dict(item.meta), ensure_ascii=False, default=str),
-                }
-            )
+        for rollout in given:
+            if rollout.key not in done:
+                writer.append(rollout_row(rollout, tokenizer.decode(rollout.prompt_ids.tolist())))

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.backends.engine import EngineInfo
+from rl_onoff.backends.engine import EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.fake.config import FakeBackendConfig
-from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want
 
 
 class ByteTokenizer:
@@ -81,27 +81,25 @@ class FakeBackend(BaseBackend):
         )
         return self._info
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
         from rl_onoff.backends.sampler import Row, draw
 
-        for request in requests:
-            for sample in request.sample_indices:
-                row = Row(request, sample, self.info.max_len)
-                while row.finish is None:
-                    logits = self._rows(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
-                    token, logprob = draw(
-                        logits, [request.sampling], np.array([row.uniform()]), self.config.logprob_kind
-                    )
-                    row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), frozenset(self.info.eos_ids))
-                yield row.completion(self.config.logprob_kind)
+        eos_ids, kind = frozenset(self.info.eos_ids), self.config.logprob_kind
+        while requests := supply.take(1, wait=True):
+            row = Row(requests[0], self.info.max_len)
+            while row.finish is None:
+                logits = self._rows(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
+                token, logprob = draw(logits, [row.request.sampling], np.array([row.uniform()]), kind)
+                row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), eos_ids)
+            yield row.rollout(kind)
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         import torch
 
         from rl_onoff.backends.token_stats import token_stats
 
-        for response in responses:
-            yield token_stats(self._logits_of(response), torch.as_tensor(response.token_ids_T), want).of(response)
+        for rollout in rollouts:
+            yield token_stats(self._logits_of(rollout), torch.as_tensor(rollout.token_ids_T), want).of(rollout)
 
     def _close(self) -> None:
         self._table = None
@@ -121,10 +119,10 @@ class FakeBackend(BaseBackend):
         ids = np.concatenate([[0], ids]).astype(np.int64)
         return self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
 
-    def _logits_of(self, response: Response) -> Any:
-        sequence = np.concatenate([response.prompt_ids, response.token_ids_T[:-1]])
-        return self._rows(sequence, len(response.token_ids_T))
+    def _logits_of(self, rollout: Rollout) -> Any:
+        sequence = np.concatenate([rollout.prompt_ids, rollout.token_ids_T[:-1]])
+        return self._rows(sequence, len(rollout.token_ids_T))
 
-    def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
+    def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         self._table.requires_grad_(True)
-        return [self._logits_of(response) for response in responses]
+        return [self._logits_of(rollout) for rollout in rollouts]

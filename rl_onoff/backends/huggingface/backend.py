@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.backends.engine import Core, EngineInfo
+from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
-from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,19 +111,20 @@ class HuggingFaceBackend(BaseBackend):
                 split.use_float32_head()
         return split
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
         from rl_onoff.backends.huggingface.decode import batches, decode
         from rl_onoff.backends.sampler import Row
 
-        rows = [Row(request, sample, self.info.max_len) for request in requests for sample in request.sample_indices]
         eos_ids = frozenset(self.info.eos_ids)
-        for batch in batches(rows, self.config.batch_size, self.config.max_batch_tokens):
-            yield from decode(self._split, batch, self.get_tokenizer(), eos_ids, self.config.logprob_kind)
+        while requests := supply.take(wait=True):
+            rows = [Row(request, self.info.max_len) for request in requests]
+            for batch in batches(rows, self.config.batch_size, self.config.max_batch_tokens):
+                yield from decode(self._split, batch, self.get_tokenizer(), eos_ids, self.config.logprob_kind)
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         import torch
 
-        for batch, shares_prompt in self._score_batches(responses):
+        for batch, shares_prompt in self._score_batches(rollouts):
             with torch.no_grad():
                 if not self._split.splits:
                     scores = [self._score_whole(response, want) for response in batch]
@@ -195,10 +196,10 @@ class HuggingFaceBackend(BaseBackend):
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 
-    def _score_batches(self, responses: Sequence[Response]) -> Iterator[tuple[list[Response], bool]]:
+    def _score_batches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[list[Rollout], bool]]:
         """(batch, whether its responses share one prompt that is worth computing once), each within the limits on size."""
-        alone: list[Response] = []
-        for _, group in groupby(sorted(responses, key=_prompt_key), key=_prompt_key):
+        alone: list[Rollout] = []
+        for _, group in groupby(sorted(rollouts, key=_prompt_key), key=_prompt_key):
             members = sorted(group, key=lambda r: len(r.token_ids_T))
             if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
                 alone += members
@@ -208,10 +209,10 @@ class HuggingFaceBackend(BaseBackend):
         for batch in self._cut(sorted(alone, key=lambda r: r.num_tokens)):
             yield batch, False
 
-    def _cut(self, responses: Sequence[Response]) -> Iterator[list[Response]]:
+    def _cut(self, rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
         """Batches of responses sorted by length."""
-        batch: list[Response] = []
-        for response in responses:
+        batch: list[Rollout] = []
+        for response in rollouts:
             too_long = response.num_tokens * (len(batch) + 1) > self.config.max_batch_tokens
             if batch and (too_long or len(batch) == self.config.batch_size):
                 yield batch
@@ -220,7 +221,7 @@ class HuggingFaceBackend(BaseBackend):
         if batch:
             yield batch
 
-    def _hidden(self, batch: Sequence[Response]) -> Tensor:
+    def _hidden(self, batch: Sequence[Rollout]) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.
 
         Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone.
@@ -237,7 +238,7 @@ class HuggingFaceBackend(BaseBackend):
         hidden_BLD = self._split.body(input_ids=self._tensor(ids_BL), use_cache=False).last_hidden_state
         return torch.cat([hidden_BLD[i, len(r.prompt_ids) - 1 : r.num_tokens - 1] for i, r in enumerate(batch)])
 
-    def _hidden_shared(self, batch: Sequence[Response]) -> Tensor:
+    def _hidden_shared(self, batch: Sequence[Rollout]) -> Tensor:
         """The same for responses to one prompt: the prompt is computed once and its cache repeated."""
         import torch
 
@@ -262,7 +263,7 @@ class HuggingFaceBackend(BaseBackend):
             [part for i, r in enumerate(batch) for part in (first_1D, hidden_BLD[i, : len(r.token_ids_T) - 1])]
         )
 
-    def _score_batch(self, batch: Sequence[Response], hidden_RD: Tensor, want: Want) -> list[TokenScores]:
+    def _score_batch(self, batch: Sequence[Rollout], hidden_RD: Tensor, want: Want) -> list[TokenScores]:
         from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
 
         token_ids_R = self._tensor(np.concatenate([response.token_ids_T for response in batch])).to(hidden_RD.device)
@@ -275,14 +276,14 @@ class HuggingFaceBackend(BaseBackend):
             start = end
         return scores
 
-    def _score_whole(self, response: Response, want: Want) -> TokenScores:
+    def _score_whole(self, response: Rollout, want: Want) -> TokenScores:
         """For a model that cannot be split: its own logits of one sequence."""
         from rl_onoff.backends.token_stats import token_stats
 
         logits_TV = self._whole_logits(response)
         return token_stats(logits_TV, self._tensor(response.token_ids_T).to(logits_TV.device), want).of(response)
 
-    def _logits_with_gradients(self, responses: Sequence[Response]) -> list[Any]:
+    def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         import torch
 
         if self._split is None:
@@ -291,9 +292,9 @@ class HuggingFaceBackend(BaseBackend):
             )
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
-            return [self._whole_logits(response).float() for response in responses]
+            return [self._whole_logits(response).float() for response in rollouts]
 
-    def _whole_logits(self, response: Response) -> Tensor:
+    def _whole_logits(self, response: Rollout) -> Tensor:
         """(T, V) logits of one unpadded sequence, by the model's own forward pass."""
         input_ids = self._tensor(np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64))
         logits_LV = self._split.whole(input_ids=input_ids, use_cache=False).logits[0]
@@ -322,7 +323,7 @@ class HuggingFaceBackend(BaseBackend):
         return device
 
 
-def _prompt_key(response: Response) -> bytes:
+def _prompt_key(response: Rollout) -> bytes:
     return np.asarray(response.prompt_ids, np.int32).tobytes()
 
 

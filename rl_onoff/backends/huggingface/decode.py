@@ -14,7 +14,7 @@ import numpy as np
 
 from rl_onoff.backends.huggingface.model import SplitModel
 from rl_onoff.backends.sampler import Row, draw
-from rl_onoff.types import Completion, LogprobKind
+from rl_onoff.types import LogprobKind, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ def batches(rows: Sequence[Row], batch_size: int, max_batch_tokens: int) -> Iter
     """Rows of like prompt length together, longest first; samples of one prompt stay neighbours."""
     batch: list[Row] = []
     width = 0  # of the widest row, which sets the padding
-    for row in sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.request.id, r.sample)):
+    for row in sorted(rows, key=lambda r: (-len(r.request.prompt_ids), r.request.key)):
         longest = max(width, len(row.request.prompt_ids) + row.limit)
         if batch and (len(batch) == batch_size or longest * (len(batch) + 1) > max_batch_tokens):
             yield batch
@@ -37,7 +37,7 @@ def batches(rows: Sequence[Row], batch_size: int, max_batch_tokens: int) -> Iter
 
 def decode(
     model: SplitModel, rows: list[Row], tokenizer: Any, eos_ids: frozenset[int], kind: LogprobKind
-) -> Iterator[Completion]:
+) -> Iterator[Rollout]:
     """Sample one batch to the end; yields each response as it finishes."""
     import torch
 
@@ -49,7 +49,7 @@ def decode(
             tokens_R, logprobs_R = draw(logits_RV, [row.request.sampling for row in rows], uniforms_R, kind)
         for row, token, logprob in zip(rows, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
             row.append(token, logprob, tokenizer, eos_ids)
-        yield from (row.completion(kind) for row in rows if row.finish)
+        yield from (row.rollout(kind) for row in rows if row.finish)
         going = [i for i, row in enumerate(rows) if not row.finish]
         if not going:
             return

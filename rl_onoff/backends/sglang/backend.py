@@ -18,16 +18,15 @@ import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.core import cut_at_stop
-from rl_onoff.backends.engine import EngineInfo, Given, Supply, whole
+from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.sglang.config import SGLangBackendConfig
 from rl_onoff.backends.sglang.job import INFO, Job
 from rl_onoff.backends.sglang.public import PublicScorer, check
 from rl_onoff.backends.sglang.setup import MARGIN, engine_args, engine_environment
 from rl_onoff.backends.sglang.streaming import Emit, Take, Work, run
-from rl_onoff.backends.token_stats import TokenStats
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
 
@@ -100,28 +99,25 @@ class SGLangBackend(BaseBackend):
         )
         return self._info
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        yield from self._generate_from(Given(requests))
-
-    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
-        def work(request: Request, sample: int) -> Work:
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
+        def work(request: SampleRequest) -> Work:
             async def draw(emit: Emit) -> None:
-                emit(await self._complete(request, sample))
+                emit(await self._complete(request))
 
             return 1, draw
 
-        yield from self._run(lambda most, wait: [work(*draw) for draw in supply.take(most, wait=wait)], MAX_IN_FLIGHT)
+        yield from self._run(lambda most, wait: map(work, supply.take(most, wait=wait)), MAX_IN_FLIGHT)
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
+    def _score(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         if self._public is not None:
             yield from self._run(whole((1, self._public.scoring(response, want)) for response in responses), 1)
             return
-        groups: dict[bytes, list[Response]] = {}
+        groups: dict[bytes, list[Rollout]] = {}
         for response in responses:
             groups.setdefault(response.prompt_ids.tobytes(), []).append(response)
 
-        def work(members: list[Response]) -> Work:
-            async def one(response: Response, emit: Emit) -> None:
+        def work(members: list[Rollout]) -> Work:
+            async def one(response: Rollout, emit: Emit) -> None:
                 emit(await self._probe(response, want))
 
             async def group(emit: Emit) -> None:
@@ -180,7 +176,7 @@ class SGLangBackend(BaseBackend):
         """Score a short known sequence inside the engine and through its public API; why they differ, None when they agree."""
         vocab_size = self._engine.tokenizer_manager.model_config.vocab_size
         ids = np.array([(1009 * i + 7) % vocab_size for i in range(12)], np.int32)
-        response = Response(request_id="check", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])
+        response = Rollout(request_id="check", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])
         loop = self._engine.loop
         try:
             ours = loop.run_until_complete(self._probe(response, Want())).logprobs_T
@@ -214,24 +210,24 @@ class SGLangBackend(BaseBackend):
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
-    async def _complete(self, request: Request, sample: int) -> Completion:
-        sampling, seed = request.sampling, request.seed_of(sample)
+    async def _complete(self, request: SampleRequest) -> Rollout:
+        sampling = request.sampling
         room = self.info.max_len - len(request.prompt_ids)
-        args = self.sampling_args(
-            sampling.replace(max_new_tokens=min(sampling.max_new_tokens, room)), self.info.eos_ids, seed
-        )
-        job = Job(prompt_len=len(request.prompt_ids), seed=seed)
+        limited = sampling.replace(max_new_tokens=min(sampling.max_new_tokens, room))
+        job = Job(prompt_len=len(request.prompt_ids), seed=request.seed)
         output = await self._engine.async_generate(
-            input_ids=request.prompt_ids.tolist(), sampling_params=args, return_logprob=True, rid=job.rid()
+            input_ids=request.prompt_ids.tolist(),
+            sampling_params=self.sampling_args(limited, self.info.eos_ids, request.seed),
+            return_logprob=True,
+            rid=job.rid(),
         )
         meta = output["meta_info"]
         check(meta)
         token_ids_T = np.asarray(output["output_ids"], np.int32)
-        return Completion(
-            request_id=request.id,
-            sample=sample,
+        return Rollout(
+            request_id=request.request_id,
+            sample=request.sample,
             token_ids_T=token_ids_T,
-            text="",  # written by BaseBackend.complete, alike for every engine
             logprobs_T=np.array([entry[0] for entry in meta["output_token_logprobs"]], np.float32),
             kind=self.config.logprob_kind,
             finish_reason=self._finish(meta["finish_reason"], token_ids_T, sampling.stop),
@@ -246,7 +242,7 @@ class SGLangBackend(BaseBackend):
         text = self.get_tokenizer().decode(token_ids_T.tolist(), skip_special_tokens=True) if stop else ""
         return FinishReason.length if cut_at_stop(text, stop) is None else FinishReason.stop
 
-    async def _probe(self, response: Response, want: Want) -> TokenScores:
+    async def _probe(self, response: Rollout, want: Want) -> TokenScores:
         """Statistics of one response, computed inside the engine."""
         num_prompt, num_tokens = len(response.prompt_ids), len(response.token_ids_T)
         file = None
@@ -275,11 +271,11 @@ class SGLangBackend(BaseBackend):
             if columns is None:
                 raise EngineError("SGLang sent no statistics back: set backend.in_engine_stats=false")
             if file is not None:
-                columns["logits"] = np.fromfile(file, np.float32).reshape(num_tokens, -1)
+                columns["logits_TV"] = np.fromfile(file, np.float32).reshape(num_tokens, -1)
         finally:
             if file is not None:
                 file.unlink(missing_ok=True)
-        return TokenStats(**columns).of(response)
+        return TokenScores(**columns).of(response)
 
     def _run(self, take: Take, limit: int) -> Iterator[Any]:
         engine = self._engine

@@ -17,14 +17,14 @@ import logging
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from rl_onoff.backends.sglang import sampler as sglang_sampler
 from rl_onoff.backends.sglang.job import INFO, Job
-from rl_onoff.backends.token_stats import TokenStats, chunk_rows, token_stats
+from rl_onoff.backends.token_stats import chunk_rows, token_stats
+from rl_onoff.types import TokenScores, copy_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,19 +42,13 @@ class Rows:
         self._columns: dict[str, np.ndarray] = {}
         self._filled = np.zeros(job.num_tokens, bool)
 
-    def put(self, first: int, stats: TokenStats, logits_RV: Tensor) -> None:
+    def put(self, first: int, stats: TokenScores, logits_RV: Tensor) -> None:
         """Rows from response position `first` on; those before the response and after it are dropped."""
-        start, end = max(first, 0), min(first + len(stats.logprobs), self._job.num_tokens)
+        start, end = max(first, 0), min(first + len(stats.token_ids_T), self._job.num_tokens)
         if start >= end:
             return
         here, there = slice(start, end), slice(start - first, end - first)
-        for field in fields(stats):
-            values = getattr(stats, field.name)
-            if values is not None:
-                column = self._columns.setdefault(
-                    field.name, np.empty((self._job.num_tokens, *values.shape[1:]), values.dtype)
-                )
-                column[here] = values[there]
+        copy_rows(stats[there], self._columns, start, self._job.num_tokens)
         if self._job.logits_file:
             shape = self._job.num_tokens, logits_RV.shape[-1]
             file = np.memmap(self._job.logits_file, np.float32, "r+", shape=shape)
@@ -103,7 +97,7 @@ class Step:
         logprobs_R = np.empty(hi - lo, np.float32)
         for kept, want, rows, first in pieces:
             stats = whole[rows] if whole else token_stats(logits_RV[rows], token_ids_R[rows], want)
-            logprobs_R[rows] = stats.logprobs
+            logprobs_R[rows] = stats.logprobs_T
             kept.put(first, stats, logits_RV[rows])
         return logprobs_R
 

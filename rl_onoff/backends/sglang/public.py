@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import numpy as np
 from rl_onoff.backends.sglang.job import INFO
 from rl_onoff.backends.sglang.streaming import Emit
 from rl_onoff.errors import EngineError
-from rl_onoff.types import Response, TokenScores, Want
+from rl_onoff.types import Rollout, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,16 +69,16 @@ class PublicScorer:
             "which differ from logits by a constant in each row", why,
         )  # fmt: skip
 
-    def scoring(self, response: Response, want: Want) -> Callable[[Emit], Coroutine[Any, Any, None]]:
+    def scoring(self, response: Rollout, want: Want) -> Callable[[Emit], Coroutine[Any, Any, None]]:
         async def run(emit: Emit) -> None:
             emit(await self.score(response, want))
 
         return run
 
-    async def score(self, response: Response, want: Want) -> TokenScores:
+    async def score(self, response: Rollout, want: Want) -> TokenScores:
         import torch
 
-        from rl_onoff.backends.token_stats import TokenStats, token_stats
+        from rl_onoff.backends.token_stats import token_stats
 
         rows = max(1, MAX_VALUES // self._vocab_size)
         parts = []
@@ -88,11 +89,11 @@ class PublicScorer:
             logits_RV = logprobs_RV if logsumexp_R is None else logprobs_RV + logsumexp_R[:, None]
             part = token_stats(logits_RV, torch.from_numpy(token_ids_R), want)
             if logsumexp_R is None:
-                part.logsumexp = np.full(len(token_ids_R), np.nan, np.float32)
+                part = replace(part, logsumexp_T=np.full(len(token_ids_R), np.nan, np.float32))
             parts.append(part)
-        return TokenStats.concatenate(parts).of(response)
+        return TokenScores.collect(parts, len(response.token_ids_T)).of(response)
 
-    async def _rows(self, response: Response, start: int, end: int) -> tuple[Tensor, np.ndarray | None]:
+    async def _rows(self, response: Rollout, start: int, end: int) -> tuple[Tensor, np.ndarray | None]:
         """Log-probabilities (R, V) and hidden states (R, D) at the positions that give response tokens [start, end)."""
         import torch
 

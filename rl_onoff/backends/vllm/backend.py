@@ -12,14 +12,13 @@ import msgspec
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.backends.engine import Draw, EngineInfo, Given, Supply, whole
+from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.token_stats import TokenStats
 from rl_onoff.backends.vllm import public as vllm_public
 from rl_onoff.backends.vllm import recorder as probe
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
 
@@ -69,25 +68,22 @@ class VLLMBackend(BaseBackend):
             batch=engine.batch,
         )
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        yield from self._generate_from(Given(requests))
-
-    def _generate_from(self, supply: Supply) -> Iterator[Completion]:
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
         from vllm import SamplingParams
 
-        def take(most: int, wait: bool) -> Iterator[tuple[Draw, list[int], Any]]:
-            for request, sample in supply.take(most, wait=wait):
-                args = self.sampling_args(request.sampling, self.info.eos_ids, request.seed_of(sample))
+        def take(most: int, wait: bool) -> Iterator[tuple[SampleRequest, list[int], Any]]:
+            for request in supply.take(most, wait=wait):
+                args = self.sampling_args(request.sampling, self.info.eos_ids, request.seed)
                 args["max_tokens"] = min(args["max_tokens"], self.info.max_len - len(request.prompt_ids))
-                yield (request, sample), request.prompt_ids.tolist(), SamplingParams(**args)
+                yield request, request.prompt_ids.tolist(), SamplingParams(**args)
 
         for finished in self._running(self._sampling_mode).run(take):
-            for (request, sample), output in finished:
-                yield self._completion(request, sample, output.outputs[0])
+            for request, output in finished:
+                yield self._rollout(request, output.outputs[0])
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        for response, stats in (self._stats if self._in_engine else self._public_stats)(responses, want):
-            yield stats.of(response)
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        for rollout, scores in (self._stats if self._in_engine else self._public_stats)(rollouts, want):
+            yield scores.of(rollout)
 
     def _close(self) -> None:
         engine, self._engine = self._engine, None
@@ -149,7 +145,7 @@ class VLLMBackend(BaseBackend):
             self._engine = Engine(self.config, mode, in_engine=self._in_engine)
         return self._engine
 
-    def _completion(self, request: Request, sample: int, output: Any) -> Completion:
+    def _rollout(self, request: SampleRequest, output: Any) -> Rollout:
         flat = output.logprobs
         logprobs_T = np.array([flat.logprobs[at] for at in flat.start_indices], np.float32)
         if request.sampling.greedy and self.config.logprob_kind is LogprobKind.processed:
@@ -159,15 +155,21 @@ class VLLMBackend(BaseBackend):
         elif output.finish_reason == "stop":
             reason = FinishReason.stop if isinstance(output.stop_reason, str) else FinishReason.eos
         else:
-            raise EngineError(f"vLLM ended response {sample} to request {request.id!r} with {output.finish_reason!r}")
-        return Completion(
-            request_id=request.id, sample=sample, token_ids_T=np.array(output.token_ids, np.int32), text="", logprobs_T=logprobs_T,
-            kind=self.config.logprob_kind, finish_reason=reason,
-        )  # fmt: skip
+            raise EngineError(
+                f"vLLM ended response {request.sample} to request {request.request_id!r} with {output.finish_reason!r}"
+            )
+        return Rollout(
+            request_id=request.request_id,
+            sample=request.sample,
+            token_ids_T=np.array(output.token_ids, np.int32),
+            logprobs_T=logprobs_T,
+            kind=self.config.logprob_kind,
+            finish_reason=reason,
+        )
 
     # -- statistics ----------------------------------------------------------------------------------------------------
 
-    def _stats(self, responses: Sequence[Response], want: Want) -> Iterator[tuple[Response, TokenStats]]:
+    def _stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[tuple[Rollout, TokenScores]]:
         """Inside the engine. A response of which some row was never computed, being cached, is scored again without the cache."""
         engine = self._running(self._sampling_mode)
         most = None
@@ -182,7 +184,7 @@ class VLLMBackend(BaseBackend):
                     incomplete = []
                     for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
                         numbers = [number for number, _ in finished]
-                        found: dict[int, TokenStats | None] = {}
+                        found: dict[int, TokenScores | None] = {}
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
                             found |= probe.read(encoded, Path(folder))
                         for number in numbers:
@@ -199,7 +201,7 @@ class VLLMBackend(BaseBackend):
                 f"vLLM computed only a part of {len(waiting)} responses: set backend.in_engine_stats=false"
             )
 
-    def _public_stats(self, responses: Sequence[Response], want: Want) -> Iterator[tuple[Response, TokenStats]]:
+    def _public_stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[tuple[Rollout, TokenScores]]:
         """Through vLLM's public API; one response at a time, for each is gigabytes of Python objects."""
         from vllm import SamplingParams
 
@@ -215,7 +217,7 @@ class VLLMBackend(BaseBackend):
 
         engine = self._engine
         ids = np.arange(1, 13, dtype=np.int32) * 7919 % engine.vocab_size
-        response = Response(request_id="", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
+        response = Rollout(request_id="", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
         try:
             engine.rpc("rl_onoff_install")
             ((_, stats),) = self._stats([response], Want())
@@ -225,7 +227,7 @@ class VLLMBackend(BaseBackend):
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
         ((_, output),) = next(engine.run(whole([(None, ids.tolist(), params)])))
         public_T = np.array([output.prompt_logprobs[i][int(ids[i])].logprob for i in range(4, len(ids))])
-        worst = float(np.abs(stats.logprobs - public_T).max())
+        worst = float(np.abs(stats.logprobs_T - public_T).max())
         allowed = (
             2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5
         )  # logits of half precision are steps of 0.1 apart
@@ -239,13 +241,13 @@ class VLLMBackend(BaseBackend):
         self._in_engine = False
 
 
-def _prefix(response: Response) -> list[int]:
+def _prefix(response: Rollout) -> list[int]:
     """What vLLM must have seen to tell of every response token: all but the last, so that the longest sequences fit too."""
     return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
 
 
 def _jobs(
-    responses: Sequence[Response], numbers: Iterable[int], skip_cache: bool
+    responses: Sequence[Rollout], numbers: Iterable[int], skip_cache: bool
 ) -> Iterator[tuple[int, list[int], Any]]:
     from vllm import SamplingParams
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.backends.token_stats import TokenStats, chunk_rows, token_stats
-from rl_onoff.types import Response, Want
+from rl_onoff.backends.token_stats import chunk_rows, token_stats
+from rl_onoff.types import Rollout, TokenScores, Want
 
 PARAMS: dict[str, Any] = {
     "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True, "detokenize": False,
 }  # fmt: skip
 
 
-def stats(output: Any, response: Response, want: Want, vocab_size: int) -> TokenStats:
+def stats(output: Any, response: Rollout, want: Want, vocab_size: int) -> TokenScores:
     """Statistics from the RequestOutput of `prompt + response[:-1]`; the last row is that of the sampled token."""
     import torch
 
@@ -34,7 +34,7 @@ def stats(output: Any, response: Response, want: Want, vocab_size: int) -> Token
         )
         ids_R = torch.from_numpy(np.ascontiguousarray(response.token_ids_T[at : at + size]))
         parts.append(token_stats(logits_RV, ids_R, want))
-    return TokenStats.concatenate(parts)
+    return TokenScores.collect(parts, len(rows))
 
 
 def _logits(flat: Any, position: int, vocab_size: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from rl_onoff.backends.token_stats import TokenStats, chunk_rows, token_stats
-from rl_onoff.types import Response, Want
+from rl_onoff.backends.token_stats import chunk_rows, token_stats
+from rl_onoff.types import Rollout, TokenScores, Want, copy_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,32 +31,28 @@ Batch = Iterator[
 ]  # job, position of its first scheduled token, number of them, their offset
 
 
-def job_of(number: int, response: Response) -> dict[str, Any]:
+def job_of(number: int, response: Rollout) -> dict[str, Any]:
     """extra_args of a request that prefills `prompt + response[:-1]`: row t is the position before response token t."""
     first = len(response.prompt_ids) - 1
     return {JOB: {"number": number, "first": first, "ids": np.asarray(response.token_ids_T, np.int32).tobytes()}}
 
 
-def read(encoded: bytes, folder: Path) -> dict[int, TokenStats | None]:
+def read(encoded: bytes, folder: Path) -> dict[int, TokenScores | None]:
     """What `fetch` sent: statistics by job number, None for a job of which some row was never computed."""
-    results: dict[int, TokenStats | None] = {}
-    for number, arrays in msgspec.msgpack.decode(
-        encoded, type=list[tuple[int, dict[str, tuple[str, list[int], bytes]] | None]]
-    ):
-        if arrays is None:
+    results: dict[int, TokenScores | None] = {}
+    sent = msgspec.msgpack.decode(encoded, type=list[tuple[int, dict[str, tuple[str, list[int], bytes]] | None]])
+    for number, packed in sent:
+        if packed is None:
             results[number] = None
             continue
-        stats = TokenStats(
-            **{
-                name: np.frombuffer(bytearray(data), dtype).reshape(shape)
-                for name, (dtype, shape, data) in arrays.items()
-            }
-        )
+        arrays: dict[str, Any] = {
+            name: np.frombuffer(bytearray(data), dtype).reshape(shape) for name, (dtype, shape, data) in packed.items()
+        }
         file = folder / f"{number}.npy"
         if file.exists():
-            stats.logits = np.asarray(np.load(file, mmap_mode="c"))  # copy on write: private to its reader
+            arrays["logits_TV"] = np.asarray(np.load(file, mmap_mode="c"))  # copy on write: private to its reader
             file.unlink()  # the mapping keeps the pages until the array is dropped
-        results[number] = stats
+        results[number] = TokenScores(**arrays)
     return results
 
 
@@ -74,13 +70,8 @@ class Job:
     def __post_init__(self) -> None:
         self.done_T = np.zeros(len(self.ids_T), bool)
 
-    def put(self, start: int, stats: TokenStats) -> None:
-        for name, values in ((name, getattr(stats, name)) for name in TokenStats.__slots__):
-            if values is not None:
-                if name not in self.stats:
-                    self.stats[name] = np.empty((len(self.ids_T), *values.shape[1:]), values.dtype)
-                self.stats[name][start : start + len(values)] = values
-        self.done_T[start : start + len(stats.logprobs)] = True
+    def put(self, start: int, stats: TokenScores) -> None:
+        self.done_T[start : start + copy_rows(stats, self.stats, start, len(self.ids_T))] = True
 
 
 class Recorder:
@@ -156,7 +147,7 @@ class Recorder:
                     self._write(logits_RV, rows[at : at + size])
         if not parts:
             return
-        stats, at = TokenStats.concatenate(parts), 0
+        stats, at = TokenScores.collect(parts, len(ids_R)), 0
         for job, a, b in spans:
             job.put(a, stats[at : at + b - a])
             at += b - a
