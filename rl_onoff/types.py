@@ -104,10 +104,11 @@ class Want:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
-    """What a policy says about every token of one response; arrays that nobody asked for, or that a file lacks, are None.
+    """What a policy says about every token of one response; arrays that nobody asked for, or that a file lacks, are
+    None.
 
-    `entropy_T`, `rank_T` and the top tokens describe the raw distribution (nats); `logsumexp_T` is the normaliser of the
-    raw logits. A token's rank is 1 + the number of tokens with a strictly larger logit.
+    `entropy_T`, `rank_T` and the top tokens describe the raw distribution (nats); `logsumexp_T` is the normaliser of
+    the raw logits. A token's rank is 1 + the number of tokens with a strictly larger logit.
     """
 
     request_id: str = ""

@@ -41,7 +41,8 @@ class BaseBackend(CoreBackend):
         """Generate one response per prompt.
 
         Args:
-            prompts: one prompt or a list of them, each text or a list of token ids; text is encoded as the tokenizer does.
+            prompts: one prompt or a list of them, each text or a list of token ids; text is encoded as the tokenizer
+                does.
             max_length: most new tokens.
             temperature, top_k, top_p: the sampler; `top_k=None` and `top_p=None` keep every token.
             do_sample: False decodes greedily.
@@ -96,7 +97,8 @@ class BaseBackend(CoreBackend):
     def get_logits(
         self, prompts: str | Sequence[Any], responses: str | Sequence[Any], compute_gradients: bool = False
     ) -> Any:
-        """Raw logits of every response token given its prompt: float32 (num_response_tokens, vocab_size), a list for lists.
+        """Raw logits of every response token given its prompt: float32 (num_response_tokens, vocab_size), a list for
+        lists.
 
         Prompts and responses are text or lists of token ids; a text response is encoded without special tokens. With
         `compute_gradients` a torch tensor comes back whose `.backward()` reaches the weights (HuggingFace alone).
@@ -107,7 +109,8 @@ class BaseBackend(CoreBackend):
         response_batch, single_response = as_batch(responses, "responses")
         if single != single_response or len(prompt_batch) != len(response_batch):
             raise UsageError(
-                f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per prompt"
+                f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per "
+                "prompt"
             )
         rollouts = [
             Rollout(request_id=str(i), sample=0, prompt_ids=self._ids(p), token_ids_T=self._ids(r, special=False))
@@ -119,7 +122,8 @@ class BaseBackend(CoreBackend):
     def get_probabilities(
         self, prompts: str | Sequence[Any], responses: str | Sequence[Any], temperature: float = 1.0
     ) -> Any:
-        """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for lists."""
+        """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for
+        lists."""
         if not is_number(temperature) or not 0 < temperature < math.inf:
             raise UsageError(
                 f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0, for example"
@@ -132,7 +136,8 @@ class BaseBackend(CoreBackend):
         )
 
     def encode(self, text: str | Sequence[str]) -> Any:
-        """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if any)."""
+        """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if
+        any)."""
         batch, single = as_batch(text, "text")
         ids = [self.get_tokenizer().encode(item) for item in batch]
         return ids[0] if single else ids

@@ -50,7 +50,8 @@ class CoreBackend(ABC):
         if config.logprob_kind not in self.logprob_kinds:
             kinds = ", ".join(kind.value for kind in LogprobKind if kind in self.logprob_kinds)
             raise UsageError(
-                f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of {kinds}"
+                f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of "
+                f"{kinds}"
             )
         self.config = config
         self._core: Core | None = None
@@ -80,7 +81,7 @@ class CoreBackend(ABC):
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
         """The engine's own sampling arguments, every one explicit: nothing comes from the model's generation config."""
 
-    # -- checks that load nothing ----------------------------------------------------------------------------------------
+    # -- checks that load nothing --------------------------------------------------------------------------------------
 
     def check_model(self) -> None:
         """Refuse a model that cannot be there."""
@@ -189,7 +190,8 @@ class CoreBackend(ABC):
             raise UsageError(f"the prompt of request {request_id!r} is empty: give it at least one token")
         if num_tokens + room > self.info.max_len:
             raise UsageError(
-                f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context holds "
+                f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context "
+                "holds "
                 f"{self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
             )
 
@@ -225,7 +227,8 @@ def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
     for item in items:
         if found.setdefault(item.key, item) is not item:
             raise UsageError(
-                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request an id of its own"
+                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request an id of its "
+                "own"
             )
     return found
 

@@ -1,7 +1,8 @@
 """Which engines there are: those of this package, and those that other packages register.
 
-An engine registers the dataclass of its options under its name, in the entry-point group `rl_onoff.backends` of its package's
-metadata; the dataclass's `_target_` names the backend class. Asking which engines there are imports none of them.
+An engine registers the dataclass of its options under its name, in the entry-point group `rl_onoff.backends` of its
+package's metadata; the dataclass's `_target_` names the backend class. Asking which engines there are imports none of
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def backend_class(target: str) -> Any:
     """The class that a config's `_target_` names; imports no engine. UsageError for one that no engine registered."""
     if target not in {schema()._target_ for schema in engine_configs().values()}:
         raise UsageError(
-            f"backend._target_ is {target!r}, which is no registered engine: set backend to one of {', '.join(engine_configs())}"
+            f"backend._target_ is {target!r}, which is no registered engine: set backend to one of "
+            f"{', '.join(engine_configs())}"
         )
     module, _, name = target.rpartition(".")
     return getattr(import_module(module), name)

@@ -1,7 +1,7 @@
 """Logits of some positions -> what they say about the token that was sampled there. One function, used by every engine.
 
-Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32 whatever the type of the logits, and the
-logits are never changed: they may be the engine's own buffer.
+Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32 whatever the type of the logits, and
+the logits are never changed: they may be the engine's own buffer.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def stats_of_hidden(
 
 
 def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:
-    """The logits the sampler draws from: divided by temperature, then top-k, top-p on what top-k left, min-p on what is left.
+    """The logits the sampler draws from: divided by temperature, then top-k, top-p on what top-k left, min-p on what is
+    left.
 
     Tokens that are cut get -inf. Order and meaning are those of Transformers' warpers. Greedy decoding keeps only the
     likeliest token.

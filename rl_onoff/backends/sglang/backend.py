@@ -1,4 +1,5 @@
-"""SGLang: engine calls only. Written against 0.5.23; what its source says that its documentation does not stands beside the code.
+"""SGLang: engine calls only. Written against 0.5.23; what its source says that its documentation does not stands beside
+the code.
 
 Runs in a worker process: `Engine.shutdown` kills every child of its process, and a failing child of the engine ends it.
 """
@@ -63,7 +64,8 @@ class SGLangBackend(BaseBackend):
                     f"SGLang is installed but cannot be imported ({error}): run `rl-onoff doctor`"
                 ) from error
             raise MissingDependencyError(
-                "the sglang backend needs the sglang package: pip install 'rl-onoff[sglang]', or set backend.python to the interpreter "
+                "the sglang backend needs the sglang package: pip install 'rl-onoff[sglang]', or set backend.python to "
+                "the interpreter "
                 "of an environment that has it"
             ) from error
         version = metadata.version(self.package)
@@ -71,7 +73,8 @@ class SGLangBackend(BaseBackend):
             self._start(self.config.in_engine_stats)
             if self._public is None and (why := self._check_probes()):
                 log.warning(
-                    "SGLang %s: statistics inside the engine do not work (%s); they are taken through its public API instead, which is "
+                    "SGLang %s: statistics inside the engine do not work (%s); they are taken through its public API "
+                    "instead, which is "
                     "slow: set backend.in_engine_stats=false to do so without this warning", version, why,
                 )  # fmt: skip
                 self._close()
@@ -140,7 +143,8 @@ class SGLangBackend(BaseBackend):
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
         if len(sampling.stop) > MAX_STOP:
             raise UsageError(
-                f"sampling.stop has {len(sampling.stop)} strings but SGLang takes at most {MAX_STOP}: shorten sampling.stop"
+                f"sampling.stop has {len(sampling.stop)} strings but SGLang takes at most {MAX_STOP}: shorten "
+                "sampling.stop"
             )
         return {
             "n": 1,
@@ -173,7 +177,8 @@ class SGLangBackend(BaseBackend):
         self._public = None if in_engine else PublicScorer(self._engine)
 
     def _check_probes(self) -> str | None:
-        """Score a short known sequence inside the engine and through its public API; why they differ, None when they agree."""
+        """Score a short known sequence inside the engine and through its public API; why they differ, None when they
+        agree."""
         vocab_size = self._engine.tokenizer_manager.model_config.vocab_size
         ids = np.array([(1009 * i + 7) % vocab_size for i in range(12)], np.int32)
         response = Rollout(request_id="check", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])

@@ -23,7 +23,8 @@ class SGLangBackendConfig(EngineConfig):
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
     owned_kwargs: ClassVar[tuple[str, ...]] = (
-        "model_path=model.name", "tokenizer_path=model.tokenizer", "dtype", "tp_size", "dp_size", "mem_fraction_static", "context_length",
+        "model_path=model.name", "tokenizer_path=model.tokenizer", "dtype", "tp_size", "dp_size", "mem_fraction_static",
+        "context_length",
         "random_seed=backend.seed", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
     )  # fmt: skip
 

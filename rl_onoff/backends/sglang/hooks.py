@@ -1,11 +1,11 @@
 """What runs inside SGLang's scheduler process: token statistics on the engine's own logits, and our sampler.
 
-SGLang (written against 0.5.23) calls `run_scheduler` as its scheduler's main function; hooks are put in place there, before
-the engine's modules are used. A request tells the hooks what it wants in its id (`Job`). Statistics ride back on the
-engine's `customized_info`, full logits in a memory-mapped file.
+SGLang (written against 0.5.23) calls `run_scheduler` as its scheduler's main function; hooks are put in place there,
+before the engine's modules are used. A request tells the hooks what it wants in its id (`Job`). Statistics ride back on
+the engine's `customized_info`, full logits in a memory-mapped file.
 
-An exception that leaves a hook would end the scheduler, and with it the caller: every hook catches its own and reports it
-with the request. Never change SGLang's logits in place.
+An exception that leaves a hook would end the scheduler, and with it the caller: every hook catches its own and reports
+it with the request. Never change SGLang's logits in place.
 
 Shapes: R rows of a step, T response tokens, V vocabulary, D hidden size.
 """
@@ -85,7 +85,8 @@ class Step:
 
     def add(self, lo: int, hi: int, logits_RV: Tensor, token_ids_R: Tensor) -> np.ndarray:
         """Take in the logits of logprob rows [lo, hi) of the step; returns the logprobs of their tokens."""
-        pieces = []  # (where a request's rows are kept, what it wants, its rows among the hi - lo, response position of the first)
+        # (where a request's rows are kept, what it wants, its rows among the hi - lo, response position of the first)
+        pieces = []
         for i, (end, count) in enumerate(zip(self._ends, self._counts, strict=True)):
             start = end - count
             a, b = max(lo, start), min(hi, end)

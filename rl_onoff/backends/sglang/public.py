@@ -1,9 +1,10 @@
-"""Token statistics through SGLang's public API alone: slow, for when our code inside the engine does not fit its version.
+"""Token statistics through SGLang's public API alone: slow, for when our code inside the engine does not fit its
+version.
 
-The API gives log-probabilities, as Python tuples: the whole vocabulary is asked for at every position. It gives no logits, and
-so no logsumexp; but it gives hidden states, and the LM head's weights lie in the model's folder: hidden state times the row of
-the chosen token is that token's logit, and logit minus log-probability is the logsumexp. That holds for a head that is a plain
-matrix product, which is checked with every response.
+The API gives log-probabilities, as Python tuples: the whole vocabulary is asked for at every position. It gives no
+logits, and so no logsumexp; but it gives hidden states, and the LM head's weights lie in the model's folder: hidden
+state times the row of the chosen token is that token's logit, and logit minus log-probability is the logsumexp. That
+holds for a head that is a plain matrix product, which is checked with every response.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class PublicScorer:
     def _no_logsumexp(self, why: str) -> None:
         self._head_VD = None
         log.warning(
-            "SGLang's public API gives no logsumexp for this model (%s): logsumexp is NaN, and full logits are log-probabilities, "
+            "SGLang's public API gives no logsumexp for this model (%s): logsumexp is NaN, and full logits are "
+            "log-probabilities, "
             "which differ from logits by a constant in each row", why,
         )  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Our sampler inside SGLang's scheduler: the same distribution, and the same random numbers, as on every other engine.
 
-SGLang's own (0.5.23) honours seeds only in deterministic mode, which it refuses on a CPU; takes top-p of the whole distribution
-and not of what top-k left; stops at an assertion when min-p meets a seed; and hashes a token's place in the sorted
-vocabulary, so that what it draws depends on who else is in the batch. Here a response's token t is drawn with number t of
-a stream that depends on its seed alone, by inverting the cumulative sum of the kept probabilities.
+SGLang's own (0.5.23) honours seeds only in deterministic mode, which it refuses on a CPU; takes top-p of the whole
+distribution and not of what top-k left; stops at an assertion when min-p meets a seed; and hashes a token's place in
+the sorted vocabulary, so that what it draws depends on who else is in the batch. Here a response's token t is drawn
+with number t of a stream that depends on its seed alone, by inverting the cumulative sum of the kept probabilities.
 
 Shapes: R rows (requests of the step), V vocabulary.
 """
@@ -48,8 +48,8 @@ def kept_probs(
 ) -> Tensor:
     """Probabilities (after temperature) with those that the sampler cuts set to 0, not renormalised.
 
-    Top-k, then top-p of what is left, then min-p relative to the likeliest: as `token_stats.process_logits`, but row by row
-    from tensors, so that a GPU need not wait for the host.
+    Top-k, then top-p of what is left, then min-p relative to the likeliest: as `token_stats.process_logits`, but row by
+    row from tensors, so that a GPU need not wait for the host.
     """
     import torch
 

@@ -49,7 +49,8 @@ def engine_args(config: SGLangBackendConfig) -> dict[str, Any]:
     if _has_gpu():
         args["enable_deterministic_inference"] = True  # a response must not depend on its batch
     else:
-        # a CPU has no deterministic mode: SGLang refuses its attention there, and in float32 the batch changes nothing that counts
+        # a CPU has no deterministic mode: SGLang refuses its attention there, and in float32 the batch changes nothing
+        # that counts
         args |= {
             "device": "cpu",
             "disable_cuda_graph": True,
@@ -66,7 +67,8 @@ def _context_length(config: SGLangBackendConfig, path: str, revision: str | None
     longest = get_context_length(model.get_text_config())
     if config.context_length is not None and config.context_length > longest:
         raise UsageError(
-            f"backend.context_length is {config.context_length} but the model holds {longest}: set backend.context_length={longest} or less"
+            f"backend.context_length is {config.context_length} but the model holds {longest}: set "
+            f"backend.context_length={longest} or less"
         )
     return config.context_length or longest
 

@@ -15,12 +15,13 @@ Take = Callable[[int, bool], Iterable[Work]]
 
 
 def run(loop: asyncio.AbstractEventLoop, take: Take, limit: int, abort: Callable[[], None]) -> Iterator[Any]:
-    """Run work side by side, as much as costs `limit` together, and yield what it emits; the first exception ends it all.
+    """Run work side by side, as much as costs `limit` together, and yield what it emits; the first exception ends it
+    all.
 
     `take` gives more work, up to so much, and waits for it where asked to.
 
-    The loop turns only while a result is waited for; an engine with processes of its own goes on meanwhile. Whoever stops
-    reading early stops the work: its tasks are cancelled, and `abort` tells the engine.
+    The loop turns only while a result is waited for; an engine with processes of its own goes on meanwhile. Whoever
+    stops reading early stops the work: its tasks are cancelled, and `abort` tells the engine.
     """
     results: asyncio.Queue[Any] = asyncio.Queue()
     waiting: deque[Work] = deque()

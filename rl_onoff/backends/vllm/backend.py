@@ -96,11 +96,13 @@ class VLLMBackend(BaseBackend):
         low, high = TEMPERATURES
         if not sampling.greedy and not low <= sampling.temperature <= high:
             raise UsageError(
-                f"sampling.temperature is {sampling.temperature} but vLLM takes 0 (greedy) or {low} to {high}: set sampling.temperature=1"
+                f"sampling.temperature is {sampling.temperature} but vLLM takes 0 (greedy) or {low} to {high}: set "
+                "sampling.temperature=1"
             )
         if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.greedy:
             raise UsageError(
-                f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together mean something else in vLLM, which cuts by "
+                f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together mean something else in "
+                "vLLM, which cuts by "
                 "min_p first: set sampling.min_p=0 or sampling.top_p=1"
             )
         return {
@@ -114,7 +116,8 @@ class VLLMBackend(BaseBackend):
             "min_tokens": 0,
             "stop": list(sampling.stop),
             "stop_token_ids": list(eos_ids),
-            "ignore_eos": True,  # the tokenizer's and the model's EOS are in stop_token_ids, and nothing else ends a response
+            # the tokenizer's and the model's EOS are in stop_token_ids, and nothing else ends a response
+            "ignore_eos": True,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "repetition_penalty": 1.0,
@@ -137,7 +140,8 @@ class VLLMBackend(BaseBackend):
 
         if self._engine is not None and self._engine.mode != mode:
             log.warning(
-                "vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one life",
+                "vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one "
+                "life",
                 mode,
             )
             self._close()
@@ -170,7 +174,8 @@ class VLLMBackend(BaseBackend):
     # -- statistics ----------------------------------------------------------------------------------------------------
 
     def _stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[tuple[Rollout, TokenScores]]:
-        """Inside the engine. A response of which some row was never computed, being cached, is scored again without the cache."""
+        """Inside the engine. A response of which some row was never computed, being cached, is scored again without the
+        cache."""
         engine = self._running(self._sampling_mode)
         most = None
         if want.full_logits:
@@ -212,7 +217,8 @@ class VLLMBackend(BaseBackend):
                 yield response, vllm_public.stats(output, response, want, engine.vocab_size)
 
     def _disagreement(self) -> str:
-        """Score a short sequence in the engine and by its public API; why in-engine statistics cannot be used, or nothing."""
+        """Score a short sequence in the engine and by its public API; why in-engine statistics cannot be used, or
+        nothing."""
         from vllm import SamplingParams
 
         engine = self._engine
@@ -235,14 +241,16 @@ class VLLMBackend(BaseBackend):
 
     def _fall_back(self, why: str) -> None:
         log.warning(
-            "token statistics are not computed inside this vLLM (%s): they come through its public API, which is much slower",
+            "token statistics are not computed inside this vLLM (%s): they come through its public API, which is much "
+            "slower",
             why,
         )
         self._in_engine = False
 
 
 def _prefix(response: Rollout) -> list[int]:
-    """What vLLM must have seen to tell of every response token: all but the last, so that the longest sequences fit too."""
+    """What vLLM must have seen to tell of every response token: all but the last, so that the longest sequences fit
+    too."""
     return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
 
 

@@ -27,9 +27,10 @@ class VLLMBackendConfig(EngineConfig):
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
     owned_kwargs: ClassVar[tuple[str, ...]] = (
-        "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization", "max_model_len",
-        "enforce_eager", "revision=model.revision", "trust_remote_code=model.trust_remote_code", "logprobs_mode=backend.logprob_kind",
-        "max_logprobs=score.top_k", "worker_extension_cls=backend.in_engine_stats", "data_parallel_size=backend.dp_size",
+        "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "gpu_memory_utilization",
+        "max_model_len", "enforce_eager", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
+        "logprobs_mode=backend.logprob_kind", "max_logprobs=score.top_k", "worker_extension_cls=backend.in_engine_stats",
+        "data_parallel_size=backend.dp_size",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -54,8 +55,8 @@ class VLLMBackendConfig(EngineConfig):
         return dataclasses.replace(self, tp_size=1, tensor_parallel_size=1)
 
     def across_nodes(self) -> Self:
-        # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from vLLM 0.32's source
-        # and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
+        # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from
+        # vLLM 0.32's source and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
         return dataclasses.replace(self, engine_kwargs={"distributed_executor_backend": "ray", **self.engine_kwargs})
 
     def with_float32_head(self) -> Self:

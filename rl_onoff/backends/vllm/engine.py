@@ -87,8 +87,8 @@ class Engine:
     ) -> Iterator[list[tuple[Any, Any]]]:
         """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
 
-        `take` gives up to so many inputs, and waits for one where asked to. `most` bounds the requests inside the engine: enough to fill
-        its batches, few enough to start at once.
+        `take` gives up to so many inputs, and waits for one where asked to. `most` bounds the requests inside the
+        engine: enough to fill its batches, few enough to start at once.
         """
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind

@@ -1,8 +1,8 @@
 """The code of ours that vLLM imports: `StatsExtension` into its workers, `capped_scheduler` into its core.
 
-Both of vLLM's model runners are known (0.32): V1, whose `_get_prompt_logprobs_dict` is called after every step, and V2, whose
-`prompt_logprobs_worker` is. These are insides that may move: the backend compares a short sequence with the public API when
-it loads, and takes the public API where they do not agree.
+Both of vLLM's model runners are known (0.32): V1, whose `_get_prompt_logprobs_dict` is called after every step, and V2,
+whose `prompt_logprobs_worker` is. These are insides that may move: the backend compares a short sequence with the
+public API when it loads, and takes the public API where they do not agree.
 """
 
 from __future__ import annotations
@@ -110,8 +110,9 @@ def _hook_v2(worker: Any, recorder: Recorder) -> None:
 def capped_scheduler(**kwargs: Any) -> Any:
     """vLLM's own scheduler, in which a job may share the cached blocks of its prompt but not those of its response.
 
-    Rows of cached tokens are never computed, so without the cap the second of two like responses would lack some. Where this
-    inside of vLLM has moved, rows are missing, which is seen, and those responses are scored again with the cache off.
+    Rows of cached tokens are never computed, so without the cap the second of two like responses would lack some. Where
+    this inside of vLLM has moved, rows are missing, which is seen, and those responses are scored again with the cache
+    off.
     """
     config = kwargs["vllm_config"].scheduler_config
     if config.async_scheduling:

@@ -1,8 +1,8 @@
 """Token statistics through vLLM's public API: whole-vocabulary logits of every position, as Python lists.
 
-Slow (it handles every number of the vocabulary as an object) and only a fallback, for a vLLM whose insides have moved. The
-engine must have been started with `logprobs_mode="raw_logits"` and `max_logprobs=-1`: from logits everything follows, while
-logprobs have lost their logsumexp.
+Slow (it handles every number of the vocabulary as an object) and only a fallback, for a vLLM whose insides have moved.
+The engine must have been started with `logprobs_mode="raw_logits"` and `max_logprobs=-1`: from logits everything
+follows, while logprobs have lost their logsumexp.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from rl_onoff.backends.token_stats import chunk_rows, token_stats
 from rl_onoff.types import Rollout, TokenScores, Want
 
 PARAMS: dict[str, Any] = {
-    "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True, "detokenize": False,
+    "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": -1, "logprobs": -1, "flat_logprobs": True,
+    "detokenize": False,
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Token statistics inside vLLM, from its own hidden states: what is recorded in each step, and how it gets to our side.
 
-A request carries its job in `SamplingParams.extra_args`; the statistics are fetched as bytes, full logits through a file that
-both sides map. vllm_hooks.py is what calls the Recorder inside the engine.
+A request carries its job in `SamplingParams.extra_args`; the statistics are fetched as bytes, full logits through a
+file that both sides map. vllm_hooks.py is what calls the Recorder inside the engine.
 """
 
 from __future__ import annotations
