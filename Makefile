@@ -35,6 +35,7 @@ check: $(VENV)/.vllm ## lint and types (vLLM is there so that calls of it are ch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev ## format the code
 	$(BIN)/ruff check --fix .

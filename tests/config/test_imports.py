@@ -6,6 +6,8 @@ import pkgutil
 import subprocess
 import sys
 
+import grimp
+
 import rl_onoff
 
 HEAVY = ("torch", "transformers", "vllm", "sglang", "ray", "wandb", "pandas", "pyarrow", "datasets")
@@ -38,3 +40,10 @@ def test_no_module_imports_an_engine_or_anything_as_large():
 
 def test_the_command_line_needs_no_numpy():
     assert imported_with(["rl_onoff.cli.main", "rl_onoff.config"], ("numpy", *HEAVY)) == "[]"
+
+
+def test_no_circle():
+    graph = grimp.build_graph("rl_onoff")
+    arrows = [(a, b) for a in sorted(graph.modules) for b in sorted(graph.find_modules_directly_imported_by(a))]
+    assert len(arrows) > 300
+    assert [(a, b) for a, b in arrows if graph.chain_exists(importer=b, imported=a)] == []
