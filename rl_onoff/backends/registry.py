@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -38,3 +39,17 @@ def backend_class(target: str) -> Any:
 def build(config: EngineConfig) -> Any:
     """The BaseBackend that a config names, not loaded."""
     return backend_class(config._target_)(config)
+
+
+def lazily(module: str, *names: str) -> Callable[[str], Any]:
+    """A package's `__getattr__`: `names` of `module`, which is imported once one of them is asked for.
+
+    So the schemas alone, which `--help` needs, do without numpy.
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"{module.rpartition('.')[0]} has no attribute {name!r}")
+        return getattr(import_module(module), name)
+
+    return get

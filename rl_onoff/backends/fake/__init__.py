@@ -1,12 +1,5 @@
 """A tiny language model over bytes, for tests and for trying the runner without an engine."""
 
-from typing import Any
+from rl_onoff.backends.registry import lazily
 
-
-def __getattr__(name: str) -> Any:
-    """The backend's class, once somebody asks for it: its options alone, which `--help` needs, do without numpy."""
-    if name != "FakeBackend":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rl_onoff.backends.fake.backend import FakeBackend
-
-    return FakeBackend
+__getattr__ = lazily("rl_onoff.backends.fake.backend", "FakeBackend")

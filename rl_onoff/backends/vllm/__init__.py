@@ -1,12 +1,5 @@
 """vLLM."""
 
-from typing import Any
+from rl_onoff.backends.registry import lazily
 
-
-def __getattr__(name: str) -> Any:
-    """The backend's class, once somebody asks for it: its options alone, which `--help` needs, do without numpy."""
-    if name != "VLLMBackend":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rl_onoff.backends.vllm.backend import VLLMBackend
-
-    return VLLMBackend
+__getattr__ = lazily("rl_onoff.backends.vllm.backend", "VLLMBackend")
