@@ -43,7 +43,7 @@ class Item:
         return self.what.prompt_ids.tobytes()
 
 
-class Shares:
+class WorkQueue:
     """The work of one call. Replicas take from it side by side, each in a thread of its own."""
 
     def __init__(self, work: Sequence[SampleRequest] | Sequence[Rollout], num_replicas: int, fill: int = FILL):
