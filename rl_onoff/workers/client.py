@@ -20,7 +20,7 @@ from rl_onoff import errors
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
-from rl_onoff.types import Completion, Key, Request, Response, TokenScores, Want
+from rl_onoff.types import Key, Rollout, TokenScores, Want
 from rl_onoff.workers import wire
 from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
@@ -94,27 +94,21 @@ class Host:
         self._worker.remember()
         return reply.info
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        keys = {(request.id, sample) for request in requests for sample in request.sample_indices}
-        for reply in self._stream(lambda call: wire.Generate(call=call, requests=_bare(requests), last=True), keys):
-            assert isinstance(reply, wire.Completed)
-            yield reply.completion
-
-    def _generate_from(self, supply: Supply, room: int = 1 << 30) -> Iterator[Completion]:
-        """Sample what the supply gives while it gives; at most `room` draws are with the worker at a time."""
+    def _generate(self, supply: Supply, room: int = 1 << 30) -> Iterator[Rollout]:
+        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time."""
         refill = Refill(supply, room)
         requests, last = refill.take()
         if last:
             return
         for reply in self._stream(
-            lambda call: wire.Generate(call=call, requests=_bare(requests), last=False), refill.keys, refill
+            lambda call: wire.Generate(call=call, requests=wire.Requests.pack(requests)), refill.keys, refill
         ):
             assert isinstance(reply, wire.Completed)
-            yield reply.completion
+            yield reply.rollout
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        keys = {response.key for response in responses}
-        for reply in self._stream(lambda call: wire.Score(call=call, responses=list(responses), want=want), keys):
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        keys = {rollout.key for rollout in rollouts}
+        for reply in self._stream(lambda call: wire.Score(call=call, rollouts=list(rollouts), want=want), keys):
             assert isinstance(reply, wire.Scored)
             yield reply.scores
 
@@ -142,12 +136,12 @@ class Host:
                 reply = self._receive()
                 match reply:
                     case wire.Completed():
-                        keys.discard(reply.completion.key)
+                        keys.discard(reply.rollout.key)
                         yield reply
                         if refill is not None and refill.is_due and self._call == call:
                             requests, last = refill.take()
                             if requests or last:
-                                self._send(wire.More(call=call, requests=_bare(requests), last=last))
+                                self._send(wire.More(call=call, requests=wire.Requests.pack(requests), last=last))
                     case wire.Scored():
                         keys.discard(reply.scores.key)
                         yield reply
@@ -284,8 +278,3 @@ def death(name: str, reason: str, in_flight: tuple[Key, ...]) -> EngineDiedError
     """The error of an engine that is gone with what it had not answered."""
     lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
     return EngineDiedError(f"the {name} engine died{lost} ({reason}): run it again to go on", in_flight)
-
-
-def _bare(requests: Sequence[Request]) -> list[Request]:
-    """Without what only people and metrics read: it may be large, and need not be plain values."""
-    return [dataclasses.replace(request, prompt="", meta={}) for request in requests]

@@ -14,14 +14,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rl_onoff.backends.engine import Core, EngineInfo
+from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError
-from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import Host
 from rl_onoff.workers.devices import places
 from rl_onoff.workers.replica import Call, Hand, Hosting, Replica
-from rl_onoff.workers.work_queue import Item, Key, items_of_requests, items_of_responses
+from rl_onoff.workers.work_queue import Key
 
 log = logging.getLogger(__name__)
 
@@ -100,16 +100,14 @@ class Pool:
             replicas=len(infos),
         )
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        bare = [dataclasses.replace(request, prompt="", meta={}) for request in requests]
-        yield from self._share_out(
-            items_of_requests(bare), lambda host, hand: host._generate_from(hand, self._room), self._room
-        )
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
+        requests: list[SampleRequest] = []
+        while more := supply.take(wait=True):
+            requests += more
+        yield from self._share_out(requests, lambda host, hand: host._generate(hand, self._room), self._room)
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        yield from self._share_out(
-            items_of_responses(responses), lambda host, hand: host._score([item.what for item in hand.first], want)
-        )
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        yield from self._share_out(rollouts, lambda host, hand: host._score([item.what for item in hand.first], want))
 
     def _close(self) -> None:
         replicas, self._replicas = self._replicas, []
@@ -123,14 +121,17 @@ class Pool:
         self._site.close()
 
     def _share_out(
-        self, items: list[Item], run: Callable[[Any, Hand], Generator[Any]], room: int | None = None
+        self,
+        work: Sequence[SampleRequest] | Sequence[Rollout],
+        run: Callable[[Any, Hand], Generator[Any]],
+        room: int | None = None,
     ) -> Iterator[Any]:
         self._running()
-        if not items:
+        if not work:
             return
         if self._call is not None:
             self._call.stop()
-        call = self._call = Call(items, len(self._replicas), run, room)
+        call = self._call = Call(work, len(self._replicas), run, room)
         try:
             for replica in self._replicas:
                 replica.answer(call)

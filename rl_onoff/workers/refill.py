@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rl_onoff.backends.engine import Supply, requests_of
-from rl_onoff.types import Key, Request
+from rl_onoff.backends.engine import Supply
+from rl_onoff.types import Key, SampleRequest
 
 
 class Refill:
@@ -12,15 +12,15 @@ class Refill:
     def __init__(self, supply: Supply, room: int):
         self._supply, self._room = supply, room
         self._ended = False
-        self.keys: set[Key] = set()  # of the draws that are with the worker
+        self.keys: set[Key] = set()  # of the responses that are with the worker
 
     @property
     def is_due(self) -> bool:
         return not self._ended and len(self.keys) <= self._room // 2
 
-    def take(self) -> tuple[list[Request], bool]:
+    def take(self) -> tuple[list[SampleRequest], bool]:
         """More requests, which may be none, and whether there will never be more; waits when nothing is with the worker."""
-        draws = self._supply.take(self._room - len(self.keys), wait=not self.keys)
-        self._ended = not draws and not self.keys
-        self.keys.update((request.id, sample) for request, sample in draws)
-        return requests_of(draws), self._ended
+        requests = self._supply.take(self._room - len(self.keys), wait=not self.keys)
+        self._ended = not requests and not self.keys
+        self.keys.update(request.key for request in requests)
+        return requests, self._ended

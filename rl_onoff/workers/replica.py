@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
-from rl_onoff.backends.engine import Core, Draw, EngineInfo, Supply
+from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.errors import EngineDiedError, OnOffError
-from rl_onoff.types import Completion, Request
+from rl_onoff.types import Rollout, SampleRequest
 from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Hosting(Core, Protocol):
 
     interrupt: Callable[[], None]  # called now and then while it waits; may raise
 
-    def _generate_from(self, supply: Supply, room: int) -> Iterator[Completion]: ...
+    def _generate(self, supply: Supply, room: int = ...) -> Iterator[Rollout]: ...
 
     @property
     def pid(self) -> int | None: ...
@@ -46,22 +46,26 @@ class Hand:
         self._shares, self._next = shares, first
         self._tried_again = any(item.deaths for item in first)  # alone, so that what dies is known
 
-    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
+    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
         """Never waits: what others may give back is the next hand's."""
         items, self._next = self._next, []
         if not items and not self._tried_again:
             items = self._shares.take(most, len(self.held), wait=False)
             self.held.update((item.key, item) for item in items)
-        return [(item.what, item.sample) for item in items if isinstance(item.what, Request)]
+        return [item.what for item in items if isinstance(item.what, SampleRequest)]
 
 
 class Call:
     """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
 
     def __init__(
-        self, items: list[Item], num_replicas: int, run: Callable[[Hosting, Hand], Generator[Any]], room: int | None
+        self,
+        work: Sequence[SampleRequest] | Sequence[Rollout],
+        num_replicas: int,
+        run: Callable[[Hosting, Hand], Generator[Any]],
+        room: int | None,
     ):
-        self.shares = Shares(items, num_replicas)
+        self.shares = Shares(work, num_replicas)
         self.run = run
         self.room = room  # what a replica has at a time, where it can be topped up
         self.stopped = False

@@ -10,21 +10,16 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from rl_onoff import types
 from rl_onoff.backends.engine import EngineInfo
-from rl_onoff.types import Completion, Request, Response, TokenScores, Want
+from rl_onoff.types import Rollout, SampleRequest, Sampling, TokenScores, Want
 
-types.__dict__.setdefault(
-    "np", np
-)  # its annotations name numpy, which it imports for type checkers alone; msgspec evaluates them
-
-PROTOCOL = 2  # raise it whenever a message changes its meaning
+PROTOCOL = 3  # raise it whenever a message changes its meaning
 PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told
 INLINE_BYTES = 1 << 16  # arrays below this ride in the header: a bigger one has memory of its own to free
 
@@ -40,23 +35,55 @@ class Load(Message):
     config: dict[str, Any]
 
 
+class Requests(msgspec.Struct):
+    """Requests as they travel: a prompt and a sampler that several of them share are written once."""
+
+    prompts: list[np.ndarray]
+    samplings: list[Sampling]
+    rows: list[tuple[str, int, int, int, int]]  # request id, sample, seed, index of the prompt, index of the sampler
+
+    @classmethod
+    def pack(cls, requests: Iterable[SampleRequest]) -> Requests:
+        prompts: dict[int, tuple[int, np.ndarray]] = {}  # by identity
+        samplings: dict[int, tuple[int, Sampling]] = {}
+        rows = []
+        for request in requests:
+            prompt, _ = prompts.setdefault(id(request.prompt_ids), (len(prompts), request.prompt_ids))
+            sampling, _ = samplings.setdefault(id(request.sampling), (len(samplings), request.sampling))
+            rows.append((request.request_id, request.sample, request.seed, prompt, sampling))
+        return cls([ids for _, ids in prompts.values()], [sampling for _, sampling in samplings.values()], rows)
+
+    def unpack(self) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                request_id=id,
+                sample=sample,
+                seed=seed,
+                prompt_ids=self.prompts[prompt],
+                sampling=self.samplings[sampling],
+            )
+            for id, sample, seed, prompt, sampling in self.rows
+        ]
+
+
 class Generate(Message):
+    """To the worker: sample; further requests of this call follow in `More`."""
+
     call: int
-    requests: list[Request]
-    last: bool  # false: `More` comes
+    requests: Requests
 
 
 class More(Message):
     """To the worker: further requests of a call."""
 
     call: int
-    requests: list[Request]
-    last: bool
+    requests: Requests
+    last: bool  # no further ones follow
 
 
 class Score(Message):
     call: int
-    responses: list[Response]
+    rollouts: list[Rollout]
     want: Want
 
 
@@ -76,7 +103,7 @@ class Loaded(Message):
 
 class Completed(Message):
     call: int
-    completion: Completion
+    rollout: Rollout
 
 
 class Scored(Message):

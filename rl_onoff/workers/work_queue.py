@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rl_onoff.errors import EngineDiedError
-from rl_onoff.types import Key, Request, Response
+from rl_onoff.types import Key, Rollout, SampleRequest
 
 MOST_DEATHS = 3  # of a replica, with the same response in its hands
 FILL = 32  # responses that a share has at least, if there are enough: engines compute them side by side
@@ -27,32 +27,27 @@ FILL = 32  # responses that a share has at least, if there are enough: engines c
 class Item:
     """One response to sample or to score."""
 
-    what: Request | Response
-    sample: int
-    tokens: int  # it takes at most, prompt included
+    what: SampleRequest | Rollout
     deaths: int = 0
 
     @property
     def key(self) -> Key:
-        return (self.what.id if isinstance(self.what, Request) else self.what.request_id), self.sample
+        return self.what.key
+
+    @property
+    def tokens(self) -> int:
+        return self.what.num_tokens
 
     @property
     def prompt(self) -> bytes:
         return self.what.prompt_ids.tobytes()
 
 
-def items_of_requests(requests: Iterable[Request]) -> list[Item]:
-    return [Item(r, s, len(r.prompt_ids) + r.sampling.max_new_tokens) for r in requests for s in r.sample_indices]
-
-
-def items_of_responses(responses: Iterable[Response]) -> list[Item]:
-    return [Item(r, r.sample, r.num_tokens) for r in responses]
-
-
 class Shares:
     """The work of one call. Replicas take from it side by side, each in a thread of its own."""
 
-    def __init__(self, items: Sequence[Item], num_replicas: int, fill: int = FILL):
+    def __init__(self, work: Sequence[SampleRequest] | Sequence[Rollout], num_replicas: int, fill: int = FILL):
+        items = [Item(what) for what in work]
         groups: dict[bytes, list[Item]] = {}
         for item in items:
             groups.setdefault(item.prompt, []).append(item)

@@ -28,9 +28,9 @@ from typing import Any, NoReturn
 import msgspec
 import psutil
 
-from rl_onoff.backends.engine import Draw, draws_of, taken
+from rl_onoff.backends.engine import taken
 from rl_onoff.errors import named
-from rl_onoff.types import Completion, TokenScores
+from rl_onoff.types import Rollout, SampleRequest, TokenScores
 from rl_onoff.workers import sessions, wire
 from rl_onoff.workers.forward import Forward
 
@@ -126,19 +126,18 @@ class Feed:
 
     def __init__(self, worker: Worker, message: wire.Generate):
         self._worker, self._call = worker, message.call
-        self._draws: collections.deque[Draw] = collections.deque()
+        self._requests = collections.deque(message.requests.unpack())
         self._last = False
-        self.add(message)
 
-    def add(self, message: wire.Generate | wire.More) -> None:
-        self._draws.extend(draws_of(message.requests))
+    def add(self, message: wire.More) -> None:
+        self._requests.extend(message.requests.unpack())
         self._last = message.last
 
-    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
+    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
         self._worker.read(self._call)
-        while wait and not (self._draws or self._last or self._worker.unwanted):
+        while wait and not (self._requests or self._last or self._worker.unwanted):
             self._worker.read(self._call, wait=True)
-        return [] if self._worker.unwanted else taken(self._draws, most)
+        return [] if self._worker.unwanted else taken(self._requests, most)
 
 
 class Worker:
@@ -161,10 +160,10 @@ class Worker:
             match self._inbox.next(wait=True):
                 case wire.Generate() as message:
                     self._feed = Feed(self, message)
-                    self._answer(message.call, backend._generate_from(self._feed))
+                    self._answer(message.call, backend._generate(self._feed))
                     self._feed = None
                 case wire.Score() as message:
-                    self._answer(message.call, backend._score(message.responses, message.want))
+                    self._answer(message.call, backend._score(message.rollouts, message.want))
                 case wire.Cancel() | wire.More():
                     pass  # it crossed with the end of its call
                 case _:
@@ -194,8 +193,8 @@ class Worker:
         try:
             for result in results:
                 match result:
-                    case Completion():
-                        self._send(wire.Completed(call=call, completion=result))
+                    case Rollout():
+                        self._send(wire.Completed(call=call, rollout=result))
                     case TokenScores():
                         self._send(wire.Scored(call=call, scores=result))
                     case _:

@@ -19,26 +19,24 @@ import pytest
 
 from rl_onoff.backends import FakeBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
-from rl_onoff.types import Request, Response, Sampling, Want
+from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import process, sessions, wire
 from rl_onoff.workers.client import Host
 from tests.conftest import ROOT
-from tests.workers.tiny_backend import TinyBackend
+from tests.workers.tiny_backend import TinyBackend, generate
 
 
 def tiny(worker: bool = True, python: str | None = None, **engine_kwargs) -> TinyBackend:
     return TinyBackend(FakeBackendConfig(model_name="tiny", worker=worker, python=python, engine_kwargs=engine_kwargs))
 
 
-def request(id: str, num_tokens: int = 4, n: int = 1) -> Request:
-    return Request(
-        id=id, prompt_ids=np.arange(num_tokens, dtype=np.int32), sampling=Sampling(n=n, seed=7), meta={"not": object()}
-    )
+def request(id: str, num_tokens: int = 4, n: int = 1) -> list[SampleRequest]:
+    return sample_requests(id=id, prompt_ids=np.arange(num_tokens), sampling=Sampling(n=n, seed=7))
 
 
-def response(sample: int, num_tokens: int) -> Response:
+def response(sample: int, num_tokens: int) -> Rollout:
     ids = np.arange(num_tokens, dtype=np.int32)
-    return Response(request_id="r", sample=sample, prompt_ids=ids[:3], token_ids_T=ids)
+    return Rollout(request_id="r", sample=sample, prompt_ids=ids[:3], token_ids_T=ids)
 
 
 def gone(pid: int, seconds: float = 10) -> bool:
@@ -84,7 +82,7 @@ def engine_of(file: Path) -> tuple[int, Path]:
 def test_completions_are_those_of_the_same_backend_in_this_process():
     requests = [request("a", 5, n=2), request("b", 100_000)]
     with tiny(worker=False) as here, tiny() as there:
-        ours, theirs = list(here._core._generate(requests)), list(there._core._generate(requests))
+        ours, theirs = list(generate(here._core, requests)), list(generate(there._core, requests))
     assert len(ours) == len(theirs) == 3
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine.key, mine.text, mine.kind, mine.finish_reason) == (
@@ -101,7 +99,7 @@ def test_completions_are_those_of_the_same_backend_in_this_process():
 def test_results_come_while_the_worker_goes_on():
     with tiny(seconds=0.5) as backend:
         began = time.monotonic()
-        stream = backend._core._generate([request(str(i)) for i in range(4)])
+        stream = generate(backend._core, [request(str(i)) for i in range(4)])
         next(stream)
         assert time.monotonic() - began < 1.4
         assert len(list(stream)) == 3
@@ -128,15 +126,15 @@ def test_a_worker_cannot_run_far_ahead_of_its_reader():
 def test_own_errors_arrive_as_themselves_with_the_log_as_a_note():
     with tiny() as backend:
         with pytest.raises(UsageError) as caught:
-            list(backend._core._generate([request("a"), request("usage")]))
+            list(generate(backend._core, [request("a"), request("usage")]))
         assert str(caught.value) == "a sentence of ours"
         assert "tiny is loading" in caught.value.__notes__[0]
-        assert len(list(backend._core._generate([request("a")]))) == 1, "the worker lives on"
+        assert len(list(generate(backend._core, [request("a")]))) == 1, "the worker lives on"
 
 
 def test_other_errors_become_engine_errors():
     with tiny() as backend, pytest.raises(EngineError) as caught:
-        list(backend._core._generate([request("bug")]))
+        list(generate(backend._core, [request("bug")]))
     assert str(caught.value) == "KeyError: 'lost'"
     assert not isinstance(caught.value, EngineDiedError)
     assert "Traceback" in caught.value.__notes__[0]
@@ -162,17 +160,17 @@ def test_the_workers_death_is_told_with_what_was_in_flight():
     with tiny() as backend:
         began = time.monotonic()
         with pytest.raises(EngineDiedError, match="SIGKILL") as caught:
-            list(backend._core._generate([request("a"), request("die", n=2), request("b")]))
+            list(generate(backend._core, [request("a"), request("die", n=2), request("b")]))
         assert time.monotonic() - began < 5
         assert caught.value.in_flight == (("b", 0), ("die", 0), ("die", 1))
         with pytest.raises(EngineDiedError, match="not running"):
-            list(backend._core._generate([request("a")]))
+            list(generate(backend._core, [request("a")]))
 
 
 def test_a_killed_worker_is_noticed_and_takes_its_engine_along(engine_file):
     with tiny(engine=str(engine_file)) as backend:
         engine, memory = engine_of(engine_file)
-        stream = backend._core._generate([request("a"), request("hang")])
+        stream = generate(backend._core, [request("a"), request("hang")])
         next(stream)
         os.kill(backend._core.pid, signal.SIGKILL)
         with pytest.raises(EngineDiedError) as caught:
@@ -184,7 +182,7 @@ def test_a_killed_worker_is_noticed_and_takes_its_engine_along(engine_file):
 def test_a_killed_child_of_the_engine_is_noticed(engine_file):
     with tiny(engine=str(engine_file)) as backend:
         engine, memory = engine_of(engine_file)
-        stream = backend._core._generate([request("a"), request("hang")])
+        stream = generate(backend._core, [request("a"), request("hang")])
         next(stream)
         began = time.monotonic()
         os.kill(engine, signal.SIGKILL)
@@ -198,9 +196,9 @@ def test_a_killed_child_of_the_engine_is_noticed(engine_file):
 def test_a_backend_can_be_loaded_again_after_a_death(engine_file):
     backend = tiny()
     with backend, pytest.raises(EngineDiedError):
-        list(backend._core._generate([request("die")]))
+        list(generate(backend._core, [request("die")]))
     with backend:
-        assert len(list(backend._core._generate([request("a")]))) == 1
+        assert len(list(generate(backend._core, [request("a")]))) == 1
 
 
 @pytest.mark.parametrize("careless", ["", "leaves", "kills"])
@@ -218,7 +216,7 @@ def test_close_frees_everything(engine_file, careless):
 def test_close_in_the_middle_of_work_does_not_wait_for_it(engine_file):
     backend = tiny(engine=str(engine_file))
     backend.load()
-    stream = backend._core._generate([request("a"), request("hang")])
+    stream = generate(backend._core, [request("a"), request("hang")])
     next(stream)
     stream.close()
     began = time.monotonic()
@@ -231,34 +229,34 @@ def test_an_abandoned_call_does_not_disturb_the_next():
     with tiny() as backend:
         for _ in backend.score([response(sample, 300) for sample in range(20)], Want(full_logits=True)):
             break
-        assert [c.request_id for c in backend._core._generate([request("a"), request("b")])] == ["a", "b"]
+        assert [c.request_id for c in generate(backend._core, [request("a"), request("b")])] == ["a", "b"]
 
 
 def test_a_call_that_another_one_displaced_says_so():
     with tiny(seconds=0.05) as backend:
-        first = backend._core._generate([request(str(i)) for i in range(10)])
+        first = generate(backend._core, [request(str(i)) for i in range(10)])
         next(first)
-        assert [c.request_id for c in backend._core._generate([request("a")])] == ["a"]
+        assert [c.request_id for c in generate(backend._core, [request("a")])] == ["a"]
         with pytest.raises(EngineError, match="another call"):
             next(first)
 
 
 def test_warnings_of_the_package_reach_the_parent(caplog):
     with tiny() as backend, caplog.at_level(logging.WARNING):
-        list(backend._core._generate([request("warn")]))
+        list(generate(backend._core, [request("warn")]))
     assert [(r.name, r.getMessage()) for r in caplog.records] == [("rl_onoff.tiny", "look here")]
 
 
 def test_a_cancel_that_crosses_with_the_end_of_its_call_is_ignored():
     with tiny() as backend:
         backend._core._worker.channel.send(wire.Cancel(call=0))
-        assert len(list(backend._core._generate([request("a")]))) == 1
+        assert len(list(generate(backend._core, [request("a")]))) == 1
 
 
 def test_the_same_interpreter_by_its_path():
     with tiny(python=sys.executable) as backend:
         assert backend.info.version == sys.executable
-        assert len(list(backend._core._generate([request("a")]))) == 1
+        assert len(list(generate(backend._core, [request("a")]))) == 1
 
 
 def test_an_interpreter_that_is_not_there():
@@ -291,7 +289,7 @@ def test_another_version_of_the_protocol_is_one_sentence(tmp_path):
         tmp_path,
         f"import os, sys, time\nos.write(int(sys.argv[3]), {(wire.PREAMBLE % 99).encode()!r})\ntime.sleep(60)\n",
     )
-    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 2"):
+    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 3"):
         tiny(python=python).load()
 
 
@@ -319,8 +317,8 @@ def test_a_load_that_takes_long_is_not_silent(monkeypatch, caplog):
         said = [record.message for record in caplog.records if "still loading" in record.message]
         log_file = Path(said[0].rpartition("tail -f ")[2])
         assert "tiny is loading" in log_file.read_text()
-        assert list(backend._core._generate([request("a")]))
-    assert 2 <= len(said) <= 4 and re.match(r"still loading tiny after \d s; what it says: tail -f /", said[0])
+        assert list(generate(backend._core, [request("a")]))
+    assert 2 <= len(said) <= 4 and re.match(r"still loading fake after \d s; what it says: tail -f /", said[0])
 
 
 def test_a_load_that_is_quick_says_nothing_of_it(caplog):
@@ -333,7 +331,7 @@ def test_a_load_that_is_quick_says_nothing_of_it(caplog):
 def test_the_log_is_kept_where_it_is_wanted(tmp_path, monkeypatch):
     monkeypatch.setenv(process.LOG_FOLDER, str(tmp_path / "logs"))
     with tiny() as backend, pytest.raises(EngineError) as caught:
-        list(backend._core._generate([request("bug")]))
+        list(generate(backend._core, [request("bug")]))
     (log,) = (tmp_path / "logs").glob("tiny-*.log")
     assert "Traceback" in log.read_text() and str(log) in caught.value.__notes__[0]
 
@@ -349,27 +347,19 @@ def test_the_child_sees_this_package_but_not_its_neighbours(tmp_path):
 
 def test_the_fake_backend_in_a_worker_gives_what_it_gives_here():
     requests = [
-        Request(id=str(i), prompt_ids=np.arange(6, dtype=np.int32) + i, sampling=Sampling(max_new_tokens=9, n=2))
+        sample_requests(
+            id=str(i), prompt_ids=np.arange(6, dtype=np.int32) + i, sampling=Sampling(max_new_tokens=9, n=2)
+        )
         for i in range(5)
     ]
     results = []
     for worker in (False, True):
         with create_backend(FakeBackendConfig(model_name="fake", worker=worker)) as backend:
             completions = list(backend.complete(requests))
-            prompts = {r.id: r.prompt_ids for r in requests}
-            responses = [
-                Response(
-                    request_id=c.request_id,
-                    sample=c.sample,
-                    prompt_ids=prompts[c.request_id],
-                    token_ids_T=c.token_ids_T,
-                )
-                for c in completions
-            ]
             results.append(
                 (
                     completions,
-                    list(backend.score(responses, Want(top_k=3, full_logits=True, sampler=Sampling(top_p=0.9)))),
+                    list(backend.score(completions, Want(top_k=3, full_logits=True, sampler=Sampling(top_p=0.9)))),
                 )
             )
     for here, there in zip(*(completions + scores for completions, scores in results), strict=True):
@@ -380,15 +370,15 @@ def test_the_fake_backend_in_a_worker_gives_what_it_gives_here():
 PARENT = """
 import sys, time
 import numpy as np
-from tests.workers.tiny_backend import TinyBackend
+from tests.workers.tiny_backend import TinyBackend, generate
 from rl_onoff.backends import FakeBackendConfig
-from rl_onoff.types import Request, Sampling
+from rl_onoff.types import Sampling, sample_requests
 
 if __name__ == "__main__":
     with TinyBackend(FakeBackendConfig(model_name="tiny", engine_kwargs={"engine": sys.argv[1]})) as backend:
         print(backend._core.pid, flush=True)
         ids = np.arange(3, dtype=np.int32)
-        for c in backend._core._generate([Request(id=i, prompt_ids=ids, sampling=Sampling()) for i in ("a", "hang")]):
+        for c in generate(backend._core, [sample_requests(id=i, prompt_ids=ids, sampling=Sampling()) for i in ("a", "hang")]):
             print("got", c.request_id, flush=True)
 """
 
@@ -420,7 +410,7 @@ def test_nothing_outlives_the_parent(engine_file, sign):
 
 def test_an_interrupt_leaves_the_host_usable_or_says_to_load_again():
     with tiny(seconds=0.2) as backend:
-        stream = backend._core._generate([request(str(i)) for i in range(20)])
+        stream = generate(backend._core, [request(str(i)) for i in range(20)])
         next(stream)
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         old = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -429,10 +419,10 @@ def test_an_interrupt_leaves_the_host_usable_or_says_to_load_again():
                 list(stream)
         finally:
             signal.signal(signal.SIGALRM, old)
-        assert [c.request_id for c in backend._core._generate([request("a")])] == ["a"]
+        assert [c.request_id for c in generate(backend._core, [request("a")])] == ["a"]
         backend._core._worker.channel.torn = True
         with pytest.raises(EngineError, match="interrupted in the middle"):
-            list(backend._core._generate([request("a")]))
+            list(generate(backend._core, [request("a")]))
 
 
 def test_host_is_a_core_of_its_own():

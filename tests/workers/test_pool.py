@@ -14,24 +14,25 @@ import psutil
 import pytest
 
 from rl_onoff.backends import FakeBackendConfig, create_backend
-from rl_onoff.backends.engine import requests_of
 from rl_onoff.errors import EngineDiedError, EngineError, UsageError
-from rl_onoff.types import Request, Response, Sampling, Want
+from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import devices, sessions
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares, items_of_requests
-from tests.workers.tiny_backend import TinyBackend
+from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares
+from tests.workers.tiny_backend import TinyBackend, generate
 
 
 def tiny_pool(dp_size: int = 2, **engine_kwargs) -> Pool:
     return Pool(TinyBackend, FakeBackendConfig(model_name="tiny", dp_size=dp_size, engine_kwargs=engine_kwargs))
 
 
-def request(id: str, num_tokens: int = 4, n: int = 1, max_new_tokens: int = 100) -> Request:
-    ids = np.arange(num_tokens, dtype=np.int32) + sum(map(ord, id))
-    return Request(
-        id=id, prompt_ids=ids, sampling=Sampling(n=n, seed=7, max_new_tokens=max_new_tokens), meta={"not": object()}
-    )
+def request(id: str, num_tokens: int = 4, n: int = 1, max_new_tokens: int = 100) -> list[SampleRequest]:
+    ids = np.arange(num_tokens) + sum(map(ord, id))
+    return sample_requests(id=id, prompt_ids=ids, sampling=Sampling(n=n, seed=7, max_new_tokens=max_new_tokens))
+
+
+def many(number: int, *args, **kwargs) -> list[SampleRequest]:
+    return [one for i in range(number) for one in request(str(i), *args, **kwargs)]
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def died(items: list[Item]) -> EngineDiedError:
 
 
 def test_shares_are_large_first_and_small_last_and_hold_everything_once():
-    shares = Shares(items_of_requests([request(str(i), 10) for i in range(400)]), num_replicas=2, fill=8)
+    shares = Shares(many(400, 10), num_replicas=2, fill=8)
     sizes, seen = [], []
     while share := shares.take():
         sizes.append(len(share))
@@ -69,16 +70,15 @@ def test_shares_are_large_first_and_small_last_and_hold_everything_once():
 
 
 def test_the_longest_come_first_and_the_samples_of_a_prompt_together():
-    requests = [request("short", 5, n=8), request("long", 90, n=8), request("middle", 50, n=8)]
-    shares = Shares(items_of_requests(requests), num_replicas=2, fill=4)
+    requests = request("short", 5, n=8) + request("long", 90, n=8) + request("middle", 50, n=8)
+    shares = Shares(requests, num_replicas=2, fill=4)
     taken = [shares.take() for _ in range(2)]
     assert [{item.key[0] for item in share} for share in taken] == [{"long"}, {"middle"}]
-    (whole,) = requests_of((item.what, item.sample) for item in taken[0])
-    assert whole.id == "long" and whole.sample_indices == tuple(range(8))
+    assert [item.key for item in taken[0]] == [("long", sample) for sample in range(8)]
 
 
 def test_who_is_topped_up_gets_its_fair_part_of_what_is_left_and_no_more():
-    shares = Shares(items_of_requests([request(str(i)) for i in range(100)]), num_replicas=2)
+    shares = Shares(many(100), num_replicas=2)
     assert [len(shares.take(30)) for _ in range(2)] == [30, 30]
     assert len(shares.take(15, held=15)) == 15, "there is enough for all"
     assert len(shares.take(40, held=30)) == 20, "half of the hundred that are not done"
@@ -89,12 +89,12 @@ def test_who_is_topped_up_gets_its_fair_part_of_what_is_left_and_no_more():
 
 
 def test_few_responses_are_dealt_to_all():
-    shares = Shares(items_of_requests([request("a", n=6)]), num_replicas=3)
+    shares = Shares(request("a", n=6), num_replicas=3)
     assert [len(shares.take()) for _ in range(3)] == [2, 2, 1]
 
 
 def test_a_poison_is_found_in_three_deaths_and_the_innocent_come_back():
-    shares = Shares(items_of_requests([request(str(i)) for i in range(100)]), num_replicas=1, fill=100)
+    shares = Shares(many(100), num_replicas=1, fill=100)
     poison, deaths, finished, ended = ("37", 0), 0, [], []
     while share := shares.take():
         if any(item.key == poison for item in share):
@@ -109,7 +109,7 @@ def test_a_poison_is_found_in_three_deaths_and_the_innocent_come_back():
 
 
 def test_what_comes_back_without_blame_is_as_it_was():
-    shares = Shares(items_of_requests([request(str(i)) for i in range(9)]), num_replicas=1)
+    shares = Shares(many(9), num_replicas=1)
     share = shares.take()
     assert not shares.give_back(share)
     assert shares.take() == share and all(item.deaths == 0 for item in share)
@@ -158,14 +158,14 @@ def test_without_gpus_each_replica_gets_cores_of_its_own(monkeypatch):
 
 def test_every_response_once_and_both_replicas_work(pool):
     requests = [request(str(i), n=2) for i in range(60)]
-    got = [c.key for c in pool(seconds=0.005)._generate(requests)]
+    got = [c.key for c in generate(pool(seconds=0.005), requests)]
     assert sorted(got) == sorted((str(i), s) for i in range(60) for s in range(2))
     assert got != sorted(got, key=lambda key: (int(key[0]), key[1])), "two replicas interleave"
 
 
 def test_scores_are_shared_out_too(pool):
     ids = np.arange(6, dtype=np.int32)
-    responses = [Response(request_id=str(i), sample=0, prompt_ids=ids, token_ids_T=ids[: 1 + i % 5]) for i in range(50)]
+    responses = [Rollout(request_id=str(i), sample=0, prompt_ids=ids, token_ids_T=ids[: 1 + i % 5]) for i in range(50)]
     scores = list(pool()._score(responses, Want(top_k=2)))
     assert sorted(s.request_id for s in scores) == sorted(str(i) for i in range(50))
 
@@ -200,11 +200,11 @@ def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(p
     with pytest.raises(
         EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others"
     ) as caught:
-        for completion in two._generate([*requests[:20], request("die"), *requests[20:]]):
+        for completion in generate(two, [*requests[:20], request("die"), *requests[20:]]):
             got.append(completion.request_id)
     assert sorted(got, key=int) == [str(i) for i in range(70)]
     assert not isinstance(caught.value, EngineDiedError) and "worker's log" in caught.value.__notes__[0]
-    assert len(list(two._generate(requests))) == 70, "the pool lives on"
+    assert len(list(generate(two, requests))) == 70, "the pool lives on"
 
 
 def test_an_engine_that_cannot_work_at_all_is_not_restarted_for_ever(pool):
@@ -213,22 +213,22 @@ def test_an_engine_that_cannot_work_at_all_is_not_restarted_for_ever(pool):
     for pid in two.pids:
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
-        list(two._generate([request(str(i)) for i in range(20)]))
+        list(generate(two, [request(str(i)) for i in range(20)]))
 
 
 def test_a_replica_that_died_while_idle_is_started_again(pool):
     two = pool()
-    assert len(list(two._generate([request(str(i)) for i in range(10)]))) == 10
+    assert len(list(generate(two, [request(str(i)) for i in range(10)]))) == 10
     for pid in two.pids:
         os.kill(pid, signal.SIGKILL)
-    assert len(list(two._generate([request(str(i)) for i in range(10)]))) == 10
+    assert len(list(generate(two, [request(str(i)) for i in range(10)]))) == 10
 
 
 def test_an_engines_own_error_ends_the_call_at_once(pool):
     two = pool()
     with pytest.raises(UsageError, match="a sentence of ours"):
-        list(two._generate([request("a"), request("usage"), request("b")]))
-    assert len(list(two._generate([request("a")]))) == 1
+        list(generate(two, [request("a"), request("usage"), request("b")]))
+    assert len(list(generate(two, [request("a")]))) == 1
 
 
 def test_a_failed_load_is_one_error_and_leaves_nothing(pool):
@@ -238,19 +238,19 @@ def test_a_failed_load_is_one_error_and_leaves_nothing(pool):
 
 def test_an_abandoned_call_leaves_the_pool_usable(pool):
     two = pool(seconds=0.01)
-    stream = two._generate([request(str(i)) for i in range(400)])
+    stream = generate(two, [request(str(i)) for i in range(400)])
     next(stream)
     stream.close()
     began = time.monotonic()
-    assert sorted(c.request_id for c in two._generate([request("a"), request("b")])) == ["a", "b"]
+    assert sorted(c.request_id for c in generate(two, [request("a"), request("b")])) == ["a", "b"]
     assert time.monotonic() - began < 2
 
 
 def test_a_call_that_another_one_displaced_says_so(pool):
     two = pool(seconds=0.01)
-    first = two._generate([request(str(i)) for i in range(50)])
+    first = generate(two, [request(str(i)) for i in range(50)])
     next(first)
-    assert len(list(two._generate([request("a")]))) == 1
+    assert len(list(generate(two, [request("a")]))) == 1
     with pytest.raises(EngineError, match="another call"):
         next(first)
 
@@ -258,7 +258,7 @@ def test_a_call_that_another_one_displaced_says_so(pool):
 def test_replicas_do_not_run_far_ahead_of_the_reader(pool):
     two = pool()
     ids = np.arange(500, dtype=np.int32)
-    responses = [Response(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(20)]
+    responses = [Rollout(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(20)]
     stream = two._score(responses, Want(full_logits=True))  # 100 MB each
     next(stream)
     before = psutil.Process().memory_info().rss
@@ -270,8 +270,8 @@ def test_replicas_do_not_run_far_ahead_of_the_reader(pool):
 def test_a_worker_that_sends_takes_in_what_its_parent_sends(pool):
     """The longest results come last, so that a worker waits to send one while its parent sends more requests than a socket holds."""
     one, got = pool(dp_size=1), []
-    for completion in one._generate(
-        [request(str(i), 1000 * (i + 1), max_new_tokens=10**6 - 2000 * i) for i in range(90)]
+    for completion in generate(
+        one, [request(str(i), 1000 * (i + 1), max_new_tokens=10**6 - 2000 * i) for i in range(90)]
     ):
         got.append(int(completion.request_id))
         time.sleep(0.02)
@@ -287,14 +287,14 @@ def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     folders = [worker._folder for replica in two._replicas if (worker := replica._host._worker)]
     assert len(workers) == len(folders) == 2 and all(map(Path.exists, folders))
     if busy:
-        stream = two._generate([request("a"), request("b"), request("hang")])
+        stream = generate(two, [request("a"), request("b"), request("hang")])
         next(stream)
     began = time.monotonic()
     two._close()
     assert time.monotonic() - began < 5
     assert not any(sessions.alive(child) for child in children) and not any(map(Path.exists, folders))
     with pytest.raises(EngineDiedError, match="not running"):
-        list(two._generate([request("a")]))
+        list(generate(two, [request("a")]))
     if busy:
         with pytest.raises(EngineDiedError, match="not running"):
             next(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing.shared_memory
 import os
@@ -17,11 +18,11 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.backends.engine import EngineInfo
+from rl_onoff.backends.engine import EngineInfo, Given, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.fake.config import FakeBackendConfig
 from rl_onoff.errors import MissingDependencyError, UsageError
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 # an engine's process: maps the shared memory that its parent made, and sleeps
 ENGINE = """
@@ -67,9 +68,10 @@ class TinyBackend(BaseBackend):
             engine="tiny", version=sys.executable, dtype="float32", vocab_size=50_000, max_len=1 << 20, eos_ids=(0,)
         )
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        for request in requests:
-            match request.id:
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
+        while requests := supply.take(1, wait=True):
+            request = requests[0]
+            match request.request_id:
                 case "usage":
                     raise UsageError("a sentence of ours")
                 case "warn":
@@ -80,21 +82,20 @@ class TinyBackend(BaseBackend):
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "hang":
                     time.sleep(600)
-            for sample in request.sample_indices:
-                time.sleep(float(self.config.engine_kwargs.get("seconds", 0)))
-                ids = np.asarray(request.prompt_ids) + sample
-                yield Completion(
-                    request_id=request.id, sample=sample, token_ids_T=ids, text=str(request.seed_of(sample)),
-                    logprobs_T=-ids.astype(np.float32), kind=LogprobKind.raw, finish_reason=FinishReason.length,
-                )  # fmt: skip
+            time.sleep(float(self.config.engine_kwargs.get("seconds", 0)))
+            ids = np.asarray(request.prompt_ids) + request.sample
+            yield Rollout(
+                request_id=request.request_id, sample=request.sample, token_ids_T=ids, text=str(request.seed),
+                logprobs_T=-ids.astype(np.float32), kind=LogprobKind.raw, finish_reason=FinishReason.length,
+            )  # fmt: skip
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        for response in responses:
-            num_tokens = len(response.token_ids_T)
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        for rollout in rollouts:
+            num_tokens = len(rollout.token_ids_T)
             zeros = np.zeros(num_tokens, np.float32)
-            logits = np.full((num_tokens, 50_000), response.sample, np.float32) if want.full_logits else None
+            logits = np.full((num_tokens, 50_000), rollout.sample, np.float32) if want.full_logits else None
             yield TokenScores(
-                request_id=response.request_id, sample=response.sample, token_ids_T=response.token_ids_T, logprobs_T=zeros, entropy_T=zeros,
+                request_id=rollout.request_id, sample=rollout.sample, token_ids_T=rollout.token_ids_T, logprobs_T=zeros, entropy_T=zeros,
                 logsumexp_T=zeros, rank_T=zeros.astype(np.int32), top_ids_TK=np.zeros((num_tokens, want.top_k), np.int32),
                 top_logprobs_TK=np.zeros((num_tokens, want.top_k), np.float32), logits_TV=logits,
             )  # fmt: skip
@@ -115,3 +116,8 @@ class TinyBackend(BaseBackend):
 
     def _load_tokenizer(self) -> Any:
         return object()
+
+
+def generate(core: Any, requests: Sequence[Sequence[SampleRequest]]) -> Any:
+    """What a core samples for what `sample_requests` made of some prompts."""
+    return core._generate(Given(itertools.chain.from_iterable(requests)))
