@@ -133,17 +133,18 @@ def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whol
 
 @pytest.mark.timeout(120)
 def test_an_early_end_in_the_middle_of_a_batch_leaves_no_rank_behind(tiny_llama, alone):
-    """Responses of unequal length in one batch: the others are being decoded when the caller leaves."""
-    options = {"dtype": "float32", "tp_size": 2}
+    """Sixty responses of one batch, one ending at each step: most are being decoded when the caller leaves."""
+    options = {"dtype": "float32", "tp_size": 2, "batch_size": 60}
     short = [
-        sample_requests(id=f"s{n}", prompt_ids=PROMPTS[0], sampling=Sampling(max_new_tokens=n)) for n in (1, 2, 3, 200)
+        sample_requests(id=f"{n}", prompt_ids=PROMPTS[0], sampling=Sampling(max_new_tokens=n)) for n in range(1, 61)
     ]
     with create_backend(
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
     ) as backend:
-        for taken in (1, 2, 3):
+        for taken in (1, 3, 5):
             stream = backend.complete(short)
-            assert [next(stream).request_id for _ in range(taken)] == ["s1", "s2", "s3"][:taken]
+            for _ in range(taken):
+                next(stream)
             stream.close()
         assert_same(
             (by_key(backend.complete(REQUESTS + MANY)), by_key(backend.score(ROLLOUTS, EVERYTHING))), alone, atol=1e-5

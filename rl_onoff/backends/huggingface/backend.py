@@ -154,7 +154,7 @@ class HuggingFaceBackend(BaseBackend):
         with torch.no_grad():
             if not self._split.splits:
                 return [self._score_whole(rollout, want) for rollout in batch]
-            hidden_RD = self._hidden_shared(batch) if shares_prompt else self._hidden(batch)
+            hidden_RD = self._hidden(batch, shares_prompt)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
             if not self._ranks.leads:
                 for hidden in hidden_RD.split(rows):
@@ -167,36 +167,30 @@ class HuggingFaceBackend(BaseBackend):
             stats[end - len(rollout.token_ids_T) : end].of(rollout) for rollout, end in zip(batch, ends, strict=True)
         ]
 
-    def _hidden(self, batch: Sequence[Rollout]) -> Tensor:
+    def _hidden(self, batch: Sequence[Rollout], shares_prompt: bool) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.
 
-        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone.
+        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone. A prompt
+        that the batch shares is computed once and its cache repeated.
         """
         import torch
 
-        # the last token's own position gives no response token
-        ids_BL, _ = self._split.padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
-        hidden_BLD = self._split.body(input_ids=ids_BL, use_cache=False).last_hidden_state
-        return torch.cat([hidden_BLD[i, len(r.prompt_ids) - 1 : r.num_tokens - 1] for i, r in enumerate(batch)])
-
-    def _hidden_shared(self, batch: Sequence[Rollout]) -> Tensor:
-        """The same for responses to one prompt: the prompt is computed once and its cache repeated."""
-        import torch
-
-        prompt_BL, _ = self._split.padded([batch[0].prompt_ids])
-        output = self._split.body(input_ids=prompt_BL, use_cache=True)
-        first_1D, cache = output.last_hidden_state[0, -1:], output.past_key_values
-        ids_BL, _ = self._split.padded([r.token_ids_T[:-1] for r in batch])
-        if ids_BL.shape[1] == 0:
-            return first_1D.repeat(len(batch), 1)
-        cache.batch_repeat_interleave(len(batch))
-        positions = prompt_BL.shape[1] + torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-        hidden_BLD = self._split.body(
-            input_ids=ids_BL, past_key_values=cache, position_ids=positions, use_cache=True
-        ).last_hidden_state
-        return torch.cat(
-            [part for i, r in enumerate(batch) for part in (first_1D, hidden_BLD[i, : len(r.token_ids_T) - 1])]
-        )
+        body, padded = self._split.body, self._split.padded
+        starts = [0 if shares_prompt else len(r.prompt_ids) - 1 for r in batch]
+        if shares_prompt:
+            prompt_BL, _ = padded([batch[0].prompt_ids])
+            output = body(input_ids=prompt_BL, use_cache=True)
+            hidden_BLD = output.last_hidden_state[:, -1:].repeat(len(batch), 1, 1)
+            ids_BL, _ = padded([r.token_ids_T[:-1] for r in batch])
+            if ids_BL.shape[1]:
+                output.past_key_values.batch_repeat_interleave(len(batch))
+                positions = prompt_BL.shape[1] + torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
+                cached = {"past_key_values": output.past_key_values, "position_ids": positions, "use_cache": True}
+                hidden_BLD = torch.cat([hidden_BLD, body(input_ids=ids_BL, **cached).last_hidden_state], 1)
+        else:  # the last token's own position gives no response token
+            ids_BL, _ = padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
+            hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return torch.cat([hidden_BLD[i, at : at + len(batch[i].token_ids_T)] for i, at in enumerate(starts)])
 
     def _score_whole(self, rollout: Rollout, want: Want) -> TokenScores:
         """For a model that cannot be split: its own logits of one sequence."""

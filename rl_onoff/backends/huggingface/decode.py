@@ -31,7 +31,8 @@ def decode(
         logits_RV, cache, mask_RL = _prefill(model, rows)
     while rows:
         with torch.no_grad():
-            drawn = _draw(logits_RV, rows, kind) if ranks.leads else None
+            samplings, uniforms_R = zip(*((row.request.sampling, row.uniform()) for row in rows), strict=True)
+            drawn = draw(logits_RV, samplings, np.array(uniforms_R), kind) if ranks.leads else None
         # rank 0's draws on every rank, not each rank's own: were the gathered logits to differ in a last bit, the ranks
         # would go on with other tokens, and wait for ever for a batch of another size
         tokens_R, logprobs_R = ranks.agreed(drawn)
@@ -55,10 +56,6 @@ def decode(
         rows = [rows[i] for i in going]
         # after the forward pass, so that the other ranks wait for the next draws, or the next batch, when a caller leaves here
         yield from done
-
-
-def _draw(logits_RV: Tensor, rows: Sequence[Row], kind: LogprobKind) -> tuple[np.ndarray, np.ndarray]:
-    return draw(logits_RV, [row.request.sampling for row in rows], np.array([row.uniform() for row in rows]), kind)
 
 
 def _prefill(model: SplitModel, rows: Sequence[Row]) -> tuple[Tensor, Any, Tensor]:

@@ -21,12 +21,11 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from rl_onoff.backends.engine_config import PoolKind
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.models.resolve import hub_errors, resolve
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,6 @@ class Ranks:
     """The ranks of one replica, as rank 0 sees them; itself alone, unless others were started."""
 
     leads = True
-    _folder: tempfile.TemporaryDirectory[str] | None = None  # where the ranks find each other, now and for later groups
 
     def __init__(self) -> None:
         self._others: list[subprocess.Popen[bytes]] = []
@@ -58,13 +56,12 @@ class Ranks:
                 f"{config.tp_size} processes: drop it"
             )
         ranks = cls()
-        ranks._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        store = str(Path(ranks._folder.name) / "store")
+        store = f"{tempfile.mkdtemp(prefix='ranks-')}/store"  # in the worker's folder, and removed with it
         for rank in range(1, config.num_devices):
             process = subprocess.Popen([sys.executable, "-c", FOLLOW], stdin=subprocess.PIPE)
             ranks._others.append(process)
             _say(process, (backend_class, config, rank, store))
-        threading.Thread(target=ranks._watch, daemon=True, name="ranks").start()
+            threading.Thread(target=ranks._watch, args=(process,), daemon=True).start()
         _join(0, config.num_devices, store)
         return ranks
 
@@ -98,8 +95,6 @@ class Ranks:
             self._end(5)
             with suppress(Exception):  # the group is gone already
                 dist.destroy_process_group()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def _end(self, patience: float) -> None:
         others, self._others = self._others, []
@@ -113,16 +108,13 @@ class Ranks:
             process.kill()
             process.wait()
 
-    def _watch(self) -> None:
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """End this worker when another rank ends on its own: it would wait for that rank for ever, while loading too."""
-        while others := self._others:
-            if any(process.poll() is not None for process in others):
-                time.sleep(2)  # what ended that rank may be about to be told by this one too
-                if not self._others:
-                    return
-                print("a rank of tensor parallelism ended", file=sys.stderr, flush=True)
-                os._exit(1)
-            time.sleep(0.3)
+        process.wait()
+        time.sleep(2)  # what ended that rank may be about to be told by this one too
+        if process in self._others:
+            print("a rank of tensor parallelism ended", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 class Follower(Ranks):
@@ -133,7 +125,7 @@ class Follower(Ranks):
     def __init__(self) -> None:
         super().__init__()
         self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True, name="ranks").start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def agreed(self, value: Any) -> Any:
         if (value := self._heard.get()) == LEFT:
@@ -214,34 +206,26 @@ def check(config: HuggingFaceBackendConfig) -> None:
     import torch
     from transformers import AutoConfig
 
-    from rl_onoff.models.resolve import hub_errors, resolve
-
     size = config.num_devices
     if config.device_map is not None:
         raise UsageError(
-            f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one of them to null"
+            f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one to null"
         )
-    if config.device is not None and config.device.startswith("cpu") and torch.cuda.is_available():
+    if (config.device or "").startswith("cpu") and torch.cuda.is_available():
         raise UsageError(
             "backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing"
         )
-    if config.pool.kind is PoolKind.local and 0 < torch.cuda.device_count() < size:
-        raise UsageError(
-            f"backend.tp_size is {size} but {torch.cuda.device_count()} GPUs are visible: set backend.tp_size to that or less"
-        )
     files = resolve(config.model_name, revision=config.revision)
+    options = {"revision": files.revision or "main", "trust_remote_code": config.trust_remote_code}
     with hub_errors(config.model_name):
-        model = AutoConfig.from_pretrained(
-            files.path, revision=files.revision or "main", trust_remote_code=config.trust_remote_code
-        )
-    model = model.get_text_config()
+        model = AutoConfig.from_pretrained(files.path, **options).get_text_config()
     if not getattr(model, "base_model_tp_plan", None):
         raise UsageError(
             f"Transformers cannot split a {model.model_type} model this way: set backend.device_map=auto, not tp_size"
         )
     for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
-        if (getattr(model, name, None) or size) % size:
+        value = getattr(model, name, None)
+        if value is not None and value % size:
             raise UsageError(
-                f"the model's {name} is {getattr(model, name)}, which backend.tp_size={size} does not divide: "
-                "change backend.tp_size"
+                f"the model's {name} is {value}, which backend.tp_size={size} does not divide: change backend.tp_size"
             )
