@@ -36,8 +36,7 @@ ROLLOUTS = [
 MANY = [
     sample_requests(id=f"m{i}", prompt_ids=PROMPTS[i % 12], sampling=SAMPLING.replace(n=1, seed=i)) for i in range(200)
 ]
-
-
+STAIRS = [sample_requests(id=f"{n}", prompt_ids=PROMPTS[0], sampling=Sampling(max_new_tokens=n)) for n in range(1, 61)]
 EVERYTHING = Want(top_k=3, full_logits=True)
 
 
@@ -86,17 +85,18 @@ def alone(tiny_llama: str) -> Any:
     return made_by("huggingface", tiny_llama)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
     assert_same(made_by("huggingface", tiny_llama, dp_size=2), alone, atol=1e-5)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, capsys):
     hybrid = made_by("huggingface", tiny_llama, kills=3, dp_size=2, tp_size=2)
     assert_same(hybrid, alone, atol=1e-5)
     assert capsys.readouterr().out.startswith(
-        "Setting up hybrid (data + tensor) using Accelerate\n  Data parallel shards: 2\n  Tensor parallel size: 2\n  Total GPUs: 4\n"
+        "Setting up hybrid (data + tensor) using Accelerate\n"
+        "  Data parallel shards: 2\n  Tensor parallel size: 2\n  Total GPUs: 4\n"
     )
 
 
@@ -106,18 +106,23 @@ def ranks_of(backend: BaseBackend) -> list[psutil.Process]:
     return [child for child in children if not sessions.is_helper(child)]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
-    options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2}
+    options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2, "batch_size": 60}
     with create_backend(
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
     ) as backend:
         with pytest.raises(UsageError, match=r"no gradients with backend\.tp_size=2"):
             backend.get_logits("a", "b", compute_gradients=True)
-        for stream in (backend.complete(REQUESTS), backend.score(ROLLOUTS), backend.complete(REQUESTS[:1])):
-            next(stream)  # of the last call this is all there is
+        before = by_key(backend.complete(REQUESTS))
+        # of the last call the caller takes all; in the call before it, sixty responses of one batch end one by one
+        for stream in (backend.score(ROLLOUTS), backend.complete(STAIRS), backend.complete(STAIRS[:1])):
+            next(stream)
             stream.close()
-        scores = {s.key: s for s in backend.score(ROLLOUTS, Want(full_logits=True))}
+        after = by_key(backend.complete(REQUESTS))
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[key].token_ids_T, after[key].token_ids_T) for key in before)
+        scores = by_key(backend.score(ROLLOUTS, Want(full_logits=True)))
         (rank,) = ranks_of(backend)
         rank.kill()
         with pytest.raises(EngineDiedError, match=f"pid {rank.pid}"):
@@ -126,34 +131,11 @@ def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whol
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options | {"tp_size": 1}}
     ) as one:
         for expected in one.score(ROLLOUTS, Want(full_logits=True)):
-            np.testing.assert_allclose(
-                scores[expected.key].logits_TV, expected.logits_TV, atol=0.25
-            )  # steps of bfloat16
+            # steps of bfloat16
+            np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)
 
 
-@pytest.mark.timeout(120)
-def test_an_early_end_in_the_middle_of_a_batch_leaves_no_rank_behind(tiny_llama, alone):
-    """Sixty responses of one batch, one ending at each step: most are being decoded when the caller leaves."""
-    options = {"dtype": "float32", "tp_size": 2, "batch_size": 60}
-    short = [
-        sample_requests(id=f"{n}", prompt_ids=PROMPTS[0], sampling=Sampling(max_new_tokens=n)) for n in range(1, 61)
-    ]
-    with create_backend(
-        {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
-    ) as backend:
-        for taken in (1, 3, 5):
-            stream = backend.complete(short)
-            for _ in range(taken):
-                next(stream)
-            stream.close()
-        assert_same(
-            (by_key(backend.complete(REQUESTS + MANY)), by_key(backend.score(ROLLOUTS, EVERYTHING))), alone, atol=1e-5
-        )
-        (rank,) = ranks_of(backend)
-    assert not sessions.alive(rank)
-
-
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("failing", ["rank 0", "rank 1"])
 def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, failing, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -169,7 +151,7 @@ def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, fai
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [

@@ -163,9 +163,7 @@ class HuggingFaceBackend(BaseBackend):
             token_ids_R = torch.as_tensor(np.concatenate([r.token_ids_T for r in batch]), device=hidden_RD.device)
             stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows)
         ends = np.cumsum([len(rollout.token_ids_T) for rollout in batch])
-        return [
-            stats[end - len(rollout.token_ids_T) : end].of(rollout) for rollout, end in zip(batch, ends, strict=True)
-        ]
+        return [stats[end - len(r.token_ids_T) : end].of(r) for r, end in zip(batch, ends, strict=True)]
 
     def _hidden(self, batch: Sequence[Rollout], shares_prompt: bool) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.

@@ -1,8 +1,8 @@
 """The decoding loop of the HuggingFace backend.
 
-`model.generate` draws from one global stream of random numbers, so a response would depend on its batch; it also reads the
-model's generation config. This loop does neither, prefills a prompt once for all its samples, and hands out each response
-when it ends.
+`model.generate` draws from one global stream of random numbers, so a response would depend on its batch; it also reads
+the model's generation config. This loop does neither, prefills a prompt once for all its samples, and hands out each
+response when it ends.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def decode(
                     past_key_values=cache,
                 )
         rows = [rows[i] for i in going]
-        # after the forward pass, so that the other ranks wait for the next draws, or the next batch, when a caller leaves here
+        # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or the next batch
         yield from done
 
 

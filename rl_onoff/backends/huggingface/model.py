@@ -1,11 +1,11 @@
-"""A causal language model, loaded and taken apart into body and head, so that the head runs over the wanted positions alone."""
+"""A causal language model, loaded and taken apart into body and head, so that the head runs over wanted positions alone."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,7 +84,9 @@ class SplitModel:
         self._lm_head = model.get_output_embeddings()
         self._head_weights: dict[str, Tensor] = {}  # in place of the LM head's own
         self._head_dtype: Any = None  # of the hidden states that the LM head is given; None: as they come
-        self._after_head = _after_head(model.config)
+        config = model.config.get_text_config()
+        names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        self._scale, self._divisor, self._cap = (getattr(config, name, None) for name in names)
         self._whole_keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.splits = self._lm_head is not None and self.body is not model and self._agrees()
         if not self.splits:
@@ -120,10 +122,17 @@ class SplitModel:
         from torch.func import functional_call
 
         hidden = hidden.to(device=self._lm_head.weight.device, dtype=self._head_dtype)
-        return self._after_head(functional_call(self._lm_head, self._head_weights, (hidden,)))
+        logits = functional_call(self._lm_head, self._head_weights, (hidden,))
+        if self._scale is not None:  # Cohere's
+            logits = logits * self._scale
+        if self._divisor is not None:  # Granite's
+            logits = logits / self._divisor
+        if self._cap is not None:  # Gemma's
+            logits = (logits / self._cap).tanh() * self._cap
+        return logits
 
     def use_float32_head(self) -> None:
-        """Compute the logits in float32 from now on. The weights are copied: they may be the embedding's, which stay as they are."""
+        """Compute the logits in float32 from now on, with a copy of the weights: they may be the embedding's too."""
         if not self.splits:
             raise UsageError(
                 "the LM head of this model cannot be taken apart from its body: set backend.head_dtype=null"
@@ -155,21 +164,3 @@ class SplitModel:
                 log.warning("splitting the model failed: %s", error)
                 return False
         return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4, rtol=1e-3)
-
-
-def _after_head(config: Any) -> Callable[[Tensor], Tensor]:
-    """What the model does to its logits after the LM head (Gemma's soft cap; Cohere's and Granite's scales)."""
-    config = config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-    cap, scale, divide = (getattr(config, name, None) for name in names)
-
-    def apply(logits: Tensor) -> Tensor:
-        if scale is not None:
-            logits = logits * scale
-        if divide is not None:
-            logits = logits / divide
-        if cap is not None:
-            logits = (logits / cap).tanh() * cap
-        return logits
-
-    return apply

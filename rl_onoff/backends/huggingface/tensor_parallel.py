@@ -1,9 +1,9 @@
 """One HuggingFace model split over the devices of a replica by Transformers' tensor parallelism.
 
 Every rank is a process that runs the backend's own methods on its part of the weights, so that all enter the same
-collective operations. Rank 0 is the worker: it says which batch comes next and which tokens were drawn, and it alone yields
-results. The others hear it through their stdin: an idle rank may wait there for hours, where a collective operation would
-time out, and the pipe ends when rank 0 does, however that ends.
+collective operations. Rank 0 is the worker: it says which batch comes next and which tokens were drawn, and it alone
+yields results. The other ranks hear rank 0 through their stdin: an idle rank may wait there for hours, where a collective
+operation would time out, and the pipe ends whenever and however rank 0 does.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Ranks:
                 self.agreed(LEFT)
             raise
         except BaseException:
-            self._end(0)  # they may wait for ever in a collective operation that this rank did not enter
+            self._end(0)  # the other ranks may wait for ever in a collective operation that this one did not enter
             raise
 
     def agreed(self, value: Any) -> Any:
@@ -109,7 +109,7 @@ class Ranks:
             process.wait()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """End this worker when another rank ends on its own: it would wait for that rank for ever, while loading too."""
+        """End this worker when another rank ends on its own: the worker would wait for that rank for ever."""
         process.wait()
         time.sleep(2)  # what ended that rank may be about to be told by this one too
         if process in self._others:
@@ -118,7 +118,7 @@ class Ranks:
 
 
 class Follower(Ranks):
-    """The same on any other rank."""
+    """The ranks of one replica, as any other rank sees them: it agrees to what rank 0 says."""
 
     leads = False
 
@@ -133,7 +133,7 @@ class Follower(Ranks):
         return value
 
     def _listen(self) -> None:
-        """Take in what rank 0 says, and end with it, also from within a collective operation that rank 0 will never enter."""
+        """Take in what rank 0 says, and end with it, also from within a collective operation that rank 0 never enters."""
         with suppress(EOFError):
             while True:
                 self._heard.put(pickle.load(sys.stdin.buffer))
