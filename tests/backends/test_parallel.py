@@ -5,58 +5,61 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from rl_onoff.backends import BaseBackend, create_backend
+from rl_onoff.backends import BaseBackend, HuggingFaceBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, UsageError
-from rl_onoff.types import Completion, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import Rollout, Sampling, TokenScores, Want, sample_requests
 from rl_onoff.workers import sessions
 from tests.backends.conftest import options_of
+from tests.backends.failing_huggingface import FailingHuggingFace
 
-PROMPTS = [[(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))] for i in range(12)]
+PROMPTS = [np.array([(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))], np.int32) for i in range(12)]
 # of 49152 nearly equal tokens, float noise would make the sampler take the next one now and then
 SAMPLING = Sampling(max_new_tokens=12, n=2, seed=3, top_k=20)
-REQUESTS = [Request(id=str(i), prompt_ids=np.array(ids, np.int32), sampling=SAMPLING) for i, ids in enumerate(PROMPTS)]
-RESPONSES = [
-    Response(
-        request_id=request.id,
-        sample=s,
-        prompt_ids=request.prompt_ids,
-        token_ids_T=np.array(PROMPTS[(i + s + 1) % 12], np.int32),
-    )
-    for i, request in enumerate(REQUESTS)
+REQUESTS = [
+    request
+    for i, ids in enumerate(PROMPTS)
+    for request in sample_requests(id=str(i), prompt_ids=ids, sampling=SAMPLING)
+]
+ROLLOUTS = [
+    Rollout(request_id=str(i), sample=s, prompt_ids=ids, token_ids_T=PROMPTS[(i + s + 1) % 12])
+    for i, ids in enumerate(PROMPTS)
     for s in range(2)
 ]
-
-
 MANY = [
-    Request(id=f"m{i}", prompt_ids=np.array(PROMPTS[i % 12], np.int32), sampling=SAMPLING.replace(n=1, seed=i))
-    for i in range(200)
+    sample_requests(id=f"m{i}", prompt_ids=PROMPTS[i % 12], sampling=SAMPLING.replace(n=1, seed=i)) for i in range(200)
 ]
+STAIRS = [sample_requests(id=f"{n}", prompt_ids=PROMPTS[0], sampling=Sampling(max_new_tokens=n)) for n in range(1, 61)]
+EVERYTHING = Want(top_k=3, full_logits=True)
 
 
-def made_by(
-    name: str, model: str, kills: int = 0, **options: Any
-) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
+def by_key(results: Iterable[Any]) -> dict[Any, Any]:
+    return {result.key: result for result in results}
+
+
+def made_by(name: str, model: str, kills: int = 0, **options: Any) -> tuple[dict[Any, Rollout], dict[Any, TokenScores]]:
     """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
     with create_backend(
         {"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}
     ) as backend:
-        completions = list(backend.complete(REQUESTS))
-        scores = list(backend.score(RESPONSES, Want(top_k=3, full_logits=True)))
-        completions += in_spite_of(kills, backend)
-    assert len(completions) == 224 and len(scores) == 24, "nothing is lost, nothing comes twice"
-    return {c.key: c for c in completions}, {s.key: s for s in scores}
+        rollouts = list(backend.complete(REQUESTS))
+        scores = list(backend.score(ROLLOUTS, EVERYTHING))
+        rollouts += in_spite_of(kills, backend)
+    assert len(rollouts) == 224 and len(scores) == 24, "nothing is lost, nothing comes twice"
+    return by_key(rollouts), by_key(scores)
 
 
-def in_spite_of(kills: int, backend: BaseBackend) -> list[Completion]:
+def in_spite_of(kills: int, backend: BaseBackend) -> list[Rollout]:
     chance, got = random.Random(0), []
-    for completion in backend.complete(MANY):
-        got.append(completion)
+    for rollout in backend.complete(MANY):
+        got.append(rollout)
         alive = [pid for pid in getattr(backend._core, "pids", ()) if pid is not None]
         if kills and alive and len(got) % 50 == 10:
             os.kill(chance.choice(alive), signal.SIGKILL)
@@ -67,9 +70,9 @@ def in_spite_of(kills: int, backend: BaseBackend) -> list[Completion]:
 
 def assert_same(got: Any, expected: Any, atol: float) -> None:
     assert got[0].keys() == expected[0].keys() and got[1].keys() == expected[1].keys()
-    for key, completion in expected[0].items():
-        assert np.array_equal(got[0][key].token_ids_T, completion.token_ids_T) and got[0][key].text == completion.text
-        np.testing.assert_allclose(got[0][key].logprobs_T, completion.logprobs_T, atol=atol)
+    for key, rollout in expected[0].items():
+        assert np.array_equal(got[0][key].token_ids_T, rollout.token_ids_T) and got[0][key].text == rollout.text
+        np.testing.assert_allclose(got[0][key].logprobs_T, rollout.logprobs_T, atol=atol)
     for key, scores in expected[1].items():
         np.testing.assert_allclose(got[1][key].logits_TV, scores.logits_TV, atol=atol)
         np.testing.assert_allclose(got[1][key].logprobs_T, scores.logprobs_T, atol=atol)
@@ -82,46 +85,73 @@ def alone(tiny_llama: str) -> Any:
     return made_by("huggingface", tiny_llama)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
     assert_same(made_by("huggingface", tiny_llama, dp_size=2), alone, atol=1e-5)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, capsys):
     hybrid = made_by("huggingface", tiny_llama, kills=3, dp_size=2, tp_size=2)
     assert_same(hybrid, alone, atol=1e-5)
     assert capsys.readouterr().out.startswith(
-        "Setting up hybrid (data + tensor) using Accelerate\n  Data parallel shards: 2\n  Tensor parallel size: 2\n  Total GPUs: 4\n"
+        "Setting up hybrid (data + tensor) using Accelerate\n"
+        "  Data parallel shards: 2\n  Tensor parallel size: 2\n  Total GPUs: 4\n"
     )
 
 
-@pytest.mark.timeout(120)
+def ranks_of(backend: BaseBackend) -> list[psutil.Process]:
+    """The processes of the ranks other than 0."""
+    children = psutil.Process(backend._core.pid).children()
+    return [child for child in children if not sessions.is_helper(child)]
+
+
+@pytest.mark.timeout(300)
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
-    options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2}
+    options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2, "batch_size": 60}
     with create_backend(
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
     ) as backend:
         with pytest.raises(UsageError, match=r"no gradients with backend\.tp_size=2"):
             backend.get_logits("a", "b", compute_gradients=True)
-        stream = backend.complete(REQUESTS)
-        next(stream)
-        stream.close()
-        scores = {s.key: s for s in backend.score(RESPONSES, Want(full_logits=True))}
-        (rank,) = (child for child in psutil.Process(backend._core.pid).children() if not sessions.is_helper(child))
+        before = by_key(backend.complete(REQUESTS))
+        # of the last call the caller takes all; in the call before it, sixty responses of one batch end one by one
+        for stream in (backend.score(ROLLOUTS), backend.complete(STAIRS), backend.complete(STAIRS[:1])):
+            next(stream)
+            stream.close()
+        after = by_key(backend.complete(REQUESTS))
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[key].token_ids_T, after[key].token_ids_T) for key in before)
+        scores = by_key(backend.score(ROLLOUTS, Want(full_logits=True)))
+        (rank,) = ranks_of(backend)
         rank.kill()
         with pytest.raises(EngineDiedError, match=f"pid {rank.pid}"):
-            list(backend.score(RESPONSES))
+            list(backend.score(ROLLOUTS))
     with create_backend(
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options | {"tp_size": 1}}
     ) as one:
-        for expected in one.score(RESPONSES, Want(full_logits=True)):
-            np.testing.assert_allclose(
-                scores[expected.key].logits_TV, expected.logits_TV, atol=0.25
-            )  # steps of bfloat16
+        for expected in one.score(ROLLOUTS, Want(full_logits=True)):
+            # steps of bfloat16
+            np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("failing", ["rank 0", "rank 1"])
+def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, failing, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    backend = FailingHuggingFace(HuggingFaceBackendConfig(model_name=tiny_llama, dtype="float32", tp_size=2))
+    bad = Rollout(request_id=failing, sample=0, prompt_ids=PROMPTS[0], token_ids_T=PROMPTS[1])
+    with backend:
+        family = [psutil.Process(backend._core.pid), *ranks_of(backend)]
+        assert len(family) == 2 and len(list(backend.score(ROLLOUTS))) == len(ROLLOUTS)
+        with pytest.raises(EngineDiedError, match=f"pid {family[1].pid}"):
+            list(backend.score([*ROLLOUTS, bad]))
+    assert not any(sessions.alive(process) for process in family)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [

@@ -1,28 +1,31 @@
-"""HuggingFace Transformers, in this process: the reference the other engines are measured against, and the one with gradients."""
+"""HuggingFace Transformers: the reference the other engines are measured against, and the one with gradients."""
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
+from rl_onoff.backends.huggingface import tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
-from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
-from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want
+from rl_onoff.backends.huggingface.decode import decode
+from rl_onoff.backends.huggingface.model import load
+from rl_onoff.backends.huggingface.tensor_parallel import Ranks
+from rl_onoff.backends.sampler import Row
+from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
+from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.types import LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rl_onoff.backends.huggingface.model import SplitModel
-
-log = logging.getLogger(__name__)
+Item = TypeVar("Item", SampleRequest, Rollout)
 
 SHARED_PROMPT_TOKENS = 16  # below this, computing a prompt once for all its responses saves nothing
 
@@ -38,23 +41,16 @@ class HuggingFaceBackend(BaseBackend):
     config: HuggingFaceBackendConfig
 
     _split: Any = None
-    _ranks: Any = None  # the other processes that hold a part of the model, with tp_size above 1
+    _ranks = Ranks()  # the processes that compute with this one; none, unless tp_size is above 1
 
     # -- the engine's four calls ---------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        try:
-            import torch  # noqa: F401
-            import transformers
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"the huggingface backend needs torch and transformers ({error}): pip install rl-onoff"
-            ) from error
-        if self.config.num_devices > 1:
-            from rl_onoff.backends.huggingface.tensor_parallel import Ranks
+        import transformers
 
-            self._ranks = Ranks(self.config)
-        self._split = self._load_split()
+        if self.config.num_devices > 1 and self._ranks.leads:
+            self._ranks = Ranks.start(type(self), self.config)
+        self._split = load(self.config)
         model = self._split.whole
         self._info = EngineInfo(
             engine=self.name,
@@ -67,125 +63,55 @@ class HuggingFaceBackend(BaseBackend):
         )
         return self._info
 
-    def _load_split(self) -> SplitModel:
-        """The weights in this process; with tp_size above 1, the part of them that its rank holds."""
-        import torch
-        import transformers
-
-        from rl_onoff.backends.huggingface import tensor_parallel
-        from rl_onoff.backends.huggingface.model import SplitModel
-        from rl_onoff.models.resolve import load_errors, resolve
-
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-        config = self.config
-        device_map, split_over = config.device_map, {}
-        if config.num_devices > 1:
-            split_over = {"distributed_config": transformers.DistributedConfig(tp_size=config.tp_size)}
-        elif device_map is None and config.device is None and torch.cuda.device_count() > 1:
-            device_map = "auto"
-        dtype = config.weights_dtype
-        files = resolve(config.model_name, revision=config.revision)
-        with load_errors(
-            config.model_name, options="backend.device_map, backend.attn_implementation or backend.engine_kwargs"
-        ):
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                files.path,
-                revision=files.revision or "main",
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                device_map=device_map,
-                trust_remote_code=config.trust_remote_code,
-                **({"attn_implementation": config.attn_implementation} if config.attn_implementation else {}),
-                **split_over,
-                **config.engine_kwargs,
-            )
-        if device_map is None and not split_over:
-            model = model.to(self._device())
-        model.eval()
-        model.requires_grad_(False)
-        split = SplitModel(model) if self._ranks is None else tensor_parallel.Lead(model, self._ranks)
-        if config.head_dtype == "float32":
-            if split_over:
-                tensor_parallel.use_float32_head(split)
-            else:
-                split.use_float32_head()
-        return split
-
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
-        from rl_onoff.backends.huggingface.decode import batches, decode
-        from rl_onoff.backends.sampler import Row
-
-        eos_ids = frozenset(self.info.eos_ids)
         while requests := supply.take(wait=True):
-            rows = [Row(request, self.info.max_len) for request in requests]
-            for batch in batches(rows, self.config.batch_size, self.config.max_batch_tokens):
-                yield from decode(self._split, batch, self.get_tokenizer(), eos_ids, self.config.logprob_kind)
+            # prompts of like length together, longest first; samples of one prompt stay neighbours
+            for batch in self._cut(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key))):
+                yield from self._on_all_ranks("_sample_batch", batch)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        import torch
-
-        for batch, shares_prompt in self._score_batches(rollouts):
-            with torch.no_grad():
-                if not self._split.splits:
-                    scores = [self._score_whole(response, want) for response in batch]
-                else:
-                    scores = self._score_batch(
-                        batch, self._hidden_shared(batch) if shares_prompt else self._hidden(batch), want
-                    )
-            yield from scores
+        alone: list[Rollout] = []
+        for _, group in groupby(sorted(rollouts, key=_prompt_key), key=_prompt_key):
+            members = sorted(group, key=lambda rollout: rollout.num_tokens)
+            if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
+                alone += members
+                continue
+            for batch in self._cut(members):
+                yield from self._on_all_ranks("_score_batch", batch, want, len(batch) > 1)
+        for batch in self._cut(sorted(alone, key=lambda rollout: rollout.num_tokens)):
+            yield from self._on_all_ranks("_score_batch", batch, want, False)
 
     def _close(self) -> None:
         self._split = None
-        ranks, self._ranks = self._ranks, None
-        if ranks is not None:
-            ranks.close()
-        try:
+        self._ranks.close()
+        if "torch" in sys.modules:
             import torch
-        except ImportError:
-            return
-        if torch.cuda.is_available():
+
             torch.cuda.empty_cache()
 
     @staticmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        """What `model.generate` would need to draw from the same distribution (our own loop does the drawing)."""
-        return {
-            "do_sample": not sampling.greedy,
-            "temperature": 1.0 if sampling.greedy else sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "max_new_tokens": sampling.max_new_tokens,
-            "stop_strings": sampling.stop or None,
-            "eos_token_id": list(eos_ids),
-            "repetition_penalty": 1.0,
-        }
+        """None: the decoding loop is ours and reads the sampling itself."""
+        return {}
 
     # -- placement -----------------------------------------------------------------------------------------------------
 
     def _num_replicas(self) -> int | None:
         config = self.config
-        if (
-            config.pool.kind is PoolKind.ray
-            or config.dp_size is not None
-            or config.num_devices == 1
-            or not config.gpus_per_replica
-        ):
+        if config.pool.kind is PoolKind.ray or config.dp_size is not None or config.num_devices == 1:
             return config.dp_size
         from rl_onoff.workers.devices import replicas_that_fit
 
-        return replicas_that_fit(config.num_devices)
+        return replicas_that_fit(config.num_devices) if config.gpus_per_replica else None
 
     def _hosted_by_default(self) -> bool:
         return self.config.num_devices > 1  # whose ranks are one process each
 
     def _place(self) -> Core:
         if self.config.num_devices > 1:
-            from rl_onoff.backends.huggingface import hybrid
-
-            hybrid.check(self.config)
+            tensor_parallel.check(self.config)
             if self.config.worker is not False and self.config.pool.kind is PoolKind.local:
-                hybrid.announce(self._num_replicas() or 1, self.config.num_devices)
+                tensor_parallel.announce(self._num_replicas() or 1, self.config.num_devices)
         return super()._place()
 
     def _check_gradients(self) -> None:
@@ -194,94 +120,88 @@ class HuggingFaceBackend(BaseBackend):
                 f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1"
             )
 
-    # -- scoring -------------------------------------------------------------------------------------------------------
+    # -- batches ---------------------------------------------------------------------------------------------------------
 
-    def _score_batches(self, rollouts: Sequence[Rollout]) -> Iterator[tuple[list[Rollout], bool]]:
-        """(batch, whether its responses share one prompt that is worth computing once), each within the limits on size."""
-        alone: list[Rollout] = []
-        for _, group in groupby(sorted(rollouts, key=_prompt_key), key=_prompt_key):
-            members = sorted(group, key=lambda r: len(r.token_ids_T))
-            if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
-                alone += members
-                continue
-            for batch in self._cut(members):
-                yield batch, len(batch) > 1
-        for batch in self._cut(sorted(alone, key=lambda r: r.num_tokens)):
-            yield batch, False
-
-    def _cut(self, rollouts: Sequence[Rollout]) -> Iterator[list[Rollout]]:
-        """Batches of responses sorted by length."""
-        batch: list[Rollout] = []
-        for response in rollouts:
-            too_long = response.num_tokens * (len(batch) + 1) > self.config.max_batch_tokens
-            if batch and (too_long or len(batch) == self.config.batch_size):
+    def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
+        """Neighbours together, as many as the limits on size allow; the longest sets the padding."""
+        batch: list[Item] = []
+        width = 0
+        for item in items:
+            length = min(item.num_tokens, self.info.max_len)
+            width = max(width, length)
+            too_many = width * (len(batch) + 1) > self.config.max_batch_tokens
+            if batch and (too_many or len(batch) == self.config.batch_size):
                 yield batch
-                batch = []
-            batch.append(response)
+                batch, width = [], length
+            batch.append(item)
         if batch:
             yield batch
 
-    def _hidden(self, batch: Sequence[Rollout]) -> Tensor:
+    def _on_all_ranks(self, method: str, *args: Any) -> Iterator[Any]:
+        """The results of one batch; where they are yielded, the other ranks wait for rank 0's next word."""
+        with self._ranks.batch(method, *args):
+            yield from getattr(self, method)(*args)
+
+    def _sample_batch(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
+        rows = [Row(request, self.info.max_len) for request in requests]
+        eos_ids = frozenset(self.info.eos_ids)
+        return decode(self._split, rows, self.get_tokenizer(), eos_ids, self.config.logprob_kind, self._ranks)
+
+    def _score_batch(self, batch: Sequence[Rollout], want: Want, shares_prompt: bool) -> list[TokenScores]:
+        """The scores of a batch; other ranks than 0 only compute their part of the logits."""
+        import torch
+
+        with torch.no_grad():
+            if not self._split.splits:
+                return [self._score_whole(rollout, want) for rollout in batch]
+            hidden_RD = self._hidden(batch, shares_prompt)
+            rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
+            if not self._ranks.leads:
+                for hidden in hidden_RD.split(rows):
+                    self._split.head(hidden)
+                return []
+            token_ids_R = torch.as_tensor(np.concatenate([r.token_ids_T for r in batch]), device=hidden_RD.device)
+            stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows)
+        ends = np.cumsum([len(rollout.token_ids_T) for rollout in batch])
+        return [stats[end - len(r.token_ids_T) : end].of(r) for r, end in zip(batch, ends, strict=True)]
+
+    def _hidden(self, batch: Sequence[Rollout], shares_prompt: bool) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.
 
-        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone.
+        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone. A prompt
+        that the batch shares is computed once and its cache repeated.
         """
         import torch
 
-        width = (
-            max(response.num_tokens for response in batch) - 1
-        )  # the last token's own position gives no response token
-        ids_BL = np.zeros((len(batch), width), np.int64)
-        for i, response in enumerate(batch):
-            sequence = np.concatenate([response.prompt_ids, response.token_ids_T[:-1]])
-            ids_BL[i, : len(sequence)] = sequence
-        hidden_BLD = self._split.body(input_ids=self._tensor(ids_BL), use_cache=False).last_hidden_state
-        return torch.cat([hidden_BLD[i, len(r.prompt_ids) - 1 : r.num_tokens - 1] for i, r in enumerate(batch)])
+        body, padded = self._split.body, self._split.padded
+        starts = [0 if shares_prompt else len(r.prompt_ids) - 1 for r in batch]
+        if shares_prompt:
+            prompt_BL, _ = padded([batch[0].prompt_ids])
+            output = body(input_ids=prompt_BL, use_cache=True)
+            hidden_BLD = output.last_hidden_state[:, -1:].repeat(len(batch), 1, 1)
+            ids_BL, _ = padded([r.token_ids_T[:-1] for r in batch])
+            if ids_BL.shape[1]:
+                output.past_key_values.batch_repeat_interleave(len(batch))
+                positions = prompt_BL.shape[1] + torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
+                cached = {"past_key_values": output.past_key_values, "position_ids": positions, "use_cache": True}
+                hidden_BLD = torch.cat([hidden_BLD, body(input_ids=ids_BL, **cached).last_hidden_state], 1)
+        else:  # the last token's own position gives no response token
+            ids_BL, _ = padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
+            hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        return torch.cat([hidden_BLD[i, at : at + len(batch[i].token_ids_T)] for i, at in enumerate(starts)])
 
-    def _hidden_shared(self, batch: Sequence[Rollout]) -> Tensor:
-        """The same for responses to one prompt: the prompt is computed once and its cache repeated."""
+    def _score_whole(self, rollout: Rollout, want: Want) -> TokenScores:
+        """For a model that cannot be split: its own logits of one sequence."""
         import torch
 
-        prompt_ids = batch[0].prompt_ids
-        output = self._split.body(input_ids=self._tensor(prompt_ids[None].astype(np.int64)), use_cache=True)
-        first_1D = output.last_hidden_state[0, -1:]
-        width = max(len(response.token_ids_T) for response in batch) - 1
-        if width == 0:
-            return first_1D.repeat(len(batch), 1)
-        ids_BL = np.zeros((len(batch), width), np.int64)
-        for i, response in enumerate(batch):
-            ids_BL[i, : len(response.token_ids_T) - 1] = response.token_ids_T[:-1]
-        output.past_key_values.batch_repeat_interleave(len(batch))
-        positions = torch.arange(len(prompt_ids), len(prompt_ids) + width, device=self._split.device)[None]
-        hidden_BLD = self._split.body(
-            input_ids=self._tensor(ids_BL),
-            past_key_values=output.past_key_values,
-            position_ids=positions,
-            use_cache=True,
-        ).last_hidden_state
-        return torch.cat(
-            [part for i, r in enumerate(batch) for part in (first_1D, hidden_BLD[i, : len(r.token_ids_T) - 1])]
-        )
+        logits_TV = self._whole_logits(rollout)
+        return token_stats(logits_TV, torch.as_tensor(rollout.token_ids_T, device=logits_TV.device), want).of(rollout)
 
-    def _score_batch(self, batch: Sequence[Rollout], hidden_RD: Tensor, want: Want) -> list[TokenScores]:
-        from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
-
-        token_ids_R = self._tensor(np.concatenate([response.token_ids_T for response in batch])).to(hidden_RD.device)
-        rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
-        stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows)
-        scores, start = [], 0
-        for response in batch:
-            end = start + len(response.token_ids_T)
-            scores.append(stats[start:end].of(response))
-            start = end
-        return scores
-
-    def _score_whole(self, response: Rollout, want: Want) -> TokenScores:
-        """For a model that cannot be split: its own logits of one sequence."""
-        from rl_onoff.backends.token_stats import token_stats
-
-        logits_TV = self._whole_logits(response)
-        return token_stats(logits_TV, self._tensor(response.token_ids_T).to(logits_TV.device), want).of(response)
+    def _whole_logits(self, rollout: Rollout) -> Tensor:
+        """(T, V) logits of one unpadded sequence, by the model's own forward pass."""
+        ids_BL, _ = self._split.padded([np.concatenate([rollout.prompt_ids, rollout.token_ids_T])])
+        logits_LV = self._split.whole(input_ids=ids_BL, use_cache=False).logits[0]
+        return logits_LV[len(rollout.prompt_ids) - 1 : -1]
 
     def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         import torch
@@ -292,39 +212,11 @@ class HuggingFaceBackend(BaseBackend):
             )
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
-            return [self._whole_logits(response).float() for response in rollouts]
-
-    def _whole_logits(self, response: Rollout) -> Tensor:
-        """(T, V) logits of one unpadded sequence, by the model's own forward pass."""
-        input_ids = self._tensor(np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64))
-        logits_LV = self._split.whole(input_ids=input_ids, use_cache=False).logits[0]
-        return logits_LV[len(response.prompt_ids) - 1 : -1]
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        import torch
-
-        return torch.as_tensor(array, device=self._split.device)
-
-    def _device(self) -> str:
-        import torch
-
-        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise UsageError(
-                f"backend.device is {device!r}, which torch does not know: set backend.device=cuda or cpu"
-            ) from error
-        kind, _, index = device.partition(":")
-        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"backend.device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices: set backend.device=cpu"
-            )
-        return device
+            return [self._whole_logits(rollout).float() for rollout in rollouts]
 
 
-def _prompt_key(response: Rollout) -> bytes:
-    return np.asarray(response.prompt_ids, np.int32).tobytes()
+def _prompt_key(rollout: Rollout) -> bytes:
+    return rollout.prompt_ids.tobytes()
 
 
 def context_length(config: Any) -> int:

@@ -21,7 +21,8 @@ class HuggingFaceBackendConfig(EngineConfig):
     torch_dtype: str | None = None
     """The engine's own name for dtype."""
     device_map: str | None = None
-    """auto, balanced, …: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is auto."""
+    """auto, balanced, …: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is
+    auto."""
     head_dtype: str | None = None
     """Type the LM head computes in: float32, or null for the weights' own."""
     attn_implementation: str | None = None
@@ -29,9 +30,10 @@ class HuggingFaceBackendConfig(EngineConfig):
     batch_size: int = 16
     """Most responses computed at once."""
     max_batch_tokens: int = 16384
-    """Most tokens (prompts and responses, padding included) computed at once; a single longer response still runs, alone."""
+    """Most tokens (prompts and responses, padding included) computed at once; a longer response runs alone."""
     owned_kwargs: ClassVar[tuple[str, ...]] = (
-        "dtype", "torch_dtype", "device_map", "attn_implementation", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
+        "dtype", "torch_dtype", "device_map", "attn_implementation", "revision=model.revision",
+        "trust_remote_code=model.trust_remote_code",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -44,7 +46,8 @@ class HuggingFaceBackendConfig(EngineConfig):
             )
         if ":" in (self.device or "") and (self.dp_size or self.tp_size or 1) > 1:
             raise UsageError(
-                f"backend.device={self.device} names one device, but replicas and their parts share out all: set backend.device=cuda"
+                f"backend.device={self.device} names one device, but replicas and their parts share out all: "
+                "set backend.device=cuda"
             )
         for name in ("batch_size", "max_batch_tokens"):
             if getattr(self, name) < 1:

@@ -1,180 +1,231 @@
 """One HuggingFace model split over the devices of a replica by Transformers' tensor parallelism.
 
-Every rank is a process with its part of the weights. Rank 0 is the worker that runs the backend; it starts the others and
-tells them through a pipe each step it takes (the tensors follow by broadcast), so that every rank enters the same collective
-operations. Only rank 0 samples, computes statistics and yields: the others know nothing of requests, so a call that is left
-early or fails in between leaves no rank waiting for the rest of it.
+Every rank is a process that runs the backend's own methods on its part of the weights, so that all enter the same
+collective operations. Rank 0 is the worker: it says which batch comes next and which tokens were drawn, and it alone
+yields results. The other ranks hear rank 0 through their stdin: an idle rank may wait there for hours, where a collective
+operation would time out, and the pipe ends whenever and however rank 0 does.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import weakref
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import IO, Any
+from datetime import timedelta
+from typing import Any
 
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
-from rl_onoff.backends.huggingface.model import SplitModel
-from rl_onoff.backends.huggingface.rank import broadcast, join
 from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.models.resolve import hub_errors, resolve
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds
+FOLLOW = "from rl_onoff.backends.huggingface.tensor_parallel import follow; follow()"
+LEFT = "left"  # said by rank 0 when its caller wants no more of a batch
+
+
+class CallerLeft(Exception):
+    """Rank 0's caller wants no more of the batch."""
 
 
 class Ranks:
-    """The ranks of one replica, seen from rank 0."""
+    """The ranks of one replica, as rank 0 sees them; itself alone, unless others were started."""
 
-    def __init__(self, config: HuggingFaceBackendConfig):
-        size = config.num_devices
-        if (
-            main := getattr(sys.modules["__main__"], "__spec__", None)
-        ) is None or main.name != "rl_onoff.workers.worker_main":
+    leads = True
+
+    def __init__(self) -> None:
+        self._others: list[subprocess.Popen[bytes]] = []
+
+    @classmethod
+    def start(cls, backend_class: type, config: HuggingFaceBackendConfig) -> Ranks:
+        """Start the other ranks, and make this process rank 0 of their group."""
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if spec is None or spec.name != "rl_onoff.workers.worker_main":
             raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but backend.tp_size={size} wants {size}: drop it"
+                f"backend.worker=false keeps the engine in this process, but backend.tp_size={config.tp_size} wants "
+                f"{config.tp_size} processes: drop it"
             )
-        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
-        self._others: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-        self._forgotten: list[
-            int
-        ] = []  # caches that nobody can reach any more; the others hear of them with the next step
-        store = str(Path(self._folder.name) / "store")
-        for rank in range(1, size):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "rl_onoff.backends.huggingface.rank"], stdin=subprocess.PIPE
-            )
-            assert process.stdin is not None
-            self._others.append((process, process.stdin))
-            pickle.dump((config, rank, store), process.stdin)
-            process.stdin.flush()
-        threading.Thread(target=self._watch, daemon=True, name="ranks").start()
-        join(0, size, store)
-
-    def send(self, step: str, number: int, inputs: dict[str, Any]) -> None:
-        """Have the other ranks take a step; the tensors among its inputs are broadcast."""
-        import torch
-
-        tensors = {name: value.contiguous() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        plain = {name: value for name, value in inputs.items() if name not in tensors}
-        forgotten, self._forgotten = self._forgotten, []
-        shapes = [(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
-        message = pickle.dumps((step, number, plain, shapes, forgotten))
-        for _, pipe in self._others:
-            pipe.write(message)
-            pipe.flush()
-        for tensor in tensors.values():
-            broadcast(tensor)
-
-    def forget(self, number: int) -> None:
-        self._forgotten.append(number)
+        ranks = cls()
+        store = f"{tempfile.mkdtemp(prefix='ranks-')}/store"  # in the worker's folder, and removed with it
+        for rank in range(1, config.num_devices):
+            process = subprocess.Popen([sys.executable, "-c", FOLLOW], stdin=subprocess.PIPE)
+            ranks._others.append(process)
+            _say(process, (backend_class, config, rank, store))
+            threading.Thread(target=ranks._watch, args=(process,), daemon=True).start()
+        _join(0, config.num_devices, store)
+        return ranks
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """A step that fails here may leave the others waiting in a collective operation for ever: no further step is possible."""
+    def batch(self, method: str, *args: Any) -> Iterator[None]:
+        """Have the other ranks call the same method of their backends, for the batch that is computed within."""
         try:
+            self.agreed((method, args))
             yield
-        except BaseException as error:
-            self._end(0)
-            if isinstance(error, OSError):
-                raise EngineError("a rank of tensor parallelism ended") from error
+        except GeneratorExit:
+            with suppress(EngineError):
+                self.agreed(LEFT)
+            raise
+        except BaseException:
+            self._end(0)  # the other ranks may wait for ever in a collective operation that this one did not enter
             raise
 
-    def close(self) -> None:
-        import torch.distributed as dist
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        try:
+            for process in self._others:
+                _say(process, value)
+        except OSError as error:
+            raise EngineError("a rank of tensor parallelism ended") from error
+        return value
 
-        with suppress(OSError):
-            self.send("close", 0, {})
-        self._end(5)
-        with suppress(Exception):  # the group is gone already
-            dist.destroy_process_group()
-        self._folder.cleanup()
+    def close(self) -> None:
+        if self._others:
+            import torch.distributed as dist
+
+            self._end(5)
+            with suppress(Exception):  # the group is gone already
+                dist.destroy_process_group()
 
     def _end(self, patience: float) -> None:
         others, self._others = self._others, []
+        for process in others:
+            with suppress(OSError):
+                process.stdin.close()  # type: ignore[union-attr]
         until = time.monotonic() + patience
-        for process, pipe in others:
+        for process in others:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0, until - time.monotonic()))
             process.kill()
             process.wait()
-            with suppress(OSError):
-                pipe.close()
 
-    def _watch(self) -> None:
-        """End this worker when another rank ends on its own: it would wait for that rank for ever, while loading too."""
-        while others := self._others:
-            if any(process.poll() is not None for process, _ in others):
-                time.sleep(2)  # what ended that rank may be about to be told by this one too
-                if not self._others:
-                    return
-                print("a rank of tensor parallelism ended", file=sys.stderr, flush=True)
-                os._exit(1)
-            time.sleep(0.3)
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """End this worker when another rank ends on its own: the worker would wait for that rank for ever."""
+        process.wait()
+        time.sleep(2)  # what ended that rank may be about to be told by this one too
+        if process in self._others:
+            print("a rank of tensor parallelism ended", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
-class Lead(SplitModel):
-    """Rank 0's part of the model: what it computes, the other ranks compute with it."""
+class Follower(Ranks):
+    """The ranks of one replica, as any other rank sees them: it agrees to what rank 0 says."""
 
-    def __init__(self, model: Any, ranks: Ranks):
-        self._ranks: Ranks | None = None  # while it is checked, which every rank does on its own accord
-        self._numbers = itertools.count(1)
-        super().__init__(model)
-        self._ranks = ranks
+    leads = False
 
-    def body(self, **inputs: Any) -> Any:
-        ranks = self._ranks
-        if ranks is None:
-            return super().body(**inputs)
-        cache: SharedCache | None = inputs.pop("past_key_values", None)
-        number = cache.number if cache is not None else next(self._numbers) if inputs.get("use_cache") else 0
-        with ranks.together():
-            ranks.send("body", number, inputs)
-            output = super().body(**inputs, past_key_values=cache and cache.local)
-        if number:
-            output.past_key_values = cache or SharedCache(number, output.past_key_values, ranks)
-        return output
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
 
-    def head(self, hidden: Any) -> Any:
-        if self._ranks is None:
-            return super().head(hidden)
-        with self._ranks.together():
-            self._ranks.send("head", 0, {"hidden": hidden})
-            return super().head(hidden)
+    def agreed(self, value: Any) -> Any:
+        if (value := self._heard.get()) == LEFT:
+            raise CallerLeft
+        return value
+
+    def _listen(self) -> None:
+        """Take in what rank 0 says, and end with it, also from within a collective operation that rank 0 never enters."""
+        with suppress(EOFError):
+            while True:
+                self._heard.put(pickle.load(sys.stdin.buffer))
+        os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
 
 
-class SharedCache:
-    """Rank 0's part of a key-value cache; the other ranks hold theirs under the same number."""
-
-    def __init__(self, number: int, local: Any, ranks: Ranks):
-        self.number, self.local, self._ranks = number, local, ranks
-        weakref.finalize(self, ranks.forget, number)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        self._both("batch_select_indices", {"indices": indices})
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._both("batch_repeat_interleave", {"repeats": repeats})
-
-    def __bool__(self) -> bool:
-        return True
-
-    def _both(self, step: str, inputs: dict[str, Any]) -> None:
-        with self._ranks.together():
-            self._ranks.send(step, self.number, inputs)
-            getattr(self.local, step)(*inputs.values())
+def follow() -> None:
+    """Be a rank other than 0: load its part of the model, and compute every batch that rank 0 names."""
+    try:
+        backend_class, config, rank, store = pickle.load(sys.stdin.buffer)
+        ranks = Follower()
+        _join(rank, config.num_devices, store)
+        backend = backend_class(config)
+        backend._ranks = ranks
+        backend.load()
+        while True:
+            with suppress(CallerLeft):
+                method, args = ranks.agreed(None)
+                for _ in getattr(backend, method)(*args):
+                    pass
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # at once: the interpreter's end would wait for the group
 
 
-def use_float32_head(split: SplitModel) -> None:
-    """SplitModel's own, for a head that is split: the forward that Transformers hooks into a layer is not copied with it."""
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+def _say(process: subprocess.Popen[bytes], value: Any) -> None:
+    assert process.stdin is not None
+    pickle.dump(value, process.stdin)
+    process.stdin.flush()
 
-    split.use_float32_head()
-    head = split._lm_head
-    if head.__dict__.pop("forward", None) is not None:
-        ALL_PARALLEL_STYLES["colwise_gather_output"].install_forward(head, split.whole._device_mesh["tp"])
+
+def _join(rank: int, size: int, store: str) -> None:
+    """Make this process one of the group; waits for the others."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a host's name need not lead anywhere
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT,
+        device_id=torch.device("cuda", rank) if cuda else None,
+    )  # fmt: skip
+
+
+def announce(num_replicas: int, tp_size: int) -> None:
+    """Say how the devices are used, once: as a log line where those are shown, else on the terminal."""
+    from accelerate import ParallelismConfig
+
+    mesh = ParallelismConfig(dp_shard_size=num_replicas, tp_size=tp_size)
+    text = (
+        "Setting up hybrid (data + tensor) using Accelerate\n"
+        f"  Data parallel shards: {mesh.dp_shard_size}\n"
+        f"  Tensor parallel size: {mesh.tp_size}\n"
+        f"  Total GPUs: {mesh.total_size}"
+    )
+    if log.isEnabledFor(logging.INFO):
+        log.info(text)
+    else:
+        print(text, flush=True)
+
+
+def check(config: HuggingFaceBackendConfig) -> None:
+    """Raise UsageError for a model that cannot be split, before any process is started."""
+    import torch
+    from transformers import AutoConfig
+
+    size = config.num_devices
+    if config.device_map is not None:
+        raise UsageError(
+            f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one to null"
+        )
+    if (config.device or "").startswith("cpu") and torch.cuda.is_available():
+        raise UsageError(
+            "backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing"
+        )
+    files = resolve(config.model_name, revision=config.revision)
+    options = {"revision": files.revision or "main", "trust_remote_code": config.trust_remote_code}
+    with hub_errors(config.model_name):
+        model = AutoConfig.from_pretrained(files.path, **options).get_text_config()
+    if not getattr(model, "base_model_tp_plan", None):
+        raise UsageError(
+            f"Transformers cannot split a {model.model_type} model this way: set backend.device_map=auto, not tp_size"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
+        value = getattr(model, name, None)
+        if value is not None and value % size:
+            raise UsageError(
+                f"the model's {name} is {value}, which backend.tp_size={size} does not divide: change backend.tp_size"
+            )
