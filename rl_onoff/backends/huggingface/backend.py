@@ -15,6 +15,7 @@ from rl_onoff.backends.engine import Core, EngineInfo
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.models.tokenizer import context_length, end_ids
 from rl_onoff.types import Completion, LogprobKind, Request, Response, Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
@@ -324,20 +325,3 @@ class HuggingFaceBackend(BaseBackend):
 
 def _prompt_key(response: Response) -> bytes:
     return np.asarray(response.prompt_ids, np.int32).tobytes()
-
-
-def context_length(config: Any) -> int:
-    """Most tokens a model's config allows for; a million where it sets no limit."""
-    config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 1_000_000
-
-
-def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the model's own list (its generation config) and the tokenizer's EOS."""
-    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(sorted(set(ids)))

@@ -8,7 +8,6 @@ matrix product, which is checked with every response.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -144,7 +143,10 @@ def lm_head(folder: str, vocab_size: int) -> Tensor | None:
 
     place = Path(folder)
     files = sorted(place.glob("*.safetensors"))
-    names = {name: file for file in files for name in _names(file)}
+    names = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
     for end in HEADS:
         for name, file in names.items():
             if name.endswith(end):
@@ -153,9 +155,3 @@ def lm_head(folder: str, vocab_size: int) -> Tensor | None:
                 if weights_VD.ndim == 2 and len(weights_VD) >= vocab_size:
                     return weights_VD
     return None
-
-
-def _names(file: Path) -> list[str]:
-    with file.open("rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    return [name for name in header if name != "__metadata__"]
