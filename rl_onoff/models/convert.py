@@ -109,23 +109,18 @@ def _tokenizer(reader: Any, backend: Any) -> Any:
         _set_space_prefix(backend, _said(reader, "ggml.add_space_prefix", True))
     elif kind == "gpt2":
         _set_pre_tokenizer(backend, pre)
-    backend = _with_own_spelling(backend, _said(reader, "ggml.tokens"), _said(reader, "ggml.token_type", []))
+    backend = _with_own_tokens(backend, _said(reader, "ggml.tokens"), _said(reader, "ggml.token_type", []))
     ids = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    names = {}
+    names = {}  # of bos_token, eos_token, unk_token, pad_token
     for name in ("bos", "eos", "unknown", "padding"):
         token_id = _said(reader, f"ggml.{name}_token_id", ids.get(name))
-        names[f"{name[:3]}_token"] = token = None if token_id is None else backend.id_to_token(token_id)
-        if token is None and token_id is not None:
-            raise ValueError(f"its {name} token {token_id} is not in its vocabulary")
+        names[f"{name[:3]}_token"] = None if token_id is None else backend.id_to_token(token_id)
     template, others = _said(reader, "chat_template"), _said(reader, "chat_templates", [])
     if others:
         template = {"default": template} | {name: _said(reader, f"chat_template.{name}") for name in others}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=names["bos_token"],
-        eos_token=names["eos_token"],
-        unk_token=names["unk_token"],
-        pad_token=names["pad_token"],
+        **names,
         add_bos_token=_said(reader, "ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
         add_eos_token=_said(reader, "ggml.add_eos_token", kind == "t5"),
         chat_template=template,
@@ -164,17 +159,17 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
     backend.model.ignore_merges = pre in WHOLE_WORDS
 
 
-def _with_own_spelling(backend: Any, tokens: list[str], types: list[int]) -> Any:
-    """The tokenizer with control tokens as the file spells them: transformers 5.19 spells a name outside of the byte alphabet,
-    as <｜User｜>, in bytes, so that no text gives it."""
+def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
+    """The tokenizer with the file's tokens alone, each as the file spells it.
+
+    transformers 5.19 adds a class's usual special tokens beyond the model's vocabulary where the file has none of that name, and
+    spells a control token outside of the byte alphabet, as <｜User｜>, in bytes, so that no text gives it.
+    """
     from tokenizers import AddedToken, Tokenizer
 
-    lost = [
-        i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and backend.token_to_id(tokens[i]) != i
-    ]
-    if not lost:
-        return backend
     state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
+    lost = [i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and backend.token_to_id(tokens[i]) != i]
     for token_id in lost:
         del state["model"]["vocab"][backend.id_to_token(token_id)]
         state["model"]["vocab"][tokens[token_id]] = token_id
