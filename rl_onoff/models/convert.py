@@ -46,6 +46,7 @@ DIGITS = {
     "minerva-7b",
 }  # GPT-2, every digit a word
 CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a text gives whole
+ROPE = "rope_freqs.weight"
 PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
 
 UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError)
@@ -191,11 +192,29 @@ def _model(reader: Any, config: Any, source: dict[str, str]) -> Any:
         # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
         unpacked = transformers.GgufConfig(dequantize=True)
         return transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, quantization_config=unpacked)
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE), None)
+    if factors is not None:
+        _set_rope(config, factors)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(_llama_weights(reader, config, list(model.state_dict()), dtype), assign=True, strict=False)
     model.tie_weights()
     return model
+
+
+def _set_rope(config: Any, factors_D: Any) -> None:
+    """The rotary scaling of Llama 3, of which a GGUF file has only the result: a factor for each of D frequencies."""
+    import numpy as np
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, highest = config.rope_parameters["rope_theta"], float(factors_D.max())
+    config.rope_parameters = dict(
+        rope_type="llama3", rope_theta=theta, factor=highest, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )  # fmt: skip
+    frequencies_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+    if not np.allclose(theta ** (-np.arange(len(factors_D)) / len(factors_D)) / frequencies_D, factors_D, rtol=1e-3):
+        raise ValueError("its rotary scaling is not Llama 3's")
 
 
 def _llama_weights(reader: Any, config: Any, names: list[str], dtype: Any) -> dict[str, Any]:
@@ -204,7 +223,7 @@ def _llama_weights(reader: Any, config: Any, names: list[str], dtype: Any) -> di
     from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
 
     in_file = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE}
     weights = {}
     for name in names:
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -181,3 +181,21 @@ def test_a_weight_without_a_place_is_refused(tmp_path):
     write_gguf(tmp_path / "m.gguf", "llama", tensors=bias)
     with pytest.raises(UsageError, match=r"no place for blk\.0\.attn_q\.bias"):
         convert(tmp_path / "m.gguf", tmp_path)
+
+
+def test_the_rotary_scaling_of_llama_3(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    half = HIDDEN // HEADS // 2
+    plain = 10000.0 ** (-np.arange(half) / half)
+    scale = np.clip((8192 * plain / (2 * np.pi) - 1) / (4 - 1), 0, 1)  # 0: full scaling, 1: none
+    factors = 1 / ((1 - scale) / 32 + scale)
+    assert factors.min() == 1 and factors.max() == 32 and len(set(factors)) > 2
+    write_gguf(tmp_path / "m.gguf", "llama", tensors=[("rope_freqs.weight", factors.astype(np.float32))])
+    convert(tmp_path / "m.gguf", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_allclose(model.model.rotary_emb.inv_freq.numpy(), plain / factors, rtol=1e-4)
+
+    write_gguf(tmp_path / "m.gguf", "llama", tensors=[("rope_freqs.weight", np.arange(1, half + 1, dtype=np.float32))])
+    with pytest.raises(UsageError, match=r"rotary scaling is not Llama 3's.*set model\.name"):
+        convert(tmp_path / "m.gguf", tmp_path)
