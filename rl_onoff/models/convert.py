@@ -1,8 +1,9 @@
 """A GGUF file -> a folder with the same weights and the tokenizer its metadata describes, which every engine loads.
 
-transformers reads the vocabulary and merges of a GGUF file, but leaves out much of what the metadata says beside them: whether
-BOS and EOS are added, the space before a text, more than one id that ends a response. A model then gets token ids it was never
-trained on, on every engine alike, so what the metadata says is set here, with llama.cpp's defaults where it says nothing.
+transformers reads the vocabulary and merges of a GGUF file, but leaves out much of what the metadata says beside them:
+whether BOS and EOS are added, the space before a text, more than one id that ends a response. A model then gets token
+ids it was never trained on, on every engine alike, so what the metadata says is set here, with llama.cpp's defaults where
+it says nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 CONVERSION = 2  # counts changes of what a converted folder holds, so that an old cache is not taken for a new one
 
-# Names of `tokenizer.ggml.pre`. A word that is in the vocabulary is one token whatever the merges say, and BOS is added by default:
+# Names of `tokenizer.ggml.pre`: where a word of the vocabulary is one token whatever the merges say, with BOS by
+# default; where text is split as by GPT-2; and where every digit is a word besides.
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 GPT2 = {
     "gpt-2",
@@ -36,15 +38,7 @@ GPT2 = {
     "a.x-4.0",
     "granite-docling",
 }
-DIGITS = {
-    "smollm",
-    "starcoder",
-    "refact",
-    "command-r",
-    "codeshell",
-    "exaone",
-    "minerva-7b",
-}  # GPT-2, every digit a word
+DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a text gives whole
 ROPE = "rope_freqs.weight"
 PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
@@ -129,7 +123,7 @@ def _tokenizer(reader: Any, backend: Any) -> Any:
 
 
 def _set_space_prefix(backend: Any, add: bool) -> None:
-    """SentencePiece's rule for spaces: each is ▁, with one more before the text and after every special token, or without."""
+    """SentencePiece's rule for spaces: each is ▁, and one may precede the text and follow special tokens."""
     from tokenizers import decoders, normalizers
 
     spaces = normalizers.Replace(" ", "▁")
@@ -140,7 +134,7 @@ def _set_space_prefix(backend: Any, add: bool) -> None:
 
 
 def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
-    """Where byte-pair encoding may not merge, by the name in the metadata; UsageError for a name that nobody here knows."""
+    """Where byte-pair encoding may not merge, by the name in the metadata; UsageError for an unknown name."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     by_words = ByteLevel(add_prefix_space=False)
@@ -154,8 +148,8 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
         )
     elif isinstance(backend.pre_tokenizer, ByteLevel):  # what transformers leaves there for a name it does not know
         raise UsageError(
-            f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff, so its token ids would be others:"
-            " set model.name to the folder or hub id that the file was made from"
+            f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff, so its token ids would"
+            " be others: set model.name to the folder or hub id that the file was made from"
         )
     backend.model.ignore_merges = pre in WHOLE_WORDS
 
@@ -163,14 +157,15 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
 def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
     """The tokenizer with the file's tokens alone, each as the file spells it.
 
-    transformers 5.19 adds a class's usual special tokens beyond the model's vocabulary where the file has none of that name, and
-    spells a control token outside of the byte alphabet, as <｜User｜>, in bytes, so that no text gives it.
+    transformers 5.19 adds a class's usual special tokens beyond the model's vocabulary where the file has none of that
+    name, and spells a control token outside of the byte alphabet, as <｜User｜>, in bytes, so that no text gives it.
     """
     from tokenizers import AddedToken, Tokenizer
 
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
-    lost = [i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and backend.token_to_id(tokens[i]) != i]
+    whole = [i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
+    lost = [i for i in whole if backend.token_to_id(tokens[i]) != i]
     for token_id in lost:
         del state["model"]["vocab"][backend.id_to_token(token_id)]
         state["model"]["vocab"][tokens[token_id]] = token_id

@@ -1,7 +1,7 @@
 """A model's name -> something every engine can load: a hub id, or a folder of safetensors.
 
-Engines differ in what they read (SGLang and vLLM want no GGUF, a hub id may be unreachable), so a name is settled once, here,
-before any engine starts.
+Engines differ in what they read (SGLang and vLLM want no GGUF, a hub id may be unreachable), so a name is settled once,
+here, before any engine starts.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_error(error: BaseException, name: str, key: str = "model.name") -> UsageError | None:
-    """The sentence for an exception raised while something was fetched from the hub; None when it is about something else.
+    """The sentence for an exception raised during a fetch from the hub; None when it is about something else.
 
     Goes by the names of the exceptions and by transformers' words, so that nothing is imported to ask.
     """
@@ -143,8 +143,8 @@ def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
 
 @contextmanager
 def load_errors(name: str, key: str = "model.name", options: str = "") -> Iterator[None]:
-    """Wrap a load by transformers: what it says of files that are missing or broken, of a model it does not know, or of one
-    of the `options` it was given, becomes one sentence too."""
+    """Wrap a load by transformers: what it says of files that are missing or broken, of a model it does not know, or of
+    one of the `options` it was given, becomes one sentence too."""
     try:
         with hub_errors(name, key):
             yield

@@ -1,4 +1,4 @@
-"""A model's own sampling defaults, taken only when the user asks for them: then on every engine alike, and on record."""
+"""A model's own sampling defaults, taken only when the user asks for them, then on every engine alike and on record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PENALTIES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 
 
 
 def model_sampling(sampling: Sampling, model_name: str, revision: str | None = None) -> Sampling:
-    """`sampling` with what the model's generation_config.json says instead; UsageError for what no sampler here does."""
+    """`sampling` with what the model's generation_config.json says instead; UsageError for what no sampler does."""
     from transformers import GenerationConfig
 
     files = resolve(model_name, revision=revision)

@@ -11,8 +11,8 @@ from rl_onoff.models.resolve import resolve
 
 
 def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
-    """Names of the tensors in which two local safetensors models differ, each given as (name, revision); empty where that
-    cannot be told (a hub id, other shapes)."""
+    """Names of the tensors in which two local safetensors models differ, each given as (name, revision); empty where
+    that cannot be told (a hub id, other shapes)."""
     from safetensors import SafetensorError
 
     try:
@@ -34,7 +34,7 @@ def _tensors(folder: Path, files: ExitStack) -> dict[str, Any]:
     from safetensors import safe_open
 
     opened = [files.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118: not a dict
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def _kind(file: Any, name: str) -> tuple[str, list[int]]:

@@ -1,4 +1,4 @@
-"""The tokenizer of a model, loaded the same way for every engine, and two facts of a loaded model that every engine reads alike."""
+"""The tokenizer of a model, loaded the same way for every engine, and facts of a model that engines read alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rl_onoff.models.resolve import load_errors, resolve
 def load_tokenizer(
     model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The transformers tokenizer of `tokenizer`, or else of the model itself; pads on the left, as batched decoding needs."""
+    """The transformers tokenizer of `tokenizer`, or else of the model; pads on the left, as batched decoding needs."""
     try:
         import transformers
     except ImportError as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 HIDDEN, HEADS, FEED_FORWARD = 32, 2, 64
-SPM = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "c", "1", "2", "ab", "▁ab", "<|end|>"]
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+SPM = ["<unk>", "<s>", "</s>", *BYTES, "▁", "a", "b", "c", "1", "2", "ab", "▁ab", "<|end|>"]
 SPM_TYPES = [2, 3, 3, *[6] * 256, *[1] * 7, 3]
 
 
@@ -23,7 +24,7 @@ BPE_TYPES = [*[1] * 256, 3, 3, 1, 1, 1, 3, 3]
 def write_gguf(
     file: Path, kind: str = "gpt2", *, kv_heads: int = HEADS, quantised: str | None = None, tensors=(), **metadata
 ) -> dict[str, np.ndarray]:
-    """Write the file and return its weights; `metadata` are keys of `tokenizer.ggml`, or `chat_template` with its text."""
+    """Write the file and return its weights; `metadata` has keys of `tokenizer.ggml`, or `chat_template`."""
     import gguf
 
     tokens, types = (SPM, SPM_TYPES) if kind == "llama" else (byte_level(), BPE_TYPES)
