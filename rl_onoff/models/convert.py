@@ -71,9 +71,10 @@ def convert(file: Path, folder: Path) -> None:
             raise UsageError(f"the GGUF file {file} cannot be read ({cause}): set model.name to another") from error
         tokenizer.model_max_length = config.max_position_embeddings
         model.config._name_or_path = file.stem
-        ends = [model.config.eos_token_id] if isinstance(model.config.eos_token_id, int) else model.config.eos_token_id
-        more = (_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-        ends = list(dict.fromkeys(id for id in (*(ends or ()), *more) if id is not None))
+        known = model.config.eos_token_id  # one id, or for some models a list that transformers has
+        ends = [*(known if isinstance(known, list) else [known])]
+        ends += [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = [token_id for token_id in dict.fromkeys(ends) if token_id is not None]
         model.generation_config = transformers.GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=ends[0] if len(ends) == 1 else ends or None,
@@ -164,8 +165,11 @@ def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
 
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
-    whole = [i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
-    lost = [i for i in whole if backend.token_to_id(tokens[i]) != i]
+    merged = {name for pair in state["model"].get("merges", ()) for name in (*pair, "".join(pair))}
+    whole = (
+        i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and backend.token_to_id(tokens[i]) != i
+    )
+    lost = [i for i in whole if backend.id_to_token(i) not in merged]  # Gemma's runs of spaces are made by merges
     for token_id in lost:
         del state["model"]["vocab"][backend.id_to_token(token_id)]
         state["model"]["vocab"][tokens[token_id]] = token_id
@@ -219,6 +223,7 @@ def _llama_weights(reader: Any, config: Any, names: list[str], dtype: Any) -> di
 
     in_file = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE}
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     weights = {}
     for name in names:
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -226,10 +231,9 @@ def _llama_weights(reader: Any, config: Any, names: list[str], dtype: Any) -> di
         stem, _, end = name.rpartition(".")
         tensor = tensors.pop(f"{in_file.get_name(stem)}.{end}")
         values = dequantize(tensor.data, tensor.tensor_type)
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+        if heads := rotated.get(
             stem.rpartition(".")[2]
-        )
-        if heads:  # llama.cpp has the two halves of a rotated pair side by side, transformers half a head apart
+        ):  # llama.cpp has the two halves of a rotated pair side by side, transformers half a head apart
             pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
             values = pairs.swapaxes(1, 2).reshape(values.shape)
         weights[name] = torch.from_numpy(values.copy()).to(dtype)

@@ -9,7 +9,7 @@ import numpy as np
 HIDDEN, HEADS, FEED_FORWARD = 32, 2, 64
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 SPM = ["<unk>", "<s>", "</s>", *BYTES, "▁", "a", "b", "c", "1", "2", "ab", "▁ab", "<|end|>"]
-SPM_TYPES = [2, 3, 3, *[6] * 256, *[1] * 7, 3]
+SPM_TYPES = [2, 3, 3, *[6] * 256, *[1] * 8, 3]
 
 
 def byte_level() -> list[str]:
@@ -22,7 +22,7 @@ BPE_TYPES = [*[1] * 256, 3, 3, 1, 1, 1, 3, 3]
 
 
 def write_gguf(
-    file: Path, kind: str = "gpt2", *, kv_heads: int = HEADS, quantised: str | None = None, tensors=(), **metadata
+    file: Path, kind: str = "gpt2", *, arch="llama", kv_heads: int = HEADS, quantised=None, tensors=(), **metadata
 ) -> dict[str, np.ndarray]:
     """Write the file and return its weights; `metadata` has keys of `tokenizer.ggml`, or `chat_template`."""
     import gguf
@@ -43,8 +43,16 @@ def write_gguf(
         "blk.0.ffn_up": (FEED_FORWARD, HIDDEN),
         "blk.0.ffn_down": (HIDDEN, FEED_FORWARD),
     }
+    if arch == "gemma3":
+        tokens, types = (
+            [*tokens, "  ", "\n\n"],
+            [*types, 4, 4],
+        )  # runs of spaces are user-defined tokens, spelled as spaces
+        shapes["token_embd"] = (len(tokens), HIDDEN)
+        shapes |= {f"blk.0.attn_{name}_norm": (HIDDEN // HEADS,) for name in "qk"}
+        shapes |= {f"blk.0.post_{name}_norm": (HIDDEN,) for name in ("attention", "ffw")}
     weights = {f"{name}.weight": random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(1)
@@ -53,6 +61,8 @@ def write_gguf(
     writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_key_length(HIDDEN // HEADS)
+    writer.add_sliding_window(32)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model(kind)
     writer.add_token_list(tokens)

@@ -77,6 +77,16 @@ def test_the_space_before_a_text(add, ids, tmp_path):
         assert tokenizer.decode(expected).replace("</s> ab", "</s>ab") == text
 
 
+def test_a_gemma_file_with_its_bos_and_its_runs_of_spaces(tmp_path):
+    """Without its BOS, Gemma 3 answers every text with "The The The"."""
+    chat_end = {"add_bos_token": True, "add_eos_token": False, "eot_token_id": 267}
+    tokenizer, generation = converted(tmp_path, "llama", arch="gemma3", add_space_prefix=False, **chat_end)
+    spaces, lines = len(SPM), len(SPM) + 1
+    assert tokenizer("ab  c\n\n").input_ids == [1, *spm("ab"), spaces, *spm("c"), lines]
+    assert tokenizer.decode(tokenizer("ab  c\n\n").input_ids, skip_special_tokens=True) == "ab  c\n\n"
+    assert generation.eos_token_id == [2, 267]
+
+
 def test_bytes_outside_of_the_vocabulary_come_back(tmp_path):
     tokenizer, _ = converted(tmp_path, "llama", add_bos_token=False)
     assert tokenizer("ä").input_ids == spm("▁", "<0xC3>", "<0xA4>")
