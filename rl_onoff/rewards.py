@@ -1,6 +1,6 @@
 """How responses are judged. A reward is a plain function (text, answer, meta) -> float, named in the config.
 
-`text` is the response, `answer` the row's reference answer, `meta` whatever else the row had. 1 and more is a correct answer.
+`text` is the response, `answer` the row's reference answer, `meta` whatever else the row had; from 1 on it is correct.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import MissingDependencyError, OnOffError, UsageError, nearest
+from rl_onoff.errors import OnOffError, UsageError, nearest
 
 log = logging.getLogger(__name__)
 
@@ -37,29 +37,21 @@ def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -
 
     The answer is what the last \\boxed{} holds, else the last number or formula of the text.
     """
-    try:
-        import math_verify as library
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the reward math_verify needs the package math-verify: pip install math-verify"
-        ) from error
+    import math_verify as library
 
     boxed = last_boxed(text)
     said = text[-MAX_CHARS:] if boxed is None else boxed
     if said.strip() == answer.strip():
         return 1.0
-    # The library's time limit is a signal, which only a main thread may set; elsewhere _too_large alone keeps sympy short.
+    # The library's time limit is a signal, which only a main thread may set; elsewhere _too_large keeps sympy short.
     timeout = TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
     if timeout is None:
         for part in ("parser", "grader"):
             logging.getLogger(f"math_verify.{part}").addFilter(_no_timeout_warning)
 
     def parse(part: str) -> list[Any]:
-        return [
-            item
-            for item in library.parse(part, parsing_timeout=timeout or 0)
-            if isinstance(item, str) or not _too_large(item)
-        ]
+        items = library.parse(part, parsing_timeout=timeout or 0)
+        return [item for item in items if isinstance(item, str) or not _too_large(item)]
 
     gold = parse(_in_box(answer))
     found = parse(said.replace("\\$", "") if boxed is None else _in_box(boxed))  # \\$ is money, not mathematics
@@ -89,17 +81,11 @@ def _too_large(expression: Any) -> bool:
     for count, node in enumerate(sympy.preorder_traversal(expression)):
         if count > MAX_NODES:
             return True
-        if isinstance(node, sympy.Pow):
-            grows = node.exp
-        elif isinstance(node, sympy.factorial):
-            grows = node.args[0]
-        else:
-            continue
-        numbers = grows.atoms(sympy.Number)
-        if any(abs(number) > MAX_EXPONENT for number in numbers) or (
-            grows.has(sympy.Pow, sympy.factorial) and not grows.free_symbols
-        ):
-            return True
+        if isinstance(node, (sympy.Pow, sympy.factorial)):
+            grows = node.args[-1]  # the exponent, or what the factorial is of
+            towers = grows.has(sympy.Pow, sympy.factorial) and not grows.free_symbols
+            if towers or any(abs(number) > MAX_EXPONENT for number in grows.atoms(sympy.Number)):
+                return True
     return False
 
 
@@ -118,23 +104,21 @@ class Reward:
     function: Callable[[str, str, Mapping[str, Any]], Any]
 
     def __call__(self, text: str, answer: str, meta: Mapping[str, Any]) -> float:
+        here, otherwise = f"reward.function={self.spec}", "fix it, or set reward=none"
         try:
             value = self.function(text, answer, meta)
         except OnOffError:
             raise
         except Exception as error:  # a user's function may raise anything
-            raise UsageError(
-                f"reward.function={self.spec} failed with {type(error).__name__} ({error}): mend it, or set reward=none"
-            ) from error
+            raise UsageError(f"{here} failed with {type(error).__name__} ({error}): {otherwise}") from error
         if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(
-                f"reward.function={self.spec} returned {value!r} where a finite number is wanted: mend it, or set reward=none"
-            )
+            raise UsageError(f"{here} returned {value!r} where a finite number is wanted: {otherwise}")
         return float(value)
 
 
 class Judge:
-    """Rewards of the responses of a run. A reward that fails is left empty: sampling is dear, so one bad function must not end it."""
+    """Rewards of the responses of a run. A reward that fails is left empty: sampling is dear, and one bad function must
+    not end it."""
 
     def __init__(self, reward: Callable[[str, str, Mapping[str, Any]], float] | None):
         self.reward = reward
@@ -152,31 +136,22 @@ class Judge:
         except Exception as error:  # the user's own function may raise anything
             self.failed += 1
             if self.failed == 1:
-                log.warning(
-                    "the reward of response %s is left empty, and so are those of others where it fails: %s",
-                    response,
-                    error,
-                )
+                log.warning("the reward failed on response %s, which is kept without one: %s", response, error)
             if self.failed == self.judged == HOPELESS:
-                log.warning(
-                    "the reward failed on each of the first %d responses: sampling goes on, and the responses are kept without rewards",
-                    HOPELESS,
-                )
+                log.warning("the reward failed on each of the first %d responses: sampling goes on without", HOPELESS)
             cause = error.__cause__ or error
             return None, f"{type(cause).__name__}: {cause}"[:200]
 
     def conclude(self) -> None:
         """Say once how many failed."""
         if self.failed:
-            log.warning(
-                "the reward failed on %d of %d responses, which are kept without one: mend reward.function",
-                self.failed,
-                self.judged,
-            )
+            words = "the reward failed on %d of %d responses, which are kept without one: fix reward.function"
+            log.warning(words, self.failed, self.judged)
 
 
 def load_reward(spec: str) -> Reward:
     """The reward that `package.module:name` or `file.py:name` names; a file is looked for from the current folder."""
+    here = f"reward.function={spec}"
     place, colon, name = spec.rpartition(":")
     if not (place and colon and name):
         module, _, last = spec.rpartition(".")
@@ -185,40 +160,32 @@ def load_reward(spec: str) -> Reward:
             meant = f"{spec.strip(':')}:NAME"
         elif module and not colon:
             meant = f"{module}.py:{last}" if Path(f"{module}.py").is_file() else f"{module}:{last}"
-        raise UsageError(
-            f"reward.function={spec} names no function: set reward.function={meant} or reward.function=file.py:name"
-        )
+        raise UsageError(f"{here} names no function: set reward.function={meant} or reward.function=file.py:name")
     try:
         module = _load_file(place, spec) if place.endswith(".py") else importlib.import_module(place)
     except UsageError:
         raise
     except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
         if not place.endswith(".py") and ("/" in place or Path(f"{place}.py").is_file()):
-            raise UsageError(
-                f"reward.function={spec} names a file without its ending: set reward.function={place}.py:{name}"
-            ) from error
-        raise UsageError(
-            f"{place} of reward.function={spec} cannot be imported ({type(error).__name__}: {error}):"
-            " mend it, or set reward.function to another"
-        ) from error
+            why = f"{here} names a file without its ending: set reward.function={place}.py:{name}"
+        else:
+            cause = f"{type(error).__name__}: {error}"
+            why = f"{place} of {here} cannot be imported ({cause}): fix it, or set reward.function to another"
+        raise UsageError(why) from error
     function = getattr(module, name, None)
     if not callable(function):
-        own = (
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__
-        )
-        there = sorted(key for key in own if not key.startswith("_"))
+        functions = inspect.getmembers(module, inspect.isfunction)
+        there = [key for key, f in functions if f.__module__ == module.__name__ and not key.startswith("_")]
+        meant = nearest(name, there, cutoff=0.5) or next(iter(there), "NAME")
         raise UsageError(
-            f"{place} of reward.function={spec} has no function {name!r} but {', '.join(there) or 'none at all'}:"
-            f" set reward.function={place}:{nearest(name, there, cutoff=0.5) or next(iter(there), 'NAME')}"
+            f"{place} of {here} has no function {name!r} but {', '.join(there) or 'none at all'}:"
+            f" set reward.function={place}:{meant}"
         )
     try:
         inspect.signature(function).bind("", "", {})
     except TypeError as error:
-        raise UsageError(
-            f"reward.function={spec} cannot be called with (text, answer, meta): {error}: give it these three parameters"
-        ) from error
+        why = f"{here} cannot be called with (text, answer, meta): {error}: give it these three parameters"
+        raise UsageError(why) from error
     except ValueError:  # a function of C that does not tell its parameters
         pass
     return Reward(spec=spec, function=function)
@@ -228,7 +195,7 @@ def _load_file(place: str, spec: str) -> Any:
     path = Path(place).expanduser()
     if not path.is_file():
         raise UsageError(
-            f"the file {place} of reward.function={spec} does not exist: set reward.function=FILE.py:NAME to one that does"
+            f"the file {place} of {spec} does not exist: set reward.function=FILE.py:NAME to one that does"
         )
     name = f"rl_onoff_reward_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
@@ -248,13 +215,15 @@ def accuracy(rewards: Sequence[float]) -> float:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The probability that one of k responses, drawn from these without putting back, is correct: unbiased for k <= num_samples."""
+    """The probability that one of k responses, drawn from these without putting back, is correct; unbiased for
+    k <= num_samples."""
     assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def summarise_rewards(rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Over prompts, each with equal weight: mean reward, accuracy, and pass@k for k = 1, 2, 4, … up to the samples every prompt has."""
+    """Over prompts, each with equal weight: mean reward, accuracy, and pass@k for k = 1, 2, 4, … up to the samples that
+    every prompt has."""
     judged = [values for values in rewards.values() if len(values)]
     if not judged:
         return {}

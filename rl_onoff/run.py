@@ -45,7 +45,7 @@ def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot |
     """
     rows = check(config)
     if config.model.sampling_defaults:
-        config.sampling = model_sampling(config.sampling, config.backend)
+        config.sampling = model_sampling(config.sampling, config.backend.model_name, config.backend.revision)
     for engine in samplers(config):
         build(engine).check_sampling(config.sampling)
     slot = slot or Slot()

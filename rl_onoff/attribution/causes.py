@@ -237,7 +237,8 @@ def weights(ladder: Ladder, state: State) -> list[Candidate]:
     if here.what_it_computes() == state.target.what_it_computes():
         raise NotTried(f"both sides name the same weights, {here.model_name}")
     detail = CAUSES[Rung.weights]
-    names = different_tensors(state.behaviour, state.target)
+    ours, theirs = state.behaviour, state.target
+    names = different_tensors((ours.model_name, ours.revision), (theirs.model_name, theirs.revision))
     if names:
         detail += (
             f" (they differ in {', '.join(names[:3])}{f' and {len(names) - 3} more tensors' if len(names) > 3 else ''})"

@@ -11,22 +11,37 @@ from rl_onoff.cli import doctor
 from tests.conftest import ROOT, SGLANG_PYTHON
 
 
-def test_what_is_here(capsys) -> None:
-    assert doctor.doctor(SGLANG_PYTHON) == 0
+def test_what_is_here(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("RL_ONOFF_SGLANG_PYTHON", SGLANG_PYTHON)
+    assert doctor.command([]) == 0
     said = capsys.readouterr().out
-    for name in ("python", "huggingface", "vllm", "sglang", "pool=ray", "gpus", "wandb", "cache"):
+    for name in ("python", "pool=ray", "gpus", "wandb", "cache"):
         assert name in said
-    fine = {line.what: line.fine for line in doctor.findings(SGLANG_PYTHON)}
-    assert fine["huggingface"] and fine["vllm"] and fine["sglang"]
+    for name in ("huggingface", "vllm", "sglang"):
+        assert f"ok  {name} " in said
+    assert "made for" not in said, "every version here is one that the package's metadata allows"
 
 
-def test_what_is_missing_comes_with_what_mends_it(tmp_path: Path) -> None:
+def test_what_is_missing_comes_with_what_fixes_it(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", symlinks=True)  # an interpreter that has none of the engines
-    line = doctor._engine("sglang", "sglang", str(tmp_path / "bare/bin/python"), "pip install it")
-    assert not line.fine and "not installed" in line.found and line.mend == "pip install it"
-    broken = doctor._engine("sglang", "sglang", str(tmp_path / "nothing"), "pip install it")
-    assert not broken.fine
-    assert doctor._engine("huggingface", "transformers", sys.executable, "").fine
+    line = doctor._package("sglang", "sglang", str(tmp_path / "bare/bin/python"), "pip install it")
+    assert not line.fine and "not installed" in line.found and line.fix == "pip install it"
+    broken = doctor._package("sglang", "sglang", str(tmp_path / "nothing"), "pip install it")
+    assert not broken.fine and broken.fix == "pip install it"
+    assert doctor._package("huggingface", "transformers", sys.executable, "").fine
+
+
+def test_a_version_that_the_package_was_not_made_for(tmp_path: Path) -> None:
+    venv.create(tmp_path / "old", symlinks=True)
+    (site,) = (tmp_path / "old/lib").glob("python*/site-packages")
+    (site / "vllm.py").write_text("")
+    (site / "vllm-0.1.dist-info").mkdir()
+    (site / "vllm-0.1.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.1\n")
+    line = doctor._package("vllm", "vllm", str(tmp_path / "old/bin/python"), "")
+    assert line.fine and line.found.startswith("0.1 under") and "made for" in line.found and ">=0.32" in line.found
+    (site / "vllm.py").write_text("raise OSError('no such library')")
+    line = doctor._package("vllm", "vllm", str(tmp_path / "old/bin/python"), "pip install it")
+    assert line == doctor.Line(False, "vllm", "0.1 does not import: no such library", "pip install it")
 
 
 # -- another interpreter -----------------------------------------------------------------------------------------------
@@ -51,24 +66,24 @@ def test_an_interpreter_without_anything(capsys, tmp_path) -> None:
         "lacks msgspec, numpy, psutil" in said
         and f"{python} -m pip install 'msgspec>=0.19' 'numpy>=2' 'psutil>=6'" in said
     )
-    assert "--  sglang " in said and f"{python} -m pip install 'sglang==" in said
+    assert "--  sglang " in said and f"{python} -m pip install 'sglang" in said
 
 
 def test_an_interpreter_whose_packages_are_broken(tmp_path) -> None:
     """Each is there, but a worker cannot be imported with them."""
     venv.create(tmp_path / "broken", symlinks=True)
     (site,) = (tmp_path / "broken/lib").glob("python*/site-packages")
-    for name in doctor.WORKER_PACKAGES:
+    for name in doctor.WORKER:
         (site / f"{name}.py").write_text("")
         (site / f"{name}-1.0.dist-info").mkdir()
         (site / f"{name}-1.0.dist-info/METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
     lines = {line.what: line for line in doctor.findings_of(str(tmp_path / "broken/bin/python"))}
     assert lines["python"].fine and not lines["worker"].fine
-    assert "cannot be imported" in lines["worker"].found and "msgspec>=0.19" in lines["worker"].mend
+    assert "cannot be imported" in lines["worker"].found and "msgspec>=0.19" in lines["worker"].fix
 
 
 @pytest.mark.parametrize(
-    ("python", "found", "mend"),
+    ("python", "found", "fix"),
     [
         ("/nowhere/python", "cannot be run (No such file or directory)", "set backend.python to a Python interpreter"),
         ("/bin/echo", "is no Python interpreter", "set backend.python to a Python interpreter"),
@@ -76,10 +91,10 @@ def test_an_interpreter_whose_packages_are_broken(tmp_path) -> None:
         ("~/venv/bin/python", "cannot be run", "write backend.python=$HOME/venv/bin/python"),
     ],
 )
-def test_what_is_no_interpreter(python, found, mend, capsys) -> None:
+def test_what_is_no_interpreter(python, found, fix, capsys) -> None:
     assert doctor.command([f"backend.python={python}"]) == 1
     said = capsys.readouterr().out
-    assert found in said and mend in said and len(said.splitlines()) == 2
+    assert found in said and fix in said and len(said.splitlines()) == 2
 
 
 def test_an_interpreter_that_hangs(tmp_path, monkeypatch) -> None:

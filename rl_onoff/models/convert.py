@@ -1,0 +1,242 @@
+"""A GGUF file -> a folder with the same weights and the tokenizer its metadata describes, which every engine loads.
+
+transformers reads the vocabulary and merges of a GGUF file, but leaves out much of what the metadata says beside them:
+whether BOS and EOS are added, the space before a text, more than one id that ends a response. A model then gets token
+ids it was never trained on, on every engine alike, so what the metadata says is set here, with llama.cpp's defaults where
+it says nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rl_onoff.errors import MissingDependencyError, UsageError
+
+log = logging.getLogger(__name__)
+
+CONVERSION = 2  # counts changes of what a converted folder holds, so that an old cache is not taken for a new one
+
+# Names of `tokenizer.ggml.pre`: where a word of the vocabulary is one token whatever the merges say, with BOS by
+# default; where text is split as by GPT-2; and where every digit is a word besides.
+WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+GPT2 = {
+    "gpt-2",
+    "phi-2",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "gigachat",
+    "mellum",
+    "exaone4",
+    "a.x-4.0",
+    "granite-docling",
+}
+DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a text gives whole
+ROPE = "rope_freqs.weight"
+PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
+
+UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError)
+
+
+def convert(file: Path, folder: Path) -> None:
+    """Write a GGUF file's weights, tokenizer and configs as a folder that transformers, vLLM and SGLang all load."""
+    log.info("converting %s to safetensors, once", file.name)
+    try:
+        import transformers
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
+        ) from error
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
+        try:
+            reader = GGUFReader(file)
+            config = transformers.AutoConfig.from_pretrained(**source)
+            vocabulary = transformers.AutoTokenizer.from_pretrained(**source, config=config)
+            tokenizer = _tokenizer(reader, vocabulary.backend_tokenizer)
+            model = _model(reader, config, source)
+        except UsageError:
+            raise
+        except UNREADABLE as error:
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(f"the GGUF file {file} cannot be read ({cause}): set model.name to another") from error
+        tokenizer.model_max_length = config.max_position_embeddings
+        model.config._name_or_path = file.stem
+        known = model.config.eos_token_id  # one id, or for some models a list that transformers has
+        ends = [*(known if isinstance(known, list) else [known])]
+        ends += [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = [token_id for token_id in dict.fromkeys(ends) if token_id is not None]
+        model.generation_config = transformers.GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        saved = transformers.AutoTokenizer.from_pretrained(folder)
+    if saved(PROBE).input_ids != tokenizer(PROBE).input_ids:
+        raise UsageError(
+            f"transformers gives other token ids than the metadata of {file} asks for ({type(saved).__name__} of"
+            f" {config.model_type}): set model.name to the folder or hub id that the file was made from"
+        )
+
+
+def _said(reader: Any, key: str, default: Any = None) -> Any:
+    """What the file's tokenizer metadata says under this key."""
+    field = reader.get_field(f"tokenizer.{key}")
+    return default if field is None else field.contents()
+
+
+def _tokenizer(reader: Any, backend: Any) -> Any:
+    """The tokenizer the metadata describes, from the vocabulary and merges that transformers read."""
+    import transformers
+
+    kind, pre = _said(reader, "ggml.model"), _said(reader, "ggml.pre")
+    if kind == "llama":
+        _set_space_prefix(backend, _said(reader, "ggml.add_space_prefix", True))
+    elif kind == "gpt2":
+        _set_pre_tokenizer(backend, pre)
+    backend = _with_own_tokens(backend, _said(reader, "ggml.tokens"), _said(reader, "ggml.token_type", []))
+    ids = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
+    names = {}  # of bos_token, eos_token, unk_token, pad_token
+    for name in ("bos", "eos", "unknown", "padding"):
+        token_id = _said(reader, f"ggml.{name}_token_id", ids.get(name))
+        names[f"{name[:3]}_token"] = None if token_id is None else backend.id_to_token(token_id)
+    template, others = _said(reader, "chat_template"), _said(reader, "chat_templates", [])
+    if others:
+        template = {"default": template} | {name: _said(reader, f"chat_template.{name}") for name in others}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **names,
+        add_bos_token=_said(reader, "ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
+        add_eos_token=_said(reader, "ggml.add_eos_token", kind == "t5"),
+        chat_template=template,
+    )
+
+
+def _set_space_prefix(backend: Any, add: bool) -> None:
+    """SentencePiece's rule for spaces: each is ▁, and one may precede the text and follow special tokens."""
+    from tokenizers import decoders, normalizers
+
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add else spaces
+    backend.pre_tokenizer = None
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add else steps)
+
+
+def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
+    """Where byte-pair encoding may not merge, by the name in the metadata; UsageError for an unknown name."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    by_words = ByteLevel(add_prefix_space=False)
+    if pre in DIGITS:
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), by_words])
+    elif pre in GPT2:
+        backend.pre_tokenizer = by_words
+    elif pre in (None, "default"):
+        log.warning(
+            "the GGUF file names no pre-tokeniser, so GPT-2's is taken: token ids may differ from the original's"
+        )
+    elif isinstance(backend.pre_tokenizer, ByteLevel):  # what transformers leaves there for a name it does not know
+        raise UsageError(
+            f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff, so its token ids would"
+            " be others: set model.name to the folder or hub id that the file was made from"
+        )
+    backend.model.ignore_merges = pre in WHOLE_WORDS
+
+
+def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
+    """The tokenizer with the file's tokens alone, each as the file spells it.
+
+    transformers 5.19 adds a class's usual special tokens beyond the model's vocabulary where the file has none of that
+    name, and spells a control token outside of the byte alphabet, as <｜User｜>, in bytes, so that no text gives it.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
+    merged = {name for pair in state["model"].get("merges", ()) for name in (*pair, "".join(pair))}
+    whole = (
+        i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and backend.token_to_id(tokens[i]) != i
+    )
+    lost = [i for i in whole if backend.id_to_token(i) not in merged]  # Gemma's runs of spaces are made by merges
+    for token_id in lost:
+        del state["model"]["vocab"][backend.id_to_token(token_id)]
+        state["model"]["vocab"][tokens[token_id]] = token_id
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.add_tokens([AddedToken(tokens[i], normalized=False, special=types[i] == CONTROL) for i in lost])
+    return backend
+
+
+def _model(reader: Any, config: Any, source: dict[str, str]) -> Any:
+    """The model with the file's weights, in the type that comes nearest to most of them."""
+    import torch
+    import transformers
+
+    sizes = Counter()
+    for tensor in reader.tensors:
+        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+    dtype = {"F32": torch.float32, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.bfloat16)
+    if config.model_type != "llama":
+        # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
+        unpacked = transformers.GgufConfig(dequantize=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, quantization_config=unpacked)
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE), None)
+    if factors is not None:
+        _set_rope(config, factors)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(_llama_weights(reader, config, list(model.state_dict()), dtype), assign=True, strict=False)
+    model.tie_weights()
+    return model
+
+
+def _set_rope(config: Any, factors_D: Any) -> None:
+    """The rotary scaling of Llama 3, of which a GGUF file has only the result: a factor for each of D frequencies."""
+    import numpy as np
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, highest = config.rope_parameters["rope_theta"], float(factors_D.max())
+    config.rope_parameters = dict(
+        rope_type="llama3", rope_theta=theta, factor=highest, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )  # fmt: skip
+    frequencies_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+    if not np.allclose(theta ** (-np.arange(len(factors_D)) / len(factors_D)) / frequencies_D, factors_D, rtol=1e-3):
+        raise ValueError("its rotary scaling is not Llama 3's")
+
+
+def _llama_weights(reader: Any, config: Any, names: list[str], dtype: Any) -> dict[str, Any]:
+    """The weights of a Llama under transformers' names: the same bits as by transformers, in a third of its time."""
+    import torch
+    from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
+
+    in_file = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE}
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    weights = {}
+    for name in names:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stem, _, end = name.rpartition(".")
+        tensor = tensors.pop(f"{in_file.get_name(stem)}.{end}")
+        values = dequantize(tensor.data, tensor.tensor_type)
+        if heads := rotated.get(
+            stem.rpartition(".")[2]
+        ):  # llama.cpp has the two halves of a rotated pair side by side, transformers half a head apart
+            pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+            values = pairs.swapaxes(1, 2).reshape(values.shape)
+        weights[name] = torch.from_numpy(values.copy()).to(dtype)
+    if tensors:
+        raise ValueError(f"transformers' model has no place for {', '.join(sorted(tensors)[:3])}")
+    return weights
