@@ -1,10 +1,11 @@
-"""One run as a paragraph: check, start the tracker, run the stages, summarise, close."""
+"""One run as a paragraph: check, start the tracker, run the stages, conclude, close."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare import compare_run, gap_of, verdict_of, write_page
 from rl_onoff.pipeline.compare_inputs import open_sources
 from rl_onoff.pipeline.context import Run
-from rl_onoff.pipeline.engine_slot import NotItsTurn, Slot
+from rl_onoff.pipeline.engine_slot import ANY, Slot, Steps
 from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
@@ -38,57 +39,53 @@ from rl_onoff.types import Sampling, Want
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot | None = None) -> float | None:
-    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one.
+def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
+    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
+    with Slot() as slot:
+        steps = run_steps(config, path, slot, group=group)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
 
-    With the `slot` of a sweep it raises NotItsTurn when it wants an engine that is not loaded now: to go on, run it again.
-    """
+
+def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = None) -> Steps:
+    """A run, step by step: yields what the next step wants of the slot, the first time before anything is begun."""
     rows = check(config)
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend)
     for engine in samplers(config):
         build(engine).check_sampling(config.sampling)
-    slot = slot or Slot()
-    tracker, values = slot.go_on(path, list(engines(config).values())) or (_tracker(config, path, group), {})
+    yield next(iter(engines(config).values()), None)
+    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
+    job_type = "+".join(stage.value for stage in config.stages)
+    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type)
     try:
-        with slot.job() as engine:
-            this = Run(config, rows, RunDir(path), tracker, engine, values, brief=group is not None)
-            for stage in config.stages:
-                STAGES[stage](this)
-        summary = summarise(this.folder)
-        summary.values.update(this.values)
-        for name, comparison in this.comparisons.items():
-            summary.values.update(flat(name, comparison))
-        if this.comparisons:
-            summary.values.update(
-                {f"onoff/{name}": value for name, value in gap_of(this.folder, this.comparisons).items()}
-            )
-        report(this, summary)
-    except NotItsTurn:
-        slot.wait(path, (tracker, values))
-        raise
-    except BaseException:
+        this = Run(config, rows, RunDir(path), tracker, slot, brief=group is not None)
+        del rows
+        for stage in config.stages:
+            yield from STAGES[stage](this) or ()
+        values = conclude(this)
+    except BaseException:  # also when the steps that are left are given up; the engine may be broken
+        slot.close()
         tracker.close(failed=True)
         raise
     tracker.close(failed=False)
-    if config.metric is not None and config.metric not in summary.values:
+    if config.metric is not None and config.metric not in values:
         log.warning("metric=%s is not among this run's numbers, the values in metrics.json", config.metric)
-    return None if config.metric is None else summary.values.get(config.metric)
-
-
-def _tracker(config: RunConfig, path: Path, group: str | None) -> Tracker:
-    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
-    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
-    return tracker
+    return None if config.metric is None else values.get(config.metric)
 
 
 def check(config: RunConfig) -> list[Row]:
     """Find what is wrong before anything is loaded or started; returns the data's rows."""
-    for engine in engines(config).values():
-        build(engine).check_model()
-    reward_of(config)
     if Stage.matrix in config.stages:
         check_policies(config)
+    for option, engine in engines(config).items():
+        backend = build(engine)
+        backend.check_model()
+        backend.check_engine(option)
+    reward_of(config)
     return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
 
 
@@ -96,20 +93,23 @@ def reward_of(config: RunConfig) -> stages.Reward | None:
     return load_reward(config.reward.function) if config.reward.function else None
 
 
-def job_type(config: RunConfig) -> str:
-    return "+".join(stage.value for stage in config.stages)
-
-
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def generate(this: Run) -> None:
+def generate(this: Run) -> Steps:
+    """Let the behaviour sample."""
+    yield this.config.backend
+    sample(this)
+
+
+def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
     completions.claim(generate_record(config))
     engine = config.backend
     tokenizer = build(engine).get_tokenizer()
     requests = make_requests(this.rows, config.data, tokenizer, config.sampling)
+    this.rows = []  # a job of a sweep that waits for its next engine keeps no data
     missing = stages.missing_requests(this.folder, requests)
     total = sum(len(request.sample_indices) for request in missing)
     wanted = len(requests) * config.sampling.n
@@ -132,7 +132,7 @@ def generate_record(config: RunConfig) -> dict[str, Any]:
     return {"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}
 
 
-def score(this: Run) -> None:
+def score(this: Run) -> Steps:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
     if config.score.responses is not None:
@@ -148,10 +148,12 @@ def score(this: Run) -> None:
             "or experiment=analyse to sample first"
         )
     for name, engine in scorers(config).items():
-        _score(this, folder.scores(name), engine, name)
+        yield engine
+        score_with(this, folder.scores(name), engine, name)
 
 
-def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
+def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
+    """Score with one engine what its table lacks."""
     want = wanted(this)
     table.claim({"backend": engine.what_it_computes(), "want": asdict(want)})
     total = stages.unscored(this.folder, table)
@@ -193,9 +195,9 @@ def compare(this: Run) -> None:
     this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
 
 
-def matrix(this: Run) -> None:
+def matrix(this: Run) -> Steps:
     """Every policy samples, every policy scores all samples."""
-    found = run_matrix(this, generate, _score)
+    found = yield from run_matrix(this, sample, score_with)
     this.values.update(found.values())
     rows, verdict = found.rows(), found.verdict()
     this.sections["matrix"] = {"policies": found.names, "cells": rows, "verdict": verdict}
@@ -204,8 +206,9 @@ def matrix(this: Run) -> None:
     this.tracker.table("matrix", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
 
 
-def attribute(this: Run) -> None:
+def attribute(this: Run) -> Steps:
     """Say why the target differs from the behaviour, and put it into the page."""
+    yield ANY
     this.folder = open_sources(this.config.compare, this.folder)
     found = run_attribute(this, known_engines(this.config))
     this.values.update(found.values())
@@ -219,7 +222,7 @@ def attribute(this: Run) -> None:
         log.warning("no page: %s", error)
 
 
-STAGES = {
+STAGES: dict[Stage, Callable[[Run], Steps | None]] = {
     Stage.generate: generate,
     Stage.score: score,
     Stage.compare: compare,
@@ -231,12 +234,34 @@ STAGES = {
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
-def report(this: Run, summary: Summary) -> None:
-    """Write, print and log what the run found."""
+def conclude(this: Run) -> dict[str, float]:
+    """Gather the run's numbers, then write, log and print what it found."""
+    folder, comparisons = this.folder, this.comparisons
+    summary = summarise(folder)
+    summary.values |= this.values
+    for name, comparison in comparisons.items():
+        summary.values |= flat(name, comparison)
+    said = {}
+    if comparisons:
+        summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
+        said = {"verdict": verdict_of(folder, comparisons)}
+    found = {"values": summary.values, "comparisons": {name: each.to_dict() for name, each in comparisons.items()}}
+    folder.write_json("metrics.json", {**said, **found, **this.sections})
+    track(this, summary)
+    in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
+    shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
+    texts = [*([] if this.brief else [as_text(shown)]), *this.texts, *(f"  {sentence}" for sentence in said.values())]
+    print("\n\n".join([*texts, f"  run folder  {folder.path}"]))
+    if this.page is not None:
+        print(f"  page        {this.page}")
+    if this.tracker.where:
+        print(f"  W&B         {this.tracker.where}")
+    return summary.values
+
+
+def track(this: Run, summary: Summary) -> None:
+    """Log what the run ends with."""
     folder, tracker = this.folder, this.tracker
-    comparisons = {name: comparison.to_dict() for name, comparison in this.comparisons.items()}
-    said = {"verdict": verdict_of(folder, this.comparisons)} if this.comparisons else {}
-    folder.write_json("metrics.json", {**said, "values": summary.values, "comparisons": comparisons, **this.sections})
     tracker.summary(summary.values)
     for name, (counts, edges) in summary.histograms.items():
         tracker.histogram(name, counts, edges)
@@ -245,26 +270,17 @@ def report(this: Run, summary: Summary) -> None:
         rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
         tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
     for name, comparison in this.comparisons.items():
-        track(tracker, name, comparison)
+        track_comparison(tracker, name, comparison)
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
-    in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
-    shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    texts = [*([] if this.brief else [as_text(shown)]), *this.texts, *(f"  {sentence}" for sentence in said.values())]
-    print("\n\n".join([*texts, ""]), end="")
-    print(f"  run folder  {folder.path}")
-    if this.page is not None:
-        print(f"  page        {this.page}")
-    if tracker.where:
-        print(f"  W&B         {tracker.where}")
 
 
 HEADLINES = ("kl", "kl_k3", "logprob_diff_mean", "logprob_diff_max", "prob_pearson", "ess_token", "ess_seq", "ppl_ratio", "kl_forward_topk",
              "kl_forward", "argmax_agreement", "impossible_fraction")  # fmt: skip
 
 
-def track(tracker: Tracker, name: str, comparison: Comparison) -> None:
+def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> None:
     """What the page shows of a comparison, for W&B: intervals, histograms, and the tokens that differ most."""
     headlines = {metric: comparison[metric] for metric in HEADLINES if metric in comparison}
     tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo for metric, estimate in headlines.items()})

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rl_onoff.backends import FakeBackendConfig
-from rl_onoff.pipeline.engine_slot import SharedSlot
-from rl_onoff.sweeps.schedule import NotItsTurn, Turn
+from rl_onoff.pipeline.engine_slot import Slot
+from rl_onoff.run import run_steps
 from tests.end_to_end.conftest import FAKE, SMALL, environment, rl_onoff, token_ids
+from tests.running import config_of
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
 
@@ -120,19 +120,20 @@ def test_jobs_that_do_again_what_failed_come_to_an_end(tmp_path: Path) -> None:
     assert len(found) == 3 and all("it failed (alone)" in json.dumps(one) for one in found)
 
 
-def test_an_engine_that_may_be_broken_is_not_shared() -> None:
-    one, other = (FakeBackendConfig(model_name=name) for name in ("one", "other"))
-    slot = SharedSlot(Turn())
-    with slot.job():
-        backend = slot.get(one)
-    with pytest.raises(NotItsTurn), slot.job():
-        slot.get(other)
-    assert slot.get(one) is backend and backend.is_loaded()
-    with pytest.raises(RuntimeError), slot.job():
-        raise RuntimeError
+def test_an_engine_that_may_be_broken_is_not_shared(tmp_path: Path) -> None:
+    slot = Slot()
+    paused, fails = (run_steps(config_of("backend=fake", "target=fake", "target.noise=0.3", "data.limit=1", "experiment=onoff"), tmp_path / name, slot)
+                     for name in ("paused", "fails"))  # fmt: skip
+    wanted = [next(paused), next(paused), next(paused)]
+    backend = slot.get(config_of("backend=fake").backend)
+    assert wanted[0] == wanted[1] == backend.config and backend.is_loaded()
+    next(fails)
+    next(fails)
+    with pytest.raises(RuntimeError):
+        fails.throw(RuntimeError())
     assert not backend.is_loaded()
-    assert slot.get(other).is_loaded()
-    slot.end()
+    assert next(paused) == config_of("backend=fake", "target=fake", "target.noise=0.3").target
+    paused.close()
 
 
 def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
