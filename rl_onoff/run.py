@@ -57,6 +57,8 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
         config.sampling = model_sampling(config.sampling, config.backend)
     for engine in samplers(config):
         build(engine).check_sampling(config.sampling)
+    for option, engine in engines(config).items():
+        build(engine).check_engine(option)
     yield next(iter(engines(config).values()), None)
     tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
     job_type = "+".join(stage.value for stage in config.stages)
@@ -81,10 +83,8 @@ def check(config: RunConfig) -> list[Row]:
     """Find what is wrong before anything is loaded or started; returns the data's rows."""
     if Stage.matrix in config.stages:
         check_policies(config)
-    for option, engine in engines(config).items():
-        backend = build(engine)
-        backend.check_model()
-        backend.check_engine(option)
+    for engine in engines(config).values():
+        build(engine).check_model()
     reward_of(config)
     return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
 

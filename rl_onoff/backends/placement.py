@@ -73,7 +73,9 @@ def check_installed(package: str, config: EngineConfig, option: str) -> None:
 @cache
 def _ask(python: str, package: str) -> str:
     """Whether an interpreter has a package: "True" or "False"; else why it cannot tell."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")
+    }
     environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
     try:
         done = subprocess.run(
