@@ -15,6 +15,7 @@ from rl_onoff.pipeline.engine_slot import Slot
 from rl_onoff.run import run_steps
 from tests.end_to_end.conftest import FAKE, SMALL, environment, rl_onoff, token_ids
 from tests.running import config_of
+from tests.tracking.test_tracking import log_files, records
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
 
@@ -134,6 +135,45 @@ def test_an_engine_that_may_be_broken_is_not_shared(tmp_path: Path) -> None:
     assert not backend.is_loaded()
     assert next(paused) == config_of("backend=fake", "target=fake", "target.noise=0.3").target
     paused.close()
+
+
+TAKES_THE_FIRST = """
+import fcntl
+from pathlib import Path
+held = []
+def reward(text, answer, meta):
+    if Path('sweep/sampling.temperature=1.0').exists() and not held:  # the second job samples, the first one waits for its target
+        held.append(open('sweep/sampling.temperature=0.5/.lock', 'ab'))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return 1.0
+"""
+STOPS = """
+import os, signal
+from pathlib import Path
+def reward(text, answer, meta):
+    if Path('sweep/sampling.temperature=1.0').exists():
+        os.kill(os.getpid(), signal.SIGINT)
+    return 1.0
+"""
+PAIR = ("experiment=onoff", "target=fake", "target.noise=0.3", "sampling.temperature=0.5,1.0", "sweep_dir=sweep")
+
+
+def test_a_job_whose_folder_is_taken_while_it_waits_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TAKES_THE_FIRST)
+    done = rl_onoff("-m", *SMALL, *PAIR, "reward.function=mine.py:reward", cwd=tmp_path, code=2)
+    assert "sweep (1 failed, 1 done)" in done.stdout
+    assert done.stderr.startswith("rl-onoff: another process is writing to") and len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_the_trackers_of_the_jobs_that_wait_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STOPS)
+    offline = ("tracking=wandb", "tracking.mode=offline")
+    rl_onoff("-m", *SMALL, *PAIR, *offline, "reward.function=mine.py:reward", cwd=tmp_path, code=130)
+    jobs = folders(tmp_path)
+    assert len(jobs) == 2
+    for job in jobs.values():
+        (file,) = log_files(job)
+        assert [end["exit_code"] for end in records(file, "exit")] == [1], "ended as failed"
 
 
 def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
