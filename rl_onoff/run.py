@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,17 @@ from rl_onoff.pipeline.engine_slot import ANY, Slot, Steps
 from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
-from rl_onoff.rundir.provenance import landmarks, texts_of
+from rl_onoff.rundir.provenance import landmarks, sampling_of, texts_of
 from rl_onoff.rundir.summary import Summary, as_text, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
-from rl_onoff.types import Sampling, Want
+from rl_onoff.types import Want
 
 log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
-    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one."""
+    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if any."""
     with Slot() as slot:
         steps = run_steps(config, path, slot, group=group)
         while True:
@@ -106,8 +106,7 @@ def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
     completions.claim(generate_record(config))
-    engine = config.backend
-    tokenizer = build(engine).get_tokenizer()
+    tokenizer = build(config.backend).get_tokenizer()
     requests = make_requests(this.rows, config.data, tokenizer, config.sampling)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
     missing = stages.missing_requests(this.folder, requests)
@@ -117,7 +116,7 @@ def sample(this: Run) -> None:
         log.info("generate: %d of %d responses are there already", wanted - total, wanted)
     if not missing:
         return
-    backend = this.slot.get(engine)
+    backend = this.slot.get(config.backend)
     check_lengths(missing, backend.info.max_len)
     completions.describe(engine=asdict(backend.info), tokenizer=landmarks(tokenizer))
     progress = this.progress("generate", total)
@@ -144,8 +143,8 @@ def score(this: Run) -> Steps:
         stages.take_in(folder, given, tokenizer)
     if not folder.completions.exists():
         raise UsageError(
-            f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a file, "
-            "or experiment=analyse to sample first"
+            f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a"
+            " file, or experiment=analyse to sample first"
         )
     for name, engine in scorers(config).items():
         yield engine
@@ -169,12 +168,9 @@ def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None
 
 def wanted(this: Run) -> Want:
     """What to compute of every token; the sampler's view is that of the sampler that made the responses."""
-    config = this.config
-    made_with = this.folder.completions.record().get("config", {}).get("sampling")
-    sampler = (
-        (Sampling(**made_with) if made_with else replace(config.sampling, n=1)) if config.score.processed else None
-    )
-    return Want(top_k=config.score.top_k, full_logits=config.score.full_logits, sampler=sampler)
+    asked = this.config.score
+    sampler = sampling_of(this.folder.completions.record()) or replace(this.config.sampling, n=1)
+    return Want(top_k=asked.top_k, full_logits=asked.full_logits, sampler=sampler if asked.processed else None)
 
 
 def compare(this: Run) -> None:
@@ -187,8 +183,8 @@ def compare(this: Run) -> None:
         return
     if not comparisons:
         raise UsageError(
-            f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to such a run, or "
-            "compare.behaviour and compare.target"
+            f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to"
+            " such a run, or compare.behaviour and compare.target"
         )
     this.comparisons.update(comparisons)
     records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
@@ -203,7 +199,7 @@ def matrix(this: Run) -> Steps:
     this.sections["matrix"] = {"policies": found.names, "cells": rows, "verdict": verdict}
     this.texts += [found.as_text(), f"  {verdict}"]
     this.page = this.folder.path / "matrix.html"
-    this.tracker.table("matrix", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
+    track_rows(this.tracker, "matrix", rows)
 
 
 def attribute(this: Run) -> Steps:
@@ -214,8 +210,7 @@ def attribute(this: Run) -> Steps:
     this.values.update(found.values())
     this.sections["attribution"] = found.to_dict()
     this.texts.append(found.as_text())
-    rows = [row.to_dict() for row in found.rows]
-    this.tracker.table("attribution", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
+    track_rows(this.tracker, "attribution", [row.to_dict() for row in found.rows])
     try:
         compare(this)
     except UsageError as error:  # ids or kinds that differ: the very causes that the ladder may have named
@@ -223,11 +218,7 @@ def attribute(this: Run) -> Steps:
 
 
 STAGES: dict[Stage, Callable[[Run], Steps | None]] = {
-    Stage.generate: generate,
-    Stage.score: score,
-    Stage.compare: compare,
-    Stage.matrix: matrix,
-    Stage.attribute: attribute,
+    Stage[function.__name__]: function for function in (generate, score, compare, matrix, attribute)
 }
 
 
@@ -290,8 +281,12 @@ def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> Non
             histogram = comparison.histograms[what]
             tracker.histogram(f"onoff/{name}/{what}", np.asarray(histogram["counts"]), np.asarray(histogram["edges"]))
     if comparison.worst:
-        rows = (tuple(token.values()) for token in comparison.worst)
-        tracker.table(f"onoff/{name}/worst_tokens", tuple(comparison.worst[0]), rows, total=len(comparison.worst))
+        track_rows(tracker, f"onoff/{name}/worst_tokens", comparison.worst)
+
+
+def track_rows(tracker: Tracker, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log a table, one row or more."""
+    tracker.table(name, tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
 
 
 def flat(name: str, comparison: Comparison) -> dict[str, float]:

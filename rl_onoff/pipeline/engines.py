@@ -9,7 +9,7 @@ from rl_onoff.config import RunConfig, Stage
 
 
 def engines(config: RunConfig) -> dict[str, EngineConfig]:
-    """Every engine the run may load, as far as its config tells, by the option that chooses it; the first to be used comes first."""
+    """Every engine of the config that the run may load, by the option that chooses it, in the order of their use."""
     stages, found = set(config.stages), {}
     targets = {f"targets.{name}": engine for name, engine in config.targets.items()}
     if config.target is not None:
@@ -32,8 +32,8 @@ def samplers(config: RunConfig) -> list[EngineConfig]:
 def scorers(config: RunConfig) -> dict[str, EngineConfig]:
     """Name of the scores -> the engine that makes them; the engine that sampled comes first.
 
-    Every name the user gave has scores of its own, also where two names have one config: the second is scored again, which shows
-    the engine's noise. Only a `target` without a name that is the engine that sampled adds nothing.
+    Every name the user gave has scores of its own, also where two names have one config: the engine scores again under the
+    second, which shows its noise. Only a `target` without a name that is the engine that sampled adds nothing.
     """
     targets = list(config.targets.items())
     if config.target is not None:

@@ -1,7 +1,8 @@
-"""A sweep in this process: its jobs share an engine slot and take turns, so that each engine is loaded once, whatever their order.
+"""A sweep in this process: its jobs share an engine slot and take turns, so that the order of jobs costs no loads.
 
-A run is a row of steps, and before each it says, from its config, which engine the step uses. A round has one engine, that of the first
-job that waits, and takes every waiting job as far as its steps go with that engine. A job that is not done then waits between two steps.
+A run is a row of steps, and before each it says, from its config, which engine the step uses. A round has one engine,
+that of the first job that waits, and takes every waiting job as far as its steps go with that engine. A job that is not
+done then waits between two steps.
 """
 
 from __future__ import annotations
@@ -45,9 +46,8 @@ class Rounds:
         return wish is None or self.engine in (None, wish)
 
     def go_on(self, steps: Steps) -> float | None:
-        """Take the job as far as this round's engine goes; returns its number, or None while `job.wants` says that it waits.
-
-        `steps` are those of the whole run, for a job that has taken none.
+        """Take the job as far as this round's engine goes; returns its number once it is done. A job that is not done
+        has `wants` set. `steps` are those of the whole run, for a job that has taken none.
         """
         job, begun = self.job, self.job.steps is not None
         steps, job.steps = job.steps or steps, None

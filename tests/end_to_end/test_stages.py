@@ -139,43 +139,35 @@ def bare_python(tmp_path_factory) -> str:
 MATRIX = ("experiment=matrix", "+backend@policies.a=fake", "+backend@policies.b=fake", "policies.b.noise=0.3")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (
-            (*MATRIX, "policies.b.python=/nowhere/python"),
-            "policies.b.python=/nowhere/python cannot be run (No such file or directory): set policies.b.python to a Python interpreter",
-        ),
-        (
-            (*MATRIX, "policies.b.python=/bin/echo"),
-            "policies.b.python=/bin/echo cannot be run (it is no Python interpreter): set policies.b.python to a Python interpreter",
-        ),
-        (
-            (*MATRIX, "policies.b.python=BARE"),
-            "policies.b.python=BARE lacks the package torch, which fake needs: BARE -m pip install torch, or set policies.b.python to the"
-            " interpreter of an environment that has it",
-        ),
-        (
-            ("experiment=onoff", "target=fake", "target.noise=0.3", "target.python=BARE"),
-            "target.python=BARE lacks the package torch, which fake needs: BARE -m pip install torch, or set target.python to the"
-            " interpreter of an environment that has it",
-        ),
-        (
-            ("experiment=onoff", "+target@targets.far=fake", "targets.far.python=/nowhere/python"),
-            "targets.far.python=/nowhere/python cannot be run (No such file or directory): set targets.far.python to a Python interpreter",
-        ),
-        (
-            ("stages=[generate,score,attribute]", "target=huggingface", "target.model_name=./nowhere"),
-            "model.name=./nowhere does not exist: set model.name to an existing folder or .gguf file, or to a hub id",
-        ),
-    ],
+LACKS = (
+    "{0} lacks the package torch, which fake needs: BARE -m pip install torch, or set {1} to the interpreter of an"
+    " environment that has it"
 )
+LATER = {  # an option that is wrong, the rest of the command -> what is said
+    "policies.b.python=/nowhere/python": (
+        MATRIX, "{0} cannot be run (No such file or directory): set {1} to a Python interpreter"
+    ),
+    "policies.b.python=/bin/echo": (
+        MATRIX, "{0} cannot be run (it is no Python interpreter): set {1} to a Python interpreter"
+    ),
+    "policies.b.python=BARE": (MATRIX, LACKS),
+    "target.python=BARE": (("experiment=onoff", "target=fake", "target.noise=0.3"), LACKS),
+    "targets.far.python=BARE": (("experiment=onoff", "+target@targets.far=fake"), LACKS),
+    "target.model_name=./nowhere": (
+        ("stages=[generate,score,attribute]", "target=huggingface"),
+        "model.name=./nowhere does not exist: set model.name to an existing folder or .gguf file, or to a hub id",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", LATER)
 def test_what_a_later_step_lacks_is_said_before_any_engine_loads(
-    arguments, sentence, bare_python, refused_here, tmp_path, monkeypatch
+    wrong, bare_python, refused_here, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(FakeBackend, "load", lambda self: pytest.fail("an engine was loaded"))
-    arguments = [argument.replace("BARE", bare_python) for argument in arguments]
-    assert refused_here(*SMALL, *arguments, cwd=tmp_path) == sentence.replace("BARE", bare_python)
+    rest, sentence = LATER[wrong]
+    said = sentence.format(wrong, wrong.partition("=")[0]).replace("BARE", bare_python)
+    assert refused_here(*SMALL, *rest, wrong.replace("BARE", bare_python), cwd=tmp_path) == said
 
 
 @pytest.mark.parametrize(
@@ -192,8 +184,8 @@ def test_an_engine_that_is_not_installed_is_said_with_what_brings_it(
     )
     monkeypatch.setattr(FakeBackend, "package", package)
     assert refused_here(*SMALL, *MATRIX, cwd=tmp_path) == (
-        f"policies.a is fake, which needs the package {package}: {install}, or set policies.a.python to the interpreter of an environment"
-        " that has it"
+        f"policies.a is fake, which needs the package {package}: {install}, or set policies.a.python to the interpreter"
+        " of an environment that has it"
     )
 
 
