@@ -1,10 +1,11 @@
-"""One run as a paragraph: check, start the tracker, run the stages, summarise, close."""
+"""One run as a paragraph: check, start the tracker, run the stages, conclude, close."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,70 +26,66 @@ from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare import compare_run, gap_of, verdict_of, write_page
 from rl_onoff.pipeline.compare_inputs import open_sources
 from rl_onoff.pipeline.context import Run
-from rl_onoff.pipeline.engine_slot import NotItsTurn, Slot
+from rl_onoff.pipeline.engine_slot import ANY, Slot, Steps
 from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
-from rl_onoff.rundir.provenance import landmarks, texts_of
+from rl_onoff.rundir.provenance import landmarks, sampling_of, texts_of
 from rl_onoff.rundir.summary import Summary, as_text, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
-from rl_onoff.types import Sampling, Want
+from rl_onoff.types import Want
 
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, path: Path, *, group: str | None = None, slot: Slot | None = None) -> float | None:
-    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if there is one.
+def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
+    """Run the stages of `config` in the folder `path`; returns the number that `config.metric` names, if any."""
+    with Slot() as slot:
+        steps = run_steps(config, path, slot, group=group)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
 
-    With the `slot` of a sweep it raises NotItsTurn when it wants an engine that is not loaded now: to go on, run it again.
-    """
+
+def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = None) -> Steps:
+    """A run, step by step: yields what the next step wants of the slot, the first time before anything is begun."""
     rows = check(config)
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend.model_name, config.backend.revision)
     for engine in samplers(config):
         build(engine).check_sampling(config.sampling)
-    slot = slot or Slot()
-    tracker, values = slot.go_on(path, list(engines(config).values())) or (_tracker(config, path, group), {})
+    for option, engine in engines(config).items():
+        build(engine).check_engine(option)
+    yield next(iter(engines(config).values()), None)
+    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
+    job_type = "+".join(stage.value for stage in config.stages)
+    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type)
     try:
-        with slot.job() as engine:
-            this = Run(config, rows, RunDir(path), tracker, engine, values, brief=group is not None)
-            for stage in config.stages:
-                STAGES[stage](this)
-        summary = summarise(this.folder)
-        summary.values.update(this.values)
-        for name, comparison in this.comparisons.items():
-            summary.values.update(flat(name, comparison))
-        if this.comparisons:
-            summary.values.update(
-                {f"onoff/{name}": value for name, value in gap_of(this.folder, this.comparisons).items()}
-            )
-        report(this, summary)
-    except NotItsTurn:
-        slot.wait(path, (tracker, values))
-        raise
-    except BaseException:
+        this = Run(config, rows, RunDir(path), tracker, slot, brief=group is not None)
+        del rows
+        for stage in config.stages:
+            yield from STAGES[stage](this) or ()
+        values = conclude(this)
+    except BaseException:  # also when the steps that are left are given up; the engine may be broken
+        slot.close()
         tracker.close(failed=True)
         raise
     tracker.close(failed=False)
-    if config.metric is not None and config.metric not in summary.values:
+    if config.metric is not None and config.metric not in values:
         log.warning("metric=%s is not among this run's numbers, the values in metrics.json", config.metric)
-    return None if config.metric is None else summary.values.get(config.metric)
-
-
-def _tracker(config: RunConfig, path: Path, group: str | None) -> Tracker:
-    tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
-    tracker.start(config=asdict(config), run_dir=path, group=config.tracking.group or group, job_type=job_type(config))
-    return tracker
+    return None if config.metric is None else values.get(config.metric)
 
 
 def check(config: RunConfig) -> list[Row]:
     """Find what is wrong before anything is loaded or started; returns the data's rows."""
+    if Stage.matrix in config.stages:
+        check_policies(config)
     for engine in engines(config).values():
         build(engine).check_model()
     reward_of(config)
-    if Stage.matrix in config.stages:
-        check_policies(config)
     return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
 
 
@@ -96,27 +93,29 @@ def reward_of(config: RunConfig) -> stages.Reward | None:
     return load_reward(config.reward.function) if config.reward.function else None
 
 
-def job_type(config: RunConfig) -> str:
-    return "+".join(stage.value for stage in config.stages)
-
-
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
-def generate(this: Run) -> None:
+def generate(this: Run) -> Steps:
+    """Let the behaviour sample."""
+    yield this.config.backend
+    sample(this)
+
+
+def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
     completions.claim(generate_record(config))
-    engine = config.backend
-    tokenizer = build(engine).get_tokenizer()
+    tokenizer = build(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
+    this.rows = []  # a job of a sweep that waits for its next engine keeps no data
     missing = stages.missing_requests(this.folder, prompts, config.sampling)
     total, wanted = len(missing), len(prompts) * config.sampling.n
     if total < wanted:
         log.info("generate: %d of %d responses are there already", wanted - total, wanted)
     if not missing:
         return
-    backend = this.slot.get(engine)
+    backend = this.slot.get(config.backend)
     check_lengths(missing, backend.info.max_len)
     completions.describe(engine=asdict(backend.info), tokenizer=landmarks(tokenizer))
     progress = this.progress("generate", total)
@@ -131,7 +130,7 @@ def generate_record(config: RunConfig) -> dict[str, Any]:
     return {"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}
 
 
-def score(this: Run) -> None:
+def score(this: Run) -> Steps:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
     if config.score.responses is not None:
@@ -143,14 +142,16 @@ def score(this: Run) -> None:
         stages.take_in(folder, given, tokenizer)
     if not folder.completions.exists():
         raise UsageError(
-            f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a file, "
-            "or experiment=analyse to sample first"
+            f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a"
+            " file, or experiment=analyse to sample first"
         )
     for name, engine in scorers(config).items():
-        _score(this, folder.scores(name), engine, name)
+        yield engine
+        score_with(this, folder.scores(name), engine, name)
 
 
-def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
+def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
+    """Score with one engine what its table lacks."""
     want = wanted(this)
     table.claim({"backend": engine.what_it_computes(), "want": asdict(want)})
     total = stages.unscored(this.folder, table)
@@ -166,12 +167,9 @@ def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
 
 def wanted(this: Run) -> Want:
     """What to compute of every token; the sampler's view is that of the sampler that made the responses."""
-    config = this.config
-    made_with = this.folder.completions.record().get("config", {}).get("sampling")
-    sampler = (
-        (Sampling(**made_with) if made_with else replace(config.sampling, n=1)) if config.score.processed else None
-    )
-    return Want(top_k=config.score.top_k, full_logits=config.score.full_logits, sampler=sampler)
+    asked = this.config.score
+    sampler = sampling_of(this.folder.completions.record()) or replace(this.config.sampling, n=1)
+    return Want(top_k=asked.top_k, full_logits=asked.full_logits, sampler=sampler if asked.processed else None)
 
 
 def compare(this: Run) -> None:
@@ -184,58 +182,76 @@ def compare(this: Run) -> None:
         return
     if not comparisons:
         raise UsageError(
-            f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to such a run, or "
-            "compare.behaviour and compare.target"
+            f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to"
+            " such a run, or compare.behaviour and compare.target"
         )
     this.comparisons.update(comparisons)
     records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
     this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
 
 
-def matrix(this: Run) -> None:
+def matrix(this: Run) -> Steps:
     """Every policy samples, every policy scores all samples."""
-    found = run_matrix(this, generate, _score)
+    found = yield from run_matrix(this, sample, score_with)
     this.values.update(found.values())
     rows, verdict = found.rows(), found.verdict()
     this.sections["matrix"] = {"policies": found.names, "cells": rows, "verdict": verdict}
     this.texts += [found.as_text(), f"  {verdict}"]
     this.page = this.folder.path / "matrix.html"
-    this.tracker.table("matrix", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
+    track_rows(this.tracker, "matrix", rows)
 
 
-def attribute(this: Run) -> None:
+def attribute(this: Run) -> Steps:
     """Say why the target differs from the behaviour, and put it into the page."""
+    yield ANY
     this.folder = open_sources(this.config.compare, this.folder)
     found = run_attribute(this, known_engines(this.config))
     this.values.update(found.values())
     this.sections["attribution"] = found.to_dict()
     this.texts.append(found.as_text())
-    rows = [row.to_dict() for row in found.rows]
-    this.tracker.table("attribution", tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
+    track_rows(this.tracker, "attribution", [row.to_dict() for row in found.rows])
     try:
         compare(this)
     except UsageError as error:  # ids or kinds that differ: the very causes that the ladder may have named
         log.warning("no page: %s", error)
 
 
-STAGES = {
-    Stage.generate: generate,
-    Stage.score: score,
-    Stage.compare: compare,
-    Stage.matrix: matrix,
-    Stage.attribute: attribute,
+STAGES: dict[Stage, Callable[[Run], Steps | None]] = {
+    Stage[function.__name__]: function for function in (generate, score, compare, matrix, attribute)
 }
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------
 
 
-def report(this: Run, summary: Summary) -> None:
-    """Write, print and log what the run found."""
+def conclude(this: Run) -> dict[str, float]:
+    """Gather the run's numbers, then write, log and print what it found."""
+    folder, comparisons = this.folder, this.comparisons
+    summary = summarise(folder)
+    summary.values |= this.values
+    for name, comparison in comparisons.items():
+        summary.values |= flat(name, comparison)
+    said = {}
+    if comparisons:
+        summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
+        said = {"verdict": verdict_of(folder, comparisons)}
+    found = {"values": summary.values, "comparisons": {name: each.to_dict() for name, each in comparisons.items()}}
+    folder.write_json("metrics.json", {**said, **found, **this.sections})
+    track(this, summary)
+    in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
+    shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
+    texts = [*([] if this.brief else [as_text(shown)]), *this.texts, *(f"  {sentence}" for sentence in said.values())]
+    print("\n\n".join([*texts, f"  run folder  {folder.path}"]))
+    if this.page is not None:
+        print(f"  page        {this.page}")
+    if this.tracker.where:
+        print(f"  W&B         {this.tracker.where}")
+    return summary.values
+
+
+def track(this: Run, summary: Summary) -> None:
+    """Log what the run ends with."""
     folder, tracker = this.folder, this.tracker
-    comparisons = {name: comparison.to_dict() for name, comparison in this.comparisons.items()}
-    said = {"verdict": verdict_of(folder, this.comparisons)} if this.comparisons else {}
-    folder.write_json("metrics.json", {**said, "values": summary.values, "comparisons": comparisons, **this.sections})
     tracker.summary(summary.values)
     for name, (counts, edges) in summary.histograms.items():
         tracker.histogram(name, counts, edges)
@@ -244,26 +260,17 @@ def report(this: Run, summary: Summary) -> None:
         rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
         tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
     for name, comparison in this.comparisons.items():
-        track(tracker, name, comparison)
+        track_comparison(tracker, name, comparison)
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
-    in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
-    shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    texts = [*([] if this.brief else [as_text(shown)]), *this.texts, *(f"  {sentence}" for sentence in said.values())]
-    print("\n\n".join([*texts, ""]), end="")
-    print(f"  run folder  {folder.path}")
-    if this.page is not None:
-        print(f"  page        {this.page}")
-    if tracker.where:
-        print(f"  W&B         {tracker.where}")
 
 
 HEADLINES = ("kl", "kl_k3", "logprob_diff_mean", "logprob_diff_max", "prob_pearson", "ess_token", "ess_seq", "ppl_ratio", "kl_forward_topk",
              "kl_forward", "argmax_agreement", "impossible_fraction")  # fmt: skip
 
 
-def track(tracker: Tracker, name: str, comparison: Comparison) -> None:
+def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> None:
     """What the page shows of a comparison, for W&B: intervals, histograms, and the tokens that differ most."""
     headlines = {metric: comparison[metric] for metric in HEADLINES if metric in comparison}
     tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo for metric, estimate in headlines.items()})
@@ -273,8 +280,12 @@ def track(tracker: Tracker, name: str, comparison: Comparison) -> None:
             histogram = comparison.histograms[what]
             tracker.histogram(f"onoff/{name}/{what}", np.asarray(histogram["counts"]), np.asarray(histogram["edges"]))
     if comparison.worst:
-        rows = (tuple(token.values()) for token in comparison.worst)
-        tracker.table(f"onoff/{name}/worst_tokens", tuple(comparison.worst[0]), rows, total=len(comparison.worst))
+        track_rows(tracker, f"onoff/{name}/worst_tokens", comparison.worst)
+
+
+def track_rows(tracker: Tracker, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log a table, one row or more."""
+    tracker.table(name, tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
 
 
 def flat(name: str, comparison: Comparison) -> dict[str, float]:

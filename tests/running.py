@@ -14,13 +14,18 @@ from rl_onoff.run import run
 from rl_onoff.rundir.table import RunDir, Table
 
 
-def run_in(path: Path, *overrides: str) -> RunDir:
-    """Run the config of `overrides` in the folder `path`."""
+def config_of(*overrides: str, path: Path = Path("x")) -> Any:
+    """The config of `overrides` for a run in the folder `path`."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", ["tracking=none", "reward=none", *overrides, f"run_dir={path}", "sweep_dir=x"])
+    return OmegaConf.to_object(cfg)
+
+
+def run_in(path: Path, *overrides: str) -> RunDir:
+    """Run the config of `overrides` in the folder `path`."""
+    config = config_of(*overrides, path=path)
     path.mkdir(parents=True, exist_ok=True)  # Hydra does
-    config: Any = OmegaConf.to_object(cfg)
     run(config, path)
     return RunDir(path)
 

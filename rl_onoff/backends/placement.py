@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+from functools import cache
+from importlib import metadata
+
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import MissingDependencyError, UsageError
+
+HAS = "import importlib.util as u, sys; found = u.find_spec(sys.argv[1]); print(bool(found and found.origin))"
+PYTHON_SECONDS = 60.0  # for an interpreter to start, on a slow disk
 
 
 def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
@@ -36,3 +45,49 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
     from rl_onoff.workers.client import WorkerClient
 
     return WorkerClient(backend, config)
+
+
+def check_installed(package: str, config: EngineConfig, option: str) -> None:
+    """Refuse an engine whose package is not where it shall run; imports nothing. A cluster's nodes are not asked."""
+    if config.pool.kind is PoolKind.ray:
+        return
+    other = f"set {option}.python to the interpreter of an environment that has it"
+    if config.python is None:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:  # a folder that is called like it is a spec without an origin
+            extras = metadata.metadata("rl-onoff").get_all("Provides-Extra") or []
+            install = f"pip install 'rl-onoff[{package}]'" if package in extras else f"pip install {package}"
+            raise MissingDependencyError(
+                f"{option} is {config.name}, which needs the package {package}: {install}, or {other}"
+            )
+        return
+    said = _ask(config.python, package)
+    if said == "False":
+        raise MissingDependencyError(
+            f"{option}.python={config.python} lacks the package {package}, which {config.name} needs: "
+            f"{config.python} -m pip install {package}, or {other}"
+        )
+    if said != "True":
+        raise UsageError(
+            f"{option}.python={config.python} cannot be run ({said}): set {option}.python to a Python interpreter"
+        )
+
+
+@cache
+def _ask(python: str, package: str) -> str:
+    """Whether an interpreter has a package: "True" or "False"; else why it cannot tell."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")
+    }
+    environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
+    try:
+        done = subprocess.run(
+            [python, "-c", HAS, package], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=PYTHON_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"it gave no answer in {PYTHON_SECONDS:.0f} s"
+    except OSError as error:
+        return str(error.strerror)
+    said = done.stdout.strip()
+    return said if said in ("True", "False") else "it is no Python interpreter"

@@ -30,8 +30,7 @@ from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import all_secrets, protect_log, redact_config, redact_override
 from rl_onoff.rundir.files import FULL_DISK, disk_error, write_whole
 from rl_onoff.rundir.table import LOCK, RunDir
-from rl_onoff.sweeps import launchers, start
-from rl_onoff.sweeps import schedule as turns
+from rl_onoff.sweeps import launchers, schedule, start
 from rl_onoff.sweeps.failures import ERROR, JobFailed, new_failures, write_failure
 from rl_onoff.sweeps.metric import missing_metric, optimises
 from rl_onoff.sweeps.table import conclude
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
 
 _failures: list[Exception] = []
-_shared: list[Any] = []  # the slot that the jobs of a sweep in this process share, once there is one
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -95,14 +93,15 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool, secrets
             _write_yaml(path / ".hydra" / f"{name}.yaml", {"hydra": value} if name == "hydra" else value, secrets)
         try:
             config = _checked(cfg)  # before the heavy imports, so that an error is instant
-            from rl_onoff.pipeline.engine_slot import SharedSlot
-            from rl_onoff.run import run
+            from rl_onoff.run import run, run_steps
 
-            if in_sweep and turns.turn is not None and not _shared:
-                _shared.append(SharedSlot(turns.turn))
-            value = run(
-                config, path, group=path.parent.name if in_sweep else None, slot=_shared[0] if _shared else None
-            )
+            group = path.parent.name if in_sweep else None
+            if (rounds := schedule.rounds) is None:
+                value = run(config, path, group=group)
+            else:
+                value = rounds.go_on(run_steps(config, path, rounds.slot, group=group))
+                if rounds.job.wants is not None:  # it waits for its engine
+                    return None
             (path / ERROR).unlink(missing_ok=True)  # of another process, which was refused because this one was writing
             if value is None and in_sweep and optimises(hydra_config):
                 raise missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
@@ -161,9 +160,8 @@ def main() -> None:
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
-    _failures.clear()  # this and the next: of an earlier command in this process
-    _shared.clear()
-    start.started = turns.turn = None
+    _failures.clear()  # of an earlier command in this process
+    start.started = schedule.rounds = None
     sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
     if sys.argv[1:2] == ["doctor"]:
         from rl_onoff.cli.doctor import command
@@ -193,8 +191,8 @@ def main() -> None:
     else:
         _conclude_sweep(all_done=True)
     finally:
-        for slot in _shared:
-            slot.end()
+        if schedule.rounds is not None:
+            schedule.rounds.slot.close()
     if _failures:
         first = _failures[0]
         if keeps_traceback and not isinstance(first, JobFailed):

@@ -20,13 +20,11 @@ class Run:
     """What the stages of one run share."""
 
     config: RunConfig
-    rows: list[Row]  # of the data; none when nothing is sampled
+    rows: list[Row]  # of the data; none when nothing is sampled, or when all of it is
     folder: RunDir
     tracker: Tracker
     slot: Slot
-    values: dict[str, float] = field(
-        default_factory=dict
-    )  # what the stages found and no shard holds: tokens/s, the matrix, shares
+    values: dict[str, float] = field(default_factory=dict)  # that no shard holds: tokens/s, the matrix, shares
     comparisons: dict[str, Comparison] = field(default_factory=dict)  # by the name of the target's scores
     sections: dict[str, Any] = field(default_factory=dict)  # of metrics.json, besides values and comparisons
     texts: list[str] = field(default_factory=list)  # for the terminal

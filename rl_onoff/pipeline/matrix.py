@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from rl_onoff.compare.metrics import PRIME_RL_BAR
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.compare import compare_run, verdict_of, write_page
+from rl_onoff.pipeline.engine_slot import Wish
 from rl_onoff.report.matrix_page import matrix_page
 from rl_onoff.rundir.files import write_whole
 from rl_onoff.rundir.provenance import texts_of
@@ -147,8 +148,8 @@ def check_policies(config: RunConfig) -> None:
 
 
 def run_matrix(
-    this: Run, generate: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
-) -> Matrix:
+    this: Run, sample: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
+) -> Generator[Wish, None, Matrix]:
     """Sample with every policy, score with every policy, last one first since it is still loaded; then compare, and write it all down."""
     policies = this.config.policies
     subs = {
@@ -158,9 +159,11 @@ def run_matrix(
         for name, engine in policies.items()
     }
     for name, sub in subs.items():
+        yield policies[name]
         log.info("matrix: %s samples", name)
-        generate(sub)
+        sample(sub)
     for name in reversed(policies):
+        yield policies[name]
         for sampled, sub in subs.items():
             log.info("matrix: %s scores what %s sampled", name, sampled)
             score(sub, sub.folder.scores(name), policies[name], name)

@@ -6,8 +6,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from datetime import timedelta
+from typing import Any, Self
 
 log = logging.getLogger(__name__)
 
@@ -20,19 +20,17 @@ class Progress:
         self.responses = self.tokens = self._said = 0
         self._start = self._last = time.monotonic()
         self._end: float | None = None
+        self._bar: Any = None
 
     def __enter__(self) -> Self:
         self._start = self._last = time.monotonic()
-        self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=self.total, desc=self.stage, unit="response", smoothing=0.1, dynamic_ncols=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
         self._end = time.monotonic()
@@ -64,12 +62,8 @@ class Progress:
         if self._bar is None:
             log.info(
                 "%s: %d of %d responses, %.0f tokens/s, %s left",
-                self.stage,
-                self.responses,
-                self.total,
-                self.tokens_per_s,
-                _clock(left),
-            )
+                self.stage, self.responses, self.total, self.tokens_per_s, timedelta(seconds=round(left)),
+            )  # fmt: skip
         self.report(
             {
                 "progress/responses": self.responses,
@@ -77,9 +71,3 @@ class Progress:
                 f"progress/{self.stage}_tokens_per_s": self.tokens_per_s,
             }
         )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -23,16 +23,14 @@ def prepare(launcher: DictConfig) -> None:
     if not _is(launcher, "hydra_ray_launcher"):
         return
     with open_dict(launcher.ray.init):
-        launcher.ray.init.setdefault(
-            "object_store_memory", None
-        )  # else the plugin sets one, which a cluster that runs already refuses
+        launcher.ray.init.setdefault("object_store_memory", None)  # a running cluster refuses the plugin's own value
         launcher.ray.init.setdefault("include_dashboard", False)  # ten processes, for a page that few open
         launcher.ray.init.setdefault("logging_level", logging.ERROR)
 
 
 @contextmanager
 def waited_for() -> Iterator[None]:
-    """Where submitit loses a job it stops to wait for the others; those it runs on this machine are waited for here."""
+    """Submitit stops waiting for its jobs once it loses one: wait here for the jobs that still run on this machine."""
     try:
         yield
     except Exception as error:
@@ -42,12 +40,12 @@ def waited_for() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Stop the jobs that submitit runs on this machine: a signal to this process alone does not reach them, and they outlive it."""
+    """Stop the jobs that submitit runs on this machine: no signal to this process reaches them, and they outlive it."""
     import psutil
 
-    for process in _wait(2):  # a Ctrl-C in a terminal has reached them
+    for process in _wait(2):  # a Ctrl-C in a terminal has reached the jobs
         with suppress(psutil.Error):
-            if "submitit.core._submit" in process.cmdline():  # the other ones wait for these
+            if "submitit.core._submit" in process.cmdline():  # the process that computes; its parents wait for it
                 process.send_signal(signal.SIGINT)
     for process in _wait(10):
         with suppress(psutil.Error):
@@ -55,7 +53,7 @@ def stop() -> None:
 
 
 def end(launcher: DictConfig) -> None:
-    """Before anything more is printed: Ray may still have something to print that the jobs said."""
+    """End Ray before anything more is printed, for Ray may still have lines of the jobs to print."""
     if _is(launcher, "hydra_ray_launcher") and "ray" in sys.modules:
         sys.modules["ray"].shutdown()
 

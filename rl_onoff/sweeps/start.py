@@ -18,7 +18,7 @@ from rl_onoff.sweeps.launchers import prepare
 from rl_onoff.sweeps.metric import check_metric
 from rl_onoff.sweeps.table import options_in
 
-FIXED = "hydra.job.config.override_dirname.exclude_keys"  # Hydra's option: what a job's folder is not named after
+FIXED = "hydra.job.config.override_dirname.exclude_keys"  # Hydra's option: overrides that no job's folder is named by
 
 
 @dataclass(slots=True)
@@ -56,9 +56,8 @@ class Remember(Callback):
 
 
 def fixed_options(arguments: Iterable[str]) -> list[str]:
-    """Names of the options on a command line that are the same for all jobs, and that no job in the sweep's folder is named by.
-
-    None where all are: then the one job is named by all of them.
+    """Names of the options on a command line that are the same for all jobs, and that no job in the sweep's folder is
+    named by. None where all options are the same: then the one job is named by all of them.
     """
     parser = OverridesParser.create()
     is_fixed: dict[str, bool] = {}  # the last word on an option counts

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep found, side by side: read from their folders alone, so it does not matter who ran them, where or when."""
+"""What the jobs of a sweep found, side by side: read from the jobs' folders alone, whoever ran them, where and when."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Job:
 
 
 def read_jobs(sweep_dir: Path) -> list[Job]:
-    """Every job that was ever begun in the folder, in the natural order of their options."""
+    """Every job that was ever begun in the folder, in the natural order of the jobs' options."""
     jobs = [_read_job(file.parents[1]) for file in sweep_dir.glob("*/.hydra/overrides.yaml")]
     names = swept_options(jobs)
     return sorted(jobs, key=lambda job: [_natural(job.options.get(name, "")) for name in names])
@@ -55,31 +55,30 @@ def swept_options(jobs: Sequence[Job]) -> list[str]:
 
 
 def options_in(sweep_dir: Path) -> list[str]:
-    """What tells the jobs apart in the table that the folder has."""
+    """Names of the options that tell the jobs apart in the table that the folder has."""
     try:
         with (sweep_dir / FILE).open(encoding="utf-8", newline="") as file:
             names = next(csv.reader(file))
         return names[1 : names.index("status")]
-    except (OSError, StopIteration, ValueError):  # there is none, or it is another's
+    except (OSError, StopIteration, ValueError):  # no table, or not one of ours
         return []
 
 
 def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
     """A row a job: its folder, what tells it from the others, how it ended, and every number it found."""
-    options, numbers = swept_options(jobs), list(dict.fromkeys(name for job in jobs for name in job.values))
+    numbers = dict.fromkeys(name for job in jobs for name in job.values)
+    names = ["folder", *swept_options(jobs), "status", "error", "verdict", *numbers]
     out = io.StringIO()
-    rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["folder", *options, "status", "error", "verdict", *numbers])
+    rows = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    rows.writeheader()
     for job in jobs:
-        known = [job.options.get(name, "") for name in options]
-        rows.writerow(
-            [job.name, *known, job.status, job.error, job.verdict, *(job.values.get(name, "") for name in numbers)]
-        )
+        ended = {"folder": job.name, "status": job.status, "error": job.error, "verdict": job.verdict}
+        rows.writerow({**job.options, **ended, **job.values})
     return write_whole(sweep_dir / FILE, out.getvalue())
 
 
 def as_text(jobs: Sequence[Job]) -> str:
-    """The same for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
+    """The table for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
     from rl_onoff.rundir.summary import number
 
     options = swept_options(jobs)
@@ -87,14 +86,9 @@ def as_text(jobs: Sequence[Job]) -> str:
     shown = {name: label for name, label in (SHOWN | asked).items() if any(name in job.values for job in jobs)}
     rows = [[*options, *shown.values(), "verdict"]]
     for job in jobs:
+        known = [job.options.get(name, "") for name in options]
         numbers = [number(job.values[name]) if name in job.values else "" for name in shown]
-        rows.append(
-            [
-                *(job.options.get(name, "") for name in options),
-                *numbers,
-                job.verdict if job.status == "done" else job.status,
-            ]
-        )
+        rows.append([*known, *numbers, job.verdict if job.status == "done" else job.status])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<"] * len(options) + [">"] * len(shown) + ["<"]
     formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
@@ -121,9 +115,7 @@ def _read_job(folder: Path) -> Job:
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
     options = {name: value for name, _, value in (str(override).partition("=") for override in overrides)}
     failed = read_failure(folder / ERROR)
-    found: Mapping[str, Any] = (
-        not failed and read_json(folder / "metrics.json")
-    ) or {}  # of a failed job: an earlier one's
+    found = {} if failed else read_json(folder / "metrics.json") or {}  # a failed job's are those of an earlier one
     sentence = found.get("verdict") or found.get("matrix", {}).get("verdict", "")
     word = re.search("On-policy|Close|Off-policy", sentence)
     status = "failed" if failed else "done" if found else "unfinished"

@@ -19,6 +19,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, continue_command, environment, refused, rl_onoff, token_ids
+from tests.end_to_end.test_sweeps import BUG
 from tests.tracking.test_tracking import log_files, records
 
 LAUNCHERS = {
@@ -41,7 +42,8 @@ def test_a_launcher_runs_all_jobs_and_again_what_is_missing(launcher: str, tmp_p
     assert "Traceback" not in done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith("rl-onoff: sampling.top_p is 0.0 but must be above 0")
     assert re.search(
-        r"sampling\.top_p .*\n +0 +failed\n +0\.9 +4 .*\n\n +sweep +sweep \(1 failed, 1 done\)\n +table +sweep/sweep\.csv\n$",
+        r"sampling\.top_p .*\n +0 +failed\n +0\.9 +4 .*\n\n"
+        r" +sweep +sweep \(1 failed, 1 done\)\n +table +sweep/sweep\.csv\n$",
         done.stdout,
     )
     rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
@@ -118,8 +120,7 @@ def test_stopping_a_launcher_leaves_nothing_behind(launcher: str, tmp_path: Path
 
 
 def test_an_error_nobody_foresaw_comes_home_as_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "bug.py").write_text("from rl_onoff import run\ndef broken(*_):\n    raise RuntimeError('a bug')\nrun.summarise = broken\n"
-                                     "def reward(text, answer, meta):\n    return 1.0\n")  # fmt: skip
+    (tmp_path / "bug.py").write_text(BUG)
     options = (*SMALL, "experiment=generate", "reward.function=bug.py:reward", "sweep_dir=sweep", "sampling.seed=1,2")
     done = rl_onoff(*launched_by("joblib"), *options, cwd=tmp_path, code=1, HYDRA_FULL_ERROR="1")
     last = done.stderr.splitlines()[-1]
@@ -191,7 +192,7 @@ def test_a_trial_that_fails_does_not_stop_optuna(tmp_path: Path) -> None:
 REFUSED = {
     "metric=null": "this sweeper needs the name of the number it optimises: set metric=onoff/kl_k3, for example",
     "metric=onoff/kl_k33": "metric=onoff/kl_k33 is no number of a run: set metric=onoff/kl_k3",
-    "metric=onof/kl_k3": "their names begin with generate, reward, score, onoff, matrix, attribute: set metric=onoff/kl_k3",
+    "metric=onof/kl_k3": "begin with generate, reward, score, onoff, matrix, attribute: set metric=onoff/kl_k3",
     "metric=kl": "set metric=onoff/kl_k3",
     "metric=matrix/kl_k3_max": "a number that this experiment does not find: set experiment=matrix, or another metric",
 }

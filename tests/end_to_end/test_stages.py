@@ -9,17 +9,21 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 import time
+import venv
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from rl_onoff.backends.fake.backend import FakeBackend
 from rl_onoff.rundir.table import COLUMNS
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, table, token_ids
+from tests.running import run_in
 
 SCORES = "fake-fake-auto"
 
@@ -108,6 +112,80 @@ def test_score_reads_an_earlier_run(tmp_path):
     assert [ids.tolist() for ids in responses.token_ids] == [ids.tolist() for ids in scores.token_ids]
     assert not np.allclose(np.concatenate(responses.logprobs), np.concatenate(scores.logprobs), atol=1e-3), (
         "another policy"
+    )
+
+
+def test_two_names_of_one_engine_both_have_scores(tmp_path):
+    """One config under three names, the sampler's own among them: none vanishes, and all say the same."""
+    one = [f"+target@targets.{name}=fake" for name in ("one", "two")]
+    small = [option.replace("model=", "model.name=") for option in SMALL]
+    other = ("+target@targets.other=fake", "targets.other.noise=0.3")
+    run = run_in(tmp_path / "run", *small, "experiment=onoff", *one, *other)
+    tables = {name: table(run.path / "scores" / name) for name in (SCORES, "one", "two", "other")}
+    assert set(run.score_names()) == set(tables) == set(run.read_json("metrics.json")["comparisons"])
+    for name in ("one", "two"):
+        pd.testing.assert_frame_equal(tables[name], tables[SCORES])
+    assert not np.allclose(np.concatenate(tables["other"].logprobs), np.concatenate(tables["one"].logprobs), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory) -> str:
+    """The interpreter of an environment without any package."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    return str(folder / "bin" / "python")
+
+
+MATRIX = ("experiment=matrix", "+backend@policies.a=fake", "+backend@policies.b=fake", "policies.b.noise=0.3")
+
+
+LACKS = (
+    "{0} lacks the package torch, which fake needs: BARE -m pip install torch, or set {1} to the interpreter of an"
+    " environment that has it"
+)
+LATER = {  # an option that is wrong, the rest of the command -> what is said
+    "policies.b.python=/nowhere/python": (
+        MATRIX, "{0} cannot be run (No such file or directory): set {1} to a Python interpreter"
+    ),
+    "policies.b.python=/bin/echo": (
+        MATRIX, "{0} cannot be run (it is no Python interpreter): set {1} to a Python interpreter"
+    ),
+    "policies.b.python=BARE": (MATRIX, LACKS),
+    "target.python=BARE": (("experiment=onoff", "target=fake", "target.noise=0.3"), LACKS),
+    "targets.far.python=BARE": (("experiment=onoff", "+target@targets.far=fake"), LACKS),
+    "target.model_name=./nowhere": (
+        ("stages=[generate,score,attribute]", "target=huggingface"),
+        "model.name=./nowhere does not exist: set model.name to an existing folder or .gguf file, or to a hub id",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", LATER)
+def test_what_a_later_step_lacks_is_said_before_any_engine_loads(
+    wrong, bare_python, refused_here, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(FakeBackend, "load", lambda self: pytest.fail("an engine was loaded"))
+    rest, sentence = LATER[wrong]
+    said = sentence.format(wrong, wrong.partition("=")[0]).replace("BARE", bare_python)
+    assert refused_here(*SMALL, *rest, wrong.replace("BARE", bare_python), cwd=tmp_path) == said
+
+
+@pytest.mark.parametrize(
+    ("package", "install"), [("sglang", "pip install 'rl-onoff[sglang]'"), ("nowhere", "pip install nowhere")]
+)
+def test_an_engine_that_is_not_installed_is_said_with_what_brings_it(
+    package, install, refused_here, tmp_path, monkeypatch
+):
+    """A folder of the package's name in the working folder is not the package."""
+    (tmp_path / package).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if not (Path(entry) / package / "__init__.py").exists()]
+    )
+    monkeypatch.setattr(FakeBackend, "package", package)
+    assert refused_here(*SMALL, *MATRIX, cwd=tmp_path) == (
+        f"policies.a is fake, which needs the package {package}: {install}, or set policies.a.python to the interpreter"
+        " of an environment that has it"
     )
 
 

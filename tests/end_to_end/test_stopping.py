@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle keeps what it finished, says how to go on, and loses and repeats nothing when it does."""
+"""A run that is stopped in the middle keeps what it finished, says how to go on, and then loses and repeats nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many jobs from one command: each has its folder, one that fails does not stop the others, again does what is missing."""
+"""Many jobs from one command: a folder each, one that fails does not stop the rest, again does what is missing."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rl_onoff.backends import FakeBackendConfig
-from rl_onoff.pipeline.engine_slot import SharedSlot
-from rl_onoff.sweeps.schedule import NotItsTurn, Turn
+from rl_onoff.pipeline.engine_slot import Slot
+from rl_onoff.run import run_steps
 from tests.end_to_end.conftest import FAKE, SMALL, environment, rl_onoff, token_ids
+from tests.running import config_of
+from tests.tracking.test_tracking import log_files, records
 
 SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "experiment=generate", "sweep_dir=sweep")
+
+
+BUG = """
+from rl_onoff import run
+def broken(*_):
+    raise RuntimeError('a bug')
+run.summarise = broken
+def reward(text, answer, meta):
+    return 1.0
+"""
 
 
 def folders(tmp_path):
@@ -49,8 +60,7 @@ def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
 def test_an_error_nobody_foresaw_does_not_stop_the_others_either(tmp_path):
     (tmp_path / "mine.py").write_text("def reward(text, answer, meta):\n    return 1.0\nraise SystemError('a bug')\n")
     (tmp_path / "fine.py").write_text("def reward(text, answer, meta):\n    return 1.0\n")
-    (tmp_path / "bug.py").write_text("from rl_onoff import run\ndef broken(*_):\n    raise RuntimeError('a bug')\nrun.summarise = broken\n"
-                                     "def reward(text, answer, meta):\n    return 1.0\n")  # fmt: skip
+    (tmp_path / "bug.py").write_text(BUG)
     jobs = "reward.function=mine.py:reward,fine.py:reward,bug.py:reward"
     done = rl_onoff("-m", *SMALL, "experiment=generate", jobs, "sweep_dir=sweep", cwd=tmp_path, code=2)
     assert "2 jobs of the sweep failed, the first because: mine.py of reward.function" in done.stderr
@@ -99,40 +109,85 @@ def test_jobs_that_need_two_engines_take_turns(tmp_path: Path) -> None:
         assert values["onoff/kl_k3"] == values["onoff/fake-fake-auto-target/kl_k3"] > values["onoff/kl_k3_floor"]
 
 
+ALONE = """
+from rl_onoff.backends.fake.backend import FakeBackend
+from rl_onoff.errors import EngineError
+score = FakeBackend._score
+def fails(self, responses, want):
+    if len(responses) == 1 and self.config.noise:
+        raise EngineError('alone')
+    yield from score(self, responses, want)
+FakeBackend._score = fails
+def reward(text, answer, meta):
+    return 1.0
+"""
+
+
 def test_jobs_that_do_again_what_failed_come_to_an_end(tmp_path: Path) -> None:
-    """A rung that fails leaves nothing on disk, so it asks for its engine whenever its job goes on, before the one the job waited for."""
-    (tmp_path / "alone.py").write_text(
-        "from rl_onoff.backends.fake.backend import FakeBackend\nfrom rl_onoff.errors import EngineError\nscore = FakeBackend._score\n"
-        "def fails(self, responses, want):\n    if len(responses) == 1 and self.config.noise:\n        raise EngineError('alone')\n"
-        "    yield from score(self, responses, want)\nFakeBackend._score = fails\n"
-        "def reward(text, answer, meta):\n    return 1.0\n"
-    )
-    stages = (
-        "stages=[generate,score,attribute]",
-        "score.own=false",
-        "target=fake",
-        "target.noise=0.3",
-        "reward.function=alone.py:reward",
-    )
+    """A rung that fails leaves nothing on disk, and its job takes no other step again for it."""
+    (tmp_path / "alone.py").write_text(ALONE)
+    stages = ("stages=[generate,score,attribute]", "score.own=false", "reward.function=alone.py:reward")
+    stages = (*stages, "target=fake", "target.noise=0.3")
     done = rl_onoff("-m", *SMALL, *stages, "sampling.temperature=0.5,0.7,1.0", "sweep_dir=sweep", cwd=tmp_path)
     assert "sweep (3 done)" in done.stdout
     found = [json.loads((job / "attribution.json").read_text()) for job in folders(tmp_path).values()]
     assert len(found) == 3 and all("it failed (alone)" in json.dumps(one) for one in found)
 
 
-def test_an_engine_that_may_be_broken_is_not_shared() -> None:
-    one, other = (FakeBackendConfig(model_name=name) for name in ("one", "other"))
-    slot = SharedSlot(Turn())
-    with slot.job():
-        backend = slot.get(one)
-    with pytest.raises(NotItsTurn), slot.job():
-        slot.get(other)
-    assert slot.get(one) is backend and backend.is_loaded()
-    with pytest.raises(RuntimeError), slot.job():
-        raise RuntimeError
+def test_an_engine_that_may_be_broken_is_not_shared(tmp_path: Path) -> None:
+    """The engine stays loaded between the steps of two jobs, and is loaded again after a step that failed."""
+    config = config_of("backend=fake", "target=fake", "target.noise=0.3", "data.limit=1", "experiment=onoff")
+    slot = Slot()
+    fine, fails = (run_steps(config, tmp_path / name, slot) for name in ("fine", "fails"))
+    wanted = [next(steps) for steps in (fine, fine, fine, fails, fails)]  # twice before anything, then before scoring
+    assert wanted == [config.backend] * 5
+    backend = slot.get(config.backend)
+    assert backend.is_loaded()
+    with pytest.raises(RuntimeError):
+        fails.throw(RuntimeError())
     assert not backend.is_loaded()
-    assert slot.get(other).is_loaded()
-    slot.end()
+    assert next(fine) == config.target
+    assert slot.get(config.backend).is_loaded() and slot.get(config.backend) is not backend
+    fine.close()
+
+
+TAKES_THE_FIRST = """
+import fcntl
+from pathlib import Path
+held = []
+def reward(text, answer, meta):
+    if Path('sweep/sampling.temperature=1.0').exists() and not held:  # the second job samples, the first one waits
+        held.append(open('sweep/sampling.temperature=0.5/.lock', 'ab'))
+        fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return 1.0
+"""
+STOPS = """
+import os, signal
+from pathlib import Path
+def reward(text, answer, meta):
+    if Path('sweep/sampling.temperature=1.0').exists():
+        os.kill(os.getpid(), signal.SIGINT)
+    return 1.0
+"""
+PAIR = ("experiment=onoff", "target=fake", "target.noise=0.3", "sampling.temperature=0.5,1.0", "sweep_dir=sweep")
+
+
+def test_a_job_whose_folder_is_taken_while_it_waits_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TAKES_THE_FIRST)
+    done = rl_onoff("-m", *SMALL, *PAIR, "reward.function=mine.py:reward", cwd=tmp_path, code=2)
+    assert "sweep (1 failed, 1 done)" in done.stdout
+    assert done.stderr.startswith("rl-onoff: another process is writing to") and len(done.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_the_trackers_of_the_jobs_that_wait_too(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STOPS)
+    offline = ("tracking=wandb", "tracking.mode=offline")
+    rl_onoff("-m", *SMALL, *PAIR, *offline, "reward.function=mine.py:reward", cwd=tmp_path, code=130)
+    jobs = folders(tmp_path)
+    assert len(jobs) == 2
+    for job in jobs.values():
+        (file,) = log_files(job)
+        assert [end["exit_code"] for end in records(file, "exit")] == [1], "ended as failed"
 
 
 def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
@@ -168,7 +223,8 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
 def test_a_command_after_a_sweep_in_one_process_knows_nothing_of_it(tmp_path: Path) -> None:
     small = [*SMALL, "experiment=generate"]
     commands = [["-m", *small, "sampling.n=1,2", "sweep_dir=sweep"], [*small, "run_dir=run"]]
-    run = f"import sys\nfrom rl_onoff.cli.main import main\nfor command in {commands}:\n    sys.argv = ['rl-onoff', *command]\n    main()\n"
+    run = f"import sys\nfrom rl_onoff.cli.main import main\nfor command in {commands}:\n"
+    run += "    sys.argv = ['rl-onoff', *command]\n    main()\n"
     done = subprocess.run(
         [sys.executable, "-c", run], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
     )
