@@ -14,27 +14,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, ListConfig, OmegaConf
 
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.backends.registry import engine_configs
 from rl_onoff.errors import UsageError, nearest
-from rl_onoff.redaction import redact_override
 from rl_onoff.sampling import LogprobKind, Sampling
 
 COLUMN_ROLES = (
-    "id",
-    "sample",
-    "token_ids",
-    "mask",
-    "behaviour",
-    "target",
-    "prompt_ids",
-    "prompt",
-    "text",
-    "pieces",
-    "reward",
-)
+    "id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward",
+)  # fmt: skip
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
@@ -327,34 +316,29 @@ SCHEMAS: dict[tuple[str, str], Any] = {
 }
 
 
-def field_names() -> list[str]:
-    """Every field as it stands on the command line: `sampling.top_p`, `backend.tp_size`, …"""
-    names = [f.name for f in fields(RunConfig)]
-    for (group, _), schema in SCHEMAS.items():
-        names += [
-            f"{package}.{f.name}"
-            for package in ((group, "target") if group == "backend" else (group,))
-            for f in fields(schema)
-        ]
+def field_names(*types: str) -> list[str]:
+    """Every field (of these types) as it stands on the command line: `sampling.top_p`, `backend.tp_size`, …"""
+    schemas = [("", RunConfig), *((f"{group}.", schema) for (group, _), schema in SCHEMAS.items())]
+    schemas += [("target.", schema) for schema in engine_configs().values()]
+    names = [f"{group}{f.name}" for group, schema in schemas for f in fields(schema) if not types or f.type in types]
     return list(dict.fromkeys(names))
 
 
 def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
-    """The name of a sweep's job: its overrides but the `fixed` ones, without secrets, slashes (a model's path), or more than a file
-    name may hold."""
+    """The name of a sweep's job: its overrides but the `fixed` ones, without slashes (a model's path), or more than a file name holds."""
+    if isinstance(overrides, ListConfig):  # read item by item it would resolve them, an `${oc.env:HF_TOKEN}` too
+        overrides = [str(override) for override in OmegaConf.to_container(overrides) or ()]
     name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"
+    if len(name.encode()) <= MAX_FOLDER_NAME:
+        return name
     digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
-    return (
-        name
-        if len(name.encode()) <= MAX_FOLDER_NAME
-        else f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
-    )
+    return f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
 
 
 def swept(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
-    """A job's overrides but those that are the same for all jobs, sorted, without secrets."""
+    """A job's overrides but those that are the same for all jobs, sorted."""
     names = {*fixed, "run_dir", "sweep_dir"}
-    return sorted(redact_override(override) for override in overrides if override.partition("=")[0] not in names)
+    return sorted(override for override in overrides if override.partition("=")[0] not in names)
 
 
 # Here and not in `register`: a launcher's own processes import this module and name their jobs' folders, too.

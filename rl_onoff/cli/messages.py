@@ -6,13 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 from rl_onoff.backends.config import nearest_engine
+from rl_onoff.cli.overrides import BARE_FLAGS
 from rl_onoff.config import CONF, SCHEMAS, field_names
 from rl_onoff.errors import nearest
-from rl_onoff.redaction import redact_override
 
 SENTENCES = (  # what Hydra says -> the cause, then the override that mends it
     (r"Could not find '(hydra/\w+|[^/\s]+)/(\S+)' Available options in '\S+': (.+)",
@@ -51,9 +50,6 @@ HYDRA_FLAGS = (
     "--config-name", "--config-dir", "--experimental-rerun", "--info",
 )  # fmt: skip
 
-BARE_FLAGS = ("-m", "--multirun", "-r", "--run", "--resolve")
-VALUED_FLAGS = ("-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir")
-
 
 def config_sentence(error: Exception) -> str:
     """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt, and where to look."""
@@ -82,20 +78,7 @@ def target_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
     if not isinstance(error, AssertionError) or not re.match(r"Unexpected type( for root)?: None", str(error)):
         return None
     typed = next((argument for argument in arguments if re.match(r"\+{0,2}target\.[^=]+=", argument)), None)
-    return typed and f"{redact_override(typed)} needs an engine that scores: add target=huggingface"
-
-
-def flags_first(arguments: Sequence[str]) -> list[str]:
-    """The command line with Hydra's flags in front: one between two overrides is an error to it."""
-    flags, others, rest = [], [], iter(arguments)
-    for argument in rest:
-        if argument in BARE_FLAGS:
-            flags.append(argument)
-        elif argument in VALUED_FLAGS:
-            flags += [argument, *islice(rest, 1)]
-        else:
-            others.append(argument)
-    return flags + others
+    return typed and f"{typed} needs an engine that scores: add target=huggingface"
 
 
 def flag_sentence(arguments: Sequence[str]) -> str | None:
@@ -111,7 +94,7 @@ def flag_sentence(arguments: Sequence[str]) -> str | None:
         if dashed and name and not any(flag.startswith(typed) for flag in HYDRA_FLAGS):
             if not equals:
                 value = following if following and not following.startswith("-") and "=" not in following else "VALUE"
-            mend = redact_override(f"{option}={value}") if option else "NAME=VALUE, as rl-onoff --help shows"
+            mend = f"{option}={value}" if option else "NAME=VALUE, as rl-onoff --help shows"
             return f"{typed} is not an option, for options have no dashes: write {mend}"
         if (
             "/" in argument
@@ -139,7 +122,7 @@ def _no_option(name: str, error: Exception) -> str:
     """How to mend an option that is not there; Hydra's message repeats what was typed."""
     typed = re.search(r"To append to your config use \+(.+)", str(error))
     if re.search(r"\b(compare\.columns|engine_kwargs|runtime_env)\.", name):  # whose names are the user's own
-        return f" yet: add it with a plus, {redact_override(f'+{typed[1]}' if typed else f'+{name}=VALUE')}"
+        return f" yet: add it with a plus, {f'+{typed[1]}' if typed else f'+{name}=VALUE'}"
     near = _nearest(name, _fields_there(error))
     return f": did you mean {near}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE"
 
@@ -160,7 +143,7 @@ def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
     kind, name, field, value = found.groups()
     what, group = ENGINES_BY_NAME[kind]
     engine = value if not field and value in _choices()[group] else "huggingface"
-    return f"{redact_override(typed[1])} needs {what}: add '+{group}@{kind}.{name}={engine}'"
+    return f"{typed[1]} needs {what}: add '+{group}@{kind}.{name}={engine}'"
 
 
 def _no_choice(group: str, value: str, choices: Sequence[str]) -> str:

@@ -138,9 +138,11 @@ def test_the_page_is_up_to_date():
 # -- the folder of a sweep's job ----------------------------------------------------------------------------------------
 
 
-def test_a_jobs_folder_is_one_short_name_without_secrets():
+def test_a_jobs_folder_is_one_short_name_without_secrets(monkeypatch):
     assert job_folder(["model.name=./a/b", "sampling.n=2", "sweep_dir=x/y"]) == "model.name=._a_b,sampling.n=2"
-    assert job_folder(["+backend.engine_kwargs.hf_token=abc"]) == "+backend.engine_kwargs.hf_token=***"
+    monkeypatch.setenv("MINE", "hunter2hunter2")
+    pointed_at = OmegaConf.create(["+backend.engine_kwargs.hf_token=${oc.env:MINE}"])
+    assert job_folder(pointed_at) == "+backend.engine_kwargs.hf_token=${oc.env:MINE}"
     assert job_folder([]) == "job"
     assert job_folder(["data.limit=3", "sampling.n=2", "+a.b=1"], ["data.limit", "+a.b"]) == "sampling.n=2"
     long = [job_folder([f"model.name={'ü' * 200}", f"sampling.n={n}"]) for n in (1, 2)]

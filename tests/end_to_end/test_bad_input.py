@@ -92,7 +92,7 @@ def folder(tmp_path_factory) -> Path:
         (["data.limit", "3"], "'data.limit' is not an override", "write data.limit=VALUE, without blanks"),
         (["compare.columns.behaviour=y"], "compare.columns.behaviour yet", "with a plus, +compare.columns.behaviour=y"),
         (["backend.engine_kwargs.foo=1"], "backend.engine_kwargs.foo yet", "with a plus, +backend.engine_kwargs.foo=1"),
-        (["backend.engine_kwargs.api_key=abc"], "backend.engine_kwargs.api_key yet", "+backend.engine_kwargs.api_key=***"),
+        (["backend.engine_kwargs.api_key=abc"], "backend.engine_kwargs.api_key is a literal secret", "api_key=${oc.env:API_KEY}'"),
         (["+compare.columns.behavior=y"], "compare.columns has 'behavior'", "set +compare.columns.behaviour=y"),
         (["data.format=xml"], "data.format=xml is refused", "set data.format to one of auto, jsonl"),
         (["sampling.seed=null"], "sampling.seed=null is refused", "set it to a value"),
