@@ -1,4 +1,4 @@
-"""The errors a user may meet. Each message is one sentence: the cause, then the override that mends it."""
+"""The errors a user may meet. Each message is one sentence: the cause, then the override that fixes it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ class MissingDependencyError(OnOffError, ImportError):
     """A package that an engine or a feature needs is not installed; the message names the extra that brings it."""
 
     exit_code = 2
+
+
+def at_least(least: float, name: str, value: float | None, example: object) -> None:
+    """UsageError when the option of this name is set to a number below `least`, or to no number."""
+    if value is not None and not value >= least:
+        raise UsageError(f"{name} is {value} but must be at least {least}: set {name}={example}")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

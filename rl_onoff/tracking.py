@@ -204,7 +204,9 @@ class WandbTracker(Tracker):
             name = path.relative_to(run_dir)
             # run.log still grows, and a file that changes before it is uploaded spoils the artifact
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
-                artifact.add_file(str(path), name=name.as_posix(), policy="immutable", skip_cache=True)  # without a copy
+                artifact.add_file(
+                    str(path), name=name.as_posix(), policy="immutable", skip_cache=True
+                )  # without a copy
         with self._staging_in_run_dir():
             self._run.log_artifact(artifact)
 
@@ -293,4 +295,3 @@ def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
 
 def _kind(cell: Any) -> type:
     return next((kind for kind in (bool, Real, str) if isinstance(cell, kind)), object)
-

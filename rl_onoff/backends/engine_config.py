@@ -11,18 +11,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-from rl_onoff.errors import UsageError, nearest
+from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPES_ELSEWHERE = {
-    "bf16": "bfloat16",
-    "half": "float16",
-    "fp16": "float16",
-    "f16": "float16",
-    "fp32": "float32",
-    "f32": "float32",
-}
+    "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
+}  # fmt: skip
 
 
 class PoolKind(Enum):
@@ -49,12 +44,8 @@ class PoolConfig:
     """Ray's runtime environment of the replicas, passed on as it is: env_vars, working_dir, pip."""
 
     def __post_init__(self) -> None:
-        if self.cpus_per_replica < 1:
-            raise UsageError(
-                f"pool.cpus_per_replica is {self.cpus_per_replica} but must be at least 1: set pool.cpus_per_replica=1"
-            )
-        if self.wait_s < 0:
-            raise UsageError(f"pool.wait_s is {self.wait_s} but must be at least 0: set pool.wait_s=300")
+        at_least(1, "pool.cpus_per_replica", self.cpus_per_replica, 1)
+        at_least(0, "pool.wait_s", self.wait_s, 300)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -136,10 +127,8 @@ class EngineConfig:
         return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "dp_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
+        at_least(1, "backend.tp_size", self.tp_size, 1)
+        at_least(1, "backend.dp_size", self.dp_size, 1)
         check_dtype("the dtype", self.dtype)
         if self.python is not None and self.worker is False:
             raise UsageError(
@@ -153,10 +142,8 @@ class EngineConfig:
                 )
 
     def check_context(self, name: str) -> None:
-        if (value := getattr(self, name)) is not None and value < 1:
-            raise UsageError(
-                f"backend.{name} is {value} but must be at least 1: set backend.{name}=4096, or null for the model's own"
-            )
+        """Refuse a longest sequence without tokens."""
+        at_least(1, f"backend.{name}", getattr(self, name), "4096, or null for the model's own")
 
     @property
     def weights_dtype(self) -> str:
@@ -173,10 +160,12 @@ class EngineConfig:
 
 
 def check_dtype(what: str, value: Any) -> None:
+    """Refuse a type of weights that no engine has; `what` is the option's name."""
     if value in (None, *DTYPES):
         return
     name = str(value).lower().removeprefix("torch.")
     meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
     raise UsageError(
-        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target where it is set"
+        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target"
+        " where it is set"
     )

@@ -140,7 +140,9 @@ def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or Ray's launcher prints a line that several jobs have in common once
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS", "0"
+    )  # or Ray's launcher prints a line that several jobs have in common once
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -14,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from rl_onoff.config import CONF, field_names
+from rl_onoff.config import CONF, SCHEMAS, RunConfig
 from rl_onoff.redaction import refuse_literals
 from rl_onoff.sweeps.start import FIXED, fixed_options
 
@@ -51,8 +53,10 @@ def quoted(argument: str, *, sweeping: bool) -> str:
     A comma is part of the text where no sweep can be meant, or where a file has that name.
     """
     key, equals, value = argument.partition("=")
-    if not equals or not _is_text(key.lstrip("+")) or value[:1] in ("", "'", '"', "~") or "${" in value:
+    if not equals or not _is_text(key.lstrip("+")) or value[:1] in ("", "'", '"') or "${" in value:
         return argument
+    if value.startswith("~/"):  # which a shell leaves alone behind a =
+        argument = f"{key}={(value := os.path.expanduser(value))}"
     whole = key in FOLDERS or Path(value).exists()
     override = _parsed(argument)
     if override is None:
@@ -101,6 +105,15 @@ def _parsed(argument: str) -> Override | None:
         return None
 
 
+@cache
+def field_names(*types: str) -> tuple[str, ...]:
+    """Every field (of these types) as it stands on the command line: `sampling.top_p`, `backend.tp_size`, …"""
+    schemas = [("", RunConfig), *((f"{group}.", schema) for (group, _), schema in SCHEMAS.items())]
+    schemas += [("target.", schema) for (group, _), schema in SCHEMAS.items() if group == "backend"]
+    names = [f"{group}{f.name}" for group, schema in schemas for f in fields(schema) if not types or f.type in types]
+    return tuple(dict.fromkeys(names))
+
+
 def _quote(text: str) -> str:
     return QuotedString(text=text, quote=Quote.single).with_quotes()
 
@@ -108,9 +121,4 @@ def _quote(text: str) -> str:
 def _is_text(name: str) -> bool:
     """Whether the option of this name is a text."""
     of_engine = re.sub(r"^(targets|policies)\.[^.]+\.", "backend.", name)
-    return name.startswith("compare.columns.") or of_engine in _texts()
-
-
-@cache
-def _texts() -> frozenset[str]:
-    return frozenset(field_names("str", "str | None"))
+    return name.startswith("compare.columns.") or of_engine in field_names("str", "str | None")

@@ -48,7 +48,9 @@ def test_a_literal_secret_is_refused_before_anything_is_written(typed, name, ref
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("typed", ["experiment=mine", "-m experiment=mine sampling.n=1,2", "-m experiment=mine,generate"])
+@pytest.mark.parametrize(
+    "typed", ["experiment=mine", "-m experiment=mine sampling.n=1,2", "-m experiment=mine,generate"]
+)
 def test_a_literal_secret_in_a_file_of_the_users_own_is_refused_too(typed, tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     own = {"stages": ["generate"], "backend": {"engine_kwargs": {"hf_token": GIVEN}}}
@@ -56,7 +58,9 @@ def test_a_literal_secret_in_a_file_of_the_users_own_is_refused_too(typed, tmp_p
     folders = ("run_dir=out/run", "sweep_dir=out/sweep")
     done = rl_onoff("-cd", str(tmp_path / "conf"), *SMALL, *typed.split(), *folders, cwd=tmp_path, code=2)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("rl-onoff: backend.engine_kwargs.hf_token is a literal secret: export it and set '++backend.")
+    assert last.startswith(
+        "rl-onoff: backend.engine_kwargs.hf_token is a literal secret: export it and set '++backend."
+    )
     assert GIVEN not in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
     if (tmp_path / "out").exists():
         assert_absent(tmp_path / "out", GIVEN, least=-1)

@@ -88,4 +88,7 @@ def test_what_is_no_literal():
 
 def test_the_environments_secrets_are_taken_out_of_a_text_where_they_are_long_enough_to_be_found_again():
     assert secrets_of_environment() == {"hunter2-hunter2", "abc"}
-    assert masked_text("abc: hunter2-hunter2 at http://me:pw@host", secrets_of_environment()) == "abc: *** at http://***@host"
+    assert (
+        masked_text("abc: hunter2-hunter2 at http://me:pw@host", secrets_of_environment())
+        == "abc: *** at http://***@host"
+    )
