@@ -1,7 +1,7 @@
 """The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
 
-A default is written here and nowhere else; the YAML files under conf/ hold choices. Each field is documented by the sentence
-below it (docs/configuration.md is made from them). Nothing here imports an engine, so `--help` and a config error are instant.
+A default is written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents
+it (docs/configuration.md is made of them). Nothing here imports an engine, so `--help` and a config error are instant.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Stage(Enum):
 
 
 class Rung(Enum):
-    """A cause that the attribution tries, in this order; a change that explains something is kept for the rungs after it."""
+    """A cause that the attribution tries, in this order; a change that explains something is kept for later rungs."""
 
     noise = "noise"  # the same engine scores the same tokens in other batches
     end_token = "end_token"  # the last token is there on one side only, or is treated differently
@@ -92,7 +92,7 @@ class DataConfig:
     """Where the prompts come from."""
 
     path: str | None = None
-    """A .jsonl, .csv or .parquet file, a Hugging Face datasets id or saved folder; null is the bundled word problems."""
+    """A .jsonl, .csv or .parquet file, a Hugging Face datasets id or saved folder; null is the bundled problems."""
     format: Format = Format.auto
     """Layout of path; auto goes by its ending."""
     split: str = "train"
@@ -129,8 +129,8 @@ class RewardConfig:
     """How a response is judged against its row's reference answer."""
 
     function: str | None = None
-    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float, 1 or more counting as right; it judges rows
-    that have a reference answer. Null judges nothing."""
+    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float, 1 or more counting as right;
+    it judges rows that have a reference answer. Null judges nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -163,7 +163,7 @@ class CompareConfig:
     behaviour: str | None = None
     """Who sampled: a run folder, or a .jsonl or .parquet file with token ids and logprobs; null is this run folder."""
     target: str | None = None
-    """Who scored: a run folder, one of its scores as FOLDER:NAME, or a file; null is what scored the behaviour's own folder or file."""
+    """Who scored: a run folder, one of its scores as FOLDER:NAME, or a file; null is what scored the behaviour."""
     columns: dict[str, str] = field(default_factory=dict)
     """What a file's columns are called where that is not found out, e.g. +compare.columns.behaviour=vllm_logprobs."""
     behaviour_kind: LogprobKind | None = None
@@ -171,7 +171,7 @@ class CompareConfig:
     target_kind: LogprobKind | None = None
     """Kind of the target's logprobs in a file; null is the kind of the behaviour's."""
     tokenizer: str | None = None
-    """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, or ids where it has none."""
+    """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
 
     def __post_init__(self) -> None:
         for role in self.columns:
@@ -238,7 +238,7 @@ class RunConfig:
     backend: EngineConfig = MISSING
     """The engine."""
     target: EngineConfig | None = None
-    """The engine and weights that score; null, which is target=self, leaves it to `targets`, or to the backend if there are none."""
+    """The engine and weights that score; null, which is target=self, leaves it to `targets`, else to the backend."""
     targets: dict[str, EngineConfig] = field(default_factory=dict)
     """More engines that score, each under a name of its own."""
     policies: dict[str, EngineConfig] = field(default_factory=dict)
@@ -270,33 +270,25 @@ class RunConfig:
         if not self.stages:
             raise UsageError("stages is empty: set experiment=analyse, or stages=[generate,score,compare]")
         if self.score.responses is not None and Stage.generate in self.stages:
-            raise UsageError(
-                "score.responses names responses made elsewhere, so none are sampled: set experiment=score"
-            )
+            raise UsageError("score.responses names responses made elsewhere, not to be sampled: set experiment=score")
         for name in (*self.targets, *self.policies):
             if not re.fullmatch(r"\w[\w.+-]*", name):
-                raise UsageError(
-                    f"an engine has the name {name!r}, which cannot be a folder's: call it mine, for example"
-                )
+                raise UsageError(f"an engine is called {name!r}, which cannot be a folder's name: call it mine")
 
 
 SCHEMAS: dict[tuple[str, str], Any] = {  # by group and choice; the groups but `backend` have one schema each
     **{("backend", name): schema for name, schema in engine_configs().items()},
-    **{
-        (name, name): of
-        for name, of in get_type_hints(RunConfig).items()
-        if is_dataclass(of) and of is not EngineConfig
-    },
+    **{(name, name): of for name, of in get_type_hints(RunConfig).items() if is_dataclass(of) and name != "backend"},
 }
 
 
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore: the whole run as `schema/run`, the engines as `schema/backend/<name>`."""
+    """Put the schemas into Hydra's ConfigStore: the run as `schema/run`, the engines as `schema/backend/<name>`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    # Hydra copies the store, every schema in it, each time it lists a group, which --help and shell completion do a hundred times.
-    # What it takes out of the store it copies anyway.
+    # Hydra copies the store each time it lists a group, which --help and shell completion do a hundred times; what it
+    # takes out of the store it copies anyway.
     setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
     for name, schema in engine_configs().items():  # the other groups have one schema each, which the run's holds

@@ -13,7 +13,7 @@ class OnOffError(Exception):
 
 
 def named(error: BaseException) -> tuple[str, str]:
-    """An exception as it travels between processes: the name of its class here (EngineError for one of others'), and its text."""
+    """An exception as it travels between processes: its class here (EngineError for any other class), and its text."""
     if not isinstance(error, OnOffError):
         return "EngineError", f"{type(error).__name__}: {error}"
     return next(c.__name__ for c in type(error).__mro__ if c.__module__ == OnOffError.__module__), str(error)

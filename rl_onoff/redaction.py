@@ -1,6 +1,6 @@
-"""Secrets come from the environment alone: a literal one is refused, and one that an interpolation brings is written to no file.
+"""Secrets come from the environment alone: a literal one is refused, and an interpolated one is never written down.
 
-A secret is known by the name it stands under (`hf_token`, `api_key`, `password`, …), in the config or in the environment.
+A secret is known by the name it stands under in the config or the environment: `hf_token`, `api_key`, `password`, …
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`, `tokenizer`."""
+    """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
     snake = re.sub(r"[^a-z0-9]+", "_", snake).strip("_")
     return bool(_SECRET_KEY.search(snake)) and not _TOKENIZER_KEY.search(snake)
 
 
 def secrets_in(config: Any, name: str = "", key: str = "") -> Iterator[tuple[str, str]]:
-    """The dotted name and the text of every secret in a config. `key`: the secret's key that `config` stands under, if it does."""
+    """The dotted name and the text of every secret in a config. `key`: the secret's key that `config` stands under."""
     if isinstance(config, Mapping):
         for inner, item in config.items():
             yield from secrets_in(item, f"{name}.{inner}".lstrip("."), key or _if_secret(inner))
@@ -56,7 +56,7 @@ def refuse_literals(config: Any, name: str = "") -> None:
 
 
 def masked(config: Any, key: str = "", secrets: Collection[str] | None = None) -> Any:
-    """A copy, in plain lists and dicts, without secrets. Enums become their values and paths text, so that it can be written down."""
+    """A copy without secrets, to be written down: in plain lists and dicts, Enums by their values, paths as text."""
     secrets = secrets_of_environment() if secrets is None else secrets
     if isinstance(config, Mapping):
         return {inner: masked(item, key or _if_secret(inner), secrets) for inner, item in config.items()}

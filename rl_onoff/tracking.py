@@ -1,9 +1,9 @@
 """Where a run is logged: W&B, or an object that does nothing.
 
-A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and the
-run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
+A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and
+the run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
 
-Names are `group/name`, which W&B's default dashboard turns into sections. `progress/…` is plotted against `progress/responses`.
+Names are `group/name`, which W&B's dashboard turns into sections. `progress/…` has `progress/responses` as its x.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ P = ParamSpec("P")
 
 
 class Tracker:
-    """What a run tells about itself while it works, and when it is done. This base does nothing: tracking that is off."""
+    """What a run tells about itself while it works, and when it is done. Here every call does nothing."""
 
     def __init__(self, config: TrackingConfig) -> None:
         self.config = config
@@ -147,7 +147,7 @@ class WandbTracker(Tracker):
                 mode=mode,
                 reinit="create_new",  # the jobs of a sweep share a process
                 settings=wandb.Settings(
-                    console="off",  # wandb's capture rewrites sys.stdout and breaks progress bars; run.log has the lines
+                    console="off",  # wandb's capture breaks progress bars; run.log has the lines
                     quiet=True,
                     disable_git=True,
                     disable_code=True,
@@ -172,7 +172,7 @@ class WandbTracker(Tracker):
 
     @_warns
     def summary(self, values: Mapping[str, float | str | None]) -> None:
-        # Logged, not only put into run.summary: a history row is what gives a number its panel, a bar per run of a sweep.
+        # Logged, not only put into run.summary: a history row gives a number its panel, a bar per run of a sweep.
         self._run.log({name: value for name, value in values.items() if value is not None})
 
     @_warns
@@ -215,7 +215,7 @@ class WandbTracker(Tracker):
         try:
             self._run.finish(exit_code=int(failed))
         except Exception:
-            # A dead service: without this wandb's exit hook prints a traceback, and a sweep's next job finds the same dead service.
+            # A dead service: else wandb's exit hook prints a traceback, and a sweep's next job finds the same service.
             with suppress(Exception):
                 self._wandb.teardown()
             raise
@@ -252,7 +252,7 @@ class WandbTracker(Tracker):
 
     @contextmanager
     def _staging_in_run_dir(self) -> Iterator[None]:
-        """wandb stages tables under ~/.local/share, where an offline run's stay forever; only the environment moves them."""
+        """wandb stages tables under ~/.local/share, where an offline run's stay; only the environment moves them."""
         if "WANDB_DATA_DIR" in os.environ:
             yield
             return
@@ -263,13 +263,13 @@ class WandbTracker(Tracker):
             del os.environ["WANDB_DATA_DIR"]
 
     def _setup(self, *, silent: bool) -> None:
-        """Only warnings and errors reach the terminal; wandb reads this from its global settings, not from the run's."""
+        """Only warnings and errors reach the terminal; wandb reads this from its global settings alone."""
         session = self._wandb.setup(self._wandb.Settings(quiet=True, show_info=False, silent=silent))
         self._wandb.termsetup(session.settings, None)
 
 
 def _run_id(run_dir: Path, of_agent: bool) -> str:
-    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; an agent's id is the one it gave."""
+    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; or the agent's."""
     path, given = run_dir / "wandb" / "run_id", os.environ.get("WANDB_RUN_ID")
     if path.exists() and not (of_agent and given):
         return path.read_text().strip()
@@ -284,7 +284,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
-    """Columns of one type each: a W&B table refuses a column that mixes numbers and text, so such a one becomes text."""
+    """Columns of one type each: one that mixes numbers and text, which a W&B table refuses, becomes text."""
     columns = []
     for cells in zip(*rows, strict=True):
         kinds = {_kind(cell) for cell in cells if cell is not None}

@@ -1,4 +1,4 @@
-"""What the public API was given, checked by the names it has there: one sentence instead of a TypeError from deep inside."""
+"""What the public API was given, checked by the names it has there: one sentence, not a TypeError from inside."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Options that every engine has; an engine's own are in the `config.py` of its folder. Hydra's schemas too.
 
-The dataclass owns names, types, defaults and the sentence that documents each field; YAML owns choices only. Options go by
-the engine's own names; what is not typed passes through `engine_kwargs`.
+The dataclass owns names, types, defaults and the sentence that documents each field; YAML owns choices only. Options go
+by the engine's own names; what is not typed passes through `engine_kwargs`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class PoolConfig:
     """Where the engines' replicas run."""
 
     kind: PoolKind = PoolKind.local
-    """local: processes of this machine; ray: actors on a Ray cluster, whose nodes must be able to import rl_onoff and the engine."""
+    """local: processes of this machine; ray: actors on a Ray cluster, whose nodes have rl_onoff and the engine."""
     address: str | None = None
-    """Ray cluster to use: auto, HOST:PORT or ray://HOST:PORT; null is RAY_ADDRESS, else the one `ray start` began on this machine, else
-    one that is started for the run."""
+    """Ray cluster to use: auto, HOST:PORT or ray://HOST:PORT; null is RAY_ADDRESS, else the one `ray start` began on
+    this machine, else one that is started for the run."""
     cpus_per_replica: int = 1
-    """CPUs a replica reserves on its Ray node, beside its GPUs; also how many threads Ray lets it compute with on a CPU."""
+    """CPUs a replica reserves on its Ray node, beside its GPUs; also the threads Ray lets it compute with on a CPU."""
     wait_s: float = 300.0
     """Longest wait for room on the Ray cluster, in seconds."""
     runtime_env: dict[str, Any] = field(default_factory=dict)
@@ -67,8 +67,8 @@ class EngineConfig:
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
-    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs / tp_size; on a Ray
-    cluster: as many as its GPUs hold)."""
+    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs
+    / tp_size; on a Ray cluster: as many as its GPUs hold)."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     """Where the replicas run: the fields of the group `pool`."""
     python: str | None = None
@@ -85,8 +85,8 @@ class EngineConfig:
     name: ClassVar[str] = ""  # the backend's name: huggingface, vllm, …
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
-        ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens", "gpu_memory_utilization",
-         "mem_fraction_static", "enforce_eager", "trust_remote_code")
+        ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens",
+         "gpu_memory_utilization", "mem_fraction_static", "enforce_eager", "trust_remote_code")
     )  # fmt: skip
 
     def what_it_computes(self) -> dict[str, Any]:
@@ -166,6 +166,6 @@ def check_dtype(what: str, value: Any) -> None:
     name = str(value).lower().removeprefix("torch.")
     meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
     raise UsageError(
-        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target"
-        " where it is set"
+        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or"
+        " target where it is set"
     )

@@ -238,8 +238,8 @@ def _sentence(error: Exception) -> tuple[str, int] | None:
     if start.started is not None and type(error).__module__.partition(".")[0] in launchers.PACKAGES:
         said = next(iter(str(error).strip().splitlines()), "")
         return (
-            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and the same"
-            f" command with sweep_dir={start.started.folder} does what is missing"
+            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and the"
+            f" same command with sweep_dir={start.started.folder} does what is missing"
         ), OnOffError.exit_code
     return None
 

@@ -30,12 +30,13 @@ SENTENCES = (  # what Hydra says -> the cause, then the override that fixes it
      r"\1=\2 is refused: set \1 to a value of its type (\3)"),
     (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
     (r"(.*(?:no viable alternative|extraneous|mismatched|token recognition|NoViableAlt).*)",
-     r"""an override cannot be read (\1): quote a value with commas or brackets twice, as in 'sampling.stop=["a, b"]'"""),
+     r"""an override cannot be read (\1): quote a value with blanks or brackets twice: 'sampling.stop=["a[b"]'"""),
     (r"Ambiguous value for argument '([^']+)' .*",
-     r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text with a comma"""),
+     r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text"""),
 )  # fmt: skip
 ELSEWHERE = {  # what an option is called in other programs -> here
-    "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n", "num_rows": "limit",
+    "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n",
+    "num_rows": "limit",
 }  # fmt: skip
 ENGINE_GROUPS = {
     "targets": "target",
@@ -44,16 +45,17 @@ ENGINE_GROUPS = {
 DATA_FILES = (".jsonl", ".csv", ".parquet", ".json")
 GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
 HYDRA_FLAGS = (
-    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion",
-    "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
 )  # fmt: skip
 NOISE = (  # beginnings of Hydra's lines about keys, types and search paths
-    "full_key:", "object_type=", "reference_type=", "To append to your config use", "Config search path", "provider=", "See https",
+    "full_key:", "object_type=", "reference_type=", "To append to your config use", "Config search path", "provider=",
+    "See https",
 )  # fmt: skip
 
 
 def config_sentence(error: Exception) -> str:
-    """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt, and where to look."""
+    """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt."""
     words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__))))).rstrip(".")
     words = re.sub(r"^In '\S+': (?=Could not find)|^In 'config': ", "", words)
     if sentence := _no_engine_of_that_name(words, error):
@@ -75,7 +77,7 @@ def config_sentence(error: Exception) -> str:
 
 
 def target_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
-    """What fixes `target.FIELD=…` where no target is chosen, which OmegaConf answers with an assertion; None if that is not the error.
+    """What fixes `target.FIELD=…` where no target is chosen, which OmegaConf answers with an assertion; else None.
 
     Only Hydra, having composed the config, knows that: an experiment or a folder given with `-cd` may choose one.
     """
@@ -124,7 +126,7 @@ def _no_option(name: str, error: Exception) -> str:
 
 
 def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
-    """What fixes `targets.NAME.FIELD=…`, or a policy's, where nothing has that name yet; None if that is not the error."""
+    """What fixes `targets.NAME.FIELD=…`, or a policy's, where nothing has that name yet; else None."""
     typed = ""
     if re.search(
         r"^\s*full_key: (?:targets|policies)\.[^.\s]+$", str(error.__cause__), re.MULTILINE
@@ -185,8 +187,8 @@ def _choices() -> dict[str, list[str]]:
 
 
 def _nearest(name: str, there: Sequence[str] | None = None) -> str | None:
-    """The field that was meant: one of the same group that is spelt nearly so, else one of another group with the very name, else the
-    only one of the group that begins so. `there`: the fields that the group has, where that is known."""
+    """The field that was meant: one of the same group that is spelt nearly so, else one of another group with the very
+    name, else the only one of the group that begins so. `there`: the fields that the group has, where that is known."""
     group, _, last = name.rpartition(".")
     last = ELSEWHERE.get(last, last)
     known = [known.rpartition(".") for known in field_names()]

@@ -48,7 +48,7 @@ def short_model(argument: str) -> str:
 
 
 def quoted(argument: str, *, sweeping: bool) -> str:
-    """The override with quotes where Hydra would not take an option's text as it is: a path with =, # or é, the name 1e3.
+    """The override, quoted where Hydra would not take an option's text as it is: a path with =, # or é, the name 1e3.
 
     A comma is part of the text where no sweep can be meant, or where a file has that name.
     """

@@ -12,7 +12,7 @@ MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
 
 
 def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
-    """The name of a job's folder: its overrides but the `fixed` ones, without slashes (a model's path), or more than a file name holds."""
+    """The name of a job's folder: its overrides but the `fixed` ones, without slashes, cut where it is too long."""
     if isinstance(overrides, ListConfig):  # read item by item it would resolve them, an `${oc.env:HF_TOKEN}` too
         overrides = [str(override) for override in OmegaConf.to_container(overrides) or ()]
     name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"

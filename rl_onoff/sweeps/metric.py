@@ -1,4 +1,4 @@
-"""The number that a sweeper such as Optuna optimises: `metric`, checked before the first job as far as that is possible."""
+"""The number that a sweeper such as Optuna optimises: `metric`, checked before the first job as far as possible."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def optimises(hydra_config: Any) -> bool:
 
 
 def check_metric(config: DictConfig) -> None:
-    """MetricError when a sweeper optimises a number that no job can have, as far as that can be told before the first one."""
+    """MetricError when a sweeper optimises a number that no job can have, as far as that is known beforehand."""
     if not optimises(config.hydra):
         return
     metric = config.metric
@@ -50,5 +50,6 @@ def missing_metric(metric: str, names: Collection[str]) -> UsageError:
         return UsageError(f"metric={metric} is not a finite number in this run, so the sweeper is told that it failed")
     near = nearest(metric, names) or "onoff/kl_k3"
     return MetricError(
-        f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for example"
+        f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for"
+        " example"
     )

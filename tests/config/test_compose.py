@@ -88,7 +88,7 @@ def test_the_experiment_beats_the_config_and_the_command_line_beats_both():
     assert [stage.value for stage in composed("experiment=score", "stages=[generate]").stages] == ["generate"]
 
 
-# -- a default is written once ------------------------------------------------------------------------------------------
+# -- a default is written once -----------------------------------------------------------------------------------------
 
 
 def settings(file: Path) -> list[tuple[Any, dict[str, Any]]]:
@@ -119,7 +119,7 @@ def test_yaml_never_restates_a_default(file):
             assert value != default_of(fields[name]), f"{name}: {value} is the schema's default"
 
 
-# -- every field is documented ------------------------------------------------------------------------------------------
+# -- every field is documented -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schema", [RunConfig, *dict.fromkeys(SCHEMAS.values())], ids=lambda schema: schema.__name__)
@@ -136,7 +136,7 @@ def test_the_page_is_up_to_date():
     assert committed == DOCS["page"](), "run: python docs/make_configuration.py"
 
 
-# -- the folder of a sweep's job ----------------------------------------------------------------------------------------
+# -- the folder of a sweep's job ---------------------------------------------------------------------------------------
 
 
 def test_a_jobs_folder_is_one_short_name_without_secrets(monkeypatch):

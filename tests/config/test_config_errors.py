@@ -47,10 +47,12 @@ def test_what_to_type_instead(typed, fix):
 @pytest.mark.parametrize(
     "typed",
     [
-        "", "-m model=a,b", "--multirun model=a,b", "--mult model=a,b", "--cfg job --resolve", "-c job", "-cd conf backend=fake", "-h",
-        "--help", "--package model --cfg job", "-sc install=bash", "-sc query=bash", "--info defaults", "--hydra-help", "--version",
+        "", "-m model=a,b", "--multirun model=a,b", "--mult model=a,b", "--cfg job --resolve", "-c job",
+        "-cd conf backend=fake", "-h", "--help", "--package model --cfg job", "-sc install=bash", "-sc query=bash",
+        "--info defaults", "--hydra-help", "--version",
         "doctor", "data.path=--x", "~target", "+backend@targets.mine=fake", "sampling.n=1", "tracking=none",
-        "model=gpt2", "-cd my/conf", "--config-dir my/conf", "--experimental-rerun outputs/config.pickle", "-m hydra/launcher=joblib",
+        "model=gpt2", "-cd my/conf", "--config-dir my/conf", "--experimental-rerun outputs/config.pickle",
+        "-m hydra/launcher=joblib",
         "~hydra/launcher", "run_dir=outputs/x",
     ],
 )  # fmt: skip

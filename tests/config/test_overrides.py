@@ -15,8 +15,9 @@ from rl_onoff.config import CONF, register
 from rl_onoff.errors import UsageError
 
 PATHS = (
-    "out/sampling.temperature=0.6", "out/data.limit=2,sampling.temperature=0.6", "out/a#b", "out/a%20b", "/tmp/模型", "it's (mine)!", "a\\'b",
-    "back\\", "1e3", "007", "true", 'say "x"', "a;b&c", "a~b", "out/model.name='_tmp_é'", "out/[a]{b}", "a: b", "Ünï côdé",
+    "out/sampling.temperature=0.6", "out/data.limit=2,sampling.temperature=0.6", "out/a#b", "out/a%20b", "/tmp/模型",
+    "it's (mine)!", "a\\'b", "back\\", "1e3", "007", "true", 'say "x"', "a;b&c", "a~b", "out/model.name='_tmp_é'",
+    "out/[a]{b}", "a: b", "Ünï côdé",
 )  # fmt: skip
 
 
@@ -29,8 +30,10 @@ def test_a_path_is_taken_as_it_is_typed(path, sweeping):
 
 @pytest.mark.parametrize("path", [path for path in PATHS if "," not in path])
 @pytest.mark.parametrize(
-    "name", ["model.name", "model.tokenizer", "data.path", "score.responses", "compare.behaviour", "compare.target", "backend.python",
-             "target.model_name", "targets.mine.model_name", "policies.mine.tokenizer", "+compare.columns.behaviour", "tracking.name"],
+    "name",
+    ["model.name", "model.tokenizer", "data.path", "score.responses", "compare.behaviour", "compare.target",
+     "backend.python", "target.model_name", "targets.mine.model_name", "policies.mine.tokenizer",
+     "+compare.columns.behaviour", "tracking.name"],
 )  # fmt: skip
 def test_every_option_that_is_a_text_takes_any_path(name, path):
     assert OverridesParser.create().parse_override(quoted(f"{name}={path}", sweeping=False)).value() == path
@@ -39,7 +42,8 @@ def test_every_option_that_is_a_text_takes_any_path(name, path):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: text.strip() == text))
 def test_any_folder_comes_back(text):
-    """But what Hydra reads otherwise: quotes around it, an interpolation, `null`, and `~/` in front, which is the user's own folder."""
+    """But what Hydra reads otherwise: quotes around it, an interpolation, `null`, and `~/` in front, which is the
+    user's own folder."""
     if text[0] in "'\"" or text.startswith("~/") or "${" in text or text.lower() == "null":
         return
     once = quoted(f"run_dir={text}", sweeping=False)

@@ -1,4 +1,5 @@
-"""Secrets come from the environment alone: a literal one is refused, and one that an interpolation brings is in no file of a run."""
+"""Secrets come from the environment alone: a literal one is refused, and one that an interpolation brings is in no file
+of a run."""
 
 from __future__ import annotations
 

@@ -15,16 +15,16 @@ def no_other_secrets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password", "db.password", "client-secret",
-            "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
+    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password", "db.password",
+            "client-secret", "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
 )  # fmt: skip
 def test_secret_names(key):
     assert is_secret_key(key)
 
 
 @pytest.mark.parametrize(
-    "key", ["max_new_tokens", "token_ids", "tokenizer", "top_k", "eos_token", "pad_token", "key", "stop_token_ids", "tokens_per_s",
-            "skip_tokenizer_init", "monkey", "trust_remote_code"],
+    "key", ["max_new_tokens", "token_ids", "tokenizer", "top_k", "eos_token", "pad_token", "key", "stop_token_ids",
+            "tokens_per_s", "skip_tokenizer_init", "monkey", "trust_remote_code"],
 )  # fmt: skip
 def test_names_that_only_look_like_secrets(key):
     assert not is_secret_key(key)
@@ -81,8 +81,9 @@ def test_a_literal_is_refused_by_its_name(config, name):
 
 def test_what_is_no_literal():
     refuse_literals({
-        "hf_token": "${oc.env:MINE}", "authorization": "Bearer ${oc.env:MINE}", "password": None, "use_auth_token": True, "api_key": "",
-        "secret": "???", "eos_token": "</s>", "n_token": 3, "proxy": "http://proxy:3128", "at": "me@host", "token": {"n": 3},
+        "hf_token": "${oc.env:MINE}", "authorization": "Bearer ${oc.env:MINE}", "password": None,
+        "use_auth_token": True, "api_key": "", "secret": "???", "eos_token": "</s>", "n_token": 3, "at": "me@host",
+        "proxy": "http://proxy:3128", "token": {"n": 3},
     })  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""W&B as it really behaves here: no login, no network, and what a run leaves in its folder, read with wandb's own reader."""
+"""W&B as it really behaves here: no login, no network, and what a run leaves in its folder, read with wandb's own
+reader."""
 
 import inspect
 import json
@@ -164,7 +165,7 @@ def test_a_report_too_large_stays_on_disk(run_dir, monkeypatch, caplog):
     assert records(log_files(run_dir)[0], "history") == []
 
 
-# --- secrets -------------------------------------------------------------------------------------------------------------------
+# --- secrets ----------------------------------------------------------------------------------------------------------
 
 
 def test_no_secret_in_any_file(run_dir, monkeypatch):
@@ -180,13 +181,14 @@ def test_no_secret_in_any_file(run_dir, monkeypatch):
     assert config["headers"] == "Bearer ***"
 
 
-# --- where it goes, and when it may not start ----------------------------------------------------------------------------------
+# --- where it goes, and when it may not start -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ["fake-secret-value", LONG_KEY])
 @pytest.mark.parametrize("mode", list(TrackingMode))
 def test_a_login_that_does_not_work(run_dir, monkeypatch, caplog, mode, key):
-    """A key of the wrong form, and one for a server that takes the connection and never answers: bounded, never a hang."""
+    """A key of the wrong form, and one for a server that takes the connection and never answers: bounded, never a
+    hang."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", key)
@@ -251,7 +253,7 @@ def test_without_the_package(run_dir, monkeypatch):
             started(run_dir)
 
 
-# --- after the start -----------------------------------------------------------------------------------------------------------
+# --- after the start --------------------------------------------------------------------------------------------------
 
 
 def service_pids() -> list[int]:
@@ -298,7 +300,7 @@ def test_before_start_every_call_does_nothing(run_dir):
     assert tracker.where == ""
 
 
-# --- the interface -------------------------------------------------------------------------------------------------------------
+# --- the interface ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tracker", [NoTracker, WandbTracker])
