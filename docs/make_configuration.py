@@ -34,7 +34,8 @@ Every field is set on the command line as `group.field=value`; a whole group is 
 for `model.name=NAME`. Lists are written `'[a,b]'`, a value with spaces or commas as `'data.system="Answer briefly, please."'`;
 `null` is nothing. `rl-onoff --cfg job` shows the composed config, `rl-onoff --help` five commands.
 
-A secret (a field whose name ends with `token`, `api_key`, `password`, …) is written to no file of the run.
+A secret (a field whose name ends with `token`, `api_key`, `password`, …) comes from the environment:
+`'+backend.engine_kwargs.hf_token=${oc.env:HF_TOKEN}'`. A literal one is refused, and its value is written to no file of the run.
 """
 
 ENGINES = """The engine that samples (`backend.dtype=…`), the one that scores (`target.dtype=…`) and those of a matrix

@@ -1,43 +1,29 @@
 """The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
 
-A default is written here and nowhere else; the YAML files under conf/ hold choices. Each field is documented by the sentence
-below it (docs/configuration.md is made from them). Nothing here imports an engine, so `--help` and a config error are instant.
+A default is written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents
+it (docs/configuration.md is made of them). Nothing here imports an engine, so `--help` and a config error are instant.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.backends.registry import engine_configs
-from rl_onoff.errors import UsageError, nearest
-from rl_onoff.redaction import redact_override
+from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind, Sampling
 
 COLUMN_ROLES = (
-    "id",
-    "sample",
-    "token_ids",
-    "mask",
-    "behaviour",
-    "target",
-    "prompt_ids",
-    "prompt",
-    "text",
-    "pieces",
-    "reward",
-)
+    "id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward",
+)  # fmt: skip
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
-MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
 
 
 class Stage(Enum):
@@ -51,7 +37,7 @@ class Stage(Enum):
 
 
 class Rung(Enum):
-    """A cause that the attribution tries, in this order; a change that explains something is kept for the rungs after it."""
+    """A cause that the attribution tries, in this order; a change that explains something is kept for later rungs."""
 
     noise = "noise"  # the same engine scores the same tokens in other batches
     end_token = "end_token"  # the last token is there on one side only, or is treated differently
@@ -106,7 +92,7 @@ class DataConfig:
     """Where the prompts come from."""
 
     path: str | None = None
-    """A .jsonl, .csv or .parquet file, a Hugging Face datasets id or saved folder; null is the bundled word problems."""
+    """A .jsonl, .csv or .parquet file, a Hugging Face datasets id or saved folder; null is the bundled problems."""
     format: Format = Format.auto
     """Layout of path; auto goes by its ending."""
     split: str = "train"
@@ -132,13 +118,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path is not None and not self.path.strip():
-            raise UsageError(
-                "data.path is empty: set data.path to a file, or data.path=null for the bundled word problems"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(
-                f"data.limit is {self.limit} but must be at least 1: set data.limit=20, or data.limit=null for all rows"
-            )
+            raise UsageError("data.path is empty: set it to a file, or data.path=null for the bundled word problems")
+        at_least(1, "data.limit", self.limit, "20, or null for all rows")
         if self.system is not None and not self.chat_template:
             raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")
 
@@ -148,8 +129,8 @@ class RewardConfig:
     """How a response is judged against its row's reference answer."""
 
     function: str | None = None
-    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float, 1 or more counting as right; it judges rows
-    that have a reference answer. Null judges nothing."""
+    """`package.module:name` or `file.py:name` of a function (text, answer, meta) -> float, 1 or more counting as right;
+    it judges rows that have a reference answer. Null judges nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -171,11 +152,8 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
-            raise UsageError(
-                f"score.name is {self.name!r} but must be a plain name, for it is a folder under scores/: set score.name=mine"
-            )
-        if self.top_k < 0:
-            raise UsageError(f"score.top_k is {self.top_k} but must be 0 or larger: set score.top_k=20")
+            raise UsageError(f"score.name is {self.name!r} but must be a plain name, of a folder: set score.name=mine")
+        at_least(0, "score.top_k", self.top_k, 20)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,7 +163,7 @@ class CompareConfig:
     behaviour: str | None = None
     """Who sampled: a run folder, or a .jsonl or .parquet file with token ids and logprobs; null is this run folder."""
     target: str | None = None
-    """Who scored: a run folder, one of its scores as FOLDER:NAME, or a file; null is what scored the behaviour's own folder or file."""
+    """Who scored: a run folder, one of its scores as FOLDER:NAME, or a file; null is what scored the behaviour."""
     columns: dict[str, str] = field(default_factory=dict)
     """What a file's columns are called where that is not found out, e.g. +compare.columns.behaviour=vllm_logprobs."""
     behaviour_kind: LogprobKind | None = None
@@ -193,15 +171,13 @@ class CompareConfig:
     target_kind: LogprobKind | None = None
     """Kind of the target's logprobs in a file; null is the kind of the behaviour's."""
     tokenizer: str | None = None
-    """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, or ids where it has none."""
+    """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
 
     def __post_init__(self) -> None:
         for role in self.columns:
             if role not in COLUMN_ROLES:
-                raise UsageError(
-                    f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set"
-                    f" +compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={self.columns[role]}"
-                )
+                fix = f"+compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={self.columns[role]}"
+                raise UsageError(f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set {fix}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,10 +192,7 @@ class AttributeConfig:
     """Most responses that are scored again, chosen at random but always the same; null is all."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(
-                f"attribute.limit is {self.limit} but must be at least 1: set attribute.limit=256, or null for all responses"
-            )
+        at_least(1, "attribute.limit", self.limit, "256, or null for all responses")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -248,11 +221,8 @@ class TrackingConfig:
     """Seconds between two reports of progress."""
 
     def __post_init__(self) -> None:
-        for name, example in (("table_rows", 200), ("log_every_s", 10)):
-            if not getattr(self, name) >= 0:
-                raise UsageError(
-                    f"tracking.{name} is {getattr(self, name)} but must be 0 or larger: set tracking.{name}={example}"
-                )
+        at_least(0, "tracking.table_rows", self.table_rows, 200)
+        at_least(0, "tracking.log_every_s", self.log_every_s, 10)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -268,7 +238,7 @@ class RunConfig:
     backend: EngineConfig = MISSING
     """The engine."""
     target: EngineConfig | None = None
-    """The engine and weights that score; null, which is target=self, leaves it to `targets`, or to the backend if there are none."""
+    """The engine and weights that score; null, which is target=self, leaves it to `targets`, else to the backend."""
     targets: dict[str, EngineConfig] = field(default_factory=dict)
     """More engines that score, each under a name of its own."""
     policies: dict[str, EngineConfig] = field(default_factory=dict)
@@ -298,85 +268,32 @@ class RunConfig:
         if not self.run_dir.strip():
             raise UsageError("run_dir is empty: set run_dir to the run's folder, or leave it out")
         if not self.stages:
-            raise UsageError(
-                "stages is empty, so there is nothing to do: set experiment=analyse, or stages=[generate,score,compare]"
-            )
+            raise UsageError("stages is empty: set experiment=analyse, or stages=[generate,score,compare]")
         if self.score.responses is not None and Stage.generate in self.stages:
-            raise UsageError(
-                "score.responses names responses made elsewhere, and none are sampled then: set experiment=score beside it"
-            )
-        for group, names in (("targets", self.targets), ("policies", self.policies)):
-            for name in names:
-                if not re.fullmatch(r"\w[\w.+-]*", name):
-                    raise UsageError(
-                        f"{group} has the name {name!r}, which cannot be a folder's: call it {group}.mine, for example"
-                    )
+            raise UsageError("score.responses names responses made elsewhere, not to be sampled: set experiment=score")
+        for name in (*self.targets, *self.policies):
+            if not re.fullmatch(r"\w[\w.+-]*", name):
+                raise UsageError(f"an engine is called {name!r}, which cannot be a folder's name: call it mine")
 
 
-SCHEMAS: dict[tuple[str, str], Any] = {
+SCHEMAS: dict[tuple[str, str], Any] = {  # by group and choice; the groups but `backend` have one schema each
     **{("backend", name): schema for name, schema in engine_configs().items()},
-    ("pool", "pool"): PoolConfig,
-    ("model", "model"): ModelConfig,
-    ("data", "data"): DataConfig,
-    ("sampling", "sampling"): Sampling,
-    ("reward", "reward"): RewardConfig,
-    ("score", "score"): ScoreConfig,
-    ("compare", "compare"): CompareConfig,
-    ("attribute", "attribute"): AttributeConfig,
-    ("tracking", "tracking"): TrackingConfig,
+    **{(name, name): of for name, of in get_type_hints(RunConfig).items() if is_dataclass(of) and name != "backend"},
 }
 
 
-def field_names() -> list[str]:
-    """Every field as it stands on the command line: `sampling.top_p`, `backend.tp_size`, …"""
-    names = [f.name for f in fields(RunConfig)]
-    for (group, _), schema in SCHEMAS.items():
-        names += [
-            f"{package}.{f.name}"
-            for package in ((group, "target") if group == "backend" else (group,))
-            for f in fields(schema)
-        ]
-    return list(dict.fromkeys(names))
-
-
-def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
-    """The name of a sweep's job: its overrides but the `fixed` ones, without secrets, slashes (a model's path), or more than a file
-    name may hold."""
-    name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"
-    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
-    return (
-        name
-        if len(name.encode()) <= MAX_FOLDER_NAME
-        else f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
-    )
-
-
-def swept(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
-    """A job's overrides but those that are the same for all jobs, sorted, without secrets."""
-    names = {*fixed, "run_dir", "sweep_dir"}
-    return sorted(redact_override(override) for override in overrides if override.partition("=")[0] not in names)
-
-
-# Here and not in `register`: a launcher's own processes import this module and name their jobs' folders, too.
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-
-
 def register() -> None:
-    """Put the schemas into Hydra's ConfigStore: the whole run as `schema/run`, the engines as `schema/backend/<name>`."""
+    """Put the schemas into Hydra's ConfigStore: the run as `schema/run`, the engines as `schema/backend/<name>`."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    # Hydra copies the store, every schema in it, each time it lists a group, which --help and shell completion do a hundred times.
-    # What it takes out of the store it copies anyway.
+    # Hydra copies the store each time it lists a group, which --help and shell completion do a hundred times; what it
+    # takes out of the store it copies anyway.
     setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
-    for (
-        name,
-        schema,
-    ) in engine_configs().items():  # the other groups have one schema each, which the run's holds already
+    for name, schema in engine_configs().items():  # the other groups have one schema each, which the run's holds
         node = OmegaConf.structured(schema)
-        for each in fields(
-            PoolConfig
-        ):  # one by one: a whole group cannot be interpolated where a schema is, nor changed for one engine
+        # One by one: a whole group cannot be interpolated where a schema is, nor changed for one engine.
+        for each in fields(PoolConfig):
             node.pool[each.name] = f"${{pool.{each.name}}}"
         store.store(name=name, group="schema/backend", node=node)

@@ -1,4 +1,4 @@
-"""The errors a user may meet. Each message is one sentence: the cause, then the override that mends it."""
+"""The errors a user may meet. Each message is one sentence: the cause, then the override that fixes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class OnOffError(Exception):
 
 
 def named(error: BaseException) -> tuple[str, str]:
-    """An exception as it travels between processes: the name of its class here (EngineError for one of others'), and its text."""
+    """An exception as it travels between processes: its class here (EngineError for any other class), and its text."""
     if not isinstance(error, OnOffError):
         return "EngineError", f"{type(error).__name__}: {error}"
     return next(c.__name__ for c in type(error).__mro__ if c.__module__ == OnOffError.__module__), str(error)
@@ -48,6 +48,12 @@ class MissingDependencyError(OnOffError, ImportError):
     """A package that an engine or a feature needs is not installed; the message names the extra that brings it."""
 
     exit_code = 2
+
+
+def at_least(least: float, name: str, value: float | None, example: object) -> None:
+    """UsageError when the option of this name is set to a number below `least`, or to no number."""
+    if value is not None and not value >= least:
+        raise UsageError(f"{name} is {value} but must be at least {least}: set {name}={example}")
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -1,28 +1,27 @@
 """Where a run is logged: W&B, or an object that does nothing.
 
-A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and the
-run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
+A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and
+the run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
 
-Names are `group/name`, which W&B's default dashboard turns into sections. `progress/…` is plotted against `progress/responses`.
+Names are `group/name`, which W&B's dashboard turns into sections. `progress/…` has `progress/responses` as its x.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
 
 from rl_onoff.config import TrackingConfig, TrackingMode
 from rl_onoff.errors import MissingDependencyError, UsageError
-from rl_onoff.redaction import redact, redact_override, secret_values
+from rl_onoff.redaction import masked
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,16 +38,21 @@ FINISH_TIMEOUT_S = 60.0
 ARTIFACT_TIMEOUT_S = 1800.0
 """Longest wait for the last uploads, without and with the run folder; what is left stays on disk for `wandb sync`."""
 
+WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+
 P = ParamSpec("P")
 
 
-class Tracker(Protocol):
-    """What a run tells about itself while it works, and when it is done."""
+class Tracker:
+    """What a run tells about itself while it works, and when it is done. Here every call does nothing."""
+
+    def __init__(self, config: TrackingConfig) -> None:
+        self.config = config
 
     @property
     def where(self) -> str:
         """Where to look: a URL, or the offline run's folder with the command that uploads it; empty: nowhere."""
-        ...
+        return ""
 
     def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
         """Begin, or go on where this run folder's last run stopped; UsageError when that is not possible."""
@@ -75,39 +79,8 @@ class Tracker(Protocol):
         """Send what is left and end; also right when `start` never happened, or failed."""
 
 
-class NoTracker:
+class NoTracker(Tracker):
     """Tracking that is off: every call is accepted and does nothing, so no caller asks whether tracking is on."""
-
-    def __init__(self, config: TrackingConfig) -> None:
-        self.config = config
-
-    @property
-    def where(self) -> str:
-        return ""
-
-    def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
-        pass
-
-    def log(self, values: Mapping[str, float]) -> None:
-        pass
-
-    def summary(self, values: Mapping[str, float | str | None]) -> None:
-        pass
-
-    def histogram(self, name: str, counts: np.ndarray, edges: np.ndarray) -> None:
-        pass
-
-    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
-        pass
-
-    def html(self, name: str, path: Path) -> None:
-        pass
-
-    def artifact(self, run_dir: Path) -> None:
-        pass
-
-    def close(self, failed: bool) -> None:
-        pass
 
 
 def _warns(method: Callable[Concatenate[WandbTracker, P], None]) -> Callable[Concatenate[WandbTracker, P], None]:
@@ -119,9 +92,7 @@ def _warns(method: Callable[Concatenate[WandbTracker, P], None]) -> Callable[Con
             return
         try:
             method(self, *args, **kwargs)
-        except (
-            Exception
-        ) as error:  # wandb raises its own errors, its service's, protobuf's, sockets': none may end the run
+        except Exception as error:  # wandb's own, its service's, protobuf's, a socket's: none may end the run
             if method.__name__ not in self._warned:
                 self._warned.add(method.__name__)
                 log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
@@ -129,11 +100,11 @@ def _warns(method: Callable[Concatenate[WandbTracker, P], None]) -> Callable[Con
     return call
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """A W&B run whose files lie in the run folder; going on in the same folder goes on with the same W&B run."""
 
     def __init__(self, config: TrackingConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self._wandb: Any = None
         self._run: Any = None
         self._run_dir = Path()
@@ -158,48 +129,41 @@ class WandbTracker:
                 "tracking=wandb needs the package wandb: pip install wandb, or set tracking=none"
             ) from error
         self._wandb, self._run_dir = wandb, run_dir.resolve()
-        secrets = secret_values(os.environ)
-        of_agent = (
-            "WANDB_SWEEP_ID" in os.environ
-        )  # an agent of `wandb sweep` says by the environment which run of which project it is
+        # An agent of `wandb sweep` says by the environment which run of which project it is.
+        of_agent = "WANDB_SWEEP_ID" in os.environ
         try:
             mode, run_id = self._mode(), _run_id(run_dir, of_agent)
-            with _redacted_argv(secrets):
-                self._run = wandb.init(
-                    project=None if of_agent else self.config.project,
-                    entity=None if of_agent else self.config.entity,
-                    group=self.config.group or group,
-                    job_type=job_type,
-                    name=(self.config.name or self._run_dir.name)[
-                        :MAX_NAME
-                    ],  # a sweep's job is called by all its overrides
-                    tags=list(self.config.tags),
-                    config=redact(config, secrets),
-                    dir=str(self._run_dir),
-                    id=None if of_agent else run_id,
-                    resume="allow",
-                    mode=mode,
-                    reinit="create_new",  # the jobs of a sweep share a process
-                    settings=wandb.Settings(
-                        console="off",  # wandb's capture rewrites sys.stdout and breaks progress bars; run.log has the lines
-                        quiet=True,
-                        disable_git=True,
-                        disable_code=True,
-                        save_code=False,
-                        allow_offline_artifacts=False,  # an offline table is found by a path relative to the run, so the folder may move
-                        init_timeout=START_TIMEOUT_S,
-                        finish_timeout=ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S,
-                    ),
-                )
+            self._run = wandb.init(
+                project=None if of_agent else self.config.project,
+                entity=None if of_agent else self.config.entity,
+                group=self.config.group or group,
+                job_type=job_type,
+                name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # all its overrides, for a sweep's job
+                tags=list(self.config.tags),
+                config=masked(config),
+                dir=str(self._run_dir),
+                id=None if of_agent else run_id,
+                resume="allow",
+                mode=mode,
+                reinit="create_new",  # the jobs of a sweep share a process
+                settings=wandb.Settings(
+                    console="off",  # wandb's capture breaks progress bars; run.log has the lines
+                    quiet=True,
+                    disable_git=True,
+                    disable_code=True,
+                    save_code=False,
+                    allow_offline_artifacts=False,  # finds an offline table relative to the run: the folder may move
+                    init_timeout=START_TIMEOUT_S,
+                    finish_timeout=ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S,
+                ),
+            )
             self._run.define_metric(STEP, hidden=True, summary="max")
             self._run.define_metric("progress/*", step_metric=STEP, summary="mean")
         except UsageError:
             raise
-        except (
-            Exception
-        ) as error:  # wandb's, pydantic's, its service's own: whichever it is, the run may not begin untracked
+        except Exception as error:  # wandb's, pydantic's, its service's: whichever it is, no run begins untracked
             raise UsageError(
-                f"W&B did not start ({_one_line(error)}): mend it, or set tracking.mode=offline or tracking=none"
+                f"W&B did not start ({_one_line(error)}): fix it, or set tracking.mode=offline or tracking=none"
             ) from error
 
     @_warns
@@ -208,7 +172,7 @@ class WandbTracker:
 
     @_warns
     def summary(self, values: Mapping[str, float | str | None]) -> None:
-        # Logged, not only put into run.summary: a history row is what gives a number its panel, a bar per run of a sweep.
+        # Logged, not only put into run.summary: a history row gives a number its panel, a bar per run of a sweep.
         self._run.log({name: value for name, value in values.items() if value is not None})
 
     @_warns
@@ -226,9 +190,8 @@ class WandbTracker:
     def html(self, name: str, path: Path) -> None:
         size = path.stat().st_size
         if size > MAX_HTML_BYTES:
-            log.warning(
-                "W&B: %s is %.0f MB, more than %.0f, and stays on disk only", path, size / 1e6, MAX_HTML_BYTES / 1e6
-            )
+            most = MAX_HTML_BYTES / 1e6
+            log.warning("W&B: %s is %.0f MB, more than %.0f, and stays on disk only", path, size / 1e6, most)
             return
         self._run.log({name: self._wandb.Html(str(path), inject=False)})
 
@@ -243,7 +206,7 @@ class WandbTracker:
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
                 artifact.add_file(
                     str(path), name=name.as_posix(), policy="immutable", skip_cache=True
-                )  # immutable: no copy
+                )  # without a copy
         with self._staging_in_run_dir():
             self._run.log_artifact(artifact)
 
@@ -252,7 +215,7 @@ class WandbTracker:
         try:
             self._run.finish(exit_code=int(failed))
         except Exception:
-            # A dead service: without this wandb's exit hook prints a traceback, and a sweep's next job finds the same dead service.
+            # A dead service: else wandb's exit hook prints a traceback, and a sweep's next job finds the same service.
             with suppress(Exception):
                 self._wandb.teardown()
             raise
@@ -261,21 +224,15 @@ class WandbTracker:
         """online, offline or disabled; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
         wanted: str = self.config.mode.value
         if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
-            modes = {
-                "online": "online",
-                "run": "online",
-                "offline": "offline",
-                "dryrun": "offline",
-                "disabled": "disabled",
-            }
-            if given not in modes:
+            if given not in WANDB_MODES:
                 raise UsageError(
-                    f"WANDB_MODE is {given!r} but must be one of {', '.join(modes)}: unset it or set tracking.mode=offline"
+                    f"WANDB_MODE is {given!r} but must be one of {', '.join(WANDB_MODES)}: unset it or set"
+                    " tracking.mode=offline"
                 )
-            wanted = modes[given]
-        if wanted in ("offline", "disabled"):
+            wanted = WANDB_MODES[given]
+        if wanted == "offline" or wanted == "disabled":
             self._setup(silent=False)
-            return "offline" if wanted == "offline" else "disabled"
+            return wanted
 
         # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
         self._setup(silent=True)  # or login asks the server who we are, to greet us
@@ -295,7 +252,7 @@ class WandbTracker:
 
     @contextmanager
     def _staging_in_run_dir(self) -> Iterator[None]:
-        """wandb stages tables under ~/.local/share, where an offline run's stay forever; only the environment moves them."""
+        """wandb stages tables under ~/.local/share, where an offline run's stay; only the environment moves them."""
         if "WANDB_DATA_DIR" in os.environ:
             yield
             return
@@ -306,13 +263,13 @@ class WandbTracker:
             del os.environ["WANDB_DATA_DIR"]
 
     def _setup(self, *, silent: bool) -> None:
-        """Only warnings and errors reach the terminal; wandb reads this from its global settings, not from the run's."""
+        """Only warnings and errors reach the terminal; wandb reads this from its global settings alone."""
         session = self._wandb.setup(self._wandb.Settings(quiet=True, show_info=False, silent=silent))
         self._wandb.termsetup(session.settings, None)
 
 
 def _run_id(run_dir: Path, of_agent: bool) -> str:
-    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; an agent's id is the one it gave."""
+    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; or the agent's."""
     path, given = run_dir / "wandb" / "run_id", os.environ.get("WANDB_RUN_ID")
     if path.exists() and not (of_agent and given):
         return path.read_text().strip()
@@ -327,7 +284,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
-    """Columns of one type each: a W&B table refuses a column that mixes numbers and text, so such a one becomes text."""
+    """Columns of one type each: one that mixes numbers and text, which a W&B table refuses, becomes text."""
     columns = []
     for cells in zip(*rows, strict=True):
         kinds = {_kind(cell) for cell in cells if cell is not None}
@@ -338,14 +295,3 @@ def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
 
 def _kind(cell: Any) -> type:
     return next((kind for kind in (bool, Real, str) if isinstance(cell, kind)), object)
-
-
-@contextmanager
-def _redacted_argv(secrets: Collection[str]) -> Iterator[None]:
-    """wandb records sys.argv with the run, and an override such as `backend.engine_kwargs.hf_token=…` stands in it."""
-    kept = sys.argv
-    sys.argv = [redact_override(argument, secrets) for argument in kept]
-    try:
-        yield
-    finally:
-        sys.argv = kept

@@ -22,7 +22,7 @@ from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare_inputs import own_scores
-from rl_onoff.redaction import redact
+from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import sampler_of, scored_as
 from rl_onoff.rundir.provenance import engine_of, sampling_of
 from rl_onoff.rundir.table import Key, Table
@@ -107,7 +107,7 @@ class Ladder:
         if not all(len(response.prompt_ids) for response in self.responses):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = redact(
+        config = masked(
             {"backend": engine.what_it_computes(), "want": asdict(want), **({"alone": True} if alone else {})}
         )
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()

@@ -1,4 +1,4 @@
-"""What the public API was given, checked by the names it has there: one sentence instead of a TypeError from deep inside."""
+"""What the public API was given, checked by the names it has there: one sentence, not a TypeError from inside."""
 
 from __future__ import annotations
 
@@ -21,18 +21,11 @@ def is_whole(value: Any) -> bool:
 
 def check_arguments(max_length: Any, temperature: Any, top_k: Any, top_p: Any, stop_strings: Any, seed: Any) -> None:
     """Refuse what `generate` cannot sample with."""
-    texts = isinstance(stop_strings, list | tuple) and all(
-        isinstance(string, str) and string for string in stop_strings
-    )
+    texts = isinstance(stop_strings, list | tuple) and all(isinstance(text, str) and text for text in stop_strings)
+    warm = is_number(temperature) and 0 <= temperature < math.inf
     checks = (
         (is_whole(max_length) and max_length >= 1, "max_length", max_length, "a whole number from 1 on", "100"),
-        (
-            is_number(temperature) and 0 <= temperature < math.inf,
-            "temperature",
-            temperature,
-            "a number from 0 (greedy) on",
-            "1.0",
-        ),
+        (warm, "temperature", temperature, "a number from 0 (greedy) on", "1.0"),
         (top_k is None or (is_whole(top_k) and top_k >= 0), "top_k", top_k, "a whole number from 0 on, or None", "50"),
         (
             top_p is None or (is_number(top_p) and 0 < top_p <= 1),
@@ -45,7 +38,7 @@ def check_arguments(max_length: Any, temperature: Any, top_k: Any, top_p: Any, s
             stop_strings is None or texts,
             "stop_strings",
             stop_strings,
-            "a list of strings, none of them empty, or None",
+            "a list of non-empty strings, or None",
             "['END']",
         ),
         (is_whole(seed) and 0 <= seed < 2**63, "seed", seed, "a whole number from 0 to 2^63 - 1", "0"),
@@ -66,9 +59,7 @@ def as_batch(value: Any, name: str) -> tuple[list[Any], bool]:
         return [items], True
     for item in items:
         if not (isinstance(item, Sequence) or hasattr(item, "tolist")) or isinstance(item, bytes | Mapping):
-            raise UsageError(
-                f"{name} holds {item!r} where a text or a list of token ids is wanted: pass one of these, or a list of them"
-            )
+            raise UsageError(f"{name} holds {item!r}: pass a text, a list of token ids, or a list of these")
     return items, False
 
 
@@ -77,6 +68,6 @@ def token_ids_of(ids: Any) -> np.ndarray:
     array = np.asarray(ids)
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
         raise UsageError(
-            f"{ids!r} is neither a text nor a list of token ids: pass whole numbers, as backend.encode gives them"
+            f"{ids!r} is neither a text nor a list of token ids: pass whole numbers, as backend.encode does"
         )
     return array.astype(np.int32)

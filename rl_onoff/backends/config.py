@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import EnumType
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from rl_onoff.backends.engine_config import EngineConfig, PoolConfig, PoolKind
+from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.backends.registry import engine_configs
 from rl_onoff.errors import UsageError, nearest
-from rl_onoff.sampling import LogprobKind
 
 KEYS = ("backend_type", "model_name", "backend_specific")
 ENGINES_ELSEWHERE = {"hf": "huggingface", "transformers": "huggingface"}
@@ -76,25 +76,14 @@ def engine_config(backend_type: Any, values: Mapping[str, Any]) -> EngineConfig:
     for key in values:
         if key not in KEYS:
             near = None if key in known else nearest(str(key), KEYS, cutoff=0.5)
-            mend = f"did you mean {near}?" if near else "options of the engine go under backend_specific"
-            raise UsageError(f"unknown key {key!r} in the backend's config: {mend}")
+            fix = f"did you mean {near}?" if near else "options of the engine go under backend_specific"
+            raise UsageError(f"unknown key {key!r} in the backend's config: {fix}")
     options = values.get("backend_specific") or {}
     if not isinstance(options, Mapping):
         raise UsageError(
-            f"backend_specific is {options!r} but must be a mapping of the engine's options, as in {{'dtype': 'float32'}}"
+            f"backend_specific is {options!r} but must be a mapping of the engine's options, such as dtype"
         )
-    options = dict(options)
-    for name in options:
-        if name not in known:
-            near = nearest(str(name), known)
-            mend = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}; others go in engine_kwargs"
-            raise UsageError(f"{backend_type} has no option {name!r}: {mend}")
-    if isinstance(options.get("logprob_kind"), str):
-        options["logprob_kind"] = _kind(options["logprob_kind"])
-    if isinstance(options.get("pool"), Mapping):
-        options["pool"] = _pool(options["pool"])
-    _check_types(schema, options)
-    return schema(**options)
+    return schema(**_checked(schema, options, known, backend_type, "; others go in engine_kwargs"))
 
 
 def schema_of(backend_type: Any) -> type[EngineConfig]:
@@ -112,39 +101,28 @@ def nearest_engine(name: str, known: Iterable[str]) -> str | None:
     return nearest(ENGINES_ELSEWHERE.get(name.lower(), name), known)
 
 
-def _kind(name: str) -> LogprobKind:
-    if name not in LogprobKind.__members__:
-        raise UsageError(
-            f"logprob_kind is {name!r} but must be one of {', '.join(LogprobKind.__members__)}: set logprob_kind=raw"
-        )
-    return LogprobKind[name]
+def _checked(schema: Any, values: Mapping[str, Any], known: set[str], what: str, more: str = "") -> dict[str, Any]:
+    """The fields of a schema that `values` sets, Enums and the pool made of what stands for them.
 
-
-def _check_types(schema: type[EngineConfig | PoolConfig], options: Mapping[str, Any]) -> None:
-    """Refuse a value of another type than its field's, which Hydra does for the command line."""
-    hints = get_type_hints(schema)
-    for name, value in options.items():
+    Refuses a value of another type than its field's, which Hydra does for the command line.
+    """
+    hints, options = get_type_hints(schema), dict(values)
+    for name, value in values.items():
+        if name not in known:
+            near = nearest(str(name), known)
+            fix = f"did you mean {near}?" if near else f"it has {', '.join(sorted(known))}{more}"
+            raise UsageError(f"{what} has no option {name!r}: {fix}")
         hint = hints[name]
-        if name in ("engine_kwargs", "runtime_env", "device_map") or name.endswith(
-            "dtype"
-        ):  # any mapping; what has a check of its own
-            continue
-        if not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
+        if isinstance(hint, EnumType) and isinstance(value, str):
+            if value not in hint.__members__:
+                raise UsageError(f"{name} is {value!r} but must be one of {', '.join(hint.__members__)}: correct it")
+            options[name] = hint[value]
+        elif hint is PoolConfig and isinstance(value, Mapping):
+            fields = {f.name for f in dataclasses.fields(PoolConfig)}
+            options[name] = PoolConfig(**_checked(PoolConfig, value, fields, "a pool"))
+        elif name in ("engine_kwargs", "runtime_env", "device_map") or name.endswith("dtype"):
+            continue  # any mapping; an option with a check of its own
+        elif not isinstance(value, hint) and not (isinstance(value, int) and float in (hint, *get_args(hint))):
             wanted = str(getattr(hint, "__name__", hint)).replace(" | None", " or None")
             raise UsageError(f"{name} is {value!r} but must be of type {wanted}: correct it under backend_specific")
-
-
-def _pool(values: Mapping[str, Any]) -> PoolConfig:
-    """The pool of a nested config, its kind by name."""
-    known = {f.name for f in dataclasses.fields(PoolConfig)}
-    for name in values:
-        if name not in known:
-            raise UsageError(f"a pool has no option {name!r}: it has {', '.join(sorted(known))}")
-    kind = values.get("kind", PoolKind.local)
-    if not isinstance(kind, PoolKind):
-        if kind not in PoolKind.__members__:
-            raise UsageError(f"there is no pool {kind!r}: choose one of {', '.join(PoolKind.__members__)}")
-        kind = PoolKind[kind]
-    options = {**values, "kind": kind}
-    _check_types(PoolConfig, options)
-    return PoolConfig(**options)
+    return options

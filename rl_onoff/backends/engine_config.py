@@ -1,7 +1,7 @@
 """Options that every engine has; an engine's own are in the `config.py` of its folder. Hydra's schemas too.
 
-The dataclass owns names, types, defaults and the sentence that documents each field; YAML owns choices only. Options go by
-the engine's own names; what is not typed passes through `engine_kwargs`.
+The dataclass owns names, types, defaults and the sentence that documents each field; YAML owns choices only. Options go
+by the engine's own names; what is not typed passes through `engine_kwargs`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Self
 
-from rl_onoff.errors import UsageError, nearest
+from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPES_ELSEWHERE = {
-    "bf16": "bfloat16",
-    "half": "float16",
-    "fp16": "float16",
-    "f16": "float16",
-    "fp32": "float32",
-    "f32": "float32",
-}
+    "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
+}  # fmt: skip
 
 
 class PoolKind(Enum):
@@ -37,24 +32,20 @@ class PoolConfig:
     """Where the engines' replicas run."""
 
     kind: PoolKind = PoolKind.local
-    """local: processes of this machine; ray: actors on a Ray cluster, whose nodes must be able to import rl_onoff and the engine."""
+    """local: processes of this machine; ray: actors on a Ray cluster, whose nodes have rl_onoff and the engine."""
     address: str | None = None
-    """Ray cluster to use: auto, HOST:PORT or ray://HOST:PORT; null is RAY_ADDRESS, else the one `ray start` began on this machine, else
-    one that is started for the run."""
+    """Ray cluster to use: auto, HOST:PORT or ray://HOST:PORT; null is RAY_ADDRESS, else the one `ray start` began on
+    this machine, else one that is started for the run."""
     cpus_per_replica: int = 1
-    """CPUs a replica reserves on its Ray node, beside its GPUs; also how many threads Ray lets it compute with on a CPU."""
+    """CPUs a replica reserves on its Ray node, beside its GPUs; also the threads Ray lets it compute with on a CPU."""
     wait_s: float = 300.0
     """Longest wait for room on the Ray cluster, in seconds."""
     runtime_env: dict[str, Any] = field(default_factory=dict)
     """Ray's runtime environment of the replicas, passed on as it is: env_vars, working_dir, pip."""
 
     def __post_init__(self) -> None:
-        if self.cpus_per_replica < 1:
-            raise UsageError(
-                f"pool.cpus_per_replica is {self.cpus_per_replica} but must be at least 1: set pool.cpus_per_replica=1"
-            )
-        if self.wait_s < 0:
-            raise UsageError(f"pool.wait_s is {self.wait_s} but must be at least 0: set pool.wait_s=300")
+        at_least(1, "pool.cpus_per_replica", self.cpus_per_replica, 1)
+        at_least(0, "pool.wait_s", self.wait_s, 300)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,8 +67,8 @@ class EngineConfig:
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
-    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs / tp_size; on a Ray
-    cluster: as many as its GPUs hold)."""
+    """Replicas that share out the work, each with tp_size devices; null is one (HuggingFace with tp_size above 1: GPUs
+    / tp_size; on a Ray cluster: as many as its GPUs hold)."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     """Where the replicas run: the fields of the group `pool`."""
     python: str | None = None
@@ -94,8 +85,8 @@ class EngineConfig:
     name: ClassVar[str] = ""  # the backend's name: huggingface, vllm, …
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
-        ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens", "gpu_memory_utilization",
-         "mem_fraction_static", "enforce_eager", "trust_remote_code")
+        ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens",
+         "gpu_memory_utilization", "mem_fraction_static", "enforce_eager", "trust_remote_code")
     )  # fmt: skip
 
     def what_it_computes(self) -> dict[str, Any]:
@@ -136,10 +127,8 @@ class EngineConfig:
         return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "dp_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"backend.{name} is {value} but must be at least 1: set backend.{name}=1 or larger")
+        at_least(1, "backend.tp_size", self.tp_size, 1)
+        at_least(1, "backend.dp_size", self.dp_size, 1)
         check_dtype("the dtype", self.dtype)
         if self.python is not None and self.worker is False:
             raise UsageError(
@@ -153,10 +142,8 @@ class EngineConfig:
                 )
 
     def check_context(self, name: str) -> None:
-        if (value := getattr(self, name)) is not None and value < 1:
-            raise UsageError(
-                f"backend.{name} is {value} but must be at least 1: set backend.{name}=4096, or null for the model's own"
-            )
+        """Refuse a longest sequence without tokens."""
+        at_least(1, f"backend.{name}", getattr(self, name), "4096, or null for the model's own")
 
     @property
     def weights_dtype(self) -> str:
@@ -173,10 +160,12 @@ class EngineConfig:
 
 
 def check_dtype(what: str, value: Any) -> None:
+    """Refuse a type of weights that no engine has; `what` is the option's name."""
     if value in (None, *DTYPES):
         return
     name = str(value).lower().removeprefix("torch.")
     meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
     raise UsageError(
-        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or target where it is set"
+        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or"
+        " target where it is set"
     )

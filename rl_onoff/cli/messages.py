@@ -1,4 +1,4 @@
-"""What Hydra says about a wrong command line, as one sentence: the cause, then the override that mends it."""
+"""What Hydra says about a wrong command line, as one sentence: the cause, then the override that fixes it."""
 
 from __future__ import annotations
 
@@ -6,57 +6,56 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 from rl_onoff.backends.config import nearest_engine
-from rl_onoff.config import CONF, SCHEMAS, field_names
+from rl_onoff.cli.overrides import BARE_FLAGS, field_names
+from rl_onoff.config import CONF, SCHEMAS
 from rl_onoff.errors import nearest
-from rl_onoff.redaction import redact_override
 
-SENTENCES = (  # what Hydra says -> the cause, then the override that mends it
+SENTENCES = (  # what Hydra says -> the cause, then the override that fixes it
     (r"Could not find '(hydra/\w+|[^/\s]+)/(\S+)' Available options in '\S+': (.+)",
      r"\1=\2 is not one of the choices: set \1 to one of \3"),
-    (r"(?:Could not delete from config\. '(?=\S+' does)|Error merging override ~)([^' ]+).* does not (?:exist|support deletion)",
-     r"~\1 is refused, for no option can be taken away: set \1=null, or correct its name"),
-    (r"Could not (?:override|delete from config)\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", r"there is no option \1"),
-    (r"Error merging override (\S+?)=(.*?) field '\S+' is not Optional", r"\1=\2 is refused: set it to a value, for it cannot be null"),
-    (r"Error merging override (\S+?)=(.*?) Invalid value '.*', expected one of \[(.+)\]", r"\1=\2 is refused: set \1 to one of \3"),
+    (r"Could not override\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", r"there is no option \1"),
+    (r"Error merging override (\S+?)=(.*?) field '\S+' is not Optional",
+     r"\1=\2 is refused: set it to a value, for it cannot be null"),
+    (r"Error merging override (\S+?)=(.*?) Invalid value '.*', expected one of \[(.+)\]",
+     r"\1=\2 is refused: set \1 to one of \3"),
     (r"Error merging override (\S+?)=(.*?) Invalid value assigned: \w+ is not a ListConfig.*",
      r"\1=\2 is refused, for \1 is a list: set \1=[\2]"),
     (r"Error merging override (\S+?)=(.*?) Value .*Integer", r"\1=\2 is refused: set \1 to a whole number"),
     (r"Error merging override (\S+?)=(.*?) Value .*Float", r"\1=\2 is refused: set \1 to a number"),
     (r"Error merging override (\S+?)=(.*?) Value .*bool.*", r"\1=\2 is refused: set \1 to true or false"),
-    (r"Error merging override (\S+?)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)", r"\1=\2 is refused: set \1 to a value of its type (\3)"),
+    (r"Error merging override (\S+?)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)",
+     r"\1=\2 is refused: set \1 to a value of its type (\3)"),
     (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
-    (r"Multiple values for (\S+)\. To override a value use 'override \S+: (\S+)'", r"\1 is chosen already: write \1=\2, without the plus"),
-    (r"LexerNoViableAltException: (\S+)=~(\S*).*", r"an override cannot be read (\1=~\2): write \1=$HOME\2, for ~ means nothing here"),
     (r"(.*(?:no viable alternative|extraneous|mismatched|token recognition|NoViableAlt).*)",
-     r"""an override cannot be read (\1): quote a value with blanks, commas or brackets twice, as in 'data.system="Be brief, please."'"""),
+     r"""an override cannot be read (\1): quote a value with blanks or brackets twice: 'sampling.stop=["a[b"]'"""),
     (r"Ambiguous value for argument '([^']+)' .*",
-     r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text with a comma"""),
+     r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text"""),
 )  # fmt: skip
-
 ELSEWHERE = {  # what an option is called in other programs -> here
-    "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n", "num_rows": "limit",
+    "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n",
+    "num_rows": "limit",
 }  # fmt: skip
-ENGINES_BY_NAME = {
-    "targets": ("an engine that scores", "target"),
-    "policies": ("an engine", "backend"),
-}  # what lacks, whose group it is of
+ENGINE_GROUPS = {
+    "targets": "target",
+    "policies": "backend",
+}  # where engines have names -> the group to choose them from
 DATA_FILES = (".jsonl", ".csv", ".parquet", ".json")
 GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
 HYDRA_FLAGS = (
-    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion", "--config-path",
-    "--config-name", "--config-dir", "--experimental-rerun", "--info",
+    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
+    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
 )  # fmt: skip
-
-BARE_FLAGS = ("-m", "--multirun", "-r", "--run", "--resolve")
-VALUED_FLAGS = ("-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir")
+NOISE = (  # beginnings of Hydra's lines about keys, types and search paths
+    "full_key:", "object_type=", "reference_type=", "To append to your config use", "Config search path", "provider=",
+    "See https",
+)  # fmt: skip
 
 
 def config_sentence(error: Exception) -> str:
-    """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt, and where to look."""
+    """Hydra's message and its cause as one sentence, with the nearest name where one was misspelt."""
     words = " ".join(dict.fromkeys(filter(None, (_words(error), _words(error.__cause__))))).rstrip(".")
     words = re.sub(r"^In '\S+': (?=Could not find)|^In 'config': ", "", words)
     if sentence := _no_engine_of_that_name(words, error):
@@ -71,31 +70,21 @@ def config_sentence(error: Exception) -> str:
         words = _no_choice(choice[1], choice[2], choice[3].split())
     elif word := re.fullmatch(r"'(.*)' is not an override: write NAME=VALUE", words):
         words = f"'{word[1]}' is not an override: write {_meant(word[1])}"
-    return f"{words} (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
+    words += " (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
+    if re.search(r"hydra/(launcher|sweeper)=|hydra_plugins\.", words):
+        words += ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna"
+    return words
 
 
 def target_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
-    """What mends `target.FIELD=…` where no target is chosen, which OmegaConf answers with an assertion; None if that is not the error.
+    """What fixes `target.FIELD=…` where no target is chosen, which OmegaConf answers with an assertion; else None.
 
     Only Hydra, having composed the config, knows that: an experiment or a folder given with `-cd` may choose one.
     """
     if not isinstance(error, AssertionError) or not re.match(r"Unexpected type( for root)?: None", str(error)):
         return None
     typed = next((argument for argument in arguments if re.match(r"\+{0,2}target\.[^=]+=", argument)), None)
-    return typed and f"{redact_override(typed)} needs an engine that scores: add target=huggingface"
-
-
-def flags_first(arguments: Sequence[str]) -> list[str]:
-    """The command line with Hydra's flags in front: one between two overrides is an error to it."""
-    flags, others, rest = [], [], iter(arguments)
-    for argument in rest:
-        if argument in BARE_FLAGS:
-            flags.append(argument)
-        elif argument in VALUED_FLAGS:
-            flags += [argument, *islice(rest, 1)]
-        else:
-            others.append(argument)
-    return flags + others
+    return typed and f"{typed} needs an engine that scores: add target=huggingface"
 
 
 def flag_sentence(arguments: Sequence[str]) -> str | None:
@@ -111,20 +100,12 @@ def flag_sentence(arguments: Sequence[str]) -> str | None:
         if dashed and name and not any(flag.startswith(typed) for flag in HYDRA_FLAGS):
             if not equals:
                 value = following if following and not following.startswith("-") and "=" not in following else "VALUE"
-            mend = redact_override(f"{option}={value}") if option else "NAME=VALUE, as rl-onoff --help shows"
-            return f"{typed} is not an option, for options have no dashes: write {mend}"
-        if (
-            "/" in argument
-            and not equals
-            and argument[0] not in "-+~"
-            and (before in BARE_FLAGS or not before.startswith("-"))
-        ):
+            meant = f"{option}={value}" if option else "NAME=VALUE, as rl-onoff --help shows"
+            return f"{typed} is not an option, for options have no dashes: write {meant}"
+        of_a_flag = before.startswith("-") and before not in BARE_FLAGS
+        if "/" in argument and not equals and argument[0] not in "-+~" and not of_a_flag:
             return f"'{argument}' is not an override: write {_meant(argument)}"
-        if argument.startswith("="):
-            return f"'{argument}' has no name: write NAME=VALUE, without blanks around the ="
-        if typed in _choices() and re.fullmatch(
-            r"true|false|yes|no|on|off|null|[-+]?\d+(\.\d+)?", value, re.IGNORECASE
-        ):
+        if typed in _choices() and re.fullmatch(r"true|false|yes|no|on|off|null|[-+]?\d+(\.\d+)?", value.lower()):
             return _no_choice(typed, value, _choices()[typed])
     return None
 
@@ -136,66 +117,62 @@ def _option(name: str) -> str | None:
 
 
 def _no_option(name: str, error: Exception) -> str:
-    """How to mend an option that is not there; Hydra's message repeats what was typed."""
-    typed = re.search(r"To append to your config use \+(.+)", str(error))
+    """How to fix an option that is not there; Hydra's message repeats what was typed."""
+    typed = _typed(error)
     if re.search(r"\b(compare\.columns|engine_kwargs|runtime_env)\.", name):  # whose names are the user's own
-        return f" yet: add it with a plus, {redact_override(f'+{typed[1]}' if typed else f'+{name}=VALUE')}"
+        return f" yet: add it with a plus, +{typed or f'{name}=VALUE'}"
     near = _nearest(name, _fields_there(error))
     return f": did you mean {near}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE"
 
 
 def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
-    """What mends `targets.NAME.FIELD=…`, or a policy's, where nothing has that name yet; None if that is not the error."""
-    lacks = re.search(
+    """What fixes `targets.NAME.FIELD=…`, or a policy's, where nothing has that name yet; else None."""
+    typed = ""
+    if re.search(
         r"^\s*full_key: (?:targets|policies)\.[^.\s]+$", str(error.__cause__), re.MULTILINE
-    )  # else it is a field of it
-    typed = re.search(r"To append to your config use \+(.+)", str(error)) if lacks else None
-    if typed is None and "is not a subclass of EngineConfig" in words:
-        typed = re.match(r"Error merging override (.*?) Invalid type assigned", words)
-    if typed is None:
-        return None
-    found = re.match(r"\+{0,2}(targets|policies)\.([^.=]+)(\.\S+?)?=(.*)", typed[1])
+    ):  # not a field of it
+        typed = _typed(error)
+    elif assigned := re.match(
+        r"Error merging override (.*?) Invalid type assigned.*not a subclass of EngineConfig", words
+    ):
+        typed = assigned[1]
+    found = re.match(r"\+{0,2}(targets|policies)\.([^.=]+)(\.\S+?)?=(.*)", typed)
     if found is None:
         return None
     kind, name, field, value = found.groups()
-    what, group = ENGINES_BY_NAME[kind]
+    group = ENGINE_GROUPS[kind]
     engine = value if not field and value in _choices()[group] else "huggingface"
-    return f"{redact_override(typed[1])} needs {what}: add '+{group}@{kind}.{name}={engine}'"
+    return f"{typed} needs an engine of that name: add '+{group}@{kind}.{name}={engine}'"
 
 
 def _no_choice(group: str, value: str, choices: Sequence[str]) -> str:
-    """How to mend a choice that a group does not have."""
-    mend = f"set {group} to one of {' '.join(choices)}"
+    """How to fix a choice that a group does not have."""
+    fix = f"set {group} to one of {' '.join(choices)}"
     off = value.lower() in ("false", "off", "no", "null", "0")
     near = "none" if off and "none" in choices else nearest_engine(value, choices)
     if near:
-        mend += f"; did you mean {group}={near}?"
+        fix += f"; did you mean {group}={near}?"
     elif group == "data":
-        mend = f"set data.path={value} for a file or a datasets id, or data to one of {' '.join(choices)}"
-    return f"{group}={value} is not one of the choices: {mend}"
+        fix = f"set data.path={value} for a file or a datasets id, or data to one of {' '.join(choices)}"
+    return f"{group}={value} is not one of the choices: {fix}"
 
 
 def _meant(word: str) -> str:
     """The override that a word without a = was meant for."""
-    groups = _choices()
+    groups, path = _choices(), Path(word)
     if word in ("help", "version"):
         return f"--{word}"
     if word in groups:
         return f"{word}=NAME, one of {' '.join(groups[word])}"
     if word in field_names():
         return f"{word}=VALUE, without blanks around the ="
+    if group := next((group for group, choices in groups.items() if word in choices), None):
+        return f"{group}={word}"
     if word.endswith(DATA_FILES):
         return f"data.path={word}"
-    if word.endswith(".gguf") or (Path(word) / "config.json").is_file():
-        return f"model={word}"
-    for group, choices in groups.items():
-        if word in choices:
-            return f"{group}={word}"
-    if word.startswith("hydra/"):
-        return f"{word}=NAME"
-    if (Path(word) / ".hydra").is_dir():
+    if (path / ".hydra").is_dir():
         return f"run_dir={word}"
-    if "/" in word:
+    if "/" in word or word.endswith(".gguf") or (path / "config.json").is_file():
         return f"model={word}"
     near = nearest(word, groups["experiment"], cutoff=0.7)
     return f"experiment={near}" if near else "NAME=VALUE"
@@ -205,28 +182,26 @@ def _meant(word: str) -> str:
 def _choices() -> dict[str, list[str]]:
     """The groups of conf/ and the choices each has."""
     names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
-    return {
-        name: sorted(file.stem for file in (CONF / name).glob("*.yaml"))
-        for name in dict.fromkeys((*GROUPS_FIRST, *names))
-    }
+    ordered = dict.fromkeys((*GROUPS_FIRST, *names))
+    return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in ordered}
 
 
 def _nearest(name: str, there: Sequence[str] | None = None) -> str | None:
-    """The field that was meant: one of the same group that is spelt nearly so, else one of another group with the very name, else the
-    only one of the group that begins so. `there`: the fields that the group has, where that is known."""
+    """The field that was meant: one of the same group that is spelt nearly so, else one of another group with the very
+    name, else the only one of the group that begins so. `there`: the fields that the group has, where that is known."""
     group, _, last = name.rpartition(".")
     last = ELSEWHERE.get(last, last)
     known = [known.rpartition(".") for known in field_names()]
-    of_an_engine = group in ("backend", "target") or group.startswith(("targets.", "policies."))
+    engines = ("backend", "target")
     if there is None:
         there = [field for of, _, field in known if of == group]
-    near = nearest(last, there, cutoff=0.7)
-    if near:
+    if near := nearest(last, there, cutoff=0.7):
         return f"{group}.{near}" if group else near
+    of_an_engine = group.startswith(
+        (*engines, "targets.", "policies.")
+    )  # which the options of another engine do not help
     for of, _, field in known:
-        if (
-            field == last and of and not (of_an_engine and of in ("backend", "target"))
-        ):  # what another engine has is no help
+        if field == last and of and not (of_an_engine and of in engines):
             return f"{of}.{field}"
     begun = [field for field in there if field.startswith(last)] if group and len(last) > 1 else []
     return f"{group}.{begun[0]}" if len(begun) == 1 else None
@@ -239,16 +214,13 @@ def _fields_there(error: Exception) -> list[str] | None:
     return schema and [each.name for each in fields(schema)]
 
 
+def _typed(error: Exception) -> str:
+    """The override that Hydra proposes to append, which is the one that was typed; empty when it proposes none."""
+    found = re.search(r"To append to your config use \+(.+)", str(error))
+    return found[1] if found else ""
+
+
 def _words(error: BaseException | None) -> str:
     """An exception's message in one line, without Hydra's trace of keys, types and search paths."""
-    noise = (
-        "full_key:",
-        "object_type=",
-        "reference_type=",
-        "To append to your config use",
-        "Config search path",
-        "provider=",
-        "See https",
-    )
     lines = [line.strip() for line in str(error or "").splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(noise))
+    return " ".join(line for line in lines if line and not line.startswith(NOISE))

@@ -12,7 +12,7 @@ from typing import Any
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import build, engine_configs
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.redaction import MASK, redact
+from rl_onoff.redaction import MASK, masked
 from rl_onoff.rundir.table import differences
 from rl_onoff.sampling import LogprobKind, Sampling
 
@@ -30,7 +30,7 @@ def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> Engin
     if computed is None:
         return None
     for engine in known:
-        if not differences(computed, json.loads(json.dumps(redact(engine.what_it_computes())))):
+        if not differences(computed, json.loads(json.dumps(masked(engine.what_it_computes())))):
             return engine
     if MASK in json.dumps(computed):
         raise UsageError(

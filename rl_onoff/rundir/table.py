@@ -8,7 +8,6 @@ are refused, with the difference shown. Columns are documented in docs/run_folde
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.redaction import redact, secret_values
+from rl_onoff.redaction import masked
 from rl_onoff.rundir.files import disk_error, read_json, sync, write_whole
 
 COLUMNS: dict[str, dict[str, str]] = {
@@ -162,7 +161,7 @@ class Table:
         """Say what the rows depend on; raises UsageError when rows are there that another config made."""
         before = self.record().get("config")
         if before is not None and self.exists():
-            changes = _told_once(differences(before, json.loads(json.dumps(redact(config, secret_values(os.environ))))))
+            changes = _told_once(differences(before, json.loads(json.dumps(masked(config)))))
             if changes:
                 raise UsageError(
                     f"{self.path} holds rows of another config ({'; '.join(changes)}): undo the change, or set run_dir to a new folder"
@@ -174,10 +173,7 @@ class Table:
         self._write_record({**self.record(), **facts})
 
     def _write_record(self, record: Mapping[str, Any]) -> None:
-        write_whole(
-            self.path / RECORD,
-            json.dumps(redact(record, secret_values(os.environ)), indent=2, ensure_ascii=False) + "\n",
-        )
+        write_whole(self.path / RECORD, json.dumps(masked(record), indent=2, ensure_ascii=False) + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0, max_bytes: int = SHARD_BYTES) -> Writer:
         return Writer(self, max_rows, max_seconds, max_bytes)

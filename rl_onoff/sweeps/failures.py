@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from rl_onoff.errors import OnOffError
-from rl_onoff.redaction import redact
+from rl_onoff.redaction import masked_text
 from rl_onoff.rundir.files import write_whole
 
-ERROR = "error.txt"  # in the folder of a job that failed: one sentence, the exit code, and the traceback if there is more to say
+ERROR = "error.txt"  # in a failed job's folder: one sentence, the exit code, and the traceback if there is more to say
 
-Trace = tuple[int, int]  # of a file: another one when it is written again
+Trace = tuple[int, int]  # inode and time of an error.txt: another one when the file is written again
 
 
 class JobFailed(OnOffError):
@@ -23,18 +23,23 @@ class JobFailed(OnOffError):
         self.exit_code, self.where, self.more = exit_code, where, more
 
 
-def write_failure(folder: Path, error: Exception, secrets: Collection[str]) -> None:
-    """Leave word of a failure where the process that started the sweep finds it."""
+def failure(error: Exception, folder: Path, secrets: Collection[str]) -> JobFailed:
+    """The error of the job in `folder`, in words that hold none of the `secrets`."""
     ours = isinstance(error, OnOffError)
     text = " ".join(str(error).split())
-    sentence = text if ours else f"{type(error).__name__}: {text}"
     more = "" if ours and not getattr(error, "__notes__", None) else "".join(traceback.format_exception(error))
+    sentence = masked_text(text if ours else f"{type(error).__name__}: {text}", secrets)
     code = error.exit_code if isinstance(error, OnOffError) else OnOffError.exit_code
-    write_whole(folder / ERROR, redact(f"{sentence}\nexit code {code}\n{more}", secrets))
+    return JobFailed(sentence, code, folder / ERROR, masked_text(more, secrets))
+
+
+def write_failure(failed: JobFailed) -> None:
+    """Leave word of a failure where the process that started the sweep finds it."""
+    write_whole(failed.where, f"{failed}\nexit code {failed.exit_code}\n{failed.more}")
 
 
 def read_failure(file: Path) -> JobFailed | None:
-    """What `write_failure` wrote, if it did."""
+    """The failure that `write_failure` wrote; None when the job has not failed."""
     if not file.exists():
         return None
     sentence, code, more = (file.read_text(encoding="utf-8") + "\n\n").split("\n", 2)
@@ -42,11 +47,11 @@ def read_failure(file: Path) -> JobFailed | None:
 
 
 def failures(sweep_dir: Path) -> dict[Path, Trace]:
-    """The failures of all jobs, as traces: what is written again is another one."""
+    """The failures of all jobs, each with the trace that tells it from the next one in the same folder."""
     return {file: ((stat := file.stat()).st_ino, stat.st_mtime_ns) for file in sweep_dir.glob(f"*/{ERROR}")}
 
 
 def new_failures(sweep_dir: Path, before: Mapping[Path, Trace]) -> list[JobFailed]:
-    """Those that were not there `before`, the first one first."""
+    """The failures that were not there `before`, the first one first."""
     new = [(trace[1], file) for file, trace in failures(sweep_dir).items() if before.get(file) != trace]
     return [failed for _, file in sorted(new) if (failed := read_failure(file)) is not None]

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
@@ -56,14 +55,6 @@ def end(launcher: DictConfig) -> None:
     """End Ray before anything more is printed, for Ray may still have lines of the jobs to print."""
     if _is(launcher, "hydra_ray_launcher") and "ray" in sys.modules:
         sys.modules["ray"].shutdown()
-
-
-def forget_secrets(launcher: DictConfig, sweep_dir: Path, *, all_done: bool) -> None:
-    """Remove what submitit carried to its jobs and back, their configs as they were given; jobs that Slurm still queues need it."""
-    if all_done or _is(launcher, "LocalLauncher"):
-        for file in sweep_dir.glob(".submitit/*/*.pkl"):
-            with suppress(OSError):
-                file.unlink()
 
 
 def _is(launcher: DictConfig, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The number that a sweeper such as Optuna optimises: `metric`, checked before the first job as far as that is possible."""
+"""The number that a sweeper such as Optuna optimises: `metric`, checked before the first job as far as possible."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rl_onoff.config import Stage
 from rl_onoff.errors import MetricError, UsageError, nearest
 
 MADE_BY = {"onoff": (Stage.compare, Stage.attribute), "matrix": (Stage.matrix,), "attribute": (Stage.attribute,)}
-OF_EVERY_RUN = {
+OF_EVERY_RUN = {  # whatever its engines
     "onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"),
     "matrix": ("matrix/kl_k3_max", "matrix/kl_k3_floor"),
-}  # whatever its engines
+}
 GROUPS = ("generate", "reward", "score", *MADE_BY)
 
 
@@ -24,33 +24,32 @@ def optimises(hydra_config: Any) -> bool:
 
 
 def check_metric(config: DictConfig) -> None:
-    """Raises UsageError when a sweeper optimises a number that no job can have, as far as that can be told before the first one."""
+    """MetricError when a sweeper optimises a number that no job can have, as far as that is known beforehand."""
     if not optimises(config.hydra):
         return
-    metric, stages = config.metric, list(config.stages)
+    metric = config.metric
     if metric is None:
         raise MetricError("this sweeper needs the name of the number it optimises: set metric=onoff/kl_k3, for example")
     group, _, rest = metric.partition("/")
     if group not in GROUPS or not rest:
-        near = nearest(group, GROUPS) or "onoff"
-        example = f"{near}/{rest}" if rest else "onoff/kl_k3"
+        example = f"{nearest(group, GROUPS) or 'onoff'}/{rest}" if rest else "onoff/kl_k3"
         raise MetricError(
             f"metric={metric} is no number of a run, their names begin with {', '.join(GROUPS)}: set metric={example}"
         )
     if "/" not in rest and metric not in (known := OF_EVERY_RUN.get(group, (metric,))):
         raise MetricError(f"metric={metric} is no number of a run: set metric={nearest(metric, known) or known[0]}")
-    if group in MADE_BY and not set(MADE_BY[group]) & set(stages):
-        example = {"matrix": "matrix", "attribute": "attribute"}.get(group, "onoff")
+    if group in MADE_BY and not set(MADE_BY[group]) & set(config.stages):
         raise MetricError(
-            f"metric={metric} is a number that this experiment does not find: set experiment={example}, or another metric"
+            f"metric={metric} is a number that this experiment does not find: set experiment={group}, or another metric"
         )
 
 
 def missing_metric(metric: str, names: Collection[str]) -> UsageError:
     """The error of a job that has no such number; MetricError when no other job will have it."""
-    if metric in {name for names in OF_EVERY_RUN.values() for name in names}:
+    if any(metric in known for known in OF_EVERY_RUN.values()):
         return UsageError(f"metric={metric} is not a finite number in this run, so the sweeper is told that it failed")
     near = nearest(metric, names) or "onoff/kl_k3"
     return MetricError(
-        f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for example"
+        f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for"
+        " example"
     )

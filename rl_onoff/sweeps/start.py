@@ -10,9 +10,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rl_onoff.errors import UsageError
+from rl_onoff.redaction import refuse_literals
 from rl_onoff.sweeps.failures import Trace, failures
 from rl_onoff.sweeps.launchers import prepare
 from rl_onoff.sweeps.metric import check_metric
@@ -47,6 +48,7 @@ class Remember(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         global started
         try:
+            refuse_literals(OmegaConf.to_container(config, enum_to_str=True))  # before Hydra writes multirun.yaml
             check_metric(config)
         except UsageError as error:
             raise Refused(error) from error

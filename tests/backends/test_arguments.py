@@ -36,7 +36,7 @@ def fake():
         ({"top_k": 1.5}, "top_k is 1.5"),
         ({"max_length": 0}, "max_length is 0 but must be a whole number from 1 on: pass max_length=100"),
         ({"max_length": "9"}, "max_length is '9'"),
-        ({"stop_strings": "END"}, r"stop_strings is 'END' but must be a list of strings"),
+        ({"stop_strings": "END"}, r"stop_strings is 'END' but must be a list of non-empty strings"),
         ({"stop_strings": [""]}, "stop_strings is ['']"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": None}, "seed is None"),
@@ -89,12 +89,12 @@ def test_the_other_calls(fake):
         ({"model_name": "m", "device": "cpu"}, "options of the engine go under backend_specific"),
         (
             {"backend_type": "hf", "model_name": "m"},
-            "did you mean huggingface? choose one of huggingface, vllm, sglang",
+            "did you mean huggingface? choose one of fake, huggingface, sglang, vllm",
         ),
         ({"backend_type": "VLLM", "model_name": "m"}, "did you mean vllm?"),
         (
             {"backend_type": None, "model_name": "m"},
-            "there is no backend None: choose one of huggingface, vllm, sglang",
+            "there is no backend None: choose one of fake, huggingface, sglang, vllm",
         ),
         ({"backend_type": "huggingface"}, "set model_name to"),
         ({"model_name": 3}, "set model_name to"),

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from rl_onoff.backends.registry import engine_configs
 from rl_onoff.cli.main import CONF
-from rl_onoff.config import MAX_FOLDER_NAME, SCHEMAS, RunConfig, job_folder, register
+from rl_onoff.config import SCHEMAS, RunConfig, register
+from rl_onoff.sweeps.job_names import MAX_FOLDER_NAME, job_folder
 from tests.conftest import ROOT
 
 DOCS = runpy.run_path(str(ROOT / "docs/make_configuration.py"))
@@ -87,7 +88,7 @@ def test_the_experiment_beats_the_config_and_the_command_line_beats_both():
     assert [stage.value for stage in composed("experiment=score", "stages=[generate]").stages] == ["generate"]
 
 
-# -- a default is written once ------------------------------------------------------------------------------------------
+# -- a default is written once -----------------------------------------------------------------------------------------
 
 
 def settings(file: Path) -> list[tuple[Any, dict[str, Any]]]:
@@ -118,7 +119,7 @@ def test_yaml_never_restates_a_default(file):
             assert value != default_of(fields[name]), f"{name}: {value} is the schema's default"
 
 
-# -- every field is documented ------------------------------------------------------------------------------------------
+# -- every field is documented -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schema", [RunConfig, *dict.fromkeys(SCHEMAS.values())], ids=lambda schema: schema.__name__)
@@ -135,12 +136,14 @@ def test_the_page_is_up_to_date():
     assert committed == DOCS["page"](), "run: python docs/make_configuration.py"
 
 
-# -- the folder of a sweep's job ----------------------------------------------------------------------------------------
+# -- the folder of a sweep's job ---------------------------------------------------------------------------------------
 
 
-def test_a_jobs_folder_is_one_short_name_without_secrets():
+def test_a_jobs_folder_is_one_short_name_without_secrets(monkeypatch):
     assert job_folder(["model.name=./a/b", "sampling.n=2", "sweep_dir=x/y"]) == "model.name=._a_b,sampling.n=2"
-    assert job_folder(["+backend.engine_kwargs.hf_token=abc"]) == "+backend.engine_kwargs.hf_token=***"
+    monkeypatch.setenv("MINE", "hunter2hunter2")
+    pointed_at = OmegaConf.create(["+backend.engine_kwargs.hf_token=${oc.env:MINE}"])
+    assert job_folder(pointed_at) == "+backend.engine_kwargs.hf_token=${oc.env:MINE}"
     assert job_folder([]) == "job"
     assert job_folder(["data.limit=3", "sampling.n=2", "+a.b=1"], ["data.limit", "+a.b"]) == "sampling.n=2"
     long = [job_folder([f"model.name={'ü' * 200}", f"sampling.n={n}"]) for n in (1, 2)]

@@ -6,12 +6,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rl_onoff.cli.main import CONF
-from rl_onoff.cli.messages import config_sentence, flag_sentence, flags_first, target_sentence
+from rl_onoff.cli.messages import config_sentence, flag_sentence, target_sentence
 from rl_onoff.config import register
 
 
 @pytest.mark.parametrize(
-    ("typed", "mend"),
+    ("typed", "fix"),
     [
         ("--data.limit=3", "write data.limit=3"),
         ("--data.limit 3 backend=fake", "write data.limit=3"),
@@ -25,7 +25,6 @@ from rl_onoff.config import register
         ("backend=fake --shuffle", "write data.shuffle=VALUE"),
         ("--hf_token=abc", "write NAME=VALUE"),
         ("+backend.x=1 --backend.engine_kwargs.hf_token=abc", "write NAME=VALUE"),
-        ("data.limit =3", "write NAME=VALUE, without blanks"),
         ("tracking=false", "did you mean tracking=none"),
         ("reward=no", "did you mean reward=none"),
         ("tracking=null", "did you mean tracking=none"),
@@ -36,45 +35,29 @@ from rl_onoff.config import register
         ("-m backend=fake ./my-checkpoint", "write model=./my-checkpoint"),
         ("/models/mine backend=fake", "write model=/models/mine"),
         ("data/mine.jsonl", "write data.path=data/mine.jsonl"),
-        ("hydra/launcher", "write hydra/launcher=NAME"),
         ("backend=1", "set backend to one of fake huggingface sglang vllm"),
     ],
 )
-def test_what_to_type_instead(typed, mend):
+def test_what_to_type_instead(typed, fix):
     sentence = flag_sentence(typed.split())
-    assert sentence is not None and mend in sentence and "\n" not in sentence
+    assert sentence is not None and fix in sentence and "\n" not in sentence
     assert "abc" not in sentence
 
 
 @pytest.mark.parametrize(
     "typed",
     [
-        "", "-m model=a,b", "--multirun model=a,b", "--mult model=a,b", "--cfg job --resolve", "-c job", "-cd conf backend=fake", "-h",
-        "--help", "--package model --cfg job", "-sc install=bash", "-sc query=bash", "--info defaults", "--hydra-help", "--version",
+        "", "-m model=a,b", "--multirun model=a,b", "--mult model=a,b", "--cfg job --resolve", "-c job",
+        "-cd conf backend=fake", "-h", "--help", "--package model --cfg job", "-sc install=bash", "-sc query=bash",
+        "--info defaults", "--hydra-help", "--version",
         "doctor", "data.path=--x", "~target", "+backend@targets.mine=fake", "sampling.n=1", "tracking=none",
-        "model=gpt2", "-cd my/conf", "--config-dir my/conf", "--experimental-rerun outputs/config.pickle", "-m hydra/launcher=joblib",
+        "model=gpt2", "-cd my/conf", "--config-dir my/conf", "--experimental-rerun outputs/config.pickle",
+        "-m hydra/launcher=joblib",
         "~hydra/launcher", "run_dir=outputs/x",
     ],
 )  # fmt: skip
 def test_a_right_command_line_is_left_alone(typed):
     assert flag_sentence(typed.split()) is None
-
-
-@pytest.mark.parametrize(
-    ("typed", "ordered"),
-    [
-        ("a=1 -m b=1,2", "-m a=1 b=1,2"),
-        ("a=1 --multirun b=1,2 --resolve", "--multirun --resolve a=1 b=1,2"),
-        ("a=1 --cfg job b=2", "--cfg job a=1 b=2"),
-        ("a=1 -cd folder b=2 -m", "-cd folder -m a=1 b=2"),
-        ("a=1 --info", "a=1 --info"),
-        ("a=1 --cfg", "--cfg a=1"),
-        ("doctor", "doctor"),
-        ("", ""),
-    ],
-)
-def test_flags_may_stand_anywhere(typed, ordered):
-    assert flags_first(typed.split()) == ordered.split()
 
 
 def error_of(*typed: str) -> Exception:
@@ -102,22 +85,21 @@ def test_an_assertion_about_something_else_is_not_taken_for_it():
 
 
 @pytest.mark.parametrize(
-    ("typed", "mend"),
+    ("typed", "fix"),
     [
-        ("targets.f32.dtype=float32", "an engine that scores: add '+target@targets.f32=huggingface'"),
-        ("+targets.f32.dtype=float32", "an engine that scores: add '+target@targets.f32=huggingface'"),
-        ("targets.f32.engine_kwargs.x=1", "an engine that scores: add '+target@targets.f32=huggingface'"),
-        ("targets.f32=vllm", "an engine that scores: add '+target@targets.f32=vllm'"),
-        ("policies.mine.dtype=float32", "an engine: add '+backend@policies.mine=huggingface'"),
+        ("targets.f32.dtype=float32", "an engine of that name: add '+target@targets.f32=huggingface'"),
+        ("+targets.f32.dtype=float32", "an engine of that name: add '+target@targets.f32=huggingface'"),
+        ("targets.f32.engine_kwargs.x=1", "an engine of that name: add '+target@targets.f32=huggingface'"),
+        ("targets.f32=vllm", "an engine of that name: add '+target@targets.f32=vllm'"),
+        ("policies.mine.dtype=float32", "an engine of that name: add '+backend@policies.mine=huggingface'"),
     ],
 )
-def test_an_option_of_an_engine_that_has_no_name_yet(typed, mend):
-    assert config_sentence(error_of(typed)) == f"{typed} needs {mend}"
-    assert "***" in config_sentence(error_of("targets.f32.engine_kwargs.hf_token=abc"))
+def test_an_option_of_an_engine_that_has_no_name_yet(typed, fix):
+    assert config_sentence(error_of(typed)) == f"{typed} needs {fix}"
 
 
 @pytest.mark.parametrize(
-    ("typed", "mend"),
+    ("typed", "fix"),
     [
         (
             "+target@targets.f32=huggingface targets.f32.dtyp=1",
@@ -143,5 +125,5 @@ def test_an_option_of_an_engine_that_has_no_name_yet(typed, mend):
         ("model.n=3", "there is no option model.n: did you mean sampling.n?"),
     ],
 )
-def test_an_option_that_is_not_there(typed, mend):
-    assert config_sentence(error_of(*typed.split())).startswith(mend)
+def test_an_option_that_is_not_there(typed, fix):
+    assert config_sentence(error_of(*typed.split())).startswith(fix)

@@ -43,7 +43,8 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_config_tree(wheel):
 def test_an_installed_wheel_works_from_another_directory(wheel, tmp_path):
     clean, elsewhere = tmp_path / "clean", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    # A fresh environment that sees this one's dependencies, but not this checkout: its .pth file is not followed from there.
+    # A fresh environment that sees this one's dependencies, but not this checkout: its .pth file is not followed from
+    # there.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(clean)], check=True, timeout=60)
     python = clean / "bin" / "python"
     site = Path(

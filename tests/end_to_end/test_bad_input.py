@@ -1,10 +1,12 @@
-"""Every mistake a user can make is one sentence with the cause and the override that mends it; a test per line of the list."""
+"""Every mistake a user can make is one sentence with the cause and the override that fixes it; a test per line of the
+list."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir
+from tests.conftest import ROOT
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, token_ids
 from tests.running import run_in
 
@@ -44,14 +47,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "cause", "mend"),
+    ("arguments", "cause", "fix"),
     [
         # unknown backend, group, option or type
         (["backend=nope"], "backend=nope is not one of the choices", "set backend to one of fake huggingface"),
         (["experiment=nope"], "experiment=nope is not one of the choices", "set experiment to one of analyse"),
         (["grop=x"], "there is no option grop", "--help shows the groups"),
         (["--data.limit=3"], "--data.limit is not an option", "write data.limit=3"),
-        (["backend=vllm", "model=smollm2", "sampling.temperature=3"], "vLLM takes 0 (greedy) or 0.01 to 2.0", "set sampling.temperature=1"),
+        (["backend=vllm", "model=smollm2", "sampling.temperature=3"], "vLLM takes 0 (greedy) or 0.01 to 2.0",
+         "set sampling.temperature=1"),
         (["sampling.temprature=1"], "there is no option sampling.temprature", "did you mean sampling.temperature"),
         (["backend.tp_sise=1"], "there is no option backend.tp_sise", "did you mean backend.tp_size"),
         (["model.temperature=0"], "there is no option model.temperature", "did you mean sampling.temperature"),
@@ -62,12 +66,9 @@ def folder(tmp_path_factory) -> Path:
         (["data.shuffle=maybe"], "data.shuffle=maybe is refused", "set data.shuffle to true or false"),
         (["sampling.stop=x"], "sampling.stop=x is refused", "set sampling.stop=[x]"),
         (["stages=generate"], "stages=generate is refused", "set stages=[generate]"),
-        (["--data.limit=3"], "--data.limit is not an option", "write data.limit=3"),
-        (["backend=vllm", "model=smollm2", "sampling.temperature=3"], "vLLM takes 0 (greedy) or 0.01 to 2.0", "set sampling.temperature=1"),
         (["stages=[]"], "stages is empty", "set experiment=analyse"),
         (["run_dir="], "run_dir is empty", "set run_dir"),
-        (["~data.limit"], "~data.limit is refused", "set data.limit=null"),
-        (["~nothing"], "~nothing is refused", "correct its name"),
+        (["~nothing"], "'nothing' does not exist", "--help shows the groups"),
         # what another program calls it, or this one in another place
         (["sampling.max_length=3"], "there is no option sampling.max_length", "did you mean sampling.max_new_tokens"),
         (["backend.tp=2"], "there is no option backend.tp", "did you mean backend.tp_size"),
@@ -76,7 +77,8 @@ def folder(tmp_path_factory) -> Path:
         (["target=vLLM"], "target=vLLM is not one of the choices", "did you mean target=vllm"),
         (["tracking=off"], "tracking=off is not one of the choices", "did you mean tracking=none"),
         (["experiment=analyze"], "experiment=analyze is not one of the choices", "did you mean experiment=analyse"),
-        (["hydra/launcher=nope"], "hydra/launcher=nope is not one of the choices", "set hydra/launcher to one of basic"),
+        (["hydra/launcher=nope"], "hydra/launcher=nope is not one of the choices",
+         "set hydra/launcher to one of basic"),
         (["data=my.jsonl"], "data=my.jsonl is not one of the choices", "set data.path=my.jsonl"),
         (["data=./to/my.parquet"], "data=./to/my.parquet is not one of the choices", "set data.path=./to/my.parquet"),
         (["generate"], "'generate' is not an override", "write experiment=generate"),
@@ -84,15 +86,16 @@ def folder(tmp_path_factory) -> Path:
         (["greedy"], "'greedy' is not an override", "write sampling=greedy"),
         (["smollm2"], "'smollm2' is not an override", "write model=smollm2"),
         (["help"], "'help' is not an override", "write --help"),
-        (["+sampling=greedy"], "sampling is chosen already", "write sampling=greedy, without the plus"),
-        (["data.path=~/my.jsonl"], "an override cannot be read (data.path=~/my.jsonl)", "write data.path=$HOME/my.jsonl"),
+        (["+sampling=greedy"], "Multiple values for sampling", "--help shows the groups"),
+        (["data.path=~/no/my.jsonl"], "/no/my.jsonl does not exist", "set data.path"),
         (["score.responses=columns.jsonl"], "score.responses names responses made elsewhere", "set experiment=score"),
         (["backend"], "'backend' is not an override", "write backend=NAME, one of fake huggingface sglang vllm"),
         (["my.jsonl"], "'my.jsonl' is not an override", "write data.path=my.jsonl"),
-        (["data.limit", "3"], "'data.limit' is not an override", "write data.limit=VALUE, without blanks"),
+        (["data.limit", "=3"], "'data.limit' is not an override", "write data.limit=VALUE, without blanks"),
         (["compare.columns.behaviour=y"], "compare.columns.behaviour yet", "with a plus, +compare.columns.behaviour=y"),
         (["backend.engine_kwargs.foo=1"], "backend.engine_kwargs.foo yet", "with a plus, +backend.engine_kwargs.foo=1"),
-        (["backend.engine_kwargs.api_key=abc"], "backend.engine_kwargs.api_key yet", "+backend.engine_kwargs.api_key=***"),
+        (["backend.engine_kwargs.api_key=abc"], "backend.engine_kwargs.api_key is a literal secret",
+         "api_key=${oc.env:API_KEY}'"),
         (["+compare.columns.behavior=y"], "compare.columns has 'behavior'", "set +compare.columns.behaviour=y"),
         (["data.format=xml"], "data.format=xml is refused", "set data.format to one of auto, jsonl"),
         (["sampling.seed=null"], "sampling.seed=null is refused", "set it to a value"),
@@ -105,31 +108,46 @@ def folder(tmp_path_factory) -> Path:
         (["backend.dtype=bf16"], "'bf16' but must be one of auto, float32", "dtype=bfloat16"),
         (["target=huggingface", "target.dtype=FP32"], "'FP32' but must be one of auto, float32", "dtype=float32"),
         (["target.dtype=float32"], "target.dtype=float32 needs an engine that scores", "add target=huggingface"),
-        (["-m", "target.dtype=float32,bfloat16"], "target.dtype=float32,bfloat16 needs an engine that scores", "add target=huggingface"),
-        (["targets.f32.dtype=float32"], "targets.f32.dtype=float32 needs an engine", "add '+target@targets.f32=huggingface'"),
-        (["+policies.a.dtype=float32"], "+policies.a.dtype=float32 needs an engine", "add '+backend@policies.a=huggingface'"),
+        (["-m", "target.dtype=float32,bfloat16"], "target.dtype=float32,bfloat16 needs an engine that scores",
+         "add target=huggingface"),
+        (["targets.f32.dtype=float32"], "targets.f32.dtype=float32 needs an engine",
+         "add '+target@targets.f32=huggingface'"),
+        (["+policies.a.dtype=float32"], "+policies.a.dtype=float32 needs an engine",
+         "add '+backend@policies.a=huggingface'"),
         (["sampling.temp=0.7"], "there is no option sampling.temp:", "did you mean sampling.temperature?"),
-        (["Qwen/Qwen2.5-0.5B-Instruct"], "'Qwen/Qwen2.5-0.5B-Instruct' is not an override", "write model=Qwen/Qwen2.5-0.5B-Instruct"),
+        (["Qwen/Qwen2.5-0.5B-Instruct"], "'Qwen/Qwen2.5-0.5B-Instruct' is not an override",
+         "write model=Qwen/Qwen2.5-0.5B-Instruct"),
         (["backend=huggingface", "backend.torch_dtype=half"], "backend.torch_dtype is 'half'", "dtype=float16"),
         (["backend=vllm", "backend.max_model_len=-1"], "backend.max_model_len is -1", "set backend.max_model_len=4096"),
-        (["backend=sglang", "backend.context_length=0"], "backend.context_length is 0", "set backend.context_length=4096"),
+        (["backend=sglang", "backend.context_length=0"], "backend.context_length is 0",
+         "set backend.context_length=4096"),
         (["tracking.table_rows=-1"], "tracking.table_rows is -1", "set tracking.table_rows=200"),
-        (["backend._target_=os.system"], "may only name a class of rl_onoff.backends", "set backend=huggingface"),
+        (["backend._target_=os.system"], "which is no registered engine", "set backend to one of fake, huggingface"),
         (["tracking.mode=x"], "tracking.mode=x is refused", "set tracking.mode to one of auto, online"),
         (["reward.function=nope"], "reward.function=nope names no function", "set reward.function="),
-        (["reward.function=mine.py:f"], "the file mine.py of reward.function=mine.py:f does not exist", "set reward.function="),
-        (["reward.function=judge:f"], "reward.function=judge:f names a file without its ending", "set reward.function=judge.py:f"),
-        (["reward.function=./judge:f"], "reward.function=./judge:f names a file without its ending", "set reward.function=./judge.py:f"),
-        (["reward.function=judge.py"], "reward.function=judge.py names no function", "set reward.function=judge.py:NAME"),
+        (["reward.function=mine.py:f"], "the file mine.py of reward.function=mine.py:f does not exist",
+         "set reward.function="),
+        (["reward.function=judge:f"], "reward.function=judge:f names a file without its ending",
+         "set reward.function=judge.py:f"),
+        (["reward.function=./judge:f"], "reward.function=./judge:f names a file without its ending",
+         "set reward.function=./judge.py:f"),
+        (["reward.function=judge.py"], "reward.function=judge.py names no function",
+         "set reward.function=judge.py:NAME"),
         (["reward.function=judge.f"], "reward.function=judge.f names no function", "set reward.function=judge.py:f"),
-        (["reward.function=judge.py:f"], "cannot be called with (text, answer, meta): too many positional", "these three parameters"),
+        (["reward.function=judge.py:f"], "cannot be called with (text, answer, meta): too many positional",
+         "these three parameters"),
         (["score.name=../x"], "score.name is '../x'", "set score.name=mine"),
         # a model that does not exist
-        (["backend=huggingface", "model=./no-model"], "model.name=./no-model does not exist", "set model.name to an existing folder"),
-        (["backend=huggingface", "model=no-one/no-model"], "model.name=no-one/no-model is not in the local cache", "set model.name"),
-        (["backend=huggingface", "model=smollm"], "model.name=smollm is neither a folder nor a hub id", "did you mean model.name=smollm2"),
-        (["backend=huggingface", "model=SmolLM2-135M"], "model.name=SmolLM2-135M is neither", "did you mean model.name=smollm2"),
-        (["backend=huggingface", "model=smollm2", "model.tokenizer=./no"], "model.tokenizer=./no does not exist", "set model.tokenizer to"),
+        (["backend=huggingface", "model=./no-model"], "model.name=./no-model does not exist",
+         "set model.name to an existing folder"),
+        (["backend=huggingface", "model=no-one/no-model"], "model.name=no-one/no-model is not in the local cache",
+         "set model.name"),
+        (["backend=huggingface", "model=smollm"], "model.name=smollm is neither a folder nor a hub id",
+         "did you mean model.name=smollm2"),
+        (["backend=huggingface", "model=SmolLM2-135M"], "model.name=SmolLM2-135M is neither",
+         "did you mean model.name=smollm2"),
+        (["backend=huggingface", "model=smollm2", "model.tokenizer=./no"], "model.tokenizer=./no does not exist",
+         "set model.tokenizer to"),
         (["backend=huggingface", "model=/proc"], "the folder model.name=/proc has no config.json", "set model.name"),
         # a missing or malformed data file
         (["data.path=nowhere.jsonl"], "the file data.path=nowhere.jsonl does not exist", "set data.path"),
@@ -137,8 +155,10 @@ def folder(tmp_path_factory) -> Path:
         (["data.path=bad"], "the file data.path=bad does not exist", "did you mean data.path=bad.jsonl"),
         (["data.path=bad.jsonl"], "line 2 of bad.jsonl is not valid JSON", "set data.path"),
         (["data.path=list.jsonl"], "line 1 of list.jsonl is no JSON object but a list", "data.path"),
-        (["data.path=columns.jsonl"], "columns.jsonl has no column for the prompt but text, label", "set data.prompt to one of them"),
-        (["data.path=columns.jsonl", "data.prompt=question"], "columns.jsonl has no column 'question' but text, label", "set data.prompt"),
+        (["data.path=columns.jsonl"], "columns.jsonl has no column for the prompt but text, label",
+         "set data.prompt to one of them"),
+        (["data.path=columns.jsonl", "data.prompt=question"], "columns.jsonl has no column 'question' but text, label",
+         "set data.prompt"),
         (["data.path=empty.jsonl"], "empty.jsonl has no rows", "set data.path"),
         (["data.path=types.jsonl"], "line 1 of types.jsonl has a number as its prompt", "set data.prompt"),
         (["data.path=twice.jsonl"], "line 2 of twice.jsonl and line 1 of twice.jsonl share the id '1'", "set data.id"),
@@ -147,7 +167,8 @@ def folder(tmp_path_factory) -> Path:
         (["data.limit=0"], "data.limit is 0", "set data.limit=20"),
         # an empty prompt, a prompt longer than the context
         (["data.path=blank.jsonl"], "line 2 of blank.jsonl has an empty prompt", "data.prompt"),
-        (["data.path=long.jsonl"], "the prompt of row '0' has 5018 tokens and the model's context only 4096", "set model.name"),
+        (["data.path=long.jsonl"], "the prompt of row '0' has 5018 tokens and the model's context only 4096",
+         "set model.name"),
         # sampling
         (["sampling.top_p=0"], "sampling.top_p is 0.0 but must be above 0 and at most 1", "set sampling.top_p=1"),
         (["sampling.temperature=-0.5"], "sampling.temperature is -0.5", "set sampling.temperature=1"),
@@ -156,20 +177,28 @@ def folder(tmp_path_factory) -> Path:
         (["sampling.stop=[a,'']"], "sampling.stop is ['a', '']", "set sampling.stop=[]"),
         (["sampling.max_new_tokens=0"], "sampling.max_new_tokens is 0", "set sampling.max_new_tokens=512"),
         # responses for a prompt that is not there
-        (["experiment=score", "score.responses=no_prompt.jsonl"], "no_prompt.jsonl has none of the columns prompt_ids", "score.responses"),
-        (["experiment=score", "score.responses=null_prompt.jsonl"], "line 1 of null_prompt.jsonl has an empty prompt", "score.responses"),
-        (["experiment=score", "score.responses=no_response.jsonl"], "no_response.jsonl has none of the columns", "score.responses"),
-        (["experiment=score", "score.responses=other_prompt.jsonl"], "line 2 of other_prompt.jsonl has the id '1'", "score.responses"),
-        (["experiment=score", "score.responses=nowhere.jsonl"], "the file score.responses=nowhere.jsonl does not exist", "score.responses"),
-        (["experiment=score", "score.responses=judge.py"], "the ending of score.responses=judge.py is none of .jsonl", "rename the file"),
-        (["experiment=compare", "compare.behaviour=no"], "compare.behaviour=no does not exist", "set compare.behaviour to a run folder"),
-        (["experiment=score", "run_dir=no-run"], "no-run has no responses to score", "set run_dir to an earlier run's folder"),
+        (["experiment=score", "score.responses=no_prompt.jsonl"], "no_prompt.jsonl has none of the columns prompt_ids",
+         "score.responses"),
+        (["experiment=score", "score.responses=null_prompt.jsonl"], "line 1 of null_prompt.jsonl has an empty prompt",
+         "score.responses"),
+        (["experiment=score", "score.responses=no_response.jsonl"], "no_response.jsonl has none of the columns",
+         "score.responses"),
+        (["experiment=score", "score.responses=other_prompt.jsonl"], "line 2 of other_prompt.jsonl has the id '1'",
+         "score.responses"),
+        (["experiment=score", "score.responses=nowhere.jsonl"], "the file score.responses=nowhere.jsonl does not exist",
+         "score.responses"),
+        (["experiment=score", "score.responses=judge.py"], "the ending of score.responses=judge.py is none of .jsonl",
+         "rename the file"),
+        (["experiment=compare", "compare.behaviour=no"], "compare.behaviour=no does not exist",
+         "set compare.behaviour to a run folder"),
+        (["experiment=score", "run_dir=no-run"], "no-run has no responses to score",
+         "set run_dir to an earlier run's folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_one_sentence(arguments, cause, mend, folder, refused_here):
+def test_one_sentence(arguments, cause, fix, folder, refused_here):
     sentence = refused_here(*FAKE, *arguments, cwd=folder)
-    assert cause in sentence and mend in sentence, sentence
+    assert cause in sentence and fix in sentence, sentence
 
 
 def test_one_sentence_is_all_a_process_prints(folder):
@@ -229,6 +258,19 @@ def test_a_changed_option_is_told_once_under_its_first_name(tmp_path):
     assert "torch_dtype" not in str(caught.value)
     with pytest.raises(UsageError, match=r'config \(backend\.torch_dtype: "float32" -> "bfloat16"\)'):
         claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}})
+
+
+def test_a_sweeps_run_folder_and_other_odd_paths_are_given_back(tmp_path):
+    shutil.copy(ROOT / "rl_onoff/data/problems.jsonl", rows := tmp_path / "größe=1#2.jsonl")
+    sweep = ("-m", *SMALL, f"data.path={rows}", "experiment=generate", "sampling.temperature=0.6,1.0", "sampling.n=1,2")
+    rl_onoff(*sweep, "sweep_dir=out/第1=次", cwd=tmp_path)
+    folder = "out/第1=次/sampling.n=1,sampling.temperature=0.6"
+    again = (*SMALL, f"data.path={rows}", "sampling.temperature=0.6", f"run_dir={folder}")
+    before = token_ids(tmp_path / folder)
+    assert "4 of 4 responses are there already" in rl_onoff(*again, cwd=tmp_path).stdout
+    assert token_ids(tmp_path / folder) == before and len(before) == 4
+    rl_onoff(*SMALL, "experiment=compare", f"compare.behaviour={folder}", "run_dir=out/it's %(mine)!", cwd=tmp_path)
+    assert (tmp_path / "out" / "it's %(mine)!" / "metrics.json").exists()
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------

@@ -35,8 +35,11 @@ def launched_by(launcher: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_launcher_runs_all_jobs_and_again_what_is_missing(launcher: str, tmp_path: Path) -> None:
-    secret = "+backend.engine_kwargs.hf_token=hunter2hunter2"
+def test_a_launcher_runs_all_jobs_and_again_what_is_missing(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINE", "hunter2hunter2")
+    secret = "+backend.engine_kwargs.hf_token=${oc.env:MINE}"
     options = (*launched_by(launcher), *SMALL, secret, "experiment=generate", "sweep_dir=sweep")
     done = rl_onoff(*options, "sampling.top_p=0,0.9", cwd=tmp_path, code=2)
     assert "Traceback" not in done.stdout + done.stderr

@@ -37,7 +37,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_stopping_and_going_on(how, uninterrupted, tmp_path):
-    process = started(*LONG, cwd=tmp_path)
+    process = started(*LONG, *(["run_dir=it's=mine #1 é"] if how is signal.SIGINT else []), cwd=tmp_path)
     process.send_signal(how)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said + errors

@@ -7,7 +7,8 @@ import pytest
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    """A run folder on a machine where nobody is logged in. wandb reads the environment once, so it is shut down after each test."""
+    """A run folder on a machine where nobody is logged in. wandb reads the environment once, so it is shut down after
+    each test."""
     for name in [name for name in os.environ if name.startswith("WANDB_")] + ["NETRC", "WANDB_ERROR_REPORTING"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -15,7 +15,8 @@ KEY = "fake0secret0value0" * 3
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps the last upsert of the one run it knows; `down` makes every later answer a 503, `refusing` denies the upsert."""
+    """Keeps the last upsert of the one run it knows; `down` makes every later answer a 503, `refusing` denies the
+    upsert."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -115,7 +116,8 @@ def test_a_server_that_goes_away_delays_the_end_by_a_bounded_time(server, run_di
 
 @pytest.mark.parametrize("mode", [TrackingMode.auto, TrackingMode.online])
 def test_a_server_that_refuses_the_run_stops_it(server, run_dir, mode):
-    """Logged in, but not allowed into this project: a configured tracker must start, so auto does not go offline over it."""
+    """Logged in, but not allowed into this project: a configured tracker must start, so auto does not go offline over
+    it."""
     server.refusing = True
     with pytest.raises(UsageError, match=r"permission denied.*tracking\.mode=offline"):
         started(run_dir, mode=mode, entity="someone-else")

@@ -1,34 +1,41 @@
-"""What counts as a secret, and that it is gone from every shape a config can have."""
+"""What counts as a secret, that a literal one is refused, and that it is gone from every shape a config can have."""
 
 from pathlib import Path
 
 import pytest
 
 from rl_onoff.config import TrackingMode
-from rl_onoff.redaction import is_secret_key, redact, redact_override, secret_values
+from rl_onoff.errors import UsageError
+from rl_onoff.redaction import is_secret_key, masked, masked_text, refuse_literals, secrets_of_environment
+
+
+@pytest.fixture(autouse=True)
+def no_other_secrets(monkeypatch):
+    monkeypatch.setattr("os.environ", {"MY_API_KEY": "hunter2-hunter2", "SHORT_TOKEN": "abc", "HOME": "/home/someone"})
 
 
 @pytest.mark.parametrize(
-    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password", "db.password", "client-secret",
-            "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
+    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password", "db.password",
+            "client-secret", "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
 )  # fmt: skip
 def test_secret_names(key):
     assert is_secret_key(key)
 
 
 @pytest.mark.parametrize(
-    "key", ["max_new_tokens", "token_ids", "tokenizer", "top_k", "eos_token", "pad_token", "key", "stop_token_ids", "tokens_per_s",
-            "skip_tokenizer_init", "monkey", "trust_remote_code"],
+    "key", ["max_new_tokens", "token_ids", "tokenizer", "top_k", "eos_token", "pad_token", "key", "stop_token_ids",
+            "tokens_per_s", "skip_tokenizer_init", "monkey", "trust_remote_code"],
 )  # fmt: skip
 def test_names_that_only_look_like_secrets(key):
     assert not is_secret_key(key)
 
 
-def test_redact_masks_leaves_and_keeps_the_rest():
+def test_masked_leaves_are_secrets_and_the_rest_is_kept():
     config = {
         "model": {"name": "m", "token": "abc", "eos_token": "</s>"},
         "engine_kwargs": {
             "use_auth_token": True,
+            "max_token": 3,
             "password": 1234,
             "credentials": {"user": "u", "keys": ["k1"]},
             "api_key": None,
@@ -40,10 +47,11 @@ def test_redact_masks_leaves_and_keeps_the_rest():
         "n": 4,
     }
     before = repr(config)
-    assert redact(config, {"hunter2-hunter2"}) == {
+    assert masked(config) == {
         "model": {"name": "m", "token": "***", "eos_token": "</s>"},
         "engine_kwargs": {
             "use_auth_token": True,
+            "max_token": 3,
             "password": "***",
             "credentials": {"user": "***", "keys": ["***"]},
             "api_key": None,
@@ -58,26 +66,30 @@ def test_redact_masks_leaves_and_keeps_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("argument", "want"),
+    ("config", "name"),
     [
-        ("backend.engine_kwargs.hf_token=abc", "backend.engine_kwargs.hf_token=***"),
-        ("+x.api_key=a,b", "+x.api_key=***"),
-        ("backend.engine_kwargs={hf_token: abc, seed: 3}", "backend.engine_kwargs={hf_token: ***, seed: 3}"),
-        ("backend.engine_kwargs={'password':'a b',n:1}", "backend.engine_kwargs={'password':***,n:1}"),
-        ("sampling.max_new_tokens=5", "sampling.max_new_tokens=5"),
-        ("data.path=/x/secret-of-env/y", "data.path=/x/***/y"),
-        ("--multirun", "--multirun"),
+        ({"a": {"hf_token": "abc"}}, "a.hf_token"),
+        ({"a": [{"password": 1234}]}, "a.password"),
+        ({"credentials": {"user": "${oc.env:ME}", "keys": ["k1"]}}, "credentials.keys"),
+        ({"proxy": "http://me:pw@proxy:3128/x"}, "proxy"),
     ],
 )
-def test_redact_override(argument, want):
-    assert redact_override(argument, {"secret-of-env"}) == want
+def test_a_literal_is_refused_by_its_name(config, name):
+    with pytest.raises(UsageError, match=rf"^{name} is a literal secret: export it and set '{name}=\$\{{oc\.env:"):
+        refuse_literals(config)
 
 
-def test_secret_values_come_from_the_environment_and_are_long_enough_to_be_found_again():
-    environ = {
-        "HF_TOKEN": "hf_abcdefgh",
-        "WANDB_API_KEY": "short",
-        "HOME": "/home/someone",
-        "TOKENIZERS_PARALLELISM": "false-false",
-    }
-    assert secret_values(environ) == {"hf_abcdefgh"}
+def test_what_is_no_literal():
+    refuse_literals({
+        "hf_token": "${oc.env:MINE}", "authorization": "Bearer ${oc.env:MINE}", "password": None,
+        "use_auth_token": True, "api_key": "", "secret": "???", "eos_token": "</s>", "n_token": 3, "at": "me@host",
+        "proxy": "http://proxy:3128", "token": {"n": 3},
+    })  # fmt: skip
+
+
+def test_the_environments_secrets_are_taken_out_of_a_text_where_they_are_long_enough_to_be_found_again():
+    assert secrets_of_environment() == {"hunter2-hunter2", "abc"}
+    assert (
+        masked_text("abc: hunter2-hunter2 at http://me:pw@host", secrets_of_environment())
+        == "abc: *** at http://***@host"
+    )
