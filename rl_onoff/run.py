@@ -18,7 +18,8 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import Row, load_rows
-from rl_onoff.data.requests import check_lengths, encode_rows, load_responses
+from rl_onoff.data.requests import check_lengths, encode_rows
+from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
 from rl_onoff.models.sampling_defaults import model_sampling
 from rl_onoff.pipeline import stages
@@ -29,7 +30,8 @@ from rl_onoff.pipeline.engine_slot import NotItsTurn, Slot
 from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
-from rl_onoff.rundir.provenance import landmarks, texts_of
+from rl_onoff.rundir.files import content_of
+from rl_onoff.rundir.provenance import claim, landmarks, texts_of
 from rl_onoff.rundir.summary import Summary, as_text, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
@@ -106,7 +108,7 @@ def job_type(config: RunConfig) -> str:
 def generate(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
-    completions.claim(generate_record(config))
+    claim(completions, generate_record(config))
     engine = config.backend
     tokenizer = build(engine).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
@@ -135,12 +137,11 @@ def score(this: Run) -> None:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
     if config.score.responses is not None:
+        file, data = Path(config.score.responses), config.data
         tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
-        given = load_responses(
-            config.score.responses, tokenizer, chat_template=config.data.chat_template, system=config.data.system
-        )
-        folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
-        stages.take_in(folder, given, tokenizer)
+        given = load_responses(config.score.responses, tokenizer, chat_template=data.chat_template, system=data.system)
+        claim(folder.completions, {"responses": str(file.absolute()), "content": content_of(file.expanduser())})
+        stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
     if not folder.completions.exists():
         raise UsageError(
             f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a file, "
@@ -152,7 +153,7 @@ def score(this: Run) -> None:
 
 def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
     want = wanted(this)
-    table.claim({"backend": engine.what_it_computes(), "want": asdict(want)})
+    claim(table, {"backend": engine.what_it_computes(), "want": asdict(want)})
     total = stages.unscored(this.folder, table)
     if not total:
         log.info("score: all responses are scored already in %s", table.path)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.errors import UsageError
 from rl_onoff.redaction import redact, secret_values
 from rl_onoff.rundir.files import disk_error, read_json, write_whole
 from rl_onoff.rundir.shards import num_bytes, read_shard, write_shard
@@ -214,8 +214,8 @@ def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -
     for key in dict.fromkeys((*before, *after)):
         default = defaults.get(key) if isinstance(defaults, Mapping) else None
         missing = None if isinstance(default, Mapping) and default else default  # a group of options is no option
-        sides = (side.get(key, missing) for side in (before, after))
-        found += differences(*sides, default, f"{name}.{key}" if name else key)
+        one, other = before.get(key, missing), after.get(key, missing)
+        found += differences(one, other, default, f"{name}.{key}" if name else key)
     return found
 
 
@@ -271,7 +271,7 @@ def scores_of(row: Row) -> TokenScores:
     """What a row of a scores table says of every token; None for columns that are null, of width 0, or were not read."""
     from rl_onoff.types import ARRAYS, LogprobKind, TokenScores
 
-    arrays = {name: row.get(name.rpartition("_")[0]) for name in ARRAYS}
+    arrays: dict[str, Any] = {name: row.get(name.rpartition("_")[0]) for name in ARRAYS}
     arrays = {name: None if a is None or (a.ndim == 2 and not a.shape[1]) else a for name, a in arrays.items()}
     kind = LogprobKind(row.get("logprob_kind") or LogprobKind.raw)
-    return TokenScores(request_id=row["request_id"], sample=row["sample"], kind=kind, **arrays)
+    return TokenScores(request_id=row.get("request_id", ""), sample=row.get("sample", 0), kind=kind, **arrays)
