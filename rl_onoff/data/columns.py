@@ -86,12 +86,12 @@ class Columns:
             )  # fmt: skip
 
     def kind(self, record: Row, where: str) -> LogprobKind | None:
-        if "logprobkind" not in self.table.columns:
+        if "logprob_kind" not in self.table.columns:
             return None
-        names, kind = [kind.value for kind in LogprobKind], record.get("logprobkind")
+        names, kind = [kind.value for kind in LogprobKind], record.get("logprob_kind")
         if kind not in names:
             raise UsageError(
-                f"{where} has logprobs of the unknown kind {kind!r}: say in column logprobkind of {self.table.key} which"
+                f"{where} has logprobs of the unknown kind {kind!r}: say in column logprob_kind of {self.table.key} which"
                 f" kind they are of, {', '.join(names)}"
             )
         return LogprobKind(kind)

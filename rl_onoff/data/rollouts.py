@@ -206,17 +206,16 @@ def load_responses(
     table = read_table(path, key="score.responses")
     columns = {role: name for role, name in find_columns(table).items() if role != "target" and name not in SHOWN}
     for ids, text in (("prompt_ids", "prompt"), ("token_ids", "text")):
-        if ids not in columns and text not in columns:
+        if not {ids, text} & columns.keys():
             names = dict.fromkeys(name for name in (*COLUMNS[ids], *COLUMNS[text]) if name not in SHOWN)
             raise UsageError(
                 f"{table.name} has none of the columns {', '.join(names)} but {', '.join(table.columns)}: rename one, or"
                 " set score.responses to another file"
             )
-        if ids not in columns and tokenizer is None:
-            raise UsageError(
-                f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a"
-                " model.tokenizer"
-            )
+    if tokenizer is None and not {"prompt_ids", "token_ids"} <= columns.keys():
+        raise UsageError(
+            f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a model.tokenizer"
+        )
     file = RolloutFile(table=table, columns=columns, texts=Texts(tokenizer, chat_template, system))
     rollouts = [recorded.rollout for recorded in file.rows()]
     found = [rollout for rollout in rollouts if len(rollout.token_ids_T)]
@@ -225,8 +224,7 @@ def load_responses(
             f"{table.name} has empty responses only: fill column {columns.get('token_ids', columns.get('text'))}, or set"
             " score.responses to another file"
         )
-    if len(found) < len(rollouts):
-        empty = len(rollouts) - len(found)
+    if empty := len(rollouts) - len(found):
         log.warning(
             "%s: %d of %d rows left out: their response is empty, nothing to score", table.name, empty, len(rollouts)
         )
