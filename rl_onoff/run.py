@@ -19,7 +19,8 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import Row, load_rows
-from rl_onoff.data.requests import check_lengths, encode_rows, load_responses
+from rl_onoff.data.requests import check_lengths, encode_rows
+from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
 from rl_onoff.models.sampling_defaults import model_sampling
 from rl_onoff.pipeline import stages
@@ -30,7 +31,8 @@ from rl_onoff.pipeline.engine_slot import ANY, Slot, Steps
 from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
-from rl_onoff.rundir.provenance import landmarks, sampling_of, texts_of
+from rl_onoff.rundir.files import content_of
+from rl_onoff.rundir.provenance import claim, landmarks, sampling_of, texts_of
 from rl_onoff.rundir.summary import Summary, as_text, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
@@ -105,7 +107,7 @@ def generate(this: Run) -> Steps:
 def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
-    completions.claim(generate_record(config))
+    claim(completions, generate_record(config))
     tokenizer = build(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
@@ -134,12 +136,11 @@ def score(this: Run) -> Steps:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
     if config.score.responses is not None:
+        file, data = Path(config.score.responses), config.data
         tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
-        given = load_responses(
-            config.score.responses, tokenizer, chat_template=config.data.chat_template, system=config.data.system
-        )
-        folder.completions.claim({"responses": str(Path(config.score.responses).absolute())})
-        stages.take_in(folder, given, tokenizer)
+        given = load_responses(config.score.responses, tokenizer, chat_template=data.chat_template, system=data.system)
+        claim(folder.completions, {"responses": str(file.absolute()), "content": content_of(file.expanduser())})
+        stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
     if not folder.completions.exists():
         raise UsageError(
             f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a"
@@ -153,7 +154,7 @@ def score(this: Run) -> Steps:
 def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
     """Score with one engine what its table lacks."""
     want = wanted(this)
-    table.claim({"backend": engine.what_it_computes(), "want": asdict(want)})
+    claim(table, {"backend": engine.what_it_computes(), "want": asdict(want)})
     total = stages.unscored(this.folder, table)
     if not total:
         log.info("score: all responses are scored already in %s", table.path)

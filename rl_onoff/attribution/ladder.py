@@ -20,12 +20,11 @@ from rl_onoff.attribution.result import KEEP, NOTHING_LEFT, ROUNDING, Attributio
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import sampler_of, scored_as
 from rl_onoff.rundir.provenance import engine_of, sampling_of
-from rl_onoff.rundir.table import Key, Table
+from rl_onoff.rundir.table import Key, Table, row_of_scores
 from rl_onoff.rundir.table import Row as StoredRow
 from rl_onoff.types import LogprobKind, Rollout, Sampling, Want
 
@@ -128,7 +127,7 @@ class Ladder:
         with table.writer() as writer, self.this.progress("attribute", len(missing)) as progress:
             for window in windows:
                 for scores in backend.score(window, want):
-                    writer.append(stages.scores_row(scores))
+                    writer.append(row_of_scores(scores))
                     progress.add(len(scores.token_ids_T))
 
     def climb(self, state: State, rungs: Sequence[Rung]) -> Attribution:

@@ -1,14 +1,15 @@
 """Data files -> rows: prompt, id, reference answer and groups, checked, before any tokenizer or model is loaded.
 
 Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the row
-(Parquet, datasets: counted from 1) and the override that mends it, so that a wrong file costs a second and not a model's load.
+(Parquet, datasets: counted from 1) and the override that fixes it, so that a wrong file costs a second and not a model's
+load.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,6 +23,7 @@ ROW_NUMBER = "row_number"  # `data.id=row_number` numbers the rows, for files wh
 
 PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "question", "problem")
 GROUP_COLUMNS = ("data_source", "subject", "level")
+MAX_ID = 2**31 - 1  # of a token: ids are int32 everywhere
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages | list[int]
@@ -47,22 +49,17 @@ class Row:
 
 def load_rows(data: DataConfig) -> list[Row]:
     """The rows that `data` selects, in its order; the ids of rows do not depend on shuffling or the limit."""
-    table = read_table(
-        str(PROBLEMS) if data.path is None else data.path, key="data.path", format=data.format, split=data.split
-    )
-    if data.prompt is not None:
-        prompt_column = table.column(data.prompt, "data.prompt")
-    elif (found := table.first(PROMPT_COLUMNS)) is not None:
-        prompt_column = found
-    else:
+    path = str(PROBLEMS) if data.path is None else data.path
+    table = read_table(path, key="data.path", format=data.format, split=data.split)
+    prompt_column = table.first(PROMPT_COLUMNS) if data.prompt is None else table.column(data.prompt, "data.prompt")
+    if prompt_column is None:
         raise UsageError(
             f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them"
         )
     answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
     id_column = _id_column(table, data.id)
-    groups = [table.column(name, "data.groups") for name in data.groups] or [
-        name for name in GROUP_COLUMNS if name in table.columns
-    ]
+    groups = [table.column(name, "data.groups") for name in data.groups]
+    groups = groups or [name for name in GROUP_COLUMNS if name in table.columns]
 
     order = list(range(len(table.records)))
     if data.shuffle:
@@ -73,18 +70,16 @@ def load_rows(data: DataConfig) -> list[Row]:
         prompt = parse_prompt(look_up(record, prompt_column), where=where, column=prompt_column, key="data.prompt")
         if is_chat(prompt) and prompt[-1]["role"] == "assistant":
             raise UsageError(
-                f"the conversation in {where} ends with the assistant's turn: remove that turn, or set data.prompt to another column"
+                f"the conversation in {where} ends with the assistant's turn: remove that turn, or set data.prompt to"
+                " another column"
             )
         row_id = str(index) if id_column is None else _id(look_up(record, id_column), where=where, column=id_column)
         if row_id in rows:
             raise UsageError(
-                f"{where} and {rows[row_id].where} share the id {row_id!r}: set data.id to a column without repetitions,"
-                f" or data.id={ROW_NUMBER}"
+                f"{where} and {rows[row_id].where} share the id {row_id!r}: set data.id to a column without"
+                f" repetitions, or data.id={ROW_NUMBER}"
             )
-        meta: dict[str, Any] = {"question": question_of(prompt, record)}
-        if answer_column is not None and (answer := answer_of(look_up(record, answer_column), where=where)) is not None:
-            meta["answer"] = answer
-        meta.update({name: jsonable(look_up(record, name)) for name in groups})
+        meta = meta_of(prompt, record, answer_column, groups, where=where)
         rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta)
     return list(rows.values())
 
@@ -94,28 +89,40 @@ def load_rows(data: DataConfig) -> list[Row]:
 
 def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     """A prompt as text, chat messages or token ids; anything else, and an empty one, is refused."""
-    mend = f"fill column {column} or set {key} to another {'file' if key == 'score.responses' else 'column'}"
+    fix = f"fill column {column} or set {key} to another {'file' if key == 'score.responses' else 'column'}"
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        raise UsageError(f"{where} has an empty prompt: {mend}")
+        raise UsageError(f"{where} has an empty prompt: {fix}")
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        if all(type(item) is int for item in value):
             if min(value) < 0:
-                raise UsageError(f"{where} has a negative token id in its prompt: {mend}")
+                raise UsageError(f"{where} has a negative token id in its prompt: {fix}")
+            if max(value) > MAX_ID:
+                raise UsageError(f"{where} has the token id {max(value)} in its prompt, which no model has: {fix}")
             return value
-        if all(
-            isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-            for item in value
-        ):
+        if all(isinstance(item, dict) and _is_text(item, "role") and _is_text(item, "content") for item in value):
             messages = [{"role": item["role"], "content": item["content"]} for item in value]
             if not any(message["content"].strip() for message in messages):
-                raise UsageError(f"{where} has an empty prompt: {mend}")
+                raise UsageError(f"{where} has an empty prompt: {fix}")
             return messages
     raise UsageError(
-        f"{where} has {kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a list of token ids"
-        f" is wanted: {mend}"
+        f"{where} has {kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a"
+        f" list of token ids is wanted: {fix}"
     )
+
+
+def _is_text(record: Mapping[str, Any], name: str) -> bool:
+    return isinstance(record.get(name), str)
+
+
+def meta_of(
+    prompt: Prompt, record: Mapping[str, Any], answer_column: str | None, groups: Iterable[str], *, where: str
+) -> dict[str, Any]:
+    """What people want to know of a row beside its prompt: question, reference answer (if any) and groups."""
+    answer = None if answer_column is None else _answer(look_up(record, answer_column), where)
+    found = {name: jsonable(look_up(record, name)) for name in groups}
+    return {"question": question_of(prompt, record), **({} if answer is None else {"answer": answer}), **found}
 
 
 def question_of(prompt: Prompt, record: Mapping[str, Any]) -> str:
@@ -134,23 +141,21 @@ def answer_column_of(table: Table) -> str | None:
     return "reward_model.ground_truth" if "reward_model" in table.columns else None
 
 
-def answer_of(value: Any, *, where: str) -> str | None:
-    """The reference answer as text, from a string, a number, or verl's object with `target`; None if the row has none."""
+def _answer(value: Any, where: str) -> str | None:
+    """The reference answer as text, from a string, a number, or verl's object with `target`; None if there is none."""
+    fix = "set data.answer to another column"
     if isinstance(value, Mapping):
         if "target" not in value:
-            raise UsageError(
-                f"{where} has an object without `target` as its reference answer: set data.answer to another column"
-            )
+            raise UsageError(f"{where} has an object without `target` as its reference answer: {fix}")
         value = value["target"]
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
         return str(int(value)) if value == int(value) else str(value)
-    raise UsageError(
-        f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted: set data.answer to another column"
-    )
+    what = "infinity" if isinstance(value, float) else kind_of(value)
+    raise UsageError(f"{where} has {what} as its reference answer where text or a number is wanted: {fix}")
 
 
 def jsonable(value: Any) -> Any:
@@ -158,7 +163,7 @@ def jsonable(value: Any) -> Any:
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
-        return None if math.isnan(value) else value
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(name): jsonable(item) for name, item in value.items()}
     return [jsonable(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
@@ -179,6 +184,6 @@ def _id(value: Any, *, where: str, column: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise UsageError(
-        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id to another column,"
-        f" or data.id={ROW_NUMBER}"
+        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id to"
+        f" another column, or data.id={ROW_NUMBER}"
     )

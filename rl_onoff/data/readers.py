@@ -1,7 +1,7 @@
 """Data files -> records, whatever their layout: JSONL, CSV, Parquet, a Hugging Face dataset.
 
 Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the row
-(Parquet, datasets: counted from 1) and the override that mends it.
+(Parquet, datasets: counted from 1) and the override that fixes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.config import Format
-from rl_onoff.errors import MissingDependencyError, UsageError
+from rl_onoff.errors import UsageError
 from rl_onoff.models import resolve as models
 
 ENDINGS = {".jsonl": Format.jsonl, ".csv": Format.csv, ".parquet": Format.parquet}
@@ -54,15 +54,14 @@ def read_table(path: str, *, key: str, format: Format = Format.auto, split: str 
         table = _read_datasets(path, file, key, split)
     else:
         if not file.is_file():
-            raise UsageError(
-                f"the file {key}={path} {'is a folder' if file.is_dir() else 'does not exist'}: set {key} to an existing file"
-            )
+            what = "is a folder" if file.is_dir() else "does not exist"
+            raise UsageError(f"the file {key}={path} {what}: set {key} to an existing file")
+        read = {Format.jsonl: _read_jsonl, Format.csv: _read_csv, Format.parquet: _read_parquet}[format]
         try:
-            table = {Format.jsonl: _read_jsonl, Format.csv: _read_csv, Format.parquet: _read_parquet}[format](file, key)
+            table = read(file, key)
         except OSError as error:
-            raise UsageError(
-                f"the file {key}={path} cannot be read ({error.strerror or error}): set {key} to another file"
-            ) from error
+            cause = error.strerror or error
+            raise UsageError(f"the file {key}={path} cannot be read ({cause}): set {key} to another file") from error
     if not len(table.records):
         raise UsageError(f"{table.name} has no rows: set {key} to a file that has some")
     return table
@@ -97,11 +96,12 @@ def _read_jsonl(file: Path, key: str) -> Table:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
                 raise UsageError(
-                    f"line {number} of {file.name} is not valid JSON ({error}): mend the line, or set {key} to another file"
+                    f"line {number} of {file.name} is not valid JSON ({error}): fix the line, or set {key} to another file"
                 ) from error
             if not isinstance(record, dict):
                 raise UsageError(
-                    f"line {number} of {file.name} is no JSON object but {kind_of(record)}: write every row as {{…}} on one line of {key}"
+                    f"line {number} of {file.name} is no JSON object but {kind_of(record)}: write every row as {{…}} on"
+                    f" one line of {key}"
                 )
             records.append(record)
             numbers.append(number)
@@ -119,14 +119,15 @@ def _read_csv(file: Path, key: str) -> Table:
             for record in reader:
                 if None in record or None in record.values():
                     raise UsageError(
-                        f"line {reader.line_num} of {file.name} has not {len(columns)} fields like the first line: mend it,"
+                        f"line {reader.line_num} of {file.name} has not {len(columns)} fields like the first line: fix it,"
                         f" or set {key} to another file"
                     )
                 records.append(record)
                 numbers.append(reader.line_num)
         except (csv.Error, UnicodeDecodeError) as error:
             raise UsageError(
-                f"{file.name} is not valid CSV near line {reader.line_num + 1} ({error}): mend it, or set {key} to another file"
+                f"{file.name} is not valid CSV near line {reader.line_num + 1} ({error}): fix it, or set {key} to another"
+                " file"
             ) from error
     return Table(name=file.name, key=key, unit="line", columns=columns, records=records, numbers=numbers)
 
@@ -138,26 +139,17 @@ def _read_parquet(file: Path, key: str) -> Table:
     try:
         table = pyarrow.parquet.ParquetFile(file).read()
     except pyarrow.ArrowInvalid as error:
+        cause = str(error).splitlines()[0]
         raise UsageError(
-            f"{file.name} is not a Parquet file ({str(error).splitlines()[0]}): mend it, or set {key} to another file"
+            f"{file.name} is not a Parquet file ({cause}): fix it, or set {key} to another file"
         ) from error
-    numbers = range(1, table.num_rows + 1)
-    return Table(
-        name=file.name,
-        key=key,
-        unit="row",
-        columns=tuple(table.column_names),
-        records=table.to_pylist(),
-        numbers=numbers,
-    )
+    columns, numbers = tuple(table.column_names), range(1, table.num_rows + 1)
+    return Table(name=file.name, key=key, unit="row", columns=columns, records=table.to_pylist(), numbers=numbers)
 
 
 def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
     """A folder written by save_to_disk, or an id on the hub, `owner/name` or `owner/name:configuration`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(f"{key}={path} needs the package datasets: pip install datasets") from error
+    import datasets
 
     if file.is_dir():
         if not any((file / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
@@ -167,9 +159,8 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
         found = datasets.load_from_disk(str(file))
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
-                raise UsageError(
-                    f"{key}={path} has no split {split!r} but {', '.join(map(str, found))}: set data.split to one of them"
-                )
+                there = ", ".join(map(str, found))
+                raise UsageError(f"{key}={path} has no split {split!r} but {there}: set data.split to one of them")
             found = found[split]
     else:
         repo, _, configuration = path.partition(":")
@@ -179,8 +170,7 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise
-            # A split or configuration that is not there: the library's sentence lists those there are.
-            cause = " ".join(str(error).split())
+            cause = " ".join(str(error).split())  # the library lists the splits or configurations there are
             raise UsageError(
                 f"{key}={path} cannot be loaded ({cause}): set data.split, or {key}={repo}:CONFIGURATION"
             ) from error

@@ -1,206 +1,239 @@
-"""Token ids and logprobs that other tools wrote down: one row a response, both policies' logprobs in it or one of them.
+"""Responses made elsewhere -> Rollouts: files that trainers and other tools wrote, a response a row.
 
-Trainers name the same things differently, pad them to a rectangle, and some put prompt and response into one list. Here that is
-undone once, by the names in COLUMNS and the file's own masks; what cannot be told apart is refused, never guessed.
+Trainers name the same things differently, pad them to a rectangle, and some put prompt and response into one list. Here
+that is undone once, by the names in `columns` and the file's own masks; what cannot be told apart is refused, never guessed.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from rl_onoff.config import COLUMN_ROLES
-from rl_onoff.data.prompts import GROUP_COLUMNS, jsonable
-from rl_onoff.data.readers import Table, look_up, read_table
+from rl_onoff.data.columns import COLUMNS, SHOWN, WHOLE, Columns, Row, find_columns
+from rl_onoff.data.prompts import GROUP_COLUMNS, answer_column_of, jsonable, meta_of, parse_prompt
+from rl_onoff.data.readers import look_up, read_table
+from rl_onoff.data.requests import Texts
 from rl_onoff.errors import UsageError
-from rl_onoff.types import LogprobKind
+from rl_onoff.types import Key, LogprobKind, Rollout
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "id": ("request_id", "id", "uid"),
-    "sample": ("sample",),
-    # ours; verl; TRL, prime-rl; slime and prime-rl's packed batches (prompt and response in one list)
-    "token_ids": ("token_ids", "responses", "response_ids", "completion_ids", "completion_token_ids", "tokens", "input_ids"),
-    "mask": ("response_mask", "completion_mask", "loss_mask", "token_mask"),
-    # verl and slime; TRL; prime-rl's trainer; verifiers; NeMo-RL; ours
-    "behaviour": ("rollout_log_probs", "sampling_per_token_logps", "inference_logprobs", "completion_logprobs", "generation_logprobs",
-                  "behaviour_logprobs", "logprobs"),
-    "target": ("old_log_probs", "old_per_token_logps", "trainer_logprobs", "prev_logprobs", "target_logprobs"),
-    "prompt_ids": ("prompt_ids", "prompts", "prompt_token_ids"),
-    "prompt": ("prompt", "input", "question"),
-    "text": ("text", "response", "completion", "output"),
-    "pieces": ("pieces", "token_texts", "tokens_text"),
-    "reward": ("reward", "score"),
-}  # fmt: skip
-assert tuple(COLUMNS) == COLUMN_ROLES
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Export:
-    """One response of a file. A logprob is there for every token; tokens that a mask leaves out are gone."""
+class Recorded:
+    """One row of a file: a response with what its sampler said of it, and what the row has beside it."""
 
-    request_id: str
-    sample: int
-    token_ids_T: np.ndarray
-    behaviour_T: np.ndarray | None
-    target_T: np.ndarray | None
-    kind: LogprobKind | None  # what the row says of its logprobs
-    prompt_ids: np.ndarray
-    prompt: str = ""
-    text: str = ""
-    pieces: list[str] | None = None
-    reward: float | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    rollout: Rollout  # its kind is None where the row does not say it
+    target_T: np.ndarray | None  # float32: the target's logprobs
+    prompt: str  # empty where it is not text
+    pieces: list[str]  # text of every token, or empty
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExportFile:
-    """A file whose columns are known."""
+class RolloutFile(Columns):
+    """A file of responses that are to be compared, without the tokens that a mask leaves out. With `texts` they are to be
+    scored: every row has a prompt, and such tokens stay, as context of those after them, unless they are padding.
+    """
 
-    table: Table
-    columns: Mapping[str, str]  # role -> column
+    texts: Texts | None = None
 
-    def rows(self) -> Iterator[Export]:
+    def rows(self) -> Iterator[Recorded]:
+        """Every response under its (request id, sample). Rows without an id have their number; to be scored, the number
+        of the first row with the same prompt.
+        """
         counted: dict[str, int] = {}
-        seen: set[tuple[str, int]] = set()
+        seen: set[Key] = set()
+        id_of_prompt: dict[bytes, str] = {}
+        prompt_of_id: dict[str, bytes] = {}
         for index, record in enumerate(self.table.records):
+            where = self.table.where(index)
             row = {role: look_up(record, column) for role, column in self.columns.items()}
-            request_id = str(index) if row.get("id") is None else str(row["id"])
-            sample = row.get("sample")
-            sample = counted.get(request_id, 0) if sample is None else int(sample)
+            found = self._recorded(row, record, where)
+            prompt = found.rollout.prompt_ids.tobytes()
+            request_id = str(index) if self.texts is None else id_of_prompt.setdefault(prompt, str(index))
+            if row.get("id") is not None:
+                request_id = self.name(row["id"], where)
+            if self.texts is not None and prompt_of_id.setdefault(request_id, prompt) != prompt:
+                self.refuse(where, f"the id {request_id!r} of a row with another prompt", "id")
+            sample = counted.get(request_id, 0)
+            if row.get("sample") is not None:
+                sample = self.whole(row["sample"], "sample", where)
             counted[request_id] = sample + 1
             if (request_id, sample) in seen:  # rows are joined by the two
-                raise UsageError(
-                    f"{self.table.where(index)} has the id {request_id!r} and sample {sample} of an earlier row: give every row its own, "
-                    "or set +compare.columns.id to another column"
-                )
+                self.refuse(where, f"the id {request_id!r} and sample {sample} of an earlier row", "id")
             seen.add((request_id, sample))
-            yield _export(row, record, request_id, sample, self.table.where(index))
+            yield replace(found, rollout=replace(found.rollout, request_id=request_id, sample=sample))
+
+    def _recorded(self, row: Row, record: Row, where: str) -> Recorded:
+        """What a row holds, under no name yet."""
+        arrays, before = self._response_part(row, record, where)
+        sampled_T, pieces = arrays.pop("mask") > 0, row.get("pieces")
+        kept_T = sampled_T
+        if self.texts is not None:
+            kept_T = np.cumsum(sampled_T[::-1])[::-1] > 0  # up to the last token that was sampled
+        ids_T = arrays["token_ids"][kept_T]
+        if (ids_T < 0).any():
+            self.refuse(where, "a negative token id in its response", "token_ids")
+        logprobs = {role: arrays[role][kept_T] for role in ("behaviour", "target") if role in arrays}
+        for role, logprobs_T in logprobs.items():
+            if np.isnan(logprobs_T[sampled_T[kept_T]]).any():
+                self.refuse_numbers(where, role)
+        logprobs = {role: logprobs_T.astype(np.float32) for role, logprobs_T in logprobs.items()}
+        prompt_ids, meta = self._prompt(row, record, before, where)
+        token_ids_T, reward = ids_T.astype(np.int32), row.get("reward")
+        rollout = Rollout(
+            request_id="",
+            sample=0,
+            prompt_ids=prompt_ids.astype(np.int32),
+            token_ids_T=token_ids_T,
+            mask_T=None if sampled_T[kept_T].all() else sampled_T[kept_T],
+            logprobs_T=logprobs.get("behaviour"),
+            kind=self.kind(record, where) if logprobs else None,
+            text=row["text"] if isinstance(row.get("text"), str) else self._decoded(token_ids_T),
+            reward=float(reward) if isinstance(reward, int | float) and math.isfinite(reward) else None,
+            meta=meta,
+        )
+        pieces = pieces if isinstance(pieces, list) and len(pieces) == len(kept_T) else ()
+        return Recorded(
+            rollout=rollout,
+            target_T=logprobs.get("target"),
+            prompt=row["prompt"] if isinstance(row.get("prompt"), str) else "",
+            pieces=list(compress(pieces, kept_T)),
+        )
+
+    def _response_part(self, row: Row, record: Row, where: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Ids, mask and logprobs of the response alone, and the ids that stand before it in its list of ids."""
+        ids = row.get("token_ids") if "token_ids" in self.columns else row.get("text")
+        if ids is None:
+            self.refuse(where, "no response", "token_ids")
+        if self.texts is not None and isinstance(ids, str):
+            ids = self.texts.of_response(ids, where)
+        arrays = {"token_ids": self.ids(ids, "token_ids", where)}
+        roles = (role for role in ("mask", "behaviour", "target") if row.get(role) is not None)
+        arrays |= {role: self.numbers(row[role], role, where) for role in roles}
+        size = len(arrays["token_ids"])
+        start = self._start(arrays, record, where)
+        if "mask" not in arrays:
+            attention = self.numbers(record.get("attention_mask") or [], "mask", where)
+            arrays["mask"] = attention[len(attention) - size :] if len(attention) >= size else np.ones(size)
+        before = arrays["token_ids"][:start]
+        for role, array in arrays.items():
+            arrays[role] = array = array[start:] if len(array) == size else array
+            if len(array) != size - start:
+                self.refuse_length(where, role, len(array), size - start)
+        return arrays, before
+
+    def _start(self, arrays: Mapping[str, np.ndarray], record: Row, where: str) -> int:
+        """How many ids stand before the response: believed only where the row says how long the response is, by a
+        response_length or by a mask.
+        """
+        size, mask = len(arrays["token_ids"]), arrays.get("mask")
+        whole = self.columns.get("token_ids") in WHOLE
+        said = record.get("response_length", None if mask is None else len(mask))
+        if said is not None and (said := self.whole(said, "response_length", where)) < size:
+            logprobs = [arrays[role] for role in ("behaviour", "target") if role in arrays]
+            if all(len(logprobs_T) == said for logprobs_T in logprobs) if logprobs else whole:
+                return size - said
+        if whole and mask is not None and len(mask) == size:
+            return int(np.argmax(mask > 0)) if (mask > 0).any() else size
+        if whole and self.texts is not None:
+            self.refuse(where, "neither response_length nor a mask to say where in its ids the response begins", "mask")
+        return 0
+
+    def _prompt(self, row: Row, record: Row, before: np.ndarray, where: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """The prompt's ids, and what people want to know of the row."""
+        groups = [name for name in GROUP_COLUMNS if record.get(name) is not None]
+        if self.texts is None:
+            ids = self.ids(row.get("prompt_ids") or [], "prompt_ids", where)
+            meta = {name: jsonable(record[name]) for name in groups}
+        else:
+            role = "prompt_ids" if "prompt_ids" in self.columns else "prompt"
+            value = before.astype(int).tolist() if role == "prompt" and len(before) else row[role]
+            prompt = parse_prompt(value, where=where, column=self.columns[role], key=self.table.key)
+            ids = self.texts.of_prompt(prompt, where)
+            meta = meta_of(prompt, record, answer_column_of(self.table), groups, where=where)
+        attention = record.get("attention_mask")
+        if attention is not None and len(attention) >= len(ids):  # verl pads prompts on the left
+            ids = ids[self.numbers(attention[: len(ids)], "mask", where) > 0]
+        ids = ids if len(ids) else before
+        if (ids < 0).any():
+            self.refuse(where, "a negative token id in its prompt", "prompt_ids")
+        if self.texts is not None and not len(ids):
+            self.refuse(where, "an empty prompt", "prompt_ids")
+        return ids, meta
+
+    def _decoded(self, token_ids_T: np.ndarray) -> str:
+        tokenizer = None if self.texts is None else self.texts.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(token_ids_T.tolist(), skip_special_tokens=True)
 
 
-def open_export(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> ExportFile:
-    """Find the columns of a .jsonl or .parquet file; `columns` (compare.columns) says what they are called where that is not known.
-
-    They are said once for both files where there are two, so `one_of_two` may lack some of them.
+def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> RolloutFile:
+    """A .jsonl or .parquet file with logprobs. `columns` (compare.columns) says what its columns are called where that is
+    not known; it counts for both files of a comparison, so with `one_of_two` a column that this file lacks is left out.
     """
     table = read_table(path, key=key)
     columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
-    found = {role: table.column(name, f"+compare.columns.{role}") for role, name in columns.items()}
-    for role, names in COLUMNS.items():
-        if role not in found:
-            fitting = [name for name in names if name in table.columns and _fits(role, table.records[0].get(name))]
-            if fitting:
-                found[role] = fitting[0]
+    said = {role: table.column(name, f"+compare.columns.{role}") for role, name in columns.items()}
+    found = {**find_columns(table), **said}
+    fix = "set +compare.columns"
     if "token_ids" not in found:
         raise UsageError(
-            f"{table.name} has no column with lists of token ids but {', '.join(table.columns)}: set +compare.columns.token_ids=NAME"
+            f"{table.name} has no column with lists of token ids but {', '.join(table.columns)}: {fix}.token_ids=NAME"
         )
     if "behaviour" not in found and "target" not in found:
         raise UsageError(
-            f"{table.name} has no column with logprobs but {', '.join(table.columns)}: set +compare.columns.behaviour=NAME or "
-            "+compare.columns.target=NAME"
+            f"{table.name} has no column with logprobs but {', '.join(table.columns)}: {fix}.behaviour=NAME or"
+            " +compare.columns.target=NAME"
         )
-    return ExportFile(table=table, columns=found)
+    return RolloutFile(table=table, columns=found)
 
 
-def _fits(role: str, value: Any) -> bool:
-    """Whether a column can play its role, by its first row: `responses` is a list of ids in verl and text elsewhere."""
-    if role in ("token_ids", "prompt_ids"):
-        return isinstance(value, list) and all(isinstance(item, int) for item in value)
-    if role in ("prompt", "text"):
-        return isinstance(value, str)
-    if role == "reward":
-        return isinstance(value, int | float)
-    return value is not None
+def load_responses(
+    path: str, tokenizer: Any = None, *, chat_template: bool = False, system: str | None = None
+) -> list[Rollout]:
+    """The prompts and responses in a .parquet or .jsonl file, to be scored.
 
-
-def _export(row: Mapping[str, Any], record: Mapping[str, Any], request_id: str, sample: int, where: str) -> Export:
-    ids_T = _numbers(row.get("token_ids"), np.int64, where, "token ids")
-    logprobs = {
-        who: _numbers(row[who], np.float64, where, f"{who} logprobs")
-        for who in ("behaviour", "target")
-        if row.get(who) is not None
-    }
-    prompt_ids = _numbers(row.get("prompt_ids") or [], np.int64, where, "prompt ids")
-    mask_T = _mask(row, record, len(ids_T), where)
-    ids_T, mask_T, cut = _response_part(ids_T, mask_T, logprobs, record, where)
-    if cut is not None and not len(prompt_ids):
-        prompt_ids = cut
-    kept_T = np.ones(len(ids_T), bool) if mask_T is None else mask_T
-    for who, logprobs_T in logprobs.items():
-        if len(logprobs_T) != len(ids_T):
-            raise UsageError(
-                f"{where} has {len(logprobs_T)} {who} logprobs for {len(ids_T)} token ids: mend the file, or set "
-                f"+compare.columns.{who} or +compare.columns.token_ids to other columns"
-            )
-    pieces = row.get("pieces")
-    attention = record.get("attention_mask")
-    if attention is not None and len(attention) >= len(prompt_ids):  # verl pads prompts on the left
-        prompt_ids = prompt_ids[np.asarray(attention[: len(prompt_ids)], bool)]
-    kind = record.get("logprob_kind")
-    if kind is not None and kind not in [k.value for k in LogprobKind]:
-        raise UsageError(
-            f"{where} has logprobs of the unknown kind {kind!r}: mend column logprob_kind, or set compare.behaviour_kind=raw"
-        )
-    return Export(
-        request_id=request_id,
-        sample=sample,
-        token_ids_T=ids_T[kept_T].astype(np.int32),
-        behaviour_T=logprobs["behaviour"][kept_T].astype(np.float32) if "behaviour" in logprobs else None,
-        target_T=logprobs["target"][kept_T].astype(np.float32) if "target" in logprobs else None,
-        kind=None if kind is None else LogprobKind(kind),
-        prompt_ids=prompt_ids.astype(np.int32),
-        prompt=_text(row.get("prompt")),
-        text=_text(row.get("text")),
-        pieces=[piece for piece, kept in zip(pieces, kept_T, strict=True) if kept]
-        if pieces and len(pieces) == len(kept_T)
-        else None,
-        reward=float(row["reward"]) if isinstance(row.get("reward"), int | float) else None,
-        meta={name: jsonable(record[name]) for name in GROUP_COLUMNS if record.get(name) is not None},
-    )
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _mask(row: Mapping[str, Any], record: Mapping[str, Any], num_ids: int, where: str) -> np.ndarray | None:
-    """Which tokens count: the row's own mask, else the response's part of an attention mask."""
-    if row.get("mask") is not None:
-        return _numbers(row["mask"], np.float64, where, "mask") > 0
-    attention = record.get("attention_mask")
-    return np.asarray(attention[-num_ids:], bool) if attention is not None and len(attention) >= num_ids else None
-
-
-def _response_part(
-    ids_T: np.ndarray,
-    mask_T: np.ndarray | None,
-    logprobs: Mapping[str, np.ndarray],
-    record: Mapping[str, Any],
-    where: str,
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Ids and mask of the response where the list of ids holds the prompt too, and what was before it.
-
-    That is only believed when the row says how long the response is: by a response_length, or a mask of the logprobs' length.
+    Best are token ids: nothing is tokenised. Text is tokenised once: a prompt that is a list of messages goes through the
+    chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already. A
+    response that is text is taken as it is. Rows with an empty response are left out, with a warning.
     """
-    length = next((len(array) for array in logprobs.values()), len(ids_T))
-    said = record.get("response_length", None if mask_T is None else len(mask_T))
-    if length < len(ids_T) and said == length:
-        before, ids_T = ids_T[:-length], ids_T[-length:]
-        return ids_T, None if mask_T is None else mask_T[-length:], before
-    if mask_T is not None and len(mask_T) != len(ids_T):
+    table = read_table(path, key="score.responses")
+    columns = {role: name for role, name in find_columns(table).items() if role != "target" and name not in SHOWN}
+    for ids, text in (("prompt_ids", "prompt"), ("token_ids", "text")):
+        if not {ids, text} & columns.keys():
+            names = dict.fromkeys(name for name in (*COLUMNS[ids], *COLUMNS[text]) if name not in SHOWN)
+            raise UsageError(
+                f"{table.name} has none of the columns {', '.join(names)} but {', '.join(table.columns)}: rename one, or"
+                " set score.responses to another file"
+            )
+    if tokenizer is None and not {"prompt_ids", "token_ids"} <= columns.keys():
         raise UsageError(
-            f"{where} has a mask of {len(mask_T)} for {len(ids_T)} token ids: mend the file, or set +compare.columns.mask to another column"
+            f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a model.tokenizer"
         )
-    return ids_T, mask_T, None
-
-
-def _numbers(value: Any, dtype: Any, where: str, what: str) -> np.ndarray:
-    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
-    if not numbers:
+    file = RolloutFile(table=table, columns=columns, texts=Texts(tokenizer, chat_template, system))
+    rollouts = [recorded.rollout for recorded in file.rows()]
+    found = [rollout for rollout in rollouts if len(rollout.token_ids_T)]
+    if not found:
         raise UsageError(
-            f"{where} has {what} that are not a list of numbers: mend it, or set +compare.columns.NAME to another column"
+            f"{table.name} has empty responses only: fill column {columns.get('token_ids', columns.get('text'))}, or set"
+            " score.responses to another file"
         )
-    return np.asarray(value, dtype)
+    if empty := len(rollouts) - len(found):
+        log.warning(
+            "%s: %d of %d rows left out: their response is empty, nothing to score", table.name, empty, len(rollouts)
+        )
+    if masked := sum(rollout.mask_T is not None for rollout in found):
+        log.warning(
+            "%s: %d of %d responses hold tokens that their mask leaves out: they are scored and counted like the others",
+            table.name, masked, len(found),
+        )  # fmt: skip
+    if "behaviour" in columns:
+        file.say_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")
+    kinds = (rollout.kind or (None if rollout.logprobs_T is None else LogprobKind.raw) for rollout in found)
+    return [replace(rollout, kind=kind) for rollout, kind in zip(found, kinds, strict=True)]

@@ -5,17 +5,20 @@ A folder's rows stay where they are; a file's rows are taken into this run folde
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rl_onoff.config import CompareConfig
-from rl_onoff.data.rollouts import ExportFile, open_export
+from rl_onoff.data.rollouts import RolloutFile, open_rollouts
 from rl_onoff.errors import UsageError
-from rl_onoff.rundir.table import RunDir, Table
-from rl_onoff.types import LogprobKind
+from rl_onoff.pipeline.stages import take_in
+from rl_onoff.rundir.files import content_of
+from rl_onoff.rundir.provenance import claim, same_engine
+from rl_onoff.rundir.table import RunDir, Table, row_of_scores
+from rl_onoff.types import LogprobKind, Rollout, TokenScores
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +47,13 @@ def own_scores(run: RunDir) -> str | None:
     """The scores made by the engine and weights that sampled, if the run has them."""
     if isinstance(run, Joined):
         return run.own
-    sampled_by = run.completions.record().get("config", {}).get("backend")
-    for name in run.score_names():
-        if sampled_by is not None and run.scores(name).record().get("config", {}).get("backend") == sampled_by:
-            return name
-    return None
+    engines = {name: _engine(run.scores(name)) for name in run.score_names()}
+    sampled_by = _engine(run.completions)
+    return next((name for name, engine in engines.items() if same_engine(sampled_by, engine)), None)
+
+
+def _engine(table: Table) -> Mapping[str, Any] | None:
+    return table.record().get("config", {}).get("backend")
 
 
 def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
@@ -57,19 +62,18 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         return here
     scores: dict[str, Table] = {}
     if config.behaviour is not None and _is_file(config.behaviour, "compare.behaviour"):
-        file = open_export(
-            config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=config.target is not None
-        )
-        behaviour, own = here, None
-        if config.target is None and "target" not in file.columns:
+        alone = config.target is None
+        file = open_rollouts(config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=not alone)
+        target = file.columns.get("target")
+        if alone and target is None:
             raise UsageError(
-                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to what it is compared"
-                " with, or +compare.columns.target to another column"
+                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to what it"
+                " is compared with, or +compare.columns.target to another column"
             )
         _take_in_completions(here, file, config)
-        if config.target is None:
-            name = file.columns["target"]
-            scores[name] = _take_in_scores(here, file, name, config, here.completions)
+        behaviour, own = here, None
+        if alone and target is not None:
+            scores[target] = _take_in_scores(here, file, target, config, here.completions)
     else:
         behaviour = here if config.behaviour is None else _folder(config.behaviour, "compare.behaviour")
         if not behaviour.completions.exists():
@@ -77,9 +81,8 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
                 f"{behaviour.path} has no responses: set compare.behaviour to a run folder that sampled some, or to a file"
             )
         own = own_scores(behaviour)
-        scores = {
-            name: behaviour.scores(name) for name in behaviour.score_names() if config.target is None or name == own
-        }
+        names = [name for name in behaviour.score_names() if config.target is None or name == own]
+        scores = {name: behaviour.scores(name) for name in names}
     if config.target is not None:
         scores |= _target(config, here, behaviour.completions, taken=scores)
     joined = Joined(here.path, behaviour.completions, scores, own)
@@ -92,9 +95,8 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
     """The tables of scores that compare.target names, under names that are free."""
     assert config.target is not None
     if _is_file(config.target, "compare.target"):
-        file = open_export(
-            config.target, key="compare.target", columns=config.columns, one_of_two=config.behaviour is not None
-        )
+        one_of_two = config.behaviour is not None
+        file = open_rollouts(config.target, key="compare.target", columns=config.columns, one_of_two=one_of_two)
         name = Path(config.target).stem
         return {name: _take_in_scores(here, file, name, config, completions)}
     path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
@@ -109,10 +111,8 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
             f"{folder.path} has no scores: make some with experiment=score run_dir={folder.path}, or set compare.target"
         )
     label = folder.path.resolve().name
-    return {
-        name if name not in taken else f"{label}-{name}": folder.scores(name)
-        for name in ([chosen] if chosen else names)
-    }
+    chosen = [chosen] if chosen else names
+    return {name if name not in taken else f"{label}-{name}": folder.scores(name) for name in chosen}
 
 
 def _is_file(path: str, key: str) -> bool:
@@ -137,97 +137,75 @@ def _folder(path: str, key: str) -> RunDir:
 # -- files made elsewhere ----------------------------------------------------------------------------------------------
 
 
-def _take_in_completions(here: RunDir, file: ExportFile, config: CompareConfig) -> None:
+def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig) -> None:
     if "behaviour" not in file.columns:
         raise UsageError(
             f"{file.table.name} has no column with the behaviour's logprobs but {', '.join(file.table.columns)}: "
             "set +compare.columns.behaviour=NAME"
         )
-    table = here.completions
-    table.claim(_claim(file, config.behaviour, config.behaviour_kind))
-    kind = _default_kind(config.behaviour_kind, file, "behaviour", LogprobKind.raw)
-    done, pieces = table.keys(), {}
-    with table.writer() as writer:
+    _claim(here.completions, file, config.behaviour, config.behaviour_kind)
+    kind, pieces = _default_kind(config.behaviour_kind, file, "behaviour", LogprobKind.raw), {}
+
+    def rollouts() -> Iterator[tuple[Rollout, str]]:
         for row in file.rows():
-            pieces.update(zip(map(str, row.token_ids_T.tolist()), row.pieces or (), strict=False))
-            if (row.request_id, row.sample) in done:
-                continue
-            writer.append(
-                {
-                    "request_id": row.request_id,
-                    "sample": row.sample,
-                    "prompt": row.prompt,
-                    "prompt_ids": row.prompt_ids,
-                    "token_ids": row.token_ids_T,
-                    "text": row.text,
-                    "logprobs": row.behaviour_T,
-                    "logprob_kind": (config.behaviour_kind or row.kind or kind).value,
-                    "finish_reason": None,
-                    "reward": row.reward,
-                    "meta": json.dumps(dict(row.meta), ensure_ascii=False, default=str),
-                }
-            )
+            pieces.update(zip(map(str, row.rollout.token_ids_T.tolist()), row.pieces, strict=False))
+            yield replace(row.rollout, kind=config.behaviour_kind or row.rollout.kind or kind), row.prompt
+
+    take_in(here, rollouts())
     if pieces:
-        table.describe(pieces=pieces)
+        here.completions.describe(pieces=pieces)
 
 
-def _take_in_scores(here: RunDir, file: ExportFile, name: str, config: CompareConfig, completions: Table) -> Table:
-    """A file's logprobs as a table of scores; they stand in the behaviour's column where the file is one policy's alone."""
-    side = "target" if "target" in file.columns else "behaviour"
-    table = here.scores(name)
-    table.claim(_claim(file, config.target or config.behaviour, config.target_kind))
+def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareConfig, completions: Table) -> Table:
+    """A file's logprobs as a table of scores; a file of one policy alone has them in the behaviour's column."""
+    table, side = here.scores(name), "target" if "target" in file.columns else "behaviour"
+    _claim(table, file, config.target or config.behaviour, config.target_kind)
     behaviours = next(completions.rows(["logprob_kind"]), {}).get("logprob_kind")
-    kind = _default_kind(config.target_kind, file, "target", LogprobKind(behaviours or "raw"))
+    assumed = _default_kind(config.target_kind, file, "target", LogprobKind(behaviours or "raw"))
     done = table.keys()
     with table.writer() as writer:
         for row in file.rows():
-            if (row.request_id, row.sample) not in done:
-                writer.append(
-                    {
-                        "request_id": row.request_id,
-                        "sample": row.sample,
-                        "token_ids": row.token_ids_T,
-                        "logprobs": row.target_T if side == "target" else row.behaviour_T,
-                        "logprob_kind": (config.target_kind or row.kind or kind).value,
-                    }
+            rollout = row.rollout
+            logprobs_T = row.target_T if side == "target" else rollout.logprobs_T
+            if logprobs_T is None:
+                raise UsageError(
+                    f"response {rollout.sample} to {rollout.request_id!r} in {file.table.name} has no logprobs: fill column"
+                    f" {file.columns[side]}, or remove the row"
                 )
+            if rollout.key not in done:
+                kind = config.target_kind or rollout.kind or assumed
+                scores = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=logprobs_T, kind=kind)
+                writer.append(row_of_scores(scores.of(rollout)))
     return table
 
 
-def _claim(file: ExportFile, path: str | None, kind: LogprobKind | None) -> dict[str, Any]:
-    """What rows taken from a file depend on: the file as it was, and how it was read."""
-    where = Path(path or "").absolute()
-    return {
-        "file": str(where),
-        "bytes": where.stat().st_size,
-        "changed": int(where.stat().st_mtime),
-        "columns": dict(file.columns),
-        "kind": None if kind is None else kind.value,
-    }
+def _claim(table: Table, file: RolloutFile, path: str | None, kind: LogprobKind | None) -> None:
+    """Rows taken from a file depend on its content, and on how it was read."""
+    where, columns, before = Path(path or "").absolute(), dict(file.columns), table.record().get("config", {})
+    facts: dict[str, Any] = {"content": content_of(where)}
+    if "changed" in before:  # made by a version that kept the file's size and time, and knew fewer columns
+        facts = {"bytes": where.stat().st_size, "changed": int(where.stat().st_mtime)}
+        columns = {role: name for role, name in columns.items() if role in before["columns"]}
+    claim(table, {"file": str(where), **facts, "columns": columns, "kind": None if kind is None else kind.value})
 
 
-def _default_kind(said: LogprobKind | None, file: ExportFile, side: str, otherwise: LogprobKind) -> LogprobKind:
+def _default_kind(said: LogprobKind | None, file: RolloutFile, side: str, otherwise: LogprobKind) -> LogprobKind:
     """The kind of logprobs whose rows do not say it: what the config says, else a guess that is told."""
-    if said is None and "logprob_kind" not in file.table.columns:
-        log.warning("%s does not say of which kind the %s's logprobs are: taken for %s ones; else set compare.%s_kind",
-                    file.table.name, side, otherwise.value, side)  # fmt: skip
+    if said is None:
+        file.say_kind(side, otherwise, f"set compare.{side}_kind")
     return said or otherwise
 
 
 def _check_common(run: RunDir, name: str) -> None:
     """Refuse two sides that have no response in common, and say how many only one of them has."""
     ours, theirs = run.completions.keys(), run.scores(name).keys()
-    if not ours & theirs:
-        shown = [" ".join(f"{i}/{s}" for i, s in sorted(keys)[:3]) or "none" for keys in (ours, theirs)]
+    common = ours & theirs
+    if not common:
+        here, there = (" ".join(f"{i}/{s}" for i, s in sorted(keys)[:3]) or "none" for keys in (ours, theirs))
         raise UsageError(
-            f"the behaviour and {name} have no response in common (ids {shown[0]} here and {shown[1]} there): "
+            f"the behaviour and {name} have no response in common (ids {here} here and {there} there): "
             "name the column with the ids with +compare.columns.id=NAME, or compare runs of the same data"
         )
     if ours != theirs:
-        log.warning(
-            "%s has %d of the behaviour's %d responses, and %d others",
-            name,
-            len(ours & theirs),
-            len(ours),
-            len(theirs - ours),
-        )
+        others = len(theirs - ours)
+        log.warning("%s has %d of the behaviour's %d responses, and %d others", name, len(common), len(ours), others)

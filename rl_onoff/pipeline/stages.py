@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,13 +15,14 @@ from rl_onoff.data.requests import EncodedPrompt
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.progress import Progress
 from rl_onoff.rewards import FAILED, Judge
-from rl_onoff.rundir.table import Row, RunDir, Table
-from rl_onoff.types import Rollout, SampleRequest, Sampling, TokenScores, Want, sample_requests
+from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_rollout, row_of_scores
+from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 
 log = logging.getLogger(__name__)
 
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
+IDS = ("request_id", "sample", "prompt_ids", "token_ids")
 WINDOW = 2048  # responses that are handed to an engine at once: enough to sort by length and to fill any batch
 REPLICA_WINDOW = 128  # and to each replica at least, for all of them wait for the last at the window's end
 
@@ -65,33 +65,17 @@ def generate(
     judge = Judge(reward)
     if reward is not None and not any(prompt.meta.get("answer") is not None for prompt in prompts):
         log.warning(
-            "no row has a reference answer, so no response is judged: name its column with data.answer, or set reward=none"
+            "no row has a reference answer, so no response is judged: name its column with data.answer, or set"
+            " reward=none"
         )
     with run.completions.writer() as writer, progress:
         for rollout in backend.complete(requests):
             prompt = by_id[rollout.request_id]
             value, failure = judge(rollout.text, prompt.meta, rollout.key)
             meta = {**prompt.meta, FAILED: failure} if failure else prompt.meta
-            writer.append(rollout_row(replace(rollout, reward=value, meta=meta), prompt.text))
+            writer.append(row_of_rollout(replace(rollout, reward=value, meta=meta), prompt.text))
             progress.add(len(rollout.token_ids_T))
     judge.conclude()
-
-
-def rollout_row(rollout: Rollout, prompt: str) -> Row:
-    """One row of the completions table; `prompt` is the prompt's text."""
-    return {
-        "request_id": rollout.request_id,
-        "sample": rollout.sample,
-        "prompt": prompt,
-        "prompt_ids": rollout.prompt_ids,
-        "token_ids": rollout.token_ids_T,
-        "text": rollout.text,
-        "logprobs": rollout.logprobs_T,
-        "logprob_kind": None if rollout.kind is None else rollout.kind.value,
-        "finish_reason": None if rollout.finish_reason is None else rollout.finish_reason.value,
-        "reward": rollout.reward,
-        "meta": json.dumps(dict(rollout.meta), ensure_ascii=False, default=str),
-    }
 
 
 # -- score -------------------------------------------------------------------------------------------------------------
@@ -112,52 +96,36 @@ def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress:
     with table.writer() as writer, progress:
         while window := list(islice(waiting, size)):
             for scores in backend.score(window, want):
-                writer.append(scores_row(scores))
+                writer.append(row_of_scores(scores))
                 progress.add(len(scores.token_ids_T))
 
 
 def responses(run: RunDir) -> Iterator[Rollout]:
     """The run's completions as what `score` takes, those without tokens left out."""
-    for row in run.completions.rows(["request_id", "sample", "prompt_ids", "token_ids"]):
-        if len(row["token_ids"]):
-            yield Rollout(
-                request_id=row["request_id"],
-                sample=row["sample"],
-                prompt_ids=row["prompt_ids"],
-                token_ids_T=row["token_ids"],
-            )
-
-
-def scores_row(scores: TokenScores) -> Row:
-    """One row of a scores table."""
-    return {
-        "request_id": scores.request_id,
-        "sample": scores.sample,
-        "token_ids": scores.token_ids_T,
-        "logprobs": scores.logprobs_T,
-        "logprob_kind": scores.kind.value,
-        "entropy": scores.entropy_T,
-        "logsumexp": scores.logsumexp_T,
-        "rank": scores.rank_T,
-        "top_ids": _lists(scores.top_ids_TK),
-        "top_logprobs": _lists(scores.top_logprobs_TK),
-        "processed_logprobs": scores.processed_logprobs_T,
-        "nucleus_mass": scores.nucleus_mass_T,
-        "logits": _lists(scores.logits_TV),
-    }
-
-
-def _lists(array: np.ndarray | None) -> list[np.ndarray] | None:
-    return None if array is None else list(array)
+    rollouts = map(rollout_of, run.completions.rows(IDS))
+    return (rollout for rollout in rollouts if len(rollout.token_ids_T))
 
 
 # -- responses made elsewhere ------------------------------------------------------------------------------------------
 
 
-def take_in(run: RunDir, given: Iterable[Rollout], tokenizer: Any) -> None:
-    """Put responses made elsewhere into the run, as if it had sampled them; the prompt's text is for people alone."""
-    done = run.completions.keys()
+def take_in(run: RunDir, given: Iterable[tuple[Rollout, str]]) -> None:
+    """Put responses made elsewhere, each with its prompt's text, into the run, as if it had sampled them.
+
+    Raises UsageError when the run holds other token ids under a response's name: another tokenizer or chat template made
+    them, or the file was another one when an older version read it.
+    """
+    done = {(row["request_id"], row["sample"]): _digest(rollout_of(row)) for row in run.completions.rows(IDS)}
     with run.completions.writer() as writer:
-        for rollout in given:
+        for rollout, prompt in given:
             if rollout.key not in done:
-                writer.append(rollout_row(rollout, tokenizer.decode(rollout.prompt_ids.tolist())))
+                writer.append(row_of_rollout(rollout, prompt))
+            elif done[rollout.key] != _digest(rollout):
+                raise UsageError(
+                    f"{run.path} holds other token ids of response {rollout.sample} to {rollout.request_id!r} than the file"
+                    " gives now: set run_dir to a new folder, or undo the change"
+                )
+
+
+def _digest(rollout: Rollout) -> int:
+    return hash((rollout.prompt_ids.tobytes(), rollout.token_ids_T.tobytes()))

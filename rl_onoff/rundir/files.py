@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -18,17 +19,15 @@ def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
     if error.errno in FULL_DISK:
         return OnOffError(
-            f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same run_dir,"
-            " nothing written is lost; or set run_dir to a folder on another disk"
+            f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same"
+            " run_dir, nothing written is lost; or set run_dir to a folder on another disk"
         )
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
 
 def write_whole(file: Path, text: str) -> Path:
     """Replace a text file in one step, so that a reader never sees half of it."""
-    partial = file.with_name(
-        f".{file.name}.{os.getpid()}.partial"
-    )  # jobs of a sweep that run side by side mask its multirun.yaml
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs of a sweep side by side write multirun.yaml
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
@@ -47,6 +46,12 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     except (ValueError, OSError) as error:
         raise OnOffError(f"{file} cannot be read ({error}): restore it, or set run_dir to a new folder") from error
+
+
+def content_of(file: Path) -> str:
+    """A hash of a file's content: what rows made from the file depend on."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -5,40 +5,90 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import cache
 from typing import Any
 
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import build, engine_configs
+from rl_onoff.config import DataConfig
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import MASK, masked
-from rl_onoff.rundir.table import differences
-from rl_onoff.sampling import LogprobKind, Sampling
+from rl_onoff.rundir.table import Table, differences
+from rl_onoff.types import LogprobKind, Sampling, Want
 
 log = logging.getLogger(__name__)
 
+ALIASES = {"torch_dtype": "dtype", "tensor_parallel_size": "tp_size"}  # second names that an engine's option had
 LANDMARK_GROWTH = 1.25  # ids 0, 1, 2, 3, 4, 5, 7, … : some fifty of any vocabulary
 SAME_TOKENIZER = 0.9  # of the landmarks both know: a special token that was renamed does not make another tokenizer
 
 
+def claim(table: Table, config: Mapping[str, Any]) -> None:
+    """Say what a table's rows depend on; UsageError when rows are there that another config made."""
+    table.claim(config, changes)
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """In what the config of a record and a later one differ. An option that only one of two versions knows counts as its
+    default, and so does the content of a file that an older version did not keep: `take_in` compares the rows then.
+    """
+    before, after = _settled(before), _settled(after)
+    backend = after.get("backend") or {}
+    sampling = asdict(Sampling())
+    defaults = {
+        "backend": next((s().what_it_computes() for s in _schemas(backend.get("_target_"))), {}),
+        "data": asdict(DataConfig()),
+        "sampling": sampling,
+        "want": {**asdict(Want()), "sampler": sampling},
+        "content": after.get("content"),
+    }
+    return differences(before, after, redact(defaults))
+
+
+def same_engine(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    """Whether two records' engines compute the same numbers."""
+    return bool(one and other) and not changes({"backend": one}, {"backend": other})
+
+
+def _settled(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record's config with every option of an engine under one name."""
+    backend = config.get("backend")
+    if not isinstance(backend, Mapping):
+        return config
+    backend = dict(backend)
+    for alias, name in ALIASES.items():
+        if (value := backend.pop(alias, None)) is not None:
+            backend[name] = value
+    return {**config, "backend": backend}
+
+
+def _schemas(target: Any) -> list[type[EngineConfig]]:
+    return [schema for schema in engine_configs().values() if schema._target_ == target]
+
+
 def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> EngineConfig | None:
-    """The engine whose rows a record stands beside: one of `known` that computes the same, since it also says where it runs;
-    else one made from the record. None when no engine of ours made the rows.
+    """The engine whose rows a record stands beside: one of `known` that computes the same, since it also says where it
+    runs; else one made from the record. None when no engine of ours made the rows.
     """
     computed = record.get("config", {}).get("backend")
     if computed is None:
         return None
     for engine in known:
-        if not differences(computed, json.loads(json.dumps(masked(engine.what_it_computes())))):
+        if same_engine(computed, json.loads(json.dumps(masked(engine.what_it_computes())))):
             return engine
     if MASK in json.dumps(computed):
         raise UsageError(
-            f"the engine of {computed.get('model_name')} was given a secret, which is not on disk: repeat the overrides of the run"
+            f"the engine of {computed.get('model_name')} was given a secret, which is not on disk: repeat the overrides of"
+            " the run"
         )
-    schema = next(schema for schema in engine_configs().values() if schema()._target_ == computed["_target_"])
-    values = {f.name: computed[f.name] for f in fields(schema) if f.name in computed}
-    return schema(**{**values, "logprob_kind": LogprobKind(computed["logprob_kind"])})
+    if not (schemas := _schemas(computed["_target_"])):
+        raise UsageError(
+            f"the engine {computed['_target_']} of {computed.get('model_name')} is not registered here: install it"
+        )
+    computed = _settled({"backend": computed})["backend"]
+    values = {f.name: computed[f.name] for f in fields(schemas[0]) if f.name in computed}
+    return schemas[0](**{**values, "logprob_kind": LogprobKind(computed["logprob_kind"])})
 
 
 def sampling_of(record: Mapping[str, Any]) -> Sampling | None:
@@ -93,7 +143,7 @@ def texts_of(
 
 
 def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Any:
-    """The tokenizer that is named, else that of the first engine that the records name; None where there is none to be had."""
+    """The tokenizer that is named, else that of the first engine that the records name; None where there is none."""
     if tokenizer is not None:
         from rl_onoff.models.tokenizer import load_tokenizer
 
@@ -104,7 +154,6 @@ def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None,
             if (engine := engine_of(record, known)) is not None:
                 return build(engine).get_tokenizer()
         except (OnOffError, OSError) as error:
-            log.warning(
-                "tokens are not written out by the tokenizer of %s: %s", record.get("config", {}).get("backend"), error
-            )
+            model = record.get("config", {}).get("backend", {}).get("model_name")
+            log.warning("tokens are not written out by the tokenizer of %s: %s", model, error)
     return None

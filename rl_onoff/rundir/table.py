@@ -8,57 +8,41 @@ are refused, with the difference shown. Columns are documented in docs/run_folde
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.errors import UsageError
 from rl_onoff.redaction import masked
-from rl_onoff.rundir.files import disk_error, read_json, sync, write_whole
+from rl_onoff.rundir.files import disk_error, read_json, write_whole
+from rl_onoff.rundir.shards import num_bytes, read_shard, write_shard
+
+if TYPE_CHECKING:  # the command line imports this module, and answers at once since it imports no numpy
+    from rl_onoff.types import Rollout, TokenScores
 
 COLUMNS: dict[str, dict[str, str]] = {
     "completions": {
-        "request_id": "string",
-        "sample": "int32",
-        "prompt": "string",
-        "prompt_ids": "list<int32>",
-        "token_ids": "list<int32>",
-        "text": "string",
-        "logprobs": "list<float32>",
-        "logprob_kind": "string",
-        "finish_reason": "string",
-        "reward": "float64",
-        "meta": "string",
+        "request_id": "string", "sample": "int32", "prompt": "string", "prompt_ids": "list<int32>",
+        "token_ids": "list<int32>", "text": "string", "logprobs": "list<float32>", "logprob_kind": "string",
+        "finish_reason": "string", "reward": "float64", "meta": "string",
     },
     "scores": {
-        "request_id": "string",
-        "sample": "int32",
-        "token_ids": "list<int32>",
-        "logprobs": "list<float32>",
-        "logprob_kind": "string",
-        "entropy": "list<float32>",
-        "logsumexp": "list<float32>",
-        "rank": "list<int32>",
-        "top_ids": "list<list<int32>>",
-        "top_logprobs": "list<list<float32>>",
-        "processed_logprobs": "list<float32>",
-        "nucleus_mass": "list<float32>",
-        "logits": "list<list<float32>>",
+        "request_id": "string", "sample": "int32", "token_ids": "list<int32>", "logprobs": "list<float32>",
+        "logprob_kind": "string", "entropy": "list<float32>", "logsumexp": "list<float32>", "rank": "list<int32>",
+        "top_ids": "list<list<int32>>", "top_logprobs": "list<list<float32>>", "processed_logprobs": "list<float32>",
+        "nucleus_mass": "list<float32>", "logits": "list<list<float32>>",
     },
-}
+}  # fmt: skip
 
 RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
-
 LOCK = ".lock"
-GROUP_ROWS = 32  # of a shard that are compressed, and read, together
 SHARD_BYTES = 64 << 20  # of arrays in a shard before compression: what a writer holds
 
 Row = dict[str, Any]
 Key = tuple[str, int]
+Changes = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]  # (config of the record, config now)
 
 
 class RunDir:
@@ -78,7 +62,8 @@ class RunDir:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UsageError(
-                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a sweep) to another folder"
+                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a sweep)"
+                " to another folder"
             ) from error
         except OSError as error:
             raise disk_error(error, self.path) from error
@@ -95,12 +80,7 @@ class RunDir:
         return Table(self.path / "scores" / name, COLUMNS["scores"])
 
     def score_names(self) -> list[str]:
-        folder = self.path / "scores"
-        return (
-            sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob("*.parquet")))
-            if folder.is_dir()
-            else []
-        )
+        return sorted({shard.parent.name for shard in self.path.glob("scores/*/part-*.parquet")})
 
     def write_json(self, name: str, value: Any) -> Path:
         """Replace a small file as a whole."""
@@ -117,19 +97,17 @@ class Table:
         self.path, self.columns = path, columns
 
     def shards(self) -> list[Path]:
-        return sorted(
-            self.path.glob("part-*.parquet"), key=lambda shard: (len(shard.name), shard.name)
-        )  # 1000000 after 999999
+        found = self.path.glob("part-*.parquet")
+        return sorted(found, key=lambda shard: (len(shard.name), shard.name))  # 1000000 comes after 999999
 
     def exists(self) -> bool:
         return bool(self.shards())
 
     def rows(self, columns: Sequence[str] | None = None, shards: Sequence[Path] | None = None) -> Iterator[Row]:
         """All rows (of these shards), a small batch in memory at a time; lists of numbers come as numpy arrays."""
+        names = list(columns) if columns else None
         for shard in self.shards() if shards is None else shards:
-            yield from _rows(
-                shard, lambda file: file.iter_batches(batch_size=64, columns=list(columns) if columns else None)
-            )
+            yield from read_shard(shard, lambda file: file.iter_batches(batch_size=64, columns=names))
 
     def rows_at(self, shard: Path, numbers: Collection[int]) -> Iterator[Row]:
         """The rows of a shard with these numbers, from 0; only the row groups they lie in are read."""
@@ -141,7 +119,7 @@ class Table:
                 if wanted := [number - start for number in numbers if start <= number < end]:
                     yield file.read_row_group(group).take(wanted)
 
-        yield from _rows(shard, parts)
+        yield from read_shard(shard, parts)
 
     def num_bytes(self) -> int:
         """Of all rows before compression, as the shards' footers say."""
@@ -157,30 +135,30 @@ class Table:
         """What the rows depend on, and the engine that made them; empty for a table that has none."""
         return read_json(self.path / RECORD) or {}
 
-    def claim(self, config: Mapping[str, Any]) -> None:
-        """Say what the rows depend on; raises UsageError when rows are there that another config made."""
-        before = self.record().get("config")
-        if before is not None and self.exists():
-            changes = _told_once(differences(before, json.loads(json.dumps(masked(config)))))
-            if changes:
-                raise UsageError(
-                    f"{self.path} holds rows of another config ({'; '.join(changes)}): undo the change, or set run_dir to a new folder"
-                )
-        self._write_record({**self.record(), "config": config})
+    def claim(self, config: Mapping[str, Any], changes: Changes | None = None) -> None:
+        """Say what the rows depend on; raises UsageError when rows are there that another config made.
+
+        `changes` (`differences`, if not given) says in what a record's config and this one differ.
+        """
+        config, before = json.loads(json.dumps(masked(config))), self.record().get("config")
+        if before is not None and self.exists() and (found := (changes or differences)(before, config)):
+            raise UsageError(
+                f"{self.path} holds rows of another config ({'; '.join(found)}): undo the change, or set run_dir to a"
+                " new folder"
+            )
+        self.describe(config=config)
 
     def describe(self, **facts: Any) -> None:
-        """Add facts about the engine to the record."""
-        self._write_record({**self.record(), **facts})
-
-    def _write_record(self, record: Mapping[str, Any]) -> None:
-        write_whole(self.path / RECORD, json.dumps(masked(record), indent=2, ensure_ascii=False) + "\n")
+        """Add facts to the record, about the engine for instance."""
+        record = masked({**self.record(), **facts})
+        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0, max_bytes: int = SHARD_BYTES) -> Writer:
         return Writer(self, max_rows, max_seconds, max_bytes)
 
 
 class Writer:
-    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and on the way out, whatever happened."""
+    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and at the end, whatever happened."""
 
     def __init__(self, table: Table, max_rows: int, max_seconds: float, max_bytes: int):
         self.table, self.max_rows, self.max_seconds, self.max_bytes = table, max_rows, max_seconds, max_bytes
@@ -198,16 +176,14 @@ class Writer:
             raise disk_error(error, self.table.path) from error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.flush()
 
     def append(self, row: Row) -> None:
         if not self._rows:
             self._since = time.monotonic()
         self._rows.append(row)
-        self._bytes += sum(_num_bytes(value) for value in row.values())
+        self._bytes += sum(num_bytes(value) for value in row.values())
         full = len(self._rows) >= self.max_rows or self._bytes >= self.max_bytes
         if full or time.monotonic() - self._since >= self.max_seconds:
             self.flush()
@@ -221,97 +197,80 @@ class Writer:
             number = int(shards[-1].stem.removeprefix("part-")) + 1 if shards else 0
             self._shard = self.table.path / f"part-{number:06d}.parquet"
         if not self._shard.exists():  # it does when a Ctrl-C came between the rename and the lines below
-            self._write(self._shard)
+            write_shard(self._shard, self._rows, self.table.columns)
         self._rows, self._bytes = [], 0
         self._shard = None
 
-    def _write(self, shard: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        fields = {name: _arrow_type(kind) for name, kind in self.table.columns.items()}
-        columns = [pa.array([row.get(name) for row in self._rows], type=kind) for name, kind in fields.items()]
-        partial = shard.with_name(f".{shard.name}")
-        try:
-            pq.write_table(
-                pa.table(columns, names=list(fields)), partial, compression="zstd", row_group_size=GROUP_ROWS
-            )
-            sync(partial)
-            partial.rename(shard)
-            sync(shard.parent)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise disk_error(error, self.table.path) from error
+def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -> list[str]:
+    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`.
+
+    A key that one of them lacks counts as what `defaults`, nested likewise, has for it, and as null where that has nothing.
+    """
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
+    found = []
+    for key in dict.fromkeys((*before, *after)):
+        default = defaults.get(key) if isinstance(defaults, Mapping) else None
+        missing = None if isinstance(default, Mapping) and default else default  # a group of options is no option
+        one, other = before.get(key, missing), after.get(key, missing)
+        found += differences(one, other, default, f"{name}.{key}" if name else key)
+    return found
 
 
-def _rows(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[Row]:
-    """The rows of some parts of a shard."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(shard) as file:
-            for part in parts(file):
-                values = {name: _values(part.column(name)) for name in part.schema.names}
-                for i in range(part.num_rows):
-                    yield {name: column[i] for name, column in values.items()}
-    except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
-        cause = " ".join(str(error).split()).rstrip(".")
-        raise OnOffError(
-            f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again"
-        ) from error
+# -- rows and the types they hold --------------------------------------------------------------------------------------
 
 
-def differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(key for key in after if key not in before)]
-        return [
-            line
-            for key in keys
-            for line in differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
-
-
-def _told_once(changes: list[str]) -> list[str]:
-    """Without the changes of an option under its engine's own name where they are told under ours."""
-    ours = {
-        change: re.sub(r"torch_dtype(?=: )", "dtype", change).replace("tensor_parallel_size: ", "tp_size: ")
-        for change in changes
+def row_of_rollout(rollout: Rollout, prompt: str) -> Row:
+    """One row of the completions table; `prompt` is the prompt's text."""
+    return {
+        "request_id": rollout.request_id,
+        "sample": rollout.sample,
+        "prompt": prompt,
+        "prompt_ids": rollout.prompt_ids,
+        "token_ids": rollout.token_ids_T,
+        "text": rollout.text,
+        "logprobs": rollout.logprobs_T,
+        "logprob_kind": None if rollout.kind is None else rollout.kind.value,
+        "finish_reason": None if rollout.finish_reason is None else rollout.finish_reason.value,
+        "reward": rollout.reward,
+        "meta": json.dumps(dict(rollout.meta), ensure_ascii=False, default=str),
     }
-    return [change for change, ours in ours.items() if ours == change or ours not in changes]
 
 
-def _num_bytes(value: Any) -> int:
-    """Of a row's value: an array, or a list of arrays of one width."""
-    if isinstance(value, list) and value:
-        return len(value) * _num_bytes(value[0])
-    return getattr(value, "nbytes", 0)
+def rollout_of(row: Row) -> Rollout:
+    """The response in a row of the completions table; a column that was not read counts as unknown."""
+    from rl_onoff.types import FinishReason, LogprobKind, Rollout
+
+    kind, reason = row.get("logprob_kind"), row.get("finish_reason")
+    known = {"prompt_ids": row["prompt_ids"]} if "prompt_ids" in row else {}
+    return Rollout(
+        request_id=row["request_id"],
+        sample=row["sample"],
+        token_ids_T=row["token_ids"],
+        logprobs_T=row.get("logprobs"),
+        kind=None if kind is None else LogprobKind(kind),
+        text=row.get("text") or "",
+        finish_reason=None if reason is None else FinishReason(reason),
+        reward=row.get("reward"),
+        meta=json.loads(row.get("meta") or "{}"),
+        **known,
+    )
 
 
-def _arrow_type(kind: str) -> Any:
-    import pyarrow as pa
+def row_of_scores(scores: TokenScores) -> Row:
+    """One row of a scores table. Its columns are the arrays of `TokenScores`, without their shapes in the names."""
+    arrays = scores.arrays().items()
+    lists = {name.rpartition("_")[0]: array if array.ndim == 1 else list(array) for name, array in arrays}
+    kind = scores.kind.value
+    return {"request_id": scores.request_id, "sample": scores.sample, "logprob_kind": kind, **lists}
 
-    if kind.startswith("list<"):
-        return pa.list_(_arrow_type(kind[5:-1]))
-    return {"string": pa.string(), "int32": pa.int32(), "float32": pa.float32(), "float64": pa.float64()}[kind]
 
+def scores_of(row: Row) -> TokenScores:
+    """What a row of a scores table says of every token; None for columns that are null, of width 0, or were not read."""
+    from rl_onoff.types import ARRAYS, LogprobKind, TokenScores
 
-def _values(column: Any) -> list[Any]:
-    """An Arrow column as Python values: numbers and strings, numpy arrays for lists, (T, K) arrays for lists of lists."""
-    import numpy as np
-    import pyarrow as pa
-
-    if not pa.types.is_list(column.type):
-        return column.to_pylist()
-    if not pa.types.is_list(column.type.value_type):
-        return [None if not item.is_valid else item.values.to_numpy(zero_copy_only=False).copy() for item in column]
-    rows: list[Any] = []
-    for item in column:
-        if not item.is_valid:
-            rows.append(None)
-            continue
-        flat = item.values.flatten().to_numpy(zero_copy_only=False).copy()
-        rows.append(flat.reshape(len(item.values), -1) if len(item.values) else np.empty((0, 0), flat.dtype))
-    return rows
+    arrays: dict[str, Any] = {name: row.get(name.rpartition("_")[0]) for name in ARRAYS}
+    arrays = {name: None if a is None or (a.ndim == 2 and not a.shape[1]) else a for name, a in arrays.items()}
+    kind = LogprobKind(row.get("logprob_kind") or LogprobKind.raw)
+    return TokenScores(request_id=row.get("request_id", ""), sample=row.get("sample", 0), kind=kind, **arrays)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rl_onoff.data.rollouts import open_export
+from rl_onoff.data.rollouts import open_rollouts
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir
 from tests.running import run_in
@@ -158,7 +158,7 @@ def test_a_file_that_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> 
     [
         ([{"token_ids": [1, 2], "logprobs": [-1.0]}], "1 behaviour logprobs for 2 token ids"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, None]}], "behaviour logprobs that are not a list of numbers"),
-        ([{"token_ids": [1, 2], "completion_mask": [1], "logprobs": [-1.0, -1.0]}], "a mask of 1 for 2 token ids"),
+        ([{"token_ids": [1, 2], "completion_mask": [1], "logprobs": [-1.0, -1.0]}], "1 mask values for 2 token ids"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "logprob_kind": "natural"}], "unknown kind 'natural'"),
         (
             [{"id": "a", "sample": 0, "token_ids": [1, 2], "logprobs": [-1.0, -1.0]}] * 2,
@@ -180,4 +180,4 @@ def test_a_response_in_a_list_with_its_prompt_needs_a_length(tmp_path: Path) -> 
     row = slime(0)
     del row["response_length"], row["loss_mask"]
     with pytest.raises(UsageError, match="5 behaviour logprobs for 8 token ids"):
-        list(open_export(write(tmp_path / "x.jsonl", [row]), key="k", columns={}).rows())
+        list(open_rollouts(write(tmp_path / "x.jsonl", [row]), key="k", columns={}).rows())

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rl_onoff.data.requests import load_responses
+from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
 from rl_onoff.types import LogprobKind
 
@@ -41,13 +41,11 @@ def test_token_ids_need_no_tokenizer(write):
         {"request_id": "b", "prompt_ids": [1], "token_ids": [9], "text": "nine"},
     )
     first, second = load_responses(path)
-    assert first.response.key == ("a", 3) and first.response.num_tokens == 4
-    assert first.response.prompt_ids.dtype == first.response.token_ids_T.dtype == np.int32
+    assert first.key == ("a", 3) and first.num_tokens == 4
+    assert first.prompt_ids.dtype == first.token_ids_T.dtype == np.int32
     assert first.logprobs_T.tolist() == [-1, -0.5] and first.kind is LogprobKind.scaled
-    assert first.meta == {"question": "", "answer": "4", "reward": 0.5}
-    assert (
-        second.response.key == ("b", 0) and second.logprobs_T is None and second.kind is None and second.text == "nine"
-    )
+    assert first.meta == {"question": "", "answer": "4"} and first.reward == 0.5
+    assert second.key == ("b", 0) and second.logprobs_T is None and second.kind is None and second.text == "nine"
 
 
 def test_parquet(tmp_path):
@@ -56,7 +54,7 @@ def test_parquet(tmp_path):
     pandas.DataFrame({"id": [5, 5], "prompt_ids": [[1, 2]] * 2, "token_ids": [[3], [4, 5]]}).to_parquet(
         tmp_path / "r.parquet"
     )
-    assert [given.response.key for given in load_responses(str(tmp_path / "r.parquet"))] == [("5", 0), ("5", 1)]
+    assert [given.key for given in load_responses(str(tmp_path / "r.parquet"))] == [("5", 0), ("5", 1)]
 
 
 def test_text_is_tokenised_once_and_equal_prompts_share_an_id(write, tokenizer):
@@ -67,12 +65,9 @@ def test_text_is_tokenised_once_and_equal_prompts_share_an_id(write, tokenizer):
         {"prompt": "One two", "response": " four"},
     )
     one, two, three = load_responses(path, tokenizer)
-    assert [given.response.key for given in (one, two, three)] == [("0", 0), ("1", 0), ("0", 1)]
-    assert (
-        tokenizer.decode(one.response.prompt_ids) == "One two"
-        and tokenizer.decode(one.response.token_ids_T) == one.text == " three"
-    )
-    assert tokenizer.decode(two.response.prompt_ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert [given.key for given in (one, two, three)] == [("0", 0), ("1", 0), ("0", 1)]
+    assert tokenizer.decode(one.prompt_ids) == "One two" and tokenizer.decode(one.token_ids_T) == one.text == " three"
+    assert tokenizer.decode(two.prompt_ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert two.meta["question"] == "Hi"
 
 
@@ -89,21 +84,21 @@ def test_text_of_token_ids_is_decoded_where_there_is_a_tokenizer(write, tokenize
         ({"token_ids": [3]}, "has an empty prompt"),
         ({"prompt_ids": [1]}, "has no response"),
         ({"prompt_ids": [1], "token_ids": None}, "has no response"),
-        ({"prompt_ids": [1], "token_ids": [3.5]}, "neither text nor a list of token ids"),
+        ({"prompt_ids": [1], "token_ids": [3.5]}, "token ids that are not all whole numbers"),
         ({"prompt_ids": [1], "token_ids": "text"}, "text as its response where token ids"),
         ({"prompt_ids": "text", "token_ids": [3]}, "text as its prompt where token ids"),
         (
             {"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0, -2.0], "logprob_kind": "raw"},
-            "has 2 logprobs for 1 response tokens",
+            "has 2 behaviour logprobs for 1 token ids",
         ),
         ({"prompt_ids": [1], "token_ids": [3], "logprobs": "x"}, "logprobs that are not a list of numbers"),
-        (
-            {"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0], "logprob_kind": "odd"},
-            "logprob_kind of score.responses",
-        ),
+        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0], "logprob_kind": "odd"}, "unknown kind 'odd'"),
         ({"prompt_ids": [1], "token_ids": [3], "sample": "x"}, "'x' as its sample"),
         ({"prompt_ids": [1, 2], "token_ids": [3], "id": "fine"}, "the id 'fine' of a row with another prompt"),
-        ({"prompt_ids": [1], "token_ids": [3], "id": "fine", "sample": 0}, "repeats the id 'fine' and sample 0"),
+        (
+            {"prompt_ids": [1], "token_ids": [3], "id": "fine", "sample": 0},
+            "the id 'fine' and sample 0 of an earlier row",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_their_line(write, row, words):
@@ -121,9 +116,7 @@ def test_rows_with_an_empty_response_are_left_out_with_one_warning(write, caplog
     row = {prompt: [1] if kind == "ids" else "a", "logprob_kind": "raw"}
     path = write({**row, response: empty, "logprobs": []}, {**row, response: full}, {**row, response: empty})
     (given,) = load_responses(path, None if kind == "ids" else tokenizer)
-    assert given.response.key == ("0", 1), (
-        "the sample's number is its place among the rows of its prompt, empty ones included"
-    )
+    assert given.key == ("0", 1), "the sample's number is its place among the rows of its prompt, empty ones included"
     assert caplog.messages == ["r.jsonl: 2 of 3 rows left out: their response is empty, nothing to score"]
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from rl_onoff.config import DataConfig
-from rl_onoff.data.prompts import Row
-from rl_onoff.data.requests import check_lengths, encode_prompt, load_requests, make_requests
+from rl_onoff.data.prompts import Row, load_rows
+from rl_onoff.data.requests import check_lengths, encode_prompt, encode_rows
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Sampling
+from rl_onoff.types import Sampling, sample_requests
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +40,18 @@ WITH_BOS = "{{ bos_token }}" + PLAIN
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
 
 
-def test_the_bundled_set_as_requests(tokenizer):
-    sampling = Sampling(n=2)
-    requests = load_requests(DataConfig(limit=3), tokenizer, sampling)
-    assert [request.id for request in requests] == ["money-01", "money-02", "money-03"]
-    first = requests[0]
-    assert first.prompt_ids.dtype == np.int32 and first.sampling is sampling
-    assert first.meta["answer"] == "22" and first.meta["question"] in first.prompt
-    assert first.prompt.count("<|im_start|>assistant") == 1 and first.prompt.endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(first.prompt_ids) == first.prompt
+def test_the_bundled_set_as_prompts(tokenizer):
+    prompts = encode_rows(load_rows(DataConfig(limit=3)), DataConfig(limit=3), tokenizer)
+    assert [prompt.id for prompt in prompts] == ["money-01", "money-02", "money-03"]
+    first = prompts[0]
+    assert first.ids.dtype == np.int32
+    assert first.meta["answer"] == "22" and first.meta["question"] in first.text
+    assert first.text.count("<|im_start|>assistant") == 1 and first.text.endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(first.ids) == first.text
     wanted = tokenizer.apply_chat_template(
         [{"role": "user", "content": first.meta["question"]}], add_generation_prompt=True, return_dict=False
     )
-    assert first.prompt_ids.tolist() == wanted
+    assert first.ids.tolist() == wanted
 
 
 def test_a_system_message_is_put_before_conversations_without_one(tokenizer):
@@ -109,7 +108,7 @@ def test_a_single_message_can_go_without_a_template_but_a_conversation_cannot():
 def test_a_base_models_tokenizer_has_no_chat_template(prompt):
     row = Row(id="0", prompt=prompt, where="row 1 of a")
     with pytest.raises(UsageError, match=r"has no chat template.*set data\.chat_template=false"):
-        make_requests([row], DataConfig(), word_tokenizer(adds_bos=True, template=None), Sampling())
+        encode_rows([row], DataConfig(), word_tokenizer(adds_bos=True, template=None))
 
 
 def test_a_template_that_refuses_a_system_message():
@@ -117,15 +116,13 @@ def test_a_template_that_refuses_a_system_message():
     with pytest.raises(
         UsageError, match=r"refuses the roles system, user of row 1 of a \(no system role\): set data\.system=null"
     ):
-        make_requests(
-            [Row(id="0", prompt="hello", where="row 1 of a")], DataConfig(system="be short"), words, Sampling()
-        )
+        encode_rows([Row(id="0", prompt="hello", where="row 1 of a")], DataConfig(system="be short"), words)
 
 
-def test_lengths_against_the_context(tokenizer):
-    rows = [Row(id=name, prompt=[5] * length, where=name) for name, length in (("short", 10), ("long", 95))]
-    requests = make_requests(rows, DataConfig(), tokenizer, Sampling(max_new_tokens=20))
-    assert [request.id for request in check_lengths(requests, 100)] == ["long"]
-    assert check_lengths(requests, 115) == []
+def test_lengths_against_the_context():
+    def requests(length: int) -> list:
+        return sample_requests(id="long", prompt_ids=np.full(length, 5), sampling=Sampling(max_new_tokens=20))
+
+    check_lengths(requests(94), 95)  # room for one token
     with pytest.raises(UsageError, match=r"row 'long' has 95 tokens and the model's context only 95: .*model\.name"):
-        check_lengths(requests, 95)
+        check_lengths([*requests(10), *requests(95)], 95)

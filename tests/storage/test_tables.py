@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -17,7 +18,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.rundir.table import COLUMNS, RECORD, RunDir, Table, Writer, differences
+from rl_onoff.rundir.shards import write_shard
+from rl_onoff.rundir.table import (
+    COLUMNS,
+    RECORD,
+    RunDir,
+    Table,
+    Writer,
+    differences,
+    rollout_of,
+    row_of_rollout,
+    row_of_scores,
+    scores_of,
+)  # fmt: skip
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, TokenScores
 from tests.conftest import ROOT
 
 
@@ -64,6 +78,46 @@ def test_rows_come_back_as_they_were(tmp_path):
     assert first["top_ids"].shape == (3, 2) and second["top_ids"].shape == (3, 0)
     assert first["logits"] is None and first["processed_logprobs"] is None
     assert run.score_names() == ["mine"]
+
+
+def test_rollouts_and_scores_come_back_as_they_were(tmp_path):
+    run, ids = RunDir(tmp_path), np.arange(3, dtype=np.int32)
+    floats = -ids.astype(np.float32)
+    rollouts = [
+        Rollout(
+            request_id="a", sample=1, prompt_ids=ids[:2], token_ids_T=ids, logprobs_T=floats, kind=LogprobKind.scaled, text="t",
+            finish_reason=FinishReason.eos, reward=0.5, meta={"answer": "é"},
+        ),
+        Rollout(request_id="b", sample=0, token_ids_T=ids[:0]),
+    ]  # fmt: skip
+    scores = [
+        TokenScores(request_id="a", sample=1, token_ids_T=ids, logprobs_T=floats, kind=LogprobKind.processed),
+        TokenScores(
+            token_ids_T=ids, logprobs_T=floats, entropy_T=floats, logsumexp_T=floats, rank_T=ids, top_ids_TK=np.ones((3, 2), np.int32),
+            top_logprobs_TK=np.ones((3, 2), np.float32), processed_logprobs_T=floats, nucleus_mass_T=floats,
+            logits_TV=np.ones((3, 4), np.float32),
+        ),
+    ]  # fmt: skip
+    with run.completions.writer() as out:
+        for rollout in rollouts:
+            out.append(row_of_rollout(rollout, "the prompt"))
+    with run.scores("mine").writer() as out:
+        for each in scores:
+            out.append(row_of_scores(each))
+    assert [row["prompt"] for row in run.completions.rows()] == ["the prompt"] * 2
+    for found, wanted in zip(map(rollout_of, run.completions.rows()), rollouts, strict=True):
+        same_fields(found, wanted)
+    for found, wanted in zip(map(scores_of, run.scores("mine").rows()), scores, strict=True):
+        same_fields(found, wanted)
+    (first, _) = map(rollout_of, run.completions.rows(["request_id", "sample", "token_ids"]))
+    same_fields(first, Rollout(request_id="a", sample=1, token_ids_T=ids))
+
+
+def same_fields(found: object, wanted: object) -> None:
+    for field in dataclasses.fields(wanted):
+        one, other = getattr(found, field.name), getattr(wanted, field.name)
+        np.testing.assert_equal(one, other, err_msg=field.name)
+        assert getattr(one, "dtype", None) == getattr(other, "dtype", None), field.name
 
 
 def test_only_the_columns_asked_for_are_read(tmp_path):
@@ -161,7 +215,7 @@ def test_an_interrupt_after_the_rename_writes_no_row_twice(tmp_path):
 
         def interrupt(frame, event, _, line=line):
             nonlocal seen
-            if frame.f_code not in (Writer.flush.__code__, Writer._write.__code__):
+            if frame.f_code not in (Writer.flush.__code__, write_shard.__code__):
                 return interrupt if event == "call" else None
             if event == "line":
                 seen += 1
@@ -262,6 +316,16 @@ def test_the_record_holds_no_secret(tmp_path, monkeypatch):
 def test_differences_name_leaves():
     assert differences({"a": {"b": 1}, "c": [1]}, {"a": {"b": 1}, "c": [1]}) == []
     assert differences({"a": {"b": 1}}, {"a": 2, "x": "y"}) == ['a: {"b": 1} -> 2', 'x: null -> "y"']
+
+
+def test_a_key_that_is_missing_counts_as_its_default():
+    defaults = {"a": {"new": 1, "many": {}}}
+    assert differences({"a": {}}, {"a": {"new": 1, "many": {}}}, defaults) == []
+    assert differences({"a": {"new": 1}}, {"a": {}}, defaults) == []
+    assert differences({"a": {}}, {"a": {"new": 2}}, defaults) == ["a.new: 1 -> 2"]
+    assert differences({"a": None}, {"a": {"new": 1}}, defaults) == ['a: null -> {"new": 1}']
+    assert differences({}, {"a": {"new": 1}}, defaults) == ['a: null -> {"new": 1}'], "a group of options is no option"
+    assert differences({"a": {"gone": None}}, {"a": {}}) == [] and differences({"a": {"gone": 3}}, {"a": {}}) != []
 
 
 # -- one writer --------------------------------------------------------------------------------------------------------

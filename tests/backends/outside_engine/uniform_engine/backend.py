@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from uniform_engine import UniformConfig
 
 from rl_onoff.backends import BaseBackend, EngineInfo
 from rl_onoff.backends.engine import Supply
 from rl_onoff.backends.fake.backend import ByteTokenizer
 from rl_onoff.backends.token_stats import token_stats
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, Sampling, TokenScores, Want
+from uniform_engine import UniformConfig
 
 
 class UniformBackend(BaseBackend):
