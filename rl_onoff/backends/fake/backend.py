@@ -90,7 +90,7 @@ class FakeBackend(BaseBackend):
                 while row.finish is None:
                     logits = self._rows(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
                     token, logprob = draw(
-                        logits, [request.sampling], np.array([row.uniform()]), self.config.logprob_kind
+                        logits, [request.sampling], np.array([row.key()]), self.config.logprob_kind
                     )
                     row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), frozenset(self.info.eos_ids))
                 yield row.completion(self.config.logprob_kind)

@@ -45,8 +45,8 @@ def decode(
         logits_RV, cache, mask_RL = _prefill(model, rows)
     while rows:
         with torch.no_grad():
-            uniforms_R = np.array([row.uniform() for row in rows])
-            tokens_R, logprobs_R = draw(logits_RV, [row.request.sampling for row in rows], uniforms_R, kind)
+            keys_R = np.array([row.key() for row in rows])
+            tokens_R, logprobs_R = draw(logits_RV, [row.request.sampling for row in rows], keys_R, kind)
         for row, token, logprob in zip(rows, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
             row.append(token, logprob, tokenizer, eos_ids)
         yield from (row.completion(kind) for row in rows if row.finish)
