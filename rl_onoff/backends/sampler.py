@@ -53,7 +53,8 @@ def draw(
 
 
 def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
-    """One token per row (R,) with a probability proportional to its weight; a token of weight 0 is never picked.
+    """One token per key (R,) with a probability proportional to its weight; a token of weight 0 is never picked. Where all keys
+    share their weights, one row of them (1, V) will do.
 
     Gumbel-max twice: the block with the largest weight over exponential noise, then the token of that block. That is the
     distribution of the whole, with noise for M + B tokens instead of V.
@@ -67,7 +68,7 @@ def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
     noise_RN = exponential(keys_R, BLOCK + sums_RM.shape[-1])
     first_R1 = BLOCK * (sums_RM / noise_RN[:, BLOCK:]).argmax(-1, keepdim=True)
     ids_RB = first_R1 + torch.arange(BLOCK, device=keys_R.device)
-    weights_RB = weights_RV.gather(-1, ids_RB.clamp(max=vocab_size - 1)) * (ids_RB < vocab_size)
+    weights_RB = weights_RV.expand(len(keys_R), -1).gather(-1, ids_RB.clamp(max=vocab_size - 1)) * (ids_RB < vocab_size)
     return first_R1[:, 0] + (weights_RB / noise_RN[:, :BLOCK]).argmax(-1)
 
 

@@ -234,7 +234,9 @@ def test_the_noise_is_exponential_and_independent() -> None:
             close = np.corrcoef(np.delete(uniform, 0, axis).ravel(), np.delete(uniform, -1, axis).ravel())[0, 1]
             assert abs(close) < 0.007  # 4 sigma
     alone = exponential(keys[7:8], 300)
-    assert torch.equal(alone[0], exponential(keys, 400)[7, :300]), "neither the batch nor the size of the vocabulary matters"
+    assert torch.equal(alone[0], exponential(keys, 400)[7, :300]), (
+        "neither the batch nor the size of the vocabulary matters"
+    )
 
 
 def test_peak_memory_stays_far_below_the_full_logits(tiny_llama: str) -> None:

@@ -17,6 +17,7 @@ from rl_onoff.types import Completion, Request, Response, Sampling, TokenScores,
 from rl_onoff.workers import sessions
 from tests.backends.conftest import options_of
 
+ON = ("vllm", "sglang")
 PROMPTS = [[(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))] for i in range(12)]
 # of 49152 nearly equal tokens, float noise would make the sampler take the next one now and then
 SAMPLING = Sampling(max_new_tokens=12, n=2, seed=3, top_k=20)
@@ -39,16 +40,22 @@ MANY = [
 ]
 
 
-def made_by(
-    name: str, model: str, kills: int = 0, **options: Any
-) -> tuple[dict[Any, Completion], dict[Any, TokenScores]]:
-    """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
+Made = tuple[dict[Any, Completion], dict[Any, TokenScores]]
+
+
+def made_by(name: str, model: str, kills: int = 0, **options: Any) -> Made:
+    """What an engine with these options makes."""
     with create_backend(
         {"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}
     ) as backend:
-        completions = list(backend.complete(REQUESTS))
-        scores = list(backend.score(RESPONSES, Want(top_k=3, full_logits=True)))
-        completions += in_spite_of(kills, backend)
+        return made_with(backend, kills)
+
+
+def made_with(backend: BaseBackend, kills: int = 0) -> Made:
+    """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
+    completions = list(backend.complete(REQUESTS))
+    scores = list(backend.score(RESPONSES, Want(top_k=3, full_logits=True)))
+    completions += in_spite_of(kills, backend)
     assert len(completions) == 224 and len(scores) == 24, "nothing is lost, nothing comes twice"
     return {c.key: c for c in completions}, {s.key: s for s in scores}
 
@@ -82,12 +89,10 @@ def alone(tiny_llama: str) -> Any:
     return made_by("huggingface", tiny_llama)
 
 
-@pytest.mark.timeout(120)
 def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
     assert_same(made_by("huggingface", tiny_llama, dp_size=2), alone, atol=1e-5)
 
 
-@pytest.mark.timeout(180)
 def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, capsys):
     hybrid = made_by("huggingface", tiny_llama, kills=3, dp_size=2, tp_size=2)
     assert_same(hybrid, alone, atol=1e-5)
@@ -96,7 +101,6 @@ def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, caps
     )
 
 
-@pytest.mark.timeout(120)
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
     options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2}
     with create_backend(
@@ -121,7 +125,6 @@ def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whol
             )  # steps of bfloat16
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
@@ -138,10 +141,6 @@ def test_what_cannot_be_split_is_refused(request, model, options, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_replicas_of_an_engine_give_what_one_gives(name, tiny_llama):
-    options = {"vllm": {"max_model_len": 256}, "sglang": {"context_length": 256}}[name]
-    assert_same(
-        made_by(name, tiny_llama, kills=1, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4
-    )
+def test_replicas_of_an_engine_give_what_one_gives(backend, tiny_llama):
+    alone = made_with(backend)
+    assert_same(made_by(backend.name, tiny_llama, kills=1, dp_size=2), alone, atol=1e-4)

@@ -11,12 +11,14 @@ from rl_onoff.cli import doctor
 from tests.conftest import ROOT, SGLANG_PYTHON
 
 
-def test_what_is_here(capsys) -> None:
+def test_what_is_here(capsys, monkeypatch) -> None:
+    lines, findings = [], doctor.findings
+    monkeypatch.setattr(doctor, "findings", lambda python: lines.extend(findings(python)) or lines)
     assert doctor.doctor(SGLANG_PYTHON) == 0
     said = capsys.readouterr().out
     for name in ("python", "huggingface", "vllm", "sglang", "pool=ray", "gpus", "wandb", "cache"):
         assert name in said
-    fine = {line.what: line.fine for line in doctor.findings(SGLANG_PYTHON)}
+    fine = {line.what: line.fine for line in lines}
     assert fine["huggingface"] and fine["vllm"] and fine["sglang"]
 
 

@@ -89,9 +89,7 @@ class FakeBackend(BaseBackend):
                 row = Row(request, sample, self.info.max_len)
                 while row.finish is None:
                     logits = self._rows(np.concatenate([request.prompt_ids, row.token_ids])[-2:], 1)
-                    token, logprob = draw(
-                        logits, [request.sampling], np.array([row.key()]), self.config.logprob_kind
-                    )
+                    token, logprob = draw(logits, [request.sampling], np.array([row.key()]), self.config.logprob_kind)
                     row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), frozenset(self.info.eos_ids))
                 yield row.completion(self.config.logprob_kind)
 
