@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_model
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once instead of waiting
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin crawl where cores are shared
@@ -30,20 +32,30 @@ def smollm2() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_llama(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random two-layer Llama with the built-in model's tokenizer; its heads can be split over two devices."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    """Folder of the tests' own small model."""
+    return tiny_model.make(tmp_path_factory.mktemp("tiny_llama"), smollm2)
 
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tiny_llama")
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)  # a distribution that is not flat
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+
+# -- markers -----------------------------------------------------------------------------------------------------------
+
+NEEDS = {
+    "vllm": ("vllm", "vllm_engine"),
+    "sglang": ("sglang", "sglang_engine"),
+    "ray": ("cluster", "ray"),
+    "browser": ("browser",),
+}
+FILES = {
+    "tests/backends/test_vllm.py": ("vllm",), "tests/backends/test_sglang.py": ("sglang",), "tests/workers/test_ray.py": ("ray",),
+    "tests/end_to_end/test_pool_on_ray.py": ("ray",), "tests/compare/test_engines.py": ("vllm", "sglang"),
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with the engines and programs that it needs, by its file, its fixtures and its parameters."""
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        values = [v for v in getattr(getattr(item, "callspec", None), "params", {}).values() if isinstance(v, str)]
+        uses = {*getattr(item, "fixturenames", ()), *values}
+        for marker, names in NEEDS.items():
+            if marker in FILES.get(file, ()) or uses.intersection(names):
+                item.add_marker(marker)

@@ -1,5 +1,12 @@
-"""The sampler of the engines whose decoding loop is ours (HuggingFace, fake): one uniform number a token, from a stream
-that depends on the response's seed alone, so that a response does not depend on its batch or on the device."""
+"""The sampler of the engines whose draw is ours (HuggingFace, fake, SGLang): Gumbel-max with noise that depends on the
+response's seed and the token's position alone, so that a response depends neither on its batch nor on the device.
+
+Rounding differs with the batch all the same. What a change of the logits by epsilon flips is a draw whose two best scores
+are epsilon apart; the inverse of a cumulative sum would flip wherever a boundary between two of the V tokens moves over
+its random number, which is a hundred times as often where the distribution is flat (benchmarks/flips.py).
+
+Shapes: R rows (responses), V vocabulary, B tokens of a block, M blocks.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BLOCK = 256  # tokens: noise is made for the blocks and for the tokens of one block, not for the whole vocabulary
+GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number: a counter times this visits all numbers
+
+
 def draw(
-    logits_RV: Tensor, samplings: Sequence[Sampling], uniform_R: np.ndarray, kind: LogprobKind
+    logits_RV: Tensor, samplings: Sequence[Sampling], keys_R: np.ndarray, kind: LogprobKind
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one token per row by inverting the processed distribution's cumulative sum; returns (ids (R,), logprobs (R,))."""
+    """One token per row, drawn from the processed distribution with the row's key: (ids (R,), logprobs (R,))."""
     import torch
 
     tokens, logprobs = np.empty(len(samplings), np.int32), np.empty(len(samplings), np.float32)
@@ -29,10 +40,7 @@ def draw(
         if sampling.greedy:
             chosen_R = z_RV.argmax(-1)
         else:
-            cdf_RV = kept_RV.softmax(-1, dtype=torch.float64).cumsum(-1)
-            at_R1 = torch.as_tensor(uniform_R[rows], device=cdf_RV.device)[:, None] * cdf_RV[:, -1:]
-            # the first token whose cumulative probability exceeds the number: never one of probability 0
-            chosen_R = torch.searchsorted(cdf_RV, at_R1, right=True)[:, 0].clamp_(max=cdf_RV.shape[-1] - 1)
+            chosen_R = pick(kept_RV.softmax(-1, dtype=torch.float64), torch.as_tensor(keys_R[rows], device=z_RV.device))
         if kind is LogprobKind.raw:
             source_RV = z_RV
         elif kind is LogprobKind.scaled:
@@ -42,6 +50,47 @@ def draw(
         tokens[rows] = chosen_R.cpu().numpy()
         logprobs[rows] = (source_RV.gather(-1, chosen_R[:, None])[:, 0] - source_RV.logsumexp(-1)).cpu().numpy()
     return tokens, logprobs
+
+
+def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
+    """One token per key (R,) with a probability proportional to its weight; a token of weight 0 is never picked. Where all keys
+    share their weights, one row of them (1, V) will do.
+
+    Gumbel-max twice: the block with the largest weight over exponential noise, then the token of that block. That is the
+    distribution of the whole, with noise for M + B tokens instead of V.
+    """
+    import torch
+
+    vocab_size = weights_RV.shape[-1]
+    full = vocab_size // BLOCK * BLOCK
+    sums_RM = weights_RV[:, :full].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
+    sums_RM = torch.cat([sums_RM, weights_RV[:, full:].sum(-1, keepdim=True, dtype=torch.float64)], -1)
+    noise_RN = exponential(keys_R, BLOCK + sums_RM.shape[-1])
+    first_R1 = BLOCK * (sums_RM / noise_RN[:, BLOCK:]).argmax(-1, keepdim=True)
+    ids_RB = first_R1 + torch.arange(BLOCK, device=keys_R.device)
+    weights_RB = weights_RV.expand(len(keys_R), -1).gather(-1, ids_RB.clamp(max=vocab_size - 1)) * (ids_RB < vocab_size)
+    return first_R1[:, 0] + (weights_RB / noise_RN[:, :BLOCK]).argmax(-1)
+
+
+def exponential(keys_R: Tensor, count: int) -> Tensor:
+    """`count` numbers of the standard exponential distribution for every key: (R, count) float64, the same on every device."""
+    import torch
+
+    counter_N = torch.arange(1, count + 1, device=keys_R.device)
+    bits_RN = _mixed(keys_R[:, None] + _mixed(counter_N * GOLDEN))
+    return (_shifted(bits_RN, 11).double() + 0.5).mul_(2.0**-53).log_().neg_()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """64 bits that look random, of 64 bits that do not: the finaliser of SplitMix64."""
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A shift to the right that fills with zeros; torch's own fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _distinct(samplings: Sequence[Sampling]) -> list[Sampling]:
@@ -59,14 +108,14 @@ class Row:
         self.request = request
         room = max_len - len(request.prompt_ids)
         self.limit = min(request.sampling.max_new_tokens, room)
-        self.uniforms = np.random.Generator(np.random.Philox(request.seed))
+        self.keys = np.random.Philox(request.seed)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
 
-    def uniform(self) -> float:
-        """The next number in [0, 1) of this response's own stream."""
-        return self.uniforms.random()
+    def key(self) -> int:
+        """The next 64 bits, signed, of this response's own stream."""
+        return int(np.int64(np.uint64(self.keys.random_raw())))
 
     def append(self, token: int, logprob: float, tokenizer, eos_ids: frozenset[int]) -> None:
         """Take in one sampled token and decide whether the response ends with it."""

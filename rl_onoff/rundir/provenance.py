@@ -43,7 +43,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         "want": {**asdict(Want()), "sampler": sampling},
         "content": after.get("content"),
     }
-    return differences(before, after, redact(defaults))
+    return differences(before, after, masked(defaults))
 
 
 def same_engine(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS = 5.0  # for a cluster's port to answer
+PROBE_SECONDS = 10.0  # for a cluster's name to be found and its port to answer
 JOIN_SECONDS = 30.0  # to join a cluster
 START_SECONDS = 180.0  # to start one
 LEAVE_SECONDS = 20.0  # to end the connection; without its head that takes a minute, after which Ray ends the process
@@ -132,11 +132,15 @@ def _address(pool: PoolConfig) -> str:
     )
 
     scheme, _, rest = (named or "").rpartition("://")
-    try:
-        found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
-    except (ConnectionError, ValueError, OSError):
-        found = None
-    if found is not None and answers(found):
+
+    def answering() -> bool:
+        try:
+            found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
+        except (ConnectionError, ValueError, OSError):
+            return False
+        return found is not None and answers(found)
+
+    if _in_time(answering):
         return (
             named or "auto"
         )  # and not what was found: only where it finds a cluster does Ray look for the token it wants
@@ -149,13 +153,26 @@ def _address(pool: PoolConfig) -> str:
 
 
 def answers(address: str) -> bool:
-    """Whether something listens at HOST:PORT."""
+    """Whether something listens at HOST:PORT; False after PROBE_SECONDS without a word."""
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
-    except (OSError, ValueError):
-        return False
-    return True
+
+    def connects() -> bool:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    return _in_time(connects)
+
+
+def _in_time(true: Callable[[], bool]) -> bool:
+    """What the function says; False when it says nothing in PROBE_SECONDS: a name server that is silent has no timeout."""
+    said: list[bool] = []
+    thread = threading.Thread(target=lambda: said.append(true()), daemon=True, name="probe")
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return said == [True]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

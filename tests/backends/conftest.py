@@ -8,33 +8,61 @@ import pytest
 from rl_onoff.backends import BaseBackend, create_backend
 from tests.conftest import SGLANG_PYTHON
 
-BACKENDS = ("fake", "huggingface", "vllm", "sglang")
+BACKENDS = ("vllm", "sglang", "fake", "huggingface")  # in the order in which they are started
+MAX_LEN = 512
+CHUNK = 32  # tokens of a prompt that SGLang takes in at once
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42.\nHowever, nobody knows why; see also the appendix. "
+)
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """How a backend is started in the tests: float32, so that numbers can be compared tightly."""
+    """How a backend is started in the tests: in float32, so that numbers can be compared tightly."""
     options: dict[str, Any] = {"dtype": "float32"}
     if name == "vllm":
-        options |= {"max_model_len": 1024, "enforce_eager": True}
+        options |= {"max_model_len": MAX_LEN, "enforce_eager": True}
     if name == "sglang":
-        options |= {"python": SGLANG_PYTHON, "context_length": 1024}
+        options |= {
+            "python": SGLANG_PYTHON,
+            "context_length": MAX_LEN,
+            "engine_kwargs": {"chunked_prefill_size": CHUNK},
+        }
     return options
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
-def backend(request: pytest.FixtureRequest, smollm2: str) -> Iterator[BaseBackend]:
-    """Every backend in turn, loaded, with the built-in model in float32 (the fake has a model of its own)."""
-    built = create_backend(
-        {"backend_type": request.param, "model_name": smollm2, "backend_specific": options_of(request.param)}
-    )
-    with built as loaded:
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest, tiny_llama: str) -> Iterator[BaseBackend]:
+    """The backend of that name, loaded once for all tests that use it, with the tiny model (the fake has one of its own)."""
+    name = request.param
+    with create_backend(
+        {"backend_type": name, "model_name": tiny_llama, "backend_specific": options_of(name)}
+    ) as loaded:
         yield loaded
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of `backend` runs on every backend, or on those that its file names in ON."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", getattr(metafunc.module, "ON", BACKENDS), indirect=True, scope="session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests of one engine together, whatever their file, so that it is started once and runs no longer than it must."""
+
+    def engine(item: pytest.Item) -> int:
+        name = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        return BACKENDS.index(name) if name else len(BACKENDS)
+
+    here = [i for i, item in enumerate(items) if item.path.parent.name == "backends"]
+    for place, item in zip(here, sorted((items[i] for i in here), key=engine), strict=True):
+        items[place] = item
+
+
 @pytest.fixture(scope="session")
-def reference(smollm2: str) -> Any:
+def reference(tiny_llama: str) -> Any:
     """The measure of all engines: a plain float32 model of Transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()

@@ -208,14 +208,35 @@ def test_kinds_of_logprobs(tiny_llama: str, kind: LogprobKind) -> None:
 def test_draws_follow_the_distribution() -> None:
     from rl_onoff.backends.sampler import draw
 
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]]).repeat(4000, 1)
-    uniforms = np.random.default_rng(0).random(4000)
-    tokens, logprobs = draw(logits, [Sampling()] * 4000, uniforms, LogprobKind.raw)
-    expected = torch.softmax(logits[0], -1).numpy()
-    np.testing.assert_allclose(np.bincount(tokens, minlength=5) / 4000, expected, atol=0.025)
+    likely = {0: 2.0, 1: 1.0, 255: 0.0, 256: 1.5, 999: -1.0}  # in three blocks of the sampler, the last not a full one
+    logits = torch.full((1000,), -torch.inf)
+    logits[list(likely)] = torch.tensor(list(likely.values()))
+    keys = np.random.Philox(0).random_raw(4000).view(np.int64)
+    tokens, logprobs = draw(logits.repeat(4000, 1), [Sampling()] * 4000, keys, LogprobKind.raw)
+    expected = torch.softmax(logits, -1).numpy()
+    np.testing.assert_allclose(np.bincount(tokens, minlength=1000) / 4000, expected, atol=0.025)
     np.testing.assert_allclose(logprobs, np.log(expected[tokens]), atol=1e-5)
-    tokens, _ = draw(logits, [Sampling(top_k=2)] * 4000, uniforms, LogprobKind.processed)
-    assert set(tokens.tolist()) == {0, 1}
+    assert set(tokens.tolist()) == set(likely)
+    tokens, _ = draw(logits.repeat(4000, 1), [Sampling(top_k=2)] * 4000, keys, LogprobKind.processed)
+    assert set(tokens.tolist()) == {0, 256}
+
+
+def test_the_noise_is_exponential_and_independent() -> None:
+    from rl_onoff.backends.sampler import exponential
+
+    keys = torch.as_tensor(np.random.Philox(1).random_raw(1000).view(np.int64))
+    near = torch.arange(1000)  # keys that differ in a few bits
+    for noise in (exponential(keys, 400), exponential(near, 400)):
+        assert noise.min() > 0
+        uniform = (-noise).exp().numpy()
+        np.testing.assert_allclose(np.histogram(uniform, 20, (0, 1))[0] / uniform.size, 0.05, atol=0.0015)  # 4 sigma
+        for axis in (0, 1):
+            close = np.corrcoef(np.delete(uniform, 0, axis).ravel(), np.delete(uniform, -1, axis).ravel())[0, 1]
+            assert abs(close) < 0.007  # 4 sigma
+    alone = exponential(keys[7:8], 300)
+    assert torch.equal(alone[0], exponential(keys, 400)[7, :300]), (
+        "neither the batch nor the size of the vocabulary matters"
+    )
 
 
 def test_peak_memory_stays_far_below_the_full_logits(tiny_llama: str) -> None:

@@ -20,6 +20,7 @@ from rl_onoff.workers import sessions
 from tests.backends.conftest import options_of
 from tests.backends.failing_huggingface import FailingHuggingFace
 
+ON = ("vllm", "sglang")
 PROMPTS = [np.array([(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))], np.int32) for i in range(12)]
 # of 49152 nearly equal tokens, float noise would make the sampler take the next one now and then
 SAMPLING = Sampling(max_new_tokens=12, n=2, seed=3, top_k=20)
@@ -40,18 +41,26 @@ STAIRS = [sample_requests(id=f"{n}", prompt_ids=PROMPTS[0], sampling=Sampling(ma
 EVERYTHING = Want(top_k=3, full_logits=True)
 
 
+Made = tuple[dict[Any, Rollout], dict[Any, TokenScores]]
+
+
 def by_key(results: Iterable[Any]) -> dict[Any, Any]:
     return {result.key: result for result in results}
 
 
-def made_by(name: str, model: str, kills: int = 0, **options: Any) -> tuple[dict[Any, Rollout], dict[Any, TokenScores]]:
-    """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
+def made_by(name: str, model: str, kills: int = 0, **options: Any) -> Made:
+    """What an engine with these options makes."""
     with create_backend(
         {"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}
     ) as backend:
-        rollouts = list(backend.complete(REQUESTS))
-        scores = list(backend.score(ROLLOUTS, EVERYTHING))
-        rollouts += in_spite_of(kills, backend)
+        return made_with(backend, kills)
+
+
+def made_with(backend: BaseBackend, kills: int = 0) -> Made:
+    """Few responses and scores of them, then two hundred responses while `kills` replicas are killed."""
+    rollouts = list(backend.complete(REQUESTS))
+    scores = list(backend.score(ROLLOUTS, EVERYTHING))
+    rollouts += in_spite_of(kills, backend)
     assert len(rollouts) == 224 and len(scores) == 24, "nothing is lost, nothing comes twice"
     return by_key(rollouts), by_key(scores)
 
@@ -85,12 +94,10 @@ def alone(tiny_llama: str) -> Any:
     return made_by("huggingface", tiny_llama)
 
 
-@pytest.mark.timeout(300)
 def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
     assert_same(made_by("huggingface", tiny_llama, dp_size=2), alone, atol=1e-5)
 
 
-@pytest.mark.timeout(300)
 def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, capsys):
     hybrid = made_by("huggingface", tiny_llama, kills=3, dp_size=2, tp_size=2)
     assert_same(hybrid, alone, atol=1e-5)
@@ -106,7 +113,6 @@ def ranks_of(backend: BaseBackend) -> list[psutil.Process]:
     return [child for child in children if not sessions.is_helper(child)]
 
 
-@pytest.mark.timeout(300)
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
     options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2, "batch_size": 60}
     with create_backend(
@@ -135,7 +141,6 @@ def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whol
             np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("failing", ["rank 0", "rank 1"])
 def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, failing, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -151,7 +156,6 @@ def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, fai
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("model", "options", "words"),
     [
@@ -168,10 +172,6 @@ def test_what_cannot_be_split_is_refused(request, model, options, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["vllm", "sglang"])
-def test_replicas_of_an_engine_give_what_one_gives(name, tiny_llama):
-    options = {"vllm": {"max_model_len": 256}, "sglang": {"context_length": 256}}[name]
-    assert_same(
-        made_by(name, tiny_llama, kills=1, dp_size=2, **options), made_by(name, tiny_llama, **options), atol=1e-4
-    )
+def test_replicas_of_an_engine_give_what_one_gives(backend, tiny_llama):
+    alone = made_with(backend)
+    assert_same(made_by(backend.name, tiny_llama, kills=1, dp_size=2), alone, atol=1e-4)

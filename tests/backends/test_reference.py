@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,6 @@ from rl_onoff.backends import BaseBackend, HuggingFaceBackendConfig, VLLMBackend
 from rl_onoff.backends.config import BackendConfig
 from rl_onoff.backends.vllm.backend import VLLMBackend
 from rl_onoff.errors import UsageError
-from tests.backends.conftest import options_of
-
-
-@pytest.fixture(scope="module", params=["huggingface", "vllm", "sglang"])
-def backend(request: pytest.FixtureRequest, smollm2: str) -> Iterator[BaseBackend]:
-    backend = create_backend(
-        {"backend_type": request.param, "model_name": smollm2, "backend_specific": options_of(request.param)}
-    )
-    backend.load()
-    yield backend
-    backend.close()
 
 
 def test_quick_start(backend: BaseBackend) -> None:

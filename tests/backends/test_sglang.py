@@ -17,25 +17,20 @@ from rl_onoff.backends import BaseBackend, SGLangBackendConfig, create_backend
 from rl_onoff.backends.sglang.backend import SGLangBackend
 from rl_onoff.errors import EngineDiedError, UsageError
 from rl_onoff.types import LogprobKind, Request, Response, Sampling, TokenScores, Want
+from tests.backends.conftest import CHUNK, MAX_LEN, TEXT
 from tests.backends.moved_sglang import MovedSGLang
 from tests.conftest import SGLANG_PYTHON
 
+ON = ("sglang",)
 TOLERANCE = 2e-4  # nats, float32 against float32
 SAMPLER = Sampling(temperature=0.8, top_k=40, top_p=0.9)
 
 
 def start(model: str, **options: Any) -> BaseBackend:
-    options = {"python": SGLANG_PYTHON, "dtype": "float32", "context_length": 512} | options
+    options = {"python": SGLANG_PYTHON, "dtype": "float32", "context_length": MAX_LEN} | options
     backend = create_backend({"backend_type": "sglang", "model_name": model, "backend_specific": options})
     backend.load()
     return backend
-
-
-@pytest.fixture(scope="module")
-def chunked(smollm2: str) -> Iterator[BaseBackend]:
-    """A real model whose prefill is cut into pieces much shorter than its prompts and responses."""
-    with start(smollm2, engine_kwargs={"chunked_prefill_size": 32}) as backend:
-        yield backend
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +38,6 @@ def pair(tiny_llama: str) -> Iterator[BaseBackend]:
     """Two tensor-parallel ranks; the last test that uses it kills one."""
     with start(tiny_llama, tp_size=2, logprob_kind="scaled") as backend:
         yield backend
-
-
-@pytest.fixture(scope="module")
-def tiny_reference(tiny_llama: str) -> Any:
-    return reference_of(tiny_llama)
-
-
-def reference_of(folder: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarray]:
@@ -96,38 +79,48 @@ def response(text_ids: np.ndarray, num_prompt: int, num_tokens: int, sample: int
 
 
 @pytest.fixture(scope="module")
-def text_ids(chunked: BaseBackend) -> np.ndarray:
-    text = "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42. However, nobody knows why; see also the appendix. "
-    return np.asarray(chunked.encode(text * 8), np.int32)
+def text_ids(tiny_llama: str) -> np.ndarray:
+    from transformers import AutoTokenizer
+
+    return np.asarray(AutoTokenizer.from_pretrained(tiny_llama).encode(8 * TEXT), np.int32)
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
 def test_eight_long_responses_share_a_prompt_in_pieces(
-    chunked: BaseBackend, text_ids: np.ndarray, reference: Any
+    backend: BaseBackend, text_ids: np.ndarray, reference: Any
 ) -> None:
     responses = [response(text_ids, 75, 10 + 7 * i, sample=i, shift=3 * i) for i in range(8)]
     want = Want(top_k=5)
-    assert_scores(list(chunked.score(responses, want)), responses, reference, want)
+    assert_scores(list(backend.score(responses, want)), responses, reference, want)
 
 
-def test_what_is_cached_is_still_scored(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+def test_what_is_cached_is_still_scored(backend: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
     again = response(text_ids, 40, 50)
     longer_prompt = response(text_ids, 70, 20)  # its prompt is in the cache, and so are its tokens
     for _ in range(2):
-        assert_scores(list(chunked.score([again, longer_prompt][:1])), [again], reference, Want())
-        assert_scores(list(chunked.score([longer_prompt])), [longer_prompt], reference, Want())
+        assert_scores(list(backend.score([again, longer_prompt][:1])), [again], reference, Want())
+        assert_scores(list(backend.score([longer_prompt])), [longer_prompt], reference, Want())
 
 
-def test_full_logits(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+def test_a_last_chunk_of_one_token_gives_all_statistics_back(
+    backend: BaseBackend, text_ids: np.ndarray, reference: Any
+) -> None:
+    """Its own row is not wanted: the statistics are complete a step before the request is."""
+    two_chunks = response(text_ids, 45, 2 * CHUNK, shift=9)
+    for _ in range(2):  # the second time all but what is scored is cached, and the chunks begin with the response
+        assert_scores(list(backend.score([two_chunks])), [two_chunks], reference, Want())
+
+
+def test_full_logits(backend: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
     responses = [response(text_ids, 1, 1), response(text_ids, 30, 40, sample=1)]
     want = Want(full_logits=True, sampler=SAMPLER)
-    assert_scores(list(chunked.score(responses, want)), responses, reference, want)
+    assert_scores(list(backend.score(responses, want)), responses, reference, want)
 
 
-def test_the_public_api_says_the_same_and_its_use_is_announced(
-    tiny_llama: str, tiny_reference: Any, caplog: pytest.LogCaptureFixture
+def test_the_public_api_says_the_same_its_use_is_announced_and_a_killed_detokenizer_is_an_error_in_time(
+    tiny_llama: str, reference: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = SGLangBackendConfig(model_name=tiny_llama, python=SGLANG_PYTHON, dtype="float32")
     with caplog.at_level(logging.WARNING), MovedSGLang(config) as backend:
@@ -137,29 +130,30 @@ def test_the_public_api_says_the_same_and_its_use_is_announced(
         ids = np.arange(100, 300, dtype=np.int32)
         responses = [response(ids, 12, 1), response(ids, 12, 100, sample=1, shift=30)]  # the longer one in two pieces
         want = Want(top_k=3, full_logits=True)
-        assert_scores(list(backend.score(responses, want)), responses, tiny_reference, want)
+        assert_scores(list(backend.score(responses, want)), responses, reference, want)
+        kill_and_see(backend, "detokenizer")
 
 
-def test_two_tensor_parallel_ranks(pair: BaseBackend, tiny_reference: Any) -> None:
+def test_two_tensor_parallel_ranks(pair: BaseBackend, reference: Any) -> None:
     assert pair.info.in_engine_stats
     ids = np.arange(100, 200, dtype=np.int32)
     responses = [response(ids, 12, 40, sample=i, shift=i) for i in range(3)]
     want = Want(top_k=3, full_logits=True)
-    assert_scores(list(pair.score(responses, want)), responses, tiny_reference, want)
+    assert_scores(list(pair.score(responses, want)), responses, reference, want)
 
     (completion,) = pair.complete(
         [Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))]
     )
     assert completion.kind is LogprobKind.scaled
     asked = Response(request_id="a", sample=0, prompt_ids=ids[:12], token_ids_T=completion.token_ids_T)
-    scaled = plain(tiny_reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
+    scaled = plain(reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
     assert np.abs(completion.logprobs_T - scaled).max() < TOLERANCE
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_response_depends_on_its_seed_alone(chunked: BaseBackend, text_ids: np.ndarray) -> None:
+def test_a_response_depends_on_its_seed_alone(backend: BaseBackend, text_ids: np.ndarray) -> None:
     base = Sampling(max_new_tokens=12, n=3, seed=5)
     samplings = [
         base,
@@ -170,10 +164,10 @@ def test_a_response_depends_on_its_seed_alone(chunked: BaseBackend, text_ids: np
     requests = [
         Request(id=str(i), prompt_ids=text_ids[: 9 + i], sampling=sampling) for i, sampling in enumerate(samplings)
     ]
-    together = {completion.key: completion for completion in chunked.complete(requests)}
+    together = {completion.key: completion for completion in backend.complete(requests)}
     assert len(together) == 12
     for i, request in enumerate(requests):
-        (alone,) = chunked.complete(
+        (alone,) = backend.complete(
             [Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))]
         )
         assert np.array_equal(alone.token_ids_T, together[alone.key].token_ids_T)
@@ -181,34 +175,36 @@ def test_a_response_depends_on_its_seed_alone(chunked: BaseBackend, text_ids: np
     assert len({tuple(together["3", sample].token_ids_T) for sample in range(3)}) == 1
 
 
-def test_the_same_seed_draws_what_our_own_loop_draws(chunked: BaseBackend, text_ids: np.ndarray, smollm2: str) -> None:
+def test_the_same_seed_draws_what_our_own_loop_draws(
+    backend: BaseBackend, text_ids: np.ndarray, tiny_llama: str
+) -> None:
     huggingface = create_backend(
-        {"backend_type": "huggingface", "model_name": smollm2, "backend_specific": {"dtype": "float32"}}
+        {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": {"dtype": "float32"}}
     )
     sampling = Sampling(max_new_tokens=12, n=2, temperature=0.9, top_k=50, top_p=0.95, min_p=0.02, seed=3)
     request = Request(id="a", prompt_ids=text_ids[:20], sampling=sampling)
-    ours = {c.key: c for c in chunked.complete([request])}
+    ours = {c.key: c for c in backend.complete([request])}
     with huggingface:
         for theirs in huggingface.complete([request]):
             assert np.array_equal(theirs.token_ids_T, ours[theirs.key].token_ids_T)
 
 
-def test_the_engine_survives_an_abandoned_call(chunked: BaseBackend, text_ids: np.ndarray) -> None:
-    stream = chunked.complete(
+def test_the_engine_survives_an_abandoned_call(backend: BaseBackend, text_ids: np.ndarray) -> None:
+    stream = backend.complete(
         [Request(id="a", prompt_ids=text_ids[:20], sampling=Sampling(max_new_tokens=300, n=6, stop=[" ", "."]))]
     )
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert (
-        len(list(chunked.complete([Request(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))])))
+        len(list(backend.complete([Request(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))])))
         == 1
     )
 
 
-def test_limits_are_named_before_anything_runs(chunked: BaseBackend, text_ids: np.ndarray) -> None:
+def test_limits_are_named_before_anything_runs(backend: BaseBackend, text_ids: np.ndarray) -> None:
     with pytest.raises(UsageError, match="at most 32"):
         list(
-            chunked.complete(
+            backend.complete(
                 [Request(id="a", prompt_ids=text_ids[:9], sampling=Sampling(stop=[f"s{i}" for i in range(33)]))]
             )
         )
@@ -216,13 +212,13 @@ def test_limits_are_named_before_anything_runs(chunked: BaseBackend, text_ids: n
         SGLangBackend(SGLangBackendConfig(model_name="smollm2", logprob_kind=LogprobKind.processed))
 
 
-def test_a_response_may_fill_the_context(chunked: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
-    assert chunked.info.max_len == 512
+def test_a_response_may_fill_the_context(backend: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
+    assert backend.info.max_len == MAX_LEN
     prompt_ids = np.resize(text_ids, 510)
-    (completion,) = chunked.complete([Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=9))])
+    (completion,) = backend.complete([Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=9))])
     assert len(completion.token_ids_T) <= 2
     full = Response(request_id="a", sample=0, prompt_ids=prompt_ids, token_ids_T=text_ids[:2])
-    assert_scores(list(chunked.score([full])), [full], reference, Want())
+    assert_scores(list(backend.score([full])), [full], reference, Want())
 
 
 def test_every_sampling_argument_is_explicit() -> None:
@@ -243,11 +239,6 @@ def test_every_sampling_argument_is_explicit() -> None:
 
 def test_a_killed_scheduler_is_an_error_in_time(pair: BaseBackend) -> None:
     kill_and_see(pair, "scheduler")
-
-
-def test_a_killed_detokenizer_is_an_error_in_time(tiny_llama: str) -> None:
-    with start(tiny_llama) as backend:
-        kill_and_see(backend, "detokenizer")
 
 
 def kill_and_see(backend: BaseBackend, part: str) -> None:

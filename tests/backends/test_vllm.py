@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,23 +19,18 @@ from rl_onoff.backends import BaseBackend, VLLMBackendConfig, create_backend
 from rl_onoff.backends.vllm.backend import VLLMBackend
 from rl_onoff.errors import EngineDiedError, MissingDependencyError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from tests.backends.conftest import MAX_LEN, TEXT
 from tests.backends.moved_vllm import GoneVLLM, MovedVLLM, UncappedVLLM
 from tests.conftest import SGLANG_PYTHON
 
+ON = ("vllm",)
 TOLERANCE = 2e-4  # nats, float32 against float32
 SAMPLER = Sampling(temperature=0.7, top_k=40, top_p=0.9)
 EVERYTHING = Want(top_k=4, full_logits=True, sampler=SAMPLER)
 
 
 def config(model: str, **options: Any) -> VLLMBackendConfig:
-    return VLLMBackendConfig(model_name=model, **{"dtype": "float32", "max_model_len": 512} | options)
-
-
-def reference_of(folder: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return VLLMBackendConfig(model_name=model, **{"dtype": "float32", "max_model_len": MAX_LEN} | options)
 
 
 def plain(reference: Any, response: Response, want: Want) -> TokenScores:
@@ -69,11 +63,7 @@ def check(scores: TokenScores, expected: TokenScores, want: Want = EVERYTHING) -
 
 def texts(backend: BaseBackend, count: int, seed: int = 0) -> list[np.ndarray]:
     """Pieces of plain text, as token ids."""
-    text = (
-        "The quick brown fox jumps over the lazy dog, and 12 + 30 = 42.\nHowever, nobody knows why; see also the appendix. "
-        * 8
-    )
-    source = np.asarray(backend.encode(text), np.int32)
+    source = np.asarray(backend.encode(8 * TEXT), np.int32)
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, len(source) - 60, count)
     return [source[start : start + int(rng.integers(1, 60))] for start in starts]
@@ -88,49 +78,30 @@ def sharing_a_prompt(backend: BaseBackend, count: int = 8, seed: int = 0) -> lis
     ]
 
 
-# -- a real model, whose prefill is cut small --------------------------------------------------------------------------
+# -- the shared engine -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def chunked(smollm2: str) -> Iterator[BaseBackend]:
-    small = {"enable_chunked_prefill": True, "max_num_batched_tokens": 48, "max_num_seqs": 16}
-    with create_backend(config(smollm2, engine_kwargs=small)) as backend:
-        yield backend
-
-
-def test_chunked_prefill_with_a_shared_and_then_cached_prompt(chunked: BaseBackend, reference: Any) -> None:
-    assert chunked.info.in_engine_stats
-    responses = sharing_a_prompt(chunked)
-    responses.append(dataclasses.replace(responses[3], sample=8))  # the same response twice: its rows are cached
-    expected = {r.key: plain(reference, r, EVERYTHING) for r in responses}
-    for _ in range(2):
-        got = {s.key: s for s in chunked.score(responses, EVERYTHING)}
-        assert set(got) == set(expected)
-        for key, scores in got.items():
-            check(scores, expected[key])
-
-
-def test_a_response_that_this_engine_has_just_sampled(chunked: BaseBackend, reference: Any) -> None:
-    prompt_ids = np.concatenate(texts(chunked, 6, seed=3))[:40]  # not cut: see vllm_engine.py on seeds
+def test_a_response_that_this_engine_has_just_sampled(backend: BaseBackend, reference: Any) -> None:
+    prompt_ids = np.concatenate(texts(backend, 6, seed=3))[:40]  # not cut: see vllm_engine.py on seeds
     request = Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=70, temperature=0.9))
-    completions = list(chunked.complete([request]))
+    completions = list(backend.complete([request]))
     responses = [
         Response(request_id="a", sample=c.sample, prompt_ids=prompt_ids, token_ids_T=c.token_ids_T) for c in completions
     ]
-    got = {s.key: s for s in chunked.score(responses, Want())}
+    got = {s.key: s for s in backend.score(responses, Want())}
     for completion, response in zip(completions, responses, strict=True):
         check(got[response.key], plain(reference, response, Want()), Want())
         np.testing.assert_allclose(got[response.key].logprobs_T, completion.logprobs_T, atol=TOLERANCE)
 
 
-def test_the_longest_sequence_and_the_shortest(chunked: BaseBackend, reference: Any) -> None:
-    ids = np.resize(np.concatenate(texts(chunked, 20)), chunked.info.max_len)
+def test_the_longest_sequence_and_the_shortest(backend: BaseBackend, reference: Any) -> None:
+    ids = np.resize(np.concatenate(texts(backend, 20)), backend.info.max_len)
     responses = [
         Response(request_id="long", sample=0, prompt_ids=ids[:-40], token_ids_T=ids[-40:]),
         Response(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[1:2]),
     ]
     for scores, response in zip(
-        sorted(chunked.score(responses, Want()), key=lambda s: s.request_id), responses, strict=True
+        sorted(backend.score(responses, Want()), key=lambda s: s.request_id), responses, strict=True
     ):
         check(scores, plain(reference, response, Want()), Want())
 
@@ -138,43 +109,31 @@ def test_the_longest_sequence_and_the_shortest(chunked: BaseBackend, reference: 
 # -- a tiny model, for what needs an engine of its own -----------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_reference(tiny_llama: str) -> Any:
-    return reference_of(tiny_llama)
-
-
-def test_the_public_api_gives_the_same_numbers_and_the_engine_still_samples(
-    tiny_llama: str, tiny_reference: Any
+def test_a_vllm_without_the_runner_we_know_degrades_loudly_to_the_public_api(
+    tiny_llama: str, reference: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with create_backend(config(tiny_llama, in_engine_stats=False)) as backend:
-        assert not backend.info.in_engine_stats
-        ids = np.concatenate(texts(backend, 4))[:60]
-        responses = [
-            Response(request_id="long", sample=0, prompt_ids=ids[:20], token_ids_T=ids[20:60]),
-            Response(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[5:6]),
-        ]
-        for scores in backend.score(responses, EVERYTHING):
-            check(scores, plain(tiny_reference, next(r for r in responses if r.key == scores.key), EVERYTHING))
-        request = Request(id="a", prompt_ids=responses[0].prompt_ids, sampling=Sampling(max_new_tokens=5))
-        (completion,) = backend.complete([request])
-        assert completion.kind is LogprobKind.raw
-        sampled = Response(request_id="a", sample=0, prompt_ids=request.prompt_ids, token_ids_T=completion.token_ids_T)
-        np.testing.assert_allclose(
-            completion.logprobs_T, plain(tiny_reference, sampled, Want()).logprobs_T, atol=TOLERANCE
-        )
-
-
-def test_a_vllm_without_the_runner_we_know_degrades_loudly(tiny_llama: str, caplog: pytest.LogCaptureFixture) -> None:
     with GoneVLLM(config(tiny_llama)) as backend:
         assert not backend.info.in_engine_stats
         assert (
             "not computed inside this vLLM (AttributeError: 'ModelRunner' object has no attribute 'requests')"
             in caplog.text
         )
+        ids = np.concatenate(texts(backend, 4))[:60]
+        responses = [
+            Response(request_id="long", sample=0, prompt_ids=ids[:20], token_ids_T=ids[20:60]),
+            Response(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[5:6]),
+        ]
+        for scores in backend.score(responses, EVERYTHING):
+            check(scores, plain(reference, next(r for r in responses if r.key == scores.key), EVERYTHING))
+        request = Request(id="a", prompt_ids=responses[0].prompt_ids, sampling=Sampling(max_new_tokens=5))
+        (completion,) = backend.complete([request])
+        assert completion.kind is LogprobKind.raw
+        sampled = Response(request_id="a", sample=0, prompt_ids=request.prompt_ids, token_ids_T=completion.token_ids_T)
+        np.testing.assert_allclose(completion.logprobs_T, plain(reference, sampled, Want()).logprobs_T, atol=TOLERANCE)
 
 
 def test_a_vllm_that_moved_its_insides_degrades_loudly(
-    tiny_llama: str, tiny_reference: Any, caplog: pytest.LogCaptureFixture
+    tiny_llama: str, reference: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with MovedVLLM(config(tiny_llama)) as backend:
         assert not backend.info.in_engine_stats
@@ -182,17 +141,28 @@ def test_a_vllm_that_moved_its_insides_degrades_loudly(
         ids = np.arange(9, 20, dtype=np.int32)
         response = Response(request_id="a", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])
         (scores,) = backend.score([response], Want())
-        check(scores, plain(tiny_reference, response, Want()), Want())
+        check(scores, plain(reference, response, Want()), Want())
 
 
-def test_rows_that_were_cached_are_scored_again(tiny_llama: str, tiny_reference: Any) -> None:
-    with UncappedVLLM(config(tiny_llama)) as backend:
-        responses = sharing_a_prompt(backend)
-        for _ in range(2):
-            got = {s.key: s for s in backend.score(responses, Want())}
-            for response in responses:
-                check(got[response.key], plain(tiny_reference, response, Want()), Want())
-        assert backend.info.in_engine_stats
+SMALL = {"enable_chunked_prefill": True, "max_num_batched_tokens": 48, "max_num_seqs": 16}
+
+
+def check_in_chunks(backend: BaseBackend, reference: Any) -> None:
+    """A shared prompt and its responses in pieces of 48 tokens at most, the second time with what is cached."""
+    responses = sharing_a_prompt(backend)
+    responses.append(dataclasses.replace(responses[3], sample=8))  # the same response twice: its rows are cached
+    expected = {r.key: plain(reference, r, EVERYTHING) for r in responses}
+    for _ in range(2):
+        got = {s.key: s for s in backend.score(responses, EVERYTHING)}
+        assert set(got) == set(expected)
+        for key, scores in got.items():
+            check(scores, expected[key])
+    assert backend.info.in_engine_stats
+
+
+def test_rows_that_were_cached_are_scored_again(tiny_llama: str, reference: Any) -> None:
+    with UncappedVLLM(config(tiny_llama, engine_kwargs=SMALL)) as backend:
+        check_in_chunks(backend, reference)
 
 
 def test_processed_logprobs_are_those_of_the_sampler(tiny_llama: str) -> None:
@@ -240,18 +210,17 @@ def _killed_in_the_middle(backend: BaseBackend, requests: list[Request], pid: in
     assert set(caught.value.in_flight) == {(r.id, 0) for r in requests} - got
 
 
-def test_two_devices(tiny_llama: str, tiny_reference: Any) -> None:
-    with create_backend(config(tiny_llama, tp_size=2)) as backend:
-        assert backend.info.in_engine_stats
-        responses = sharing_a_prompt(backend)
-        for scores in backend.score(responses, EVERYTHING):
-            check(scores, plain(tiny_reference, responses[scores.sample], EVERYTHING))
+def test_two_devices_with_prefill_in_chunks(tiny_llama: str, reference: Any) -> None:
+    with create_backend(config(tiny_llama, tp_size=2, engine_kwargs=SMALL)) as backend:
+        check_in_chunks(backend, reference)
         children = psutil.Process(backend._core.pid).children(recursive=True)
         ranks = [child for child in children if "Worker" in " ".join(child.cmdline())]
         assert len(ranks) == 2, [child.cmdline() for child in children]
-        prompt_ids = responses[0].prompt_ids
+        prompt_ids = np.arange(20, 60, dtype=np.int32)
+        sampling = Sampling(temperature=0)  # a CPU's vLLM cannot draw with a seed from a prompt that it cuts
         requests = [
-            Request(id=str(i), prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=8 + i)) for i in range(200)
+            Request(id=str(i), prompt_ids=prompt_ids, sampling=sampling.replace(max_new_tokens=8 + i))
+            for i in range(200)
         ]
         _killed_in_the_middle(backend, requests, ranks[1].pid)
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)

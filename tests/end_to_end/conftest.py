@@ -14,6 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.end_to_end.forking import Server
+
 COMMAND = [sys.executable, "-m", "rl_onoff"]
 FAKE = ("backend=fake", "model=fake", "reward=none", "tracking=none")  # no model, no judge, no W&B: a second or two
 SMALL = (*FAKE, "data.limit=4", "sampling.max_new_tokens=8")
@@ -25,10 +27,18 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
 
+server = Server()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _the_server_ends() -> Iterator[None]:
+    yield
+    server.close()
+
+
 def rl_onoff(*arguments: str, cwd: Path, code: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run it to its end; the exit code must be `code`."""
-    command = [*COMMAND, *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment(**environ), capture_output=True, text=True, timeout=120)
+    """Run it to its end, in a fork of a process that has imported everything; the exit code must be `code`."""
+    done = server.run(arguments, cwd, environment(**environ), timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

@@ -89,7 +89,7 @@ class FakeBackend(BaseBackend):
             row = Row(requests[0], self.info.max_len)
             while row.finish is None:
                 logits = self._rows(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
-                token, logprob = draw(logits, [row.request.sampling], np.array([row.uniform()]), kind)
+                token, logprob = draw(logits, [row.request.sampling], np.array([row.key()]), kind)
                 row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), eos_ids)
             yield row.rollout(kind)
 

@@ -82,6 +82,12 @@ class Step:
         starts = [p + s for p, s in zip(batch.extend_prefix_lens_cpu, batch.extend_logprob_start_lens_cpu, strict=True)]
         self._first = [start - (job.prompt_len - 1) if job else 0 for start, job in zip(starts, self.jobs, strict=True)]
         self._ends = list(itertools.accumulate(self._counts))
+        reached = [p + n for p, n in zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)]
+        # a chunk that is not the last gives nothing back, even when the one token after it has no row to wait for
+        self._last = [
+            job is not None and end >= job.prompt_len + job.num_tokens
+            for end, job in zip(reached, self.jobs, strict=True)
+        ]
 
     def add(self, lo: int, hi: int, logits_RV: Tensor, token_ids_R: Tensor) -> np.ndarray:
         """Take in the logits of logprob rows [lo, hi) of the step; returns the logprobs of their tokens."""
@@ -111,18 +117,15 @@ class Step:
         return self.unfinished[rid]
 
     def info(self) -> list[dict[str, Any] | None]:
-        """What each request of the step gets back: its statistics, once they are complete."""
+        """What each request of the step gets back: its statistics, with its last chunk."""
         infos: list[dict[str, Any] | None] = []
-        for rid, job in zip(self._rids, self.jobs, strict=True):
-            rows = self.unfinished.get(rid)
+        for rid, job, last in zip(self._rids, self.jobs, self._last, strict=True):
             if self.errors and job and job.num_tokens:
                 infos.append({"error": self.errors})
                 self.unfinished.pop(rid, None)
-            elif rows is not None and rows.complete:
-                infos.append(rows.columns())
-                del self.unfinished[rid]
             else:
-                infos.append(None)
+                rows = self.unfinished.pop(rid, None) if last else None
+                infos.append(rows.columns() if rows is not None and rows.complete else None)
         return infos
 
 

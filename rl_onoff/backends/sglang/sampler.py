@@ -3,7 +3,7 @@
 SGLang's own (0.5.23) honours seeds only in deterministic mode, which it refuses on a CPU; takes top-p of the whole
 distribution and not of what top-k left; stops at an assertion when min-p meets a seed; and hashes a token's place in
 the sorted vocabulary, so that what it draws depends on who else is in the batch. Here a response's token t is drawn
-with number t of a stream that depends on its seed alone, by inverting the cumulative sum of the kept probabilities.
+with number t of a stream that depends on its seed alone, by `sampler.pick`.
 
 Shapes: R rows (requests of the step), V vocabulary.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl_onoff.backends.sampler import pick
 from rl_onoff.backends.sglang.job import INFO, Job
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 128  # random numbers made at a time
 
-_uniforms_R: np.ndarray | None = None  # for the sampling under way in this process
+_keys_R: np.ndarray | None = None  # for the sampling under way in this process
 _error: str | None = None
 
 
@@ -35,12 +36,12 @@ _error: str | None = None
 def _block(seed: int, block: int) -> np.ndarray:
     stream = np.random.Philox(seed)
     stream.advance(block * BLOCK // 4)  # a step of the counter is four numbers
-    return np.random.Generator(stream).random(BLOCK)
+    return stream.random_raw(BLOCK).view(np.int64)
 
 
-def uniform(seed: int, position: int) -> float:
-    """Number `position` of the stream `np.random.Generator(np.random.Philox(seed)).random()`."""
-    return float(_block(seed, position // BLOCK)[position % BLOCK])
+def key(seed: int, position: int) -> int:
+    """Number `position` of the stream that `sampler.Row.key` takes one number after the other from."""
+    return int(_block(seed, position // BLOCK)[position % BLOCK])
 
 
 def kept_probs(
@@ -75,29 +76,20 @@ def kept_probs(
     return kept_RV
 
 
-def invert(kept_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds the number: never one of probability 0."""
-    import torch
-
-    cdf_RV = kept_RV.cumsum(-1, dtype=torch.float64)
-    at_R1 = uniform_R[:, None] * cdf_RV[:, -1:]
-    return torch.searchsorted(cdf_RV, at_R1, right=True)[:, 0].clamp_(max=kept_RV.shape[-1] - 1)
-
-
 def around_sample(
     original: Callable[..., Any], runner: Any, logits_output: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """ModelRunner.sample: knows the requests and how far they are, which the sampler does not."""
-    global _uniforms_R, _error
+    global _keys_R, _error
     try:
         jobs = [Job.of(rid) for rid in forward_batch.rids]
         seeds = [(job.seed, job.prompt_len) for job in jobs if job is not None and job.seed is not None]
-        _uniforms_R = None
+        _keys_R = None
         if len(seeds) == len(jobs):
             lens = _lens(forward_batch)
             # a prompt that is still being prefilled samples too, and the engine drops it: any number will do
-            _uniforms_R = np.array(
-                [uniform(seed, max(0, n - prompt_len)) for (seed, prompt_len), n in zip(seeds, lens, strict=True)]
+            _keys_R = np.array(
+                [key(seed, max(0, n - prompt_len)) for (seed, prompt_len), n in zip(seeds, lens, strict=True)]
             )
     except Exception:
         _error = traceback.format_exc()
@@ -106,7 +98,7 @@ def around_sample(
         log.error("our sampler failed inside SGLang:\n%s", _error)
         infos = [{"sampler_error": _error} for _ in forward_batch.rids]
         logits_output.customized_info = {**(logits_output.customized_info or {}), INFO: infos}
-    _uniforms_R = _error = None
+    _keys_R = _error = None
     return token_ids_R
 
 
@@ -120,7 +112,7 @@ def around_sample_from_probs(
 ) -> Any:
     """Sampler._sample_from_probs, which the engine calls for every step that is not greedy throughout."""
     global _error
-    if _uniforms_R is None or info.sampling_mask_batch_indices is not None:
+    if _keys_R is None or info.sampling_mask_batch_indices is not None:
         return original(sampler, probs_RV, info, positions, simple_sampling_case)
     try:
         return _draw(probs_RV, info), None
@@ -132,7 +124,7 @@ def around_sample_from_probs(
 def _draw(probs_RV: Tensor, info: Any) -> Tensor:
     import torch
 
-    assert _uniforms_R is not None
+    assert _keys_R is not None
     top_k_R = info.top_ks if info.need_top_k_sampling else None
     kept_RV = kept_probs(
         probs_RV,
@@ -141,7 +133,7 @@ def _draw(probs_RV: Tensor, info: Any) -> Tensor:
         info.min_ps if info.need_min_p_sampling else None,
         info.max_top_k,
     )
-    token_ids_R = invert(kept_RV, torch.as_tensor(_uniforms_R).to(probs_RV.device, non_blocking=True))
+    token_ids_R = pick(kept_RV, torch.as_tensor(_keys_R).to(probs_RV.device, non_blocking=True))
     if top_k_R is not None:  # SGLang writes greedy as top-1, which two equal logits would make a draw
         token_ids_R = torch.where(top_k_R == 1, probs_RV.argmax(-1), token_ids_R)
     return token_ids_R.int()
