@@ -297,3 +297,9 @@ def register() -> None:
         for each in fields(PoolConfig):
             node.pool[each.name] = f"${{pool.{each.name}}}"
         store.store(name=name, group="schema/backend", node=node)
+        if not (CONF / "backend" / f"{name}.yaml").is_file():  # an engine of another package
+            of_model = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
+            defaults = [f"/schema/backend/{name}@_here_", "_self_"]
+            node = {"defaults": defaults, "model_name": "${model.name}", **of_model}
+            store.store(name=name, group="backend", node=node)
+            store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})
