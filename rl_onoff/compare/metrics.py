@@ -14,7 +14,7 @@ exponents are clamped to ±20 before exp, as verl does; an infinite log-ratio (o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,9 +30,7 @@ class Thresholds:
     eps_high: float = 0.2  # … and over 1 + eps_high
     token_cap: float = 2.0  # token-level truncated importance sampling caps ratios here
     sequence_cap: float = 2.0  # the same for a response's ratio; a sequence mask drops what is outside [1/cap, cap]
-    geometric_cap: float = (
-        1.001  # geometric-mean rejection drops responses outside [1/cap, cap] (verl: 1.0002 to 1.001)
-    )
+    geometric_cap: float = 1.001  # geometric-mean rejection drops those outside [1/cap, cap] (verl: 1.0002 to 1.001)
     ess_cap: float = 2.0  # the clamped ESS limits weights to [1/cap, cap], as verl does
 
 
@@ -41,114 +39,76 @@ DEFAULT_THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a metric says, for the report and the docs. `better` is lower, higher, zero, one, or none (it only describes)."""
+    """What a metric says: all that a page, a table or W&B is told of it stands here, beside its formula."""
 
     description: str
     unit: str
-    better: str
+    better: str  # lower, higher, zero, one, or none (it only describes)
+    label: str = ""  # in a few words; the name where there is none
+    headline: int = (
+        0  # 0: among all metrics alone; 1: in the summary and on W&B; 2: in a matrix's cells; 3: a table of it
+    )
     bar: float | None = None  # the value the field accepts, where it has agreed on one
+    family: str = ""  # the heading it stands under
 
 
-METRICS: dict[str, Metric] = {
-    "kl": Metric("k1 estimate of KL(q‖p): mean of log q − log p; may be negative", "nats", "zero"),
-    "kl_k2": Metric("k2 estimate of KL(q‖p): mean of ½ l²", "nats", "lower"),
-    "kl_k3": Metric(
-        "k3 estimate of KL(q‖p): mean of rho − 1 − l; prime-rl's mismatch KL", "nats", "lower", PRIME_RL_BAR
-    ),
-    "logprob_diff_mean": Metric("mean of |l|, the gap between the two logprobs of a token", "nats", "lower"),
-    "logprob_diff_max": Metric("largest |l| of any token", "nats", "lower"),
-    "logprob_diff_p50": Metric("median of |l|", "nats", "lower"),
-    "logprob_diff_p95": Metric("95th percentile of |l|", "nats", "lower"),
-    "logprob_diff_p99": Metric("99th percentile of |l|", "nats", "lower"),
-    "prob_diff_mean": Metric("mean of |p(y) − q(y)|", "probability", "lower"),
-    "prob_diff_max": Metric("largest |p(y) − q(y)| of any token", "probability", "lower"),
-    "prob_diff_std": Metric("standard deviation of |p(y) − q(y)|", "probability", "lower"),
-    "prob_pearson": Metric("Pearson correlation of p(y) and q(y); none where either is constant", "correlation", "one"),
-    "mult_prob_error": Metric("mean of exp|l|, NeMo-RL's multiplicative probability error", "ratio", "one"),
-    "ppl_behaviour": Metric("perplexity of a response under the behaviour, mean over responses", "perplexity", "none"),
-    "ppl_target": Metric("perplexity of a response under the target, mean over responses", "perplexity", "none"),
-    "log_ppl_diff_mean": Metric(
-        "log perplexity under the target less that under the behaviour, mean over responses", "nats", "zero"
-    ),
-    "log_ppl_diff_abs": Metric("mean over responses of |log perplexity difference|", "nats", "lower"),
-    "log_ppl_diff_min": Metric("smallest log perplexity difference of a response", "nats", "zero"),
-    "log_ppl_diff_max": Metric("largest log perplexity difference of a response", "nats", "zero"),
-    "ppl_ratio": Metric(
-        "perplexity under the target over that under the behaviour, mean over responses", "ratio", "one"
-    ),
-    "chi2_token": Metric("mean of rho² − 1: χ² divergence by token", "", "lower"),
-    "chi2_seq": Metric("mean of (exp Σl)² − 1: χ² divergence by response", "", "lower"),
-    "is_ratio_mean_token": Metric("mean importance ratio rho of a token", "ratio", "one"),
-    "is_ratio_std_token": Metric("standard deviation of rho", "ratio", "lower"),
-    "is_ratio_min_token": Metric("smallest rho", "ratio", "one"),
-    "is_ratio_max_token": Metric("largest rho", "ratio", "one"),
-    "is_ratio_mean_seq": Metric("mean importance ratio exp Σl of a response", "ratio", "one"),
-    "is_ratio_std_seq": Metric("standard deviation of the responses' ratios", "ratio", "lower"),
-    "is_ratio_min_seq": Metric("smallest ratio of a response", "ratio", "one"),
-    "is_ratio_max_seq": Metric("largest ratio of a response", "ratio", "one"),
-    "ess_token": Metric("effective share of the tokens, (Σw)² / (N Σw²) with w = rho", "fraction", "higher"),
-    "ess_seq": Metric("effective share of the responses, w = exp Σl", "fraction", "higher"),
-    "ess_token_clamped": Metric(
-        "ess_token with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"
-    ),
-    "ess_seq_clamped": Metric(
-        "ess_seq with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"
-    ),
-    "fraction_outside": Metric("share of tokens with rho outside PPO's clip range", "fraction", "lower"),
-    "masked_fraction_token_tis": Metric("share of tokens that token-level truncated IS would cap", "fraction", "lower"),
-    "masked_fraction_sequence_tis": Metric(
-        "share of responses that sequence-level truncated IS would cap", "fraction", "lower"
-    ),
-    "masked_fraction_sequence_mask": Metric("share of responses that a sequence mask would drop", "fraction", "lower"),
-    "masked_fraction_geometric": Metric(
-        "share of responses that geometric-mean rejection would drop", "fraction", "lower"
-    ),
-    "cumulative_l": Metric("mean over responses of Σ l up to a position: drift with length", "nats", "zero"),
-    "kl_forward": Metric("KL(q‖p) over the whole vocabulary", "nats", "lower"),
-    "kl_reverse": Metric("KL(p‖q) over the whole vocabulary", "nats", "lower"),
-    "js": Metric("Jensen–Shannon divergence; at most ln 2", "nats", "lower"),
-    "tv": Metric("total variation, ½ Σ|p − q|", "probability", "lower"),
-    "kl_forward_topk": Metric(
-        "KL(q‖p) on the shared top tokens and one bucket for the rest; a lower bound", "nats", "lower"
-    ),
-    "kl_reverse_topk": Metric(
-        "KL(p‖q) on the shared top tokens and one bucket for the rest; a lower bound", "nats", "lower"
-    ),
-    "js_topk": Metric(
-        "Jensen–Shannon divergence on the shared top tokens and the rest; a lower bound", "nats", "lower"
-    ),
-    "tv_topk": Metric("total variation on the shared top tokens and the rest; a lower bound", "probability", "lower"),
-    "mass_outside_behaviour": Metric(
-        "probability that the behaviour gives the bucket for the rest", "probability", "lower"
-    ),
-    "mass_outside_target": Metric("probability that the target gives the bucket for the rest", "probability", "lower"),
-    "entropy_behaviour": Metric("entropy of the behaviour's distribution", "nats", "none"),
-    "entropy_target": Metric("entropy of the target's distribution", "nats", "none"),
-    "entropy_diff": Metric("entropy of the target less that of the behaviour", "nats", "zero"),
-    "entropy_behaviour_topk": Metric(
-        "entropy of the behaviour on the shared top tokens and the rest; a lower bound", "nats", "none"
-    ),
-    "entropy_target_topk": Metric(
-        "entropy of the target on the shared top tokens and the rest; a lower bound", "nats", "none"
-    ),
-    "argmax_agreement": Metric("share of positions where both find the same token most likely", "fraction", "higher"),
-    "topk_jaccard": Metric(
-        "common ids over all ids of the two lists of the k most likely tokens (k as stored; 20 from logits)",
-        "fraction",
-        "higher",
-    ),
-    "rank_behaviour": Metric("rank of the sampled token under the behaviour, 1 = most likely", "rank", "none"),
-    "rank_target": Metric("rank of the sampled token under the target, 1 = most likely", "rank", "none"),
-    "nucleus_mass": Metric(
-        "probability that the behaviour's sampler keeps after top-k, top-p and min-p", "probability", "one"
-    ),
-    "nucleus_mass_target": Metric(
-        "probability that the sampler keeps of the target's distribution", "probability", "one"
-    ),
-    "impossible_fraction": Metric(
-        "share of the sampled tokens that the target's sampler could not have drawn", "fraction", "lower"
-    ),
-}
+def family(heading: str, **metrics: Metric) -> dict[str, Metric]:
+    return {name: replace(metric, family=heading) for name, metric in metrics.items()}
+
+
+TOKEN_METRICS: dict[str, Metric] = family(
+    "Divergence of the sampled tokens",
+    kl=Metric("k1 estimate of KL(q‖p): mean of log q − log p; may be negative", "nats", "zero", "KL, k1 estimate (nats)", 1),
+    kl_k2=Metric("k2 estimate of KL(q‖p): mean of ½ l²", "nats", "lower"),
+    kl_k3=Metric("k3 estimate of KL(q‖p): mean of rho − 1 − l; prime-rl's mismatch KL", "nats", "lower",
+                 "KL, k3 estimate (nats)", 3, bar=PRIME_RL_BAR),
+    chi2_token=Metric("mean of rho² − 1: χ² divergence by token", "", "lower"),
+    chi2_seq=Metric("mean of (exp Σl)² − 1: χ² divergence by response", "", "lower"),
+) | family(
+    "Difference of log-probability and probability",
+    logprob_diff_mean=Metric("mean of |l|, the gap between the two logprobs of a token", "nats", "lower", "mean |log p - log q|", 2),
+    logprob_diff_max=Metric("largest |l| of any token", "nats", "lower", "max |log p - log q|", 3),
+    logprob_diff_p50=Metric("median of |l|", "nats", "lower"),
+    logprob_diff_p95=Metric("95th percentile of |l|", "nats", "lower"),
+    logprob_diff_p99=Metric("99th percentile of |l|", "nats", "lower"),
+    prob_diff_mean=Metric("mean of |p(y) − q(y)|", "probability", "lower"),
+    prob_diff_max=Metric("largest |p(y) − q(y)| of any token", "probability", "lower"),
+    prob_diff_std=Metric("standard deviation of |p(y) − q(y)|", "probability", "lower"),
+    prob_pearson=Metric("Pearson correlation of p(y) and q(y); none where either is constant", "correlation", "one",
+                        "correlation of p and q", 1),
+    mult_prob_error=Metric("mean of exp|l|, NeMo-RL's multiplicative probability error", "ratio", "one"),
+) | family(
+    "Importance weights",
+    is_ratio_mean_token=Metric("mean importance ratio rho of a token", "ratio", "one"),
+    is_ratio_std_token=Metric("standard deviation of rho", "ratio", "lower"),
+    is_ratio_min_token=Metric("smallest rho", "ratio", "one"),
+    is_ratio_max_token=Metric("largest rho", "ratio", "one"),
+    is_ratio_mean_seq=Metric("mean importance ratio exp Σl of a response", "ratio", "one"),
+    is_ratio_std_seq=Metric("standard deviation of the responses' ratios", "ratio", "lower"),
+    is_ratio_min_seq=Metric("smallest ratio of a response", "ratio", "one"),
+    is_ratio_max_seq=Metric("largest ratio of a response", "ratio", "one"),
+    ess_token=Metric("effective share of the tokens, (Σw)² / (N Σw²) with w = rho", "fraction", "higher",
+                     "effective sample, tokens", 3),
+    ess_seq=Metric("effective share of the responses, w = exp Σl", "fraction", "higher", "effective sample, sequences", 3),
+    ess_token_clamped=Metric("ess_token with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
+    ess_seq_clamped=Metric("ess_seq with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
+    fraction_outside=Metric("share of tokens with rho outside PPO's clip range", "fraction", "lower"),
+    masked_fraction_token_tis=Metric("share of tokens that token-level truncated IS would cap", "fraction", "lower"),
+    masked_fraction_sequence_tis=Metric("share of responses that sequence-level truncated IS would cap", "fraction", "lower"),
+    masked_fraction_sequence_mask=Metric("share of responses that a sequence mask would drop", "fraction", "lower"),
+    masked_fraction_geometric=Metric("share of responses that geometric-mean rejection would drop", "fraction", "lower"),
+    cumulative_l=Metric("mean over responses of Σ l up to a position: drift with length", "nats", "zero"),
+) | family(
+    "Perplexity",
+    ppl_behaviour=Metric("perplexity of a response under the behaviour, mean over responses", "perplexity", "none"),
+    ppl_target=Metric("perplexity of a response under the target, mean over responses", "perplexity", "none"),
+    log_ppl_diff_mean=Metric("log perplexity under the target less that under the behaviour, mean over responses", "nats", "zero"),
+    log_ppl_diff_abs=Metric("mean over responses of |log perplexity difference|", "nats", "lower"),
+    log_ppl_diff_min=Metric("smallest log perplexity difference of a response", "nats", "zero"),
+    log_ppl_diff_max=Metric("largest log perplexity difference of a response", "nats", "zero"),
+    ppl_ratio=Metric("perplexity under the target over that under the behaviour, mean over responses", "ratio", "one",
+                     "perplexity ratio", 1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,28 +246,6 @@ def order_metrics(
         "is_ratio_max_seq": _exp(sum_S.max()),
     }
     return {name: float(value) for name, value in values.items()}
-
-
-def chosen_token_metrics(
-    behaviour_logprobs_N: np.ndarray,
-    target_logprobs_N: np.ndarray,
-    lengths_S: np.ndarray,
-    thresholds: Thresholds = DEFAULT_THRESHOLDS,
-) -> dict[str, float]:
-    """Every metric that the two logprobs of the sampled tokens give, for responses that fit in memory."""
-    lengths_S = np.asarray(lengths_S)
-    terms = token_terms(behaviour_logprobs_N, target_logprobs_N, thresholds)
-    terms |= sequence_terms(behaviour_logprobs_N, target_logprobs_N, lengths_S, thresholds)
-    metrics = metrics_from_means({name: term.mean() for name, term in terms.items()})
-    return {name: float(value) for name, value in metrics.items()} | order_metrics(
-        behaviour_logprobs_N, target_logprobs_N, lengths_S
-    )
-
-
-def effective_sample_size(weights_N: np.ndarray) -> float:
-    """(Σw)² / (N Σw²), in (0, 1]: the share of the samples that equal weights would need for the same variance."""
-    weights_N = np.asarray(weights_N, np.float64)
-    return float(weights_N.sum() ** 2 / (len(weights_N) * np.square(weights_N).sum()))
 
 
 def cumulative_l(l_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import Any, Self
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import redact, secret_values
 from rl_onoff.rundir.files import disk_error, read_json, sync, write_whole
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, TokenScores
 
 COLUMNS: dict[str, dict[str, str]] = {
     "completions": {
@@ -246,6 +247,44 @@ class Writer:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise disk_error(error, self.table.path) from error
+
+
+def rollout_of(row: Row) -> Rollout:
+    """A row of completions as a Rollout; what the row has no column for is left out."""
+    kind, reason, prompt_ids = row.get("logprob_kind"), row.get("finish_reason"), row.get("prompt_ids")
+    return Rollout(
+        request_id=row["request_id"],
+        sample=row["sample"],
+        **({} if prompt_ids is None else {"prompt_ids": prompt_ids}),
+        token_ids_T=row["token_ids"],
+        logprobs_T=row.get("logprobs"),
+        kind=None if kind is None else LogprobKind(kind),
+        text=row.get("text") or "",
+        finish_reason=None if reason is None else FinishReason(reason),
+        reward=row.get("reward"),
+        meta=json.loads(row.get("meta") or "{}"),
+    )
+
+
+def scores_of(row: Row) -> TokenScores:
+    """A row of scores as TokenScores; what the row has no column for is None, and so are top tokens of width 0."""
+    top_ids, top_logprobs = row.get("top_ids"), row.get("top_logprobs")
+    has_top = top_ids is not None and top_ids.shape[-1] > 0
+    return TokenScores(
+        request_id=row["request_id"],
+        sample=row["sample"],
+        token_ids_T=row["token_ids"],
+        logprobs_T=row["logprobs"],
+        kind=LogprobKind(row.get("logprob_kind") or "raw"),
+        entropy_T=row.get("entropy"),
+        logsumexp_T=row.get("logsumexp"),
+        rank_T=row.get("rank"),
+        top_ids_TK=top_ids if has_top else None,
+        top_logprobs_TK=top_logprobs if has_top else None,
+        processed_logprobs_T=row.get("processed_logprobs"),
+        nucleus_mass_T=row.get("nucleus_mass"),
+        logits_TV=row.get("logits"),
+    )
 
 
 def _rows(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[Row]:
