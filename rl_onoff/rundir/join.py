@@ -79,7 +79,7 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
     drawn_with = run.completions.record().get("config", {}).get("sampling")
     for row, found in Lookup(tables).beside(run.completions.rows()):
         rollout = rollout_of(row)
-        kind = rollout.kind or LogprobKind.raw if rollout.logprobs_T is not None else LogprobKind.raw
+        kind = (rollout.kind if rollout.logprobs_T is not None else None) or LogprobKind.raw
         behaviour = _behaviour(rollout, kind, found[own] if own else None)
         scored = {name: scores for name in targets if (scores := found[name]) is not None}
         if behaviour is not None:
