@@ -11,7 +11,7 @@ from rl_onoff.compare import METRICS, Comparison, compare, verdict
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.report import ReportInput, write_report
 from rl_onoff.report.data import facts, report_responses
-from rl_onoff.rundir.join import group_columns, pairs
+from rl_onoff.rundir.join import TRANSFORM, group_columns, pairs
 from rl_onoff.rundir.provenance import check_tokenizers
 from rl_onoff.rundir.table import RunDir
 from rl_onoff.types import LogprobKind, Sampling

@@ -38,6 +38,8 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def aligned(rows: Sequence[Sequence[str]], sides: str, indent: int = 4) -> list[str]:
     """Rows of cells as lines; `sides` has a < or > for each column."""
+    if not rows:
+        return []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
     lines = ("  ".join(format(cell, how) for cell, how in zip(row, formats, strict=True)) for row in rows)
