@@ -3,12 +3,14 @@
 Shapes: N tokens of all responses one after the other, S responses (sequences), `lengths_S` cuts N into responses.
 `behaviour` (q) is the distribution that drew the tokens, `target` (p) the one they are scored under, l = log p − log q.
 
-Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's own name;
-terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an effective sample
-size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it, and every bootstrap resample.
+Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's own
+name; terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an effective
+sample size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it, and every
+bootstrap resample.
 
 Two rules for extreme numbers, both counted and reported beside the figures:
-exponents are clamped to ±20 before exp, as verl does; an infinite log-ratio (one side says the token is impossible) counts as ±20.
+exponents are clamped to ±20 before exp, as verl does; an infinite log-ratio (one side says the token is impossible) counts
+as ±20.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def family(heading: str, **metrics: Metric) -> dict[str, Metric]:
 
 TOKEN_METRICS: dict[str, Metric] = family(
     "Divergence of the sampled tokens",
-    kl=Metric("k1 estimate of KL(q‖p): mean of log q − log p; may be negative", "nats", "zero", "KL, k1 estimate (nats)", 1),
+    kl=Metric("k1 estimate of KL(q‖p): mean of log q − log p; may be negative", "nats", "zero",
+              "KL, k1 estimate (nats)", 1),
     kl_k2=Metric("k2 estimate of KL(q‖p): mean of ½ l²", "nats", "lower"),
     kl_k3=Metric("k3 estimate of KL(q‖p): mean of rho − 1 − l; prime-rl's mismatch KL", "nats", "lower",
                  "KL, k3 estimate (nats)", 3, bar=PRIME_RL_BAR),
@@ -66,7 +69,8 @@ TOKEN_METRICS: dict[str, Metric] = family(
     chi2_seq=Metric("mean of (exp Σl)² − 1: χ² divergence by response", "", "lower"),
 ) | family(
     "Difference of log-probability and probability",
-    logprob_diff_mean=Metric("mean of |l|, the gap between the two logprobs of a token", "nats", "lower", "mean |log p - log q|", 2),
+    logprob_diff_mean=Metric("mean of |l|, the gap between the two logprobs of a token", "nats", "lower",
+                             "mean |log p - log q|", 2),
     logprob_diff_max=Metric("largest |l| of any token", "nats", "lower", "max |log p - log q|", 3),
     logprob_diff_p50=Metric("median of |l|", "nats", "lower"),
     logprob_diff_p95=Metric("95th percentile of |l|", "nats", "lower"),
@@ -89,20 +93,21 @@ TOKEN_METRICS: dict[str, Metric] = family(
     is_ratio_max_seq=Metric("largest ratio of a response", "ratio", "one"),
     ess_token=Metric("effective share of the tokens, (Σw)² / (N Σw²) with w = rho", "fraction", "higher",
                      "effective sample, tokens", 3),
-    ess_seq=Metric("effective share of the responses, w = exp Σl", "fraction", "higher", "effective sample, sequences", 3),
-    ess_token_clamped=Metric("ess_token with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
-    ess_seq_clamped=Metric("ess_seq with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
+    ess_seq=Metric("effective share of the responses, w = exp Σl", "fraction", "higher",
+                   "effective sample, sequences", 3),
+    ess_token_clamped=Metric("ess_token with weights in [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
+    ess_seq_clamped=Metric("ess_seq with weights in [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
     fraction_outside=Metric("share of tokens with rho outside PPO's clip range", "fraction", "lower"),
     masked_fraction_token_tis=Metric("share of tokens that token-level truncated IS would cap", "fraction", "lower"),
-    masked_fraction_sequence_tis=Metric("share of responses that sequence-level truncated IS would cap", "fraction", "lower"),
+    masked_fraction_sequence_tis=Metric("share of responses that sequence truncated IS would cap", "fraction", "lower"),
     masked_fraction_sequence_mask=Metric("share of responses that a sequence mask would drop", "fraction", "lower"),
-    masked_fraction_geometric=Metric("share of responses that geometric-mean rejection would drop", "fraction", "lower"),
+    masked_fraction_geometric=Metric("share of responses that geometric rejection would drop", "fraction", "lower"),
     cumulative_l=Metric("mean over responses of Σ l up to a position: drift with length", "nats", "zero"),
 ) | family(
     "Perplexity",
     ppl_behaviour=Metric("perplexity of a response under the behaviour, mean over responses", "perplexity", "none"),
     ppl_target=Metric("perplexity of a response under the target, mean over responses", "perplexity", "none"),
-    log_ppl_diff_mean=Metric("log perplexity under the target less that under the behaviour, mean over responses", "nats", "zero"),
+    log_ppl_diff_mean=Metric("log perplexity under the target less the behaviour's, mean over responses", "nats", "zero"),
     log_ppl_diff_abs=Metric("mean over responses of |log perplexity difference|", "nats", "lower"),
     log_ppl_diff_min=Metric("smallest log perplexity difference of a response", "nats", "zero"),
     log_ppl_diff_max=Metric("largest log perplexity difference of a response", "nats", "zero"),
@@ -126,7 +131,7 @@ class LogRatios:
 
 
 def log_ratios(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> LogRatios:
-    """A logprob of −inf becomes the other side's less 20, so l is ±20; where both are −inf they agree, and l is 0."""
+    """A logprob of −inf becomes the other side's less 20, so l is ±20; where both are −inf, l is 0."""
     behaviour_N, target_N = np.asarray(behaviour_logprobs_N, np.float64), np.asarray(target_logprobs_N, np.float64)
     no_q_N, no_p_N = np.isneginf(behaviour_N), np.isneginf(target_N)
     return LogRatios(
@@ -209,7 +214,7 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
         if f"_w2_{level}" in m:
             mean, square = metrics[f"is_ratio_mean_{level}"], m[f"_w2_{level}"]
             excess, excess_square = m[f"_excess_{level}"], m[f"_excess2_{level}"]
-            # A variance is E x² − (E x)² about any origin; far from the origin its digits cancel, so take the nearer of 0 and 1.
+            # A variance is E x² − (E x)² about any origin; far from it digits cancel, so take the nearer of 0 and 1.
             variance = np.where(mean < 0.5, square - mean**2, excess_square - excess**2)
             metrics[f"is_ratio_std_{level}"] = np.sqrt(np.maximum(variance, 0))
             metrics[f"chi2_{level}"] = 2 * excess + excess_square
@@ -268,7 +273,7 @@ def segment_sums(values_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
 
 
 def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, np.ndarray]:
-    """Moments of the weights w, of w − 1 (by expm1: it has digits near 0 where w has none), and of w limited to [1/cap, cap]."""
+    """Moments of w, of w − 1 (by expm1: it has digits near 0 where w has none), and of w limited to [1/cap, cap]."""
     weights, excess = _exp(log_weights), _expm1(log_weights)
     limited = np.clip(weights, 1 / cap, cap)
     return {

@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rl_onoff.compare.metrics import (
-    METRICS,
-    Thresholds,
-    chosen_token_metrics,
-    cumulative_l,
-    effective_sample_size,
-    log_ratios,
-    token_terms,
-)
+from rl_onoff.compare import METRICS
+from rl_onoff.compare.metrics import Thresholds, cumulative_l, log_ratios, token_terms
+from tests.metrics.at_once import chosen_token_metrics, effective_sample_size
 
 LN2 = np.log(2)
 
