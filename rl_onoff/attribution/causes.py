@@ -1,6 +1,7 @@
 """The rungs: each says what can be changed in a state of the ladder, or why it does not apply. A rung never judges.
 
-A rung gives candidates, states with one change more, of which the ladder takes the one with the smallest gap; or its own row.
+A rung gives candidates, states with one change more, of which the ladder takes the one with the smallest gap; or its
+own row.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ class Cause:
 LADDER: list[Cause] = []
 
 
-def cause(rung: Rung, words: str, change: str) -> Callable[[Attempt], Attempt]:
-    """Put an attempt on the ladder, after those above it in this file."""
+def cause(words: str, change: str) -> Callable[[Attempt], Attempt]:
+    """Put an attempt on the ladder, after those above it in this file; its name is that of its Rung."""
 
     def add(attempt: Attempt) -> Attempt:
-        LADDER.append(Cause(rung, words, change, attempt))
+        LADDER.append(Cause(Rung[attempt.__name__], words, change, attempt))
         return attempt
 
     return add
@@ -72,11 +73,7 @@ def noise(case: Case, state: State) -> Row:
     return Row(rung=Rung.noise, after=measured, share=share, verdict=said)
 
 
-@cause(
-    Rung.end_token,
-    "the last token: it is there on one side only, or is treated differently",
-    "the last tokens left out",
-)
+@cause("the last token: it is there on one side only, or is treated differently", "the last tokens left out")
 def end_token(case: Case, state: State) -> list[Candidate]:
     if differ := state.ids_differ():
         q, p = ({key: side.rows[key].token_ids_T.tolist() for key in differ} for side in (state.q, state.p))
@@ -97,14 +94,14 @@ def _same_ids(state: State, detail: str) -> Candidate:
     return Candidate(replace(state, same_ids_only=True), "the tokens both sides hold", detail)
 
 
-@cause(Rung.retokenised, "re-tokenised text: the target scored other ids than were sampled", "the text tokenised again")
+@cause("re-tokenised text: the target scored other ids than were sampled", "the text tokenised again")
 def retokenised(case: Case, state: State) -> list[Candidate] | Row:
-    """Whether the target holds the text's ids; else how many of the sampled responses a trainer that keeps text changes."""
+    """Whether the target holds the text's ids; else how many responses tokenising the text again would change."""
     q, total, before = state.q.rows, len(state.q.rows), state.gap()
     if unfit := frozenset(key for key, row in q.items() if len(row.logprobs_T) != len(row.token_ids_T)):
         detail = (
-            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, so the ids are not the "
-            "sampled ones"
+            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, so the ids are not "
+            "the sampled ones"
         )
         if len(unfit) == total:
             return Row(rung=Rung.retokenised, before=before, share=1.0, verdict=f"the main cause: {detail}")
@@ -141,7 +138,7 @@ def _without(ids: Iterable[int], special: set[int]) -> list[int]:
     return [i for i in ids if i not in special]
 
 
-@cause(Rung.transform, "the sampling transform: logprobs of one kind are taken for another", "other kinds of logprobs")
+@cause("the sampling transform: logprobs of one kind are taken for another", "other kinds of logprobs")
 def transform(case: Case, state: State) -> list[Candidate]:
     sampler = case.sampler
     if not sampler.truncates and sampler.temperature in (0, 1):
@@ -164,7 +161,6 @@ def _describe(sampler: Sampling) -> str:
 
 
 @cause(
-    Rung.decode,
     "decoding: the engine reports other logprobs while it samples than when it scores, by its kernels, its cache, or a "
     "transform that it does not declare",
     "the behaviour's own prefill in place of what it reported while sampling",
@@ -173,12 +169,12 @@ def decode(case: Case, state: State) -> list[Candidate]:
     return [Candidate(replace(state, q=case.own or case.rescore(state.behaviour)))]
 
 
-@cause(Rung.lm_head, "the precision of the LM head", "LM head in float32")
+@cause("the precision of the LM head", "LM head in float32")
 def lm_head(case: Case, state: State) -> list[Candidate]:
     return _each_and_both(case, state, "an LM head in float32", _low(case), lambda engine: engine.with_float32_head())
 
 
-@cause(Rung.dtype, "the precision of weights and arithmetic", "float32")
+@cause("the precision of weights and arithmetic", "float32")
 def dtype(case: Case, state: State) -> list[Candidate]:
     return _each_and_both(case, state, "float32", _low(case), lambda engine: engine.with_dtype("float32"))
 
@@ -191,7 +187,7 @@ def _low(case: Case) -> set[str]:
     return low
 
 
-@cause(Rung.tensor_parallel, "the split over several devices", "one device")
+@cause("the split over several devices", "one device")
 def tensor_parallel(case: Case, state: State) -> list[Candidate]:
     sides = {"behaviour": state.behaviour, "target": state.target}
     split = {who for who, engine in sides.items() if engine is not None and engine.num_devices > 1}
@@ -219,11 +215,7 @@ def _each_and_both(
     return candidates
 
 
-@cause(
-    Rung.engine,
-    "the engine: it computes something else from the same weights",
-    "the target's weights in the behaviour's engine",
-)
+@cause("the engine: it computes something else from the same weights", "the target's weights in the behaviour's engine")
 def engine(case: Case, state: State) -> list[Candidate]:
     """The target's weights and type in the behaviour's engine, with the behaviour's options."""
     if state.behaviour is None or state.target is None:
@@ -241,7 +233,7 @@ def engine(case: Case, state: State) -> list[Candidate]:
     return [Candidate(replace(state, p=case.rescore(here), target=here), words, f"the engine: {detail}")]
 
 
-@cause(Rung.weights, OTHER_WEIGHTS, "the behaviour's weights in the target's engine")
+@cause(OTHER_WEIGHTS, "the behaviour's weights in the target's engine")
 def weights(case: Case, state: State) -> list[Candidate]:
     if state.behaviour is None or state.target is None:
         raise NotTried("which weights sampled is not recorded")

@@ -1,9 +1,9 @@
 """Why two policies differ, as rows: what was changed, what that did to the gap, and the cause in words. No engine.
 
-The gap is the mean k3 KL, nats a token. A rung's share is (before − after) / gap, limited to 0 … 1, where `before` is the gap
-with every change kept so far and `gap` the one at the bottom of the ladder. So shares add up: a cause that an earlier rung
-has taken away is not counted again. The noise rung changes nothing: its share says how large the gap is that one engine has
-to itself.
+The gap is the mean k3 KL, nats a token. A rung's share is (before − after) / gap, limited to 0 … 1, where `before` is
+the gap with every change kept so far and `gap` the one at the bottom of the ladder. So shares add up: a cause that an
+earlier rung has taken away is not counted again. The noise rung changes nothing: its share says how large the gap is
+that one engine has to itself.
 """
 
 from __future__ import annotations

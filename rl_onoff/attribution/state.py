@@ -57,7 +57,7 @@ def scored(table: Table, keys: Collection[Key]) -> Source:
 
 
 def chosen_rollouts(completions: Table, scores: Table, limit: int | None) -> dict[Key, Rollout]:
-    """The same `limit` responses every time, whatever order they lie in on disk: keys are read first, then their rows."""
+    """The same `limit` responses every time, in whatever order they lie on disk: keys are read first, then rows."""
     rows = completions.rows(["request_id", "sample", "logprob_kind"])
     keys = {(row["request_id"], row["sample"]) for row in rows if row["logprob_kind"] is not None} & scores.keys()
     chosen = dict.fromkeys(sorted(keys, key=_digest)[:limit])
@@ -152,7 +152,7 @@ class Case:
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = {"backend": engine.what_it_computes(), "want": asdict(want), **({"alone": True} if alone else {})}
+        config = {"backend": engine.what_it_computes(), "want": asdict(want)} | ({"alone": True} if alone else {})
         config = redact(config)
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")

@@ -10,8 +10,8 @@ from rl_onoff.compare.pair import Pair, as_kind
 from rl_onoff.compare.verdict import ON_POLICY_K3, Comparison, judge, verdict, word_of
 
 __all__ = [
-    "HEADLINES", "METRICS", "ON_POLICY_K3", "Aggregator", "Comparison", "Estimate", "Metric", "Pair", "as_kind", "compare",
-    "headlines", "judge", "verdict", "word_of",
+    "HEADLINES", "METRICS", "ON_POLICY_K3", "Aggregator", "Comparison", "Estimate", "Metric", "Pair", "as_kind",
+    "compare", "headlines", "judge", "verdict", "word_of",
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = TOKEN_METRICS | DISTRIBUTION_METRICS

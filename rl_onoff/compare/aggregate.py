@@ -1,10 +1,10 @@
 """The stream: pairs come in one by one, are joined into batches, reduced to sums, and forgotten.
 
-Of a response that went by, only its token ids, the two logprobs and entropies of each token (20 bytes a token) and the sums
-of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
+Of a response that went by, only its token ids, the two logprobs and entropies of each token (20 bytes a token) and the
+sums of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
 
-Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one for each position bucket they
-reach.
+Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one for each position bucket
+they reach.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ BATCH_TOKENS = 16_384
 ENTROPIES = ("entropy_behaviour", "entropy_target")
 COLUMNS = ("token_ids", "behaviour", "target", *ENTROPIES, "lengths", "buckets")
 POSITION_TERMS = (
-    "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token", "_w2_token",
-    "_excess_token", "_excess2_token", "_limited_token", "_limited2_token", "_tokens_clamped", *ENTROPIES, "kl_forward",
-    "kl_forward_topk",
+    "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token",
+    "_w2_token", "_excess_token", "_excess2_token", "_limited_token", "_limited2_token", "_tokens_clamped",
+    *ENTROPIES, "kl_forward", "kl_forward_topk",
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ class Aggregator:
         self._flush()
         if not self._keys or self.kind is None:
             raise UsageError(
-                "there is no response with tokens to compare: check that the two sides hold the same request ids and samples"
+                "there is no response with tokens to compare: check that both sides hold the same request ids"
             )
         columns = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}
         tokens, sums = Tokens(columns, self._keys), self._responses.finish()

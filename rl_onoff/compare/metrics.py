@@ -3,14 +3,13 @@
 Shapes: N tokens of all responses one after the other, S responses (sequences), `lengths_S` cuts N into responses.
 `behaviour` (q) is the distribution that drew the tokens, `target` (p) the one they are scored under, l = log p − log q.
 
-Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's own
-name; terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an effective
-sample size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it, and every
-bootstrap resample.
+Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's
+own name; terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an
+effective sample size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it,
+and every bootstrap resample.
 
-Two rules for extreme numbers, both counted and reported beside the figures:
-exponents are clamped to ±20 before exp, as verl does; an infinite log-ratio (one side says the token is impossible) counts
-as ±20.
+Two rules for extreme numbers, both counted and reported beside the figures: exponents are clamped to ±20 before exp, as
+verl does; an infinite log-ratio (one side says the token is impossible) counts as ±20.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ def family(heading: str, **metrics: Metric) -> dict[str, Metric]:
 
 TOKEN_METRICS: dict[str, Metric] = family(
     "Divergence of the sampled tokens",
-    kl=Metric("k1 estimate of KL(q‖p): mean of log q − log p; may be negative", "nats", "zero",
-              "KL, k1 estimate (nats)", 1),
+    kl=Metric("k1 estimate of KL(q‖p): mean of −l; may be negative", "nats", "zero", "KL, k1 estimate (nats)", 1),
     kl_k2=Metric("k2 estimate of KL(q‖p): mean of ½ l²", "nats", "lower"),
     kl_k3=Metric("k3 estimate of KL(q‖p): mean of rho − 1 − l; prime-rl's mismatch KL", "nats", "lower",
                  "KL, k3 estimate (nats)", 3, bar=PRIME_RL_BAR),
@@ -69,8 +67,7 @@ TOKEN_METRICS: dict[str, Metric] = family(
     chi2_seq=Metric("mean of (exp Σl)² − 1: χ² divergence by response", "", "lower"),
 ) | family(
     "Difference of log-probability and probability",
-    logprob_diff_mean=Metric("mean of |l|, the gap between the two logprobs of a token", "nats", "lower",
-                             "mean |log p - log q|", 2),
+    logprob_diff_mean=Metric("mean of |l| of a token", "nats", "lower", "mean |log p - log q|", 2),
     logprob_diff_max=Metric("largest |l| of any token", "nats", "lower", "max |log p - log q|", 3),
     logprob_diff_p50=Metric("median of |l|", "nats", "lower"),
     logprob_diff_p95=Metric("95th percentile of |l|", "nats", "lower"),
@@ -93,8 +90,7 @@ TOKEN_METRICS: dict[str, Metric] = family(
     is_ratio_max_seq=Metric("largest ratio of a response", "ratio", "one"),
     ess_token=Metric("effective share of the tokens, (Σw)² / (N Σw²) with w = rho", "fraction", "higher",
                      "effective sample, tokens", 3),
-    ess_seq=Metric("effective share of the responses, w = exp Σl", "fraction", "higher",
-                   "effective sample, sequences", 3),
+    ess_seq=Metric("effective share of responses, w = exp Σl", "fraction", "higher", "effective sample, sequences", 3),
     ess_token_clamped=Metric("ess_token with weights in [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
     ess_seq_clamped=Metric("ess_seq with weights in [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
     fraction_outside=Metric("share of tokens with rho outside PPO's clip range", "fraction", "lower"),
@@ -107,7 +103,7 @@ TOKEN_METRICS: dict[str, Metric] = family(
     "Perplexity",
     ppl_behaviour=Metric("perplexity of a response under the behaviour, mean over responses", "perplexity", "none"),
     ppl_target=Metric("perplexity of a response under the target, mean over responses", "perplexity", "none"),
-    log_ppl_diff_mean=Metric("log perplexity under the target less the behaviour's, mean over responses", "nats", "zero"),
+    log_ppl_diff_mean=Metric("log perplexity under target less behaviour, mean over responses", "nats", "zero"),
     log_ppl_diff_abs=Metric("mean over responses of |log perplexity difference|", "nats", "lower"),
     log_ppl_diff_min=Metric("smallest log perplexity difference of a response", "nats", "zero"),
     log_ppl_diff_max=Metric("largest log perplexity difference of a response", "nats", "zero"),
@@ -116,30 +112,18 @@ TOKEN_METRICS: dict[str, Metric] = family(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class LogRatios:
-    """Both logprobs with infinities floored, so that no sum of them is infinite or NaN, and where that was done."""
-
-    behaviour_N: np.ndarray
-    target_N: np.ndarray
-    impossible_behaviour_N: np.ndarray  # bool: the behaviour's logprob is −inf
-    impossible_target_N: np.ndarray
-
-    @property
-    def l_N(self) -> np.ndarray:
-        return self.target_N - self.behaviour_N
+def finite_logprobs(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, with −inf as the other side's less 20, so that l is ±20; where both are −inf, l is 0."""
+    q_N, p_N = np.asarray(behaviour_logprobs_N, np.float64), np.asarray(target_logprobs_N, np.float64)
+    no_q_N, no_p_N = np.isneginf(q_N), np.isneginf(p_N)
+    finite_q_N = np.where(no_q_N, np.where(no_p_N, 0.0, p_N) - CLAMP, q_N)
+    return finite_q_N, np.where(no_p_N, np.where(no_q_N, 0.0, q_N) - CLAMP, p_N)
 
 
-def log_ratios(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> LogRatios:
-    """A logprob of −inf becomes the other side's less 20, so l is ±20; where both are −inf, l is 0."""
-    behaviour_N, target_N = np.asarray(behaviour_logprobs_N, np.float64), np.asarray(target_logprobs_N, np.float64)
-    no_q_N, no_p_N = np.isneginf(behaviour_N), np.isneginf(target_N)
-    return LogRatios(
-        behaviour_N=np.where(no_q_N, np.where(no_p_N, 0.0, target_N) - CLAMP, behaviour_N),
-        target_N=np.where(no_p_N, np.where(no_q_N, 0.0, behaviour_N) - CLAMP, target_N),
-        impossible_behaviour_N=no_q_N,
-        impossible_target_N=no_p_N,
-    )
+def log_ratios(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> np.ndarray:
+    """l of every token, never infinite."""
+    q_N, p_N = finite_logprobs(behaviour_logprobs_N, target_logprobs_N)
+    return p_N - q_N
 
 
 def token_terms(
@@ -147,14 +131,14 @@ def token_terms(
 ) -> dict[str, np.ndarray]:
     """What every token adds to the token-level metrics, (N,) each; their mean over tokens is the metric.
 
-    k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as in verl's rollout_corr, TRL, NeMo-RL and prime-rl.
+    k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as in verl's rollout_corr, TRL, NeMo-RL and
+    prime-rl.
     """
-    ratios = log_ratios(behaviour_logprobs_N, target_logprobs_N)
-    l_N = ratios.l_N
+    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N)
     excess_N = _expm1(l_N)  # rho − 1
-    q_N, p_N = np.exp(np.asarray(behaviour_logprobs_N, np.float64)), np.exp(np.asarray(target_logprobs_N, np.float64))
+    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (behaviour_logprobs_N, target_logprobs_N))
+    no_q_N, no_p_N = np.isneginf(behaviour_logprobs_N), np.isneginf(target_logprobs_N)
     diff_N = np.abs(p_N - q_N)
-    impossible_N = ratios.impossible_behaviour_N != ratios.impossible_target_N
     return {
         "kl": -l_N,
         "kl_k2": 0.5 * l_N**2,
@@ -171,9 +155,9 @@ def token_terms(
         "_qq": q_N * q_N,
         "_pp": p_N * p_N,
         "_pq": p_N * q_N,
-        "_tokens_clamped": _flag(impossible_N | (np.abs(l_N) > CLAMP)),
-        "_tokens_impossible_behaviour": _flag(ratios.impossible_behaviour_N),
-        "_tokens_impossible_target": _flag(ratios.impossible_target_N),
+        "_tokens_clamped": _flag((no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)),
+        "_tokens_impossible_behaviour": _flag(no_q_N),
+        "_tokens_impossible_target": _flag(no_p_N),
     }
 
 
@@ -187,13 +171,13 @@ def sequence_terms(
 
     Perplexities, ratios and rejection rules as in verl's rollout_corr_helper. Every length must be at least 1.
     """
-    ratios = log_ratios(behaviour_logprobs_N, target_logprobs_N)
-    sum_S = segment_sums(ratios.l_N, lengths_S)
+    q_N, p_N = finite_logprobs(behaviour_logprobs_N, target_logprobs_N)
+    sum_S = segment_sums(p_N - q_N, lengths_S)
     diff_S = -sum_S / lengths_S  # log ppl(p) − log ppl(q)
     log_cap, log_geometric_cap = np.log(thresholds.sequence_cap), np.log(thresholds.geometric_cap)
     return {
-        "ppl_behaviour": _exp(-segment_sums(ratios.behaviour_N, lengths_S) / lengths_S),
-        "ppl_target": _exp(-segment_sums(ratios.target_N, lengths_S) / lengths_S),
+        "ppl_behaviour": _exp(-segment_sums(q_N, lengths_S) / lengths_S),
+        "ppl_target": _exp(-segment_sums(p_N, lengths_S) / lengths_S),
         "log_ppl_diff_mean": diff_S,
         "log_ppl_diff_abs": np.abs(diff_S),
         "ppl_ratio": _exp(diff_S),
@@ -230,19 +214,17 @@ def order_metrics(
     behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray, lengths_S: np.ndarray
 ) -> dict[str, float]:
     """Percentiles (exact, linearly interpolated) and extremes: what cannot be had from sums."""
-    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N).l_N
+    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
     p50, p95, p99, top = np.percentile(np.abs(l_N), (50, 95, 99, 100))
-    prob_diff_N = np.abs(
-        np.exp(np.asarray(target_logprobs_N, np.float64)) - np.exp(np.asarray(behaviour_logprobs_N, np.float64))
-    )
+    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (behaviour_logprobs_N, target_logprobs_N))
     values = {
         "logprob_diff_max": top,
         "logprob_diff_p50": p50,
         "logprob_diff_p95": p95,
         "logprob_diff_p99": p99,
-        "prob_diff_max": prob_diff_N.max(),
+        "prob_diff_max": np.abs(p_N - q_N).max(),
         "log_ppl_diff_min": diff_S.min(),
         "log_ppl_diff_max": diff_S.max(),
         "is_ratio_min_token": _exp(l_N.min()),

@@ -46,8 +46,8 @@ def join(pairs: Sequence[Pair], side: str, name: str) -> np.ndarray:
 def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = None) -> TokenScores:
     """The scores with logprobs of `kind`; refused where they cannot be had from what was kept.
 
-    Scores are raw and, under `sampler`, processed; what the sampler kept of the probability joins the two, so the scaled
-    logprobs are the processed ones plus the logarithm of the kept mass.
+    Scores are raw and, under `sampler`, processed; what the sampler kept of the probability joins the two, so the
+    scaled logprobs are the processed ones plus the logarithm of the kept mass.
     """
     where, raw = _name(scores.key), scores.kind is LogprobKind.raw
     if scores.kind is kind:
@@ -57,15 +57,16 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
     processed_T, mass_T = scores.processed_logprobs_T, scores.nucleus_mass_T
     if not raw or processed_T is None or (kind is LogprobKind.scaled and (sampler is None or mass_T is None)):
         raise UsageError(
-            f"the behaviour's logprobs of response {where} are {kind.value} and the target's are {scores.kind.value}: score the tokens "
-            "with score.processed=true, or say what a file's logprobs are in compare.behaviour_kind and compare.target_kind"
+            f"the behaviour's logprobs of response {where} are {kind.value} and the target's are {scores.kind.value}: "
+            "score the tokens with score.processed=true, or say what a file's logprobs are in compare.behaviour_kind and "
+            "compare.target_kind"
         )
     if kind is LogprobKind.processed:
         return replace(scores, kind=kind, logprobs_T=processed_T)
     if np.isneginf(processed_T).any():
         raise UsageError(
-            f"the scaled logprobs of response {where} are not known, since the target's sampler could not have drawn some of its "
-            "tokens: sample with backend.logprob_kind=raw or processed"
+            f"the scaled logprobs of response {where} are not known, since the target's sampler could not have drawn some "
+            "of its tokens: sample with backend.logprob_kind=raw or processed"
         )
     return replace(scores, kind=kind, logprobs_T=processed_T + np.log(mass_T))
 
@@ -75,20 +76,20 @@ def check_pair(pair: Pair) -> None:
     q, p, name = pair.behaviour, pair.target, _name(pair.key)
     if q.kind is not p.kind:
         raise UsageError(
-            f"the behaviour's logprobs of response {name} are {q.kind.value} and the target's are {p.kind.value}: compare "
-            "logprobs of one kind (score the tokens under the behaviour too, or use the target's processed logprobs)"
+            f"the behaviour's logprobs of response {name} are {q.kind.value} and the target's are {p.kind.value}: "
+            "compare logprobs of one kind (score under the behaviour too, or use the target's processed logprobs)"
         )
     if len(q.token_ids_T) != len(p.token_ids_T):
         raise UsageError(
-            f"response {name} has {len(q.token_ids_T)} tokens under the behaviour and {len(p.token_ids_T)} under the target: "
-            "score the very token ids that were sampled"
+            f"response {name} has {len(q.token_ids_T)} tokens under the behaviour and {len(p.token_ids_T)} under the "
+            "target: score the very token ids that were sampled"
         )
     differ_T = np.asarray(q.token_ids_T) != np.asarray(p.token_ids_T)
     if differ_T.any():
         t = int(differ_T.argmax())
         raise UsageError(
-            f"response {name} has token id {q.token_ids_T[t]} at position {t} under the behaviour and {p.token_ids_T[t]} under "
-            "the target: score the very token ids that were sampled, with the same tokenizer"
+            f"response {name} has token id {q.token_ids_T[t]} at position {t} under the behaviour and {p.token_ids_T[t]} "
+            "under the target: score the very token ids that were sampled, with the same tokenizer"
         )
     _check_numbers(q, f"behaviour's {{}} of response {name}")
     _check_numbers(p, f"target's {{}} of response {name}")
@@ -103,18 +104,14 @@ def _check_numbers(scores: TokenScores, what: str) -> None:
         if not np.all(array < np.inf):  # false for NaN as for +inf
             raise UsageError(f"{here} has NaN or +inf in it: that engine's numbers are broken there")
         if name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
-            raise UsageError(
-                f"{here} has a position where every token is impossible: that engine's numbers are broken there"
-            )
+            raise UsageError(f"{here} has a position where every token is impossible: that engine's numbers are broken")
     ids_TK, logprobs_TK = arrays.get("top_ids_TK"), arrays.get("top_logprobs_TK")
     if np.shape(ids_TK) != np.shape(logprobs_TK):
-        raise UsageError(
-            f"the {what.format('top ids and top logprobs')} have different shapes: the files do not belong together"
-        )
+        both = what.format("top ids and top logprobs")
+        raise UsageError(f"the {both} have different shapes: the files do not belong together")
     if num_tokens and (most := np.max(scores.logprobs_T)) > 1:
         raise UsageError(
-            f"the {what.format('logprobs')} reach {most:.3g}, and a logprob is never above 0: give natural logarithms of "
-            "probabilities"
+            f"the {what.format('logprobs')} reach {most:.3g}, and a logprob is never above 0: give natural logarithms"
         )
 
 

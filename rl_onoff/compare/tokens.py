@@ -1,7 +1,7 @@
 """What is kept of every token: enough for percentiles, extremes, plots and the list of the worst.
 
-Shapes: S responses, N tokens of all of them one after the other.
-A histogram is {"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted, never dropped.
+Shapes: S responses, N tokens of all of them one after the other. A histogram is {"edges": E + 1 numbers, "counts": E
+numbers, "below", "above"}: what lies outside is counted, never dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Tokens:
     def __init__(self, columns: dict[str, np.ndarray], keys: list[Key]) -> None:
         self.columns, self.keys, self.lengths_S = columns, keys, columns["lengths"]
         self.starts_S = segment_starts(self.lengths_S)
-        self.l_N = log_ratios(columns["behaviour"], columns["target"]).l_N
+        self.l_N = log_ratios(columns["behaviour"], columns["target"])
         self.positions_N = (np.arange(len(self.l_N)) - np.repeat(self.starts_S, self.lengths_S)).astype(np.int32)
 
     def order_metrics(self, chosen_S: np.ndarray) -> dict[str, float]:
@@ -89,7 +89,7 @@ class Tokens:
         return {"edges": np.linspace(0, 1, PROB_BINS + 1).tolist(), "counts": counts.tolist()}
 
     def _cumulative_curve(self) -> dict[str, Any]:
-        """Mean of Σ_{s≤t} l_s over the responses that reach position t, at no more than 200 positions; `num` of them do.
+        """Mean of Σ_{s≤t} l_s over the `num` responses that reach position t, at no more than 200 positions.
 
         Long responses are not short ones continued: where `num` falls, the curve changes population.
         """

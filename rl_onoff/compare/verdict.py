@@ -28,7 +28,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionBucket:
-    """Positions start ≤ t < end of the responses longer than start; `cumulative_l` is Σ l up to and with position start."""
+    """Positions start ≤ t < end of the responses longer than start; `cumulative_l` is Σ l up to and with `start`."""
 
     start: int
     end: int

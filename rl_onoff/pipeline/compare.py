@@ -32,7 +32,7 @@ def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
 
 
 def noise_floor(own: str | None, comparisons: Mapping[str, Comparison]) -> float | None:
-    """Mean k3 KL between what the engine said while it sampled and when it scored the same tokens; None when not measured."""
+    """Mean k3 KL between what the engine said while it sampled and when it scored; None when not measured."""
     return comparisons[own]["kl_k3"].value if own is not None and own in comparisons and len(comparisons) > 1 else None
 
 
@@ -49,15 +49,15 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
     if name == own:
         k3 = comparisons[name]["kl_k3"].value
         return (
-            f"The sampler against itself: what it said while sampling and what it says of the same tokens now are {k3:.2g} "
-            "nats a token apart (mean k3 KL). That is the noise floor; set target=… to compare it with another policy."
+            "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
+            f"{k3:.2g} nats a token apart (mean k3 KL). That is the noise floor; set target=… to compare it with another policy."
         )
     said = verdict(comparisons[name], noise_floor(own, comparisons)) + _drawn_otherwise(run, comparisons[name].kind)
     return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
 
 
 def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
-    """A second sentence where raw logprobs are compared of tokens that were drawn from another distribution than theirs."""
+    """A second sentence where raw logprobs are compared of tokens that were not drawn from the raw distribution."""
     record = run.completions.record().get("config", {}).get("sampling")
     if record is None or kind is not LogprobKind.raw:
         return ""
@@ -66,7 +66,7 @@ def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
         return ""
     return (
         f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut off): a "
-        "distance at these tokens, not the KL of what they were drawn from, which backend.logprob_kind=processed compares."
+        "distance at these tokens, not the KL of what they were drawn from; backend.logprob_kind=processed compares that."
     )
 
 

@@ -1,7 +1,8 @@
 """N policies sample, N policies score what all of them sampled: the table of how far each is from each.
 
-A policy's samples are a run folder of their own, `<run_dir>/<policy>/`, so that everything that reads a run folder reads it too.
-One engine is alive at a time, and each is loaded at most twice: once to sample, once to score everybody's samples.
+A policy's samples are a run folder of their own, `<run_dir>/<policy>/`, so that everything that reads a run folder
+reads it too. One engine is alive at a time, and each is loaded at most twice: once to sample, once to score everybody's
+samples.
 """
 
 from __future__ import annotations
@@ -106,20 +107,20 @@ def check_policies(config: RunConfig) -> None:
     """What is wrong with the policies, before anything is loaded."""
     if len(config.policies) < 2:
         raise UsageError(
-            f"experiment=matrix needs two policies or more and has {len(config.policies)}: set policies=engines, policies=dtypes, or "
-            "+backend@policies.NAME=huggingface once for each"
+            f"experiment=matrix needs two policies or more and has {len(config.policies)}: set policies=engines, "
+            "policies=dtypes, or +backend@policies.NAME=huggingface once for each"
         )
     for name in config.policies:
         if not re.fullmatch(r"[\w.-]+", name) or name in ("completions", "scores", ".hydra", ".", ".."):
             raise UsageError(
-                f"the policy {name!r} cannot be the name of a folder: call it by letters, digits, '-' and '.' in policies"
+                f"the policy {name!r} cannot be the name of a folder: use letters, digits, '-' and '.' in policies"
             )
 
 
 def run_matrix(
     this: Run, generate: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
 ) -> Matrix:
-    """Sample and score with every policy, the last to sample first to score since it is still loaded; write it all down."""
+    """Sample and score with every policy, the last to sample first to score since it is still loaded."""
     policies, path = this.config.policies, this.folder.path
     subs = {
         name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(path / name), values={})
@@ -139,7 +140,7 @@ def run_matrix(
         missing = [b for b in policies if b not in comparisons]
         if missing:
             raise UsageError(
-                f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: take other prompts in data.path"
+                f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: change data.path"
             )
         text = texts_of([sub.folder.completions.record()], None, policies.values())
         write_page(sub.folder, comparisons, text, own=a)

@@ -45,9 +45,7 @@ class ReportInput:
     responses: Iterable[ReportResponse]
     comparisons: Sequence[Mapping[str, Any]] = ()
     metrics: Mapping[str, Metric] = field(default_factory=dict)
-    token_text: Callable[[int], str] | None = (
-        None  # of a token id; None: ids outside the responses are shown as numbers
-    )
+    token_text: Callable[[int], str] | None = None  # of a token id; None: ids outside the responses are numbers
     attribution: Mapping[str, Any] | None = None  # Attribution.to_dict(): why the gap is there; None: nobody asked
     num_tokens: int | None = None  # response tokens to come; None: the first comparison's counts.tokens, else a guess
     num_responses: int | None = (

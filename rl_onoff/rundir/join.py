@@ -25,8 +25,8 @@ TRANSFORM = ("temperature", "top_p", "top_k", "min_p")
 class Lookup:
     """Scores by key, a block of keys at a time, so that no part of a shard is read for one row alone.
 
-    Engines finish in an order of their own (shortest first, whichever replica is fastest): neighbours in one table may lie in
-    any shard of another.
+    Engines finish in an order of their own (shortest first, whichever replica is fastest): neighbours in one table may
+    lie in any shard of another.
     """
 
     def __init__(self, tables: Mapping[str, Table]):
@@ -71,8 +71,8 @@ class Joined:
 def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joined]:
     """Every response of the run. The kind of logprobs is that of the sampled ones: processed are compared with processed.
 
-    `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled logprobs,
-    and its logprobs in their place where the responses came without.
+    `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled
+    logprobs, and its logprobs in their place where the responses came without.
     """
     tables = {name: run.scores(name) for name in dict.fromkeys([*targets, *([own] if own else [])])}
     samplers = {name: sampler_of(table) for name, table in tables.items()}
@@ -87,8 +87,8 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
                 sampler = samplers[name]
                 if kind is not LogprobKind.raw and drawn_with and sampler and not _same_transform(drawn_with, sampler):
                     raise UsageError(
-                        f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than the one that "
-                        "drew the tokens: score them again in a folder of their own, with the sampling options of the run that sampled"
+                        f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than the "
+                        "one that drew the tokens: score them again in a new folder, with the options of the run that sampled"
                     )
                 scored[name] = as_kind(scores, kind, sampler)
         yield Joined(rollout=rollout, prompt=row["prompt"] or "", behaviour=behaviour, targets=scored)
@@ -120,7 +120,7 @@ def _same_transform(drawn_with: Mapping[str, float], sampler: Sampling) -> bool:
 
 
 def groups_of(rollout: Rollout, columns: Sequence[str]) -> dict[str, str]:
-    """The groups a response belongs to: those columns of its row that have a value, and whether its answer was right."""
+    """The groups of a response: those columns of its row that have a value, and whether its answer was right."""
     groups = {name: str(rollout.meta[name]) for name in columns if rollout.meta.get(name) is not None}
     if rollout.reward is not None:
         groups["reward"] = "right" if rollout.reward >= 1 else "wrong"

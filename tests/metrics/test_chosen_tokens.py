@@ -133,7 +133,7 @@ def test_tiny_weights_keep_their_ess():
 def test_impossible_tokens_are_floored_and_counted():
     q_N = np.array([-1.0, -np.inf, -np.inf, -1.0])
     p_N = np.array([-np.inf, -1.0, -np.inf, -1.0])
-    assert log_ratios(q_N, p_N).l_N.tolist() == [-20, 20, 0, 0]
+    assert log_ratios(q_N, p_N).tolist() == [-20, 20, 0, 0]
     terms = token_terms(q_N, p_N)
     assert terms["_tokens_impossible_target"].sum() == 2 and terms["_tokens_impossible_behaviour"].sum() == 2
     assert terms["_tokens_clamped"].tolist() == [1, 1, 0, 0]
