@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/footprint.py [MODEL] [TOKENS …]
 
-A real run of MODEL (smollm2) gives the sizes, which depend on how surprising the tokens are. Stages are then run by themselves, each in
-a process of its own, over TOKENS (100000 1000000 3000000) response tokens that are drawn from the real run's positions: an engine that
-costs nothing stands in, so what is seen is the project's own. A peak is that of the process above what it holds before the stage.
-Times are CPU seconds of this process per token, in units of MODEL's scoring of one token on one core; no other time is printed.
+A real run of MODEL (smollm2) gives the sizes, which depend on how surprising the tokens are. Stages are then run by
+themselves, each in a process of its own, over TOKENS (100000 1000000 3000000) response tokens that are drawn from the
+real run's positions: an engine that costs nothing stands in, so what is seen is the project's own. A peak is that of
+the process above what it holds before the stage. Times are CPU seconds of this process per token, in units of MODEL's
+scoring of one token on one core; no other time is printed.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ def disk(folder: Path) -> dict[str, float]:
 
 def wire(folder: Path) -> dict[str, float]:
     """Bytes a response token that a worker sends, and those its parent sends it."""
-    from rl_onoff.workers import wire
     from rl_onoff.workers.arrow import batch_of
+
+    from rl_onoff.workers import wire
 
     class Counted(wire.Channel):
         def __init__(self) -> None:

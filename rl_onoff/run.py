@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from rl_onoff.attribution.ladder import run_attribute
 from rl_onoff.backends import build
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.compare import Comparison
+from rl_onoff.compare import HEADLINES, Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import Row, load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows
@@ -30,10 +30,11 @@ from rl_onoff.pipeline.context import Run
 from rl_onoff.pipeline.engine_slot import ANY, Slot, Steps
 from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
+from rl_onoff.report.text import summary_text
 from rl_onoff.rewards import load_reward
 from rl_onoff.rundir.files import content_of
 from rl_onoff.rundir.provenance import claim, landmarks, sampling_of, texts_of
-from rl_onoff.rundir.summary import Summary, as_text, summarise
+from rl_onoff.rundir.summary import Summary, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
 from rl_onoff.types import Want
@@ -241,7 +242,11 @@ def conclude(this: Run) -> dict[str, float]:
     track(this, summary)
     in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    texts = [*([] if this.brief else [as_text(shown)]), *this.texts, *(f"  {sentence}" for sentence in said.values())]
+    texts = [
+        *([] if this.brief else [summary_text(shown)]),
+        *this.texts,
+        *(f"  {sentence}" for sentence in said.values()),
+    ]
     print("\n\n".join([*texts, f"  run folder  {folder.path}"]))
     if this.page is not None:
         print(f"  page        {this.page}")
@@ -265,10 +270,6 @@ def track(this: Run, summary: Summary) -> None:
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
-
-
-HEADLINES = ("kl", "kl_k3", "logprob_diff_mean", "logprob_diff_max", "prob_pearson", "ess_token", "ess_seq", "ppl_ratio", "kl_forward_topk",
-             "kl_forward", "argmax_agreement", "impossible_fraction")  # fmt: skip
 
 
 def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> None:

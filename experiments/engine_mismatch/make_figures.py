@@ -1,7 +1,7 @@
 """Run: python experiments/engine_mismatch/make_figures.py RUN_DIR [--out FOLDER]
 
-Turns the run folder of an `experiment=matrix` into the study's table (table.md) and plot (matrix.svg). Needs nothing but Python:
-the plot is written as SVG by hand, and reads in dark and in light.
+Turns the run folder of an `experiment=matrix` into the study's table (table.md) and plot (matrix.svg). Needs nothing
+but Python: the plot is written as SVG by hand, and reads in dark and in light.
 """
 
 from __future__ import annotations

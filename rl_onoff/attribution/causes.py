@@ -1,260 +1,248 @@
 """The rungs: each says what can be changed in a state of the ladder, or why it does not apply. A rung never judges.
 
-A rung gives candidates, states with one change more, of which the ladder takes the one with the smallest gap; or its own row.
+A rung gives candidates, states with one change more, of which the ladder takes the one with the smallest gap; or its
+own row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
-from rl_onoff.attribution.result import CAUSES, CHANGES, MOST, ROUNDING, Row, gap
+from rl_onoff.attribution.result import MOST, ROUNDING, Row
+from rl_onoff.attribution.state import Case, NotTried, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.config import Rung
 from rl_onoff.models.tensors import different_tensors
 from rl_onoff.rundir.provenance import texts_tokenizer
-from rl_onoff.rundir.table import Key, differences
-from rl_onoff.types import LogprobKind
+from rl_onoff.rundir.table import differences
+from rl_onoff.types import FinishReason, LogprobKind, Sampling
 
-if TYPE_CHECKING:
-    from rl_onoff.attribution.ladder import Ladder, State
-
-
-class NotTried(Exception):
-    """A rung does not apply; the message says why."""
+OTHER_WEIGHTS = "the weights: behaviour and target are different models"
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A change that may explain the gap."""
 
-    changed: str
     state: State
-    detail: str = ""  # the cause in words, where more is known than the rung's name
+    changed: str = ""  # in words, where more is known than the rung's own
+    detail: str = ""  # the cause in words, where more is known than the rung's own
     least: float = 0.0  # share of the gap below which the change is not kept, where that is more than usual
 
 
-def noise(ladder: Ladder, state: State) -> Row:
+Attempt = Callable[[Case, State], list[Candidate] | Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """A rung of the ladder: the cause and the change in words, and the attempt."""
+
+    rung: Rung
+    words: str
+    change: str
+    attempt: Attempt
+
+
+LADDER: list[Cause] = []
+
+
+def cause(words: str, change: str) -> Callable[[Attempt], Attempt]:
+    """Put an attempt on the ladder, after those above it in this file; its name is that of its Rung."""
+
+    def add(attempt: Attempt) -> Attempt:
+        LADDER.append(Cause(Rung[attempt.__name__], words, change, attempt))
+        return attempt
+
+    return add
+
+
+@cause(
+    Rung.noise, "noise: one engine repeats itself no better", "the target's engine scores again, one response at a time"
+)
+def noise(case: Case, state: State) -> Row:
     """Sets the floor: the target's engine against itself, in batches and alone."""
-    alone = ladder.rescore(state.target, alone=True)
-    batched = state.p
-    if ids_differ(state) or not _is_recorded(ladder):
-        batched = ladder.rescore(
-            state.target
-        )  # what lies in the table was not made of these ids, or not by this engine
-    measured, whole = gap(batched.views(LogprobKind.raw), alone.views(LogprobKind.raw)), state.gap()
-    ladder.floor = max(measured, ROUNDING)
-    share = min(1.0, ladder.floor / whole) if whole > 0 else 1.0
-    said = "the gap is not above the noise floor" if whole <= ladder.floor else "the gap is above the noise floor"
-    return Row(rung=Rung.noise, changed=CHANGES[Rung.noise], after=measured, share=share, verdict=said)
+    alone, batched = case.rescore(state.target, alone=True), state.p
+    if state.ids_differ() or "backend" not in case.this.folder.scores(case.name).record().get("config", {}):
+        batched = case.rescore(state.target)  # the table was not made of these ids, or not by this engine
+    measured, whole = gap(batched.as_kind(LogprobKind.raw), alone.as_kind(LogprobKind.raw)), state.gap()
+    case.floor = max(measured, ROUNDING)
+    share = min(1.0, case.floor / whole) if whole > 0 else 1.0
+    said = "the gap is not above the noise floor" if whole <= case.floor else "the gap is above the noise floor"
+    return Row(rung=Rung.noise, after=measured, share=share, verdict=said)
 
 
-def _is_recorded(ladder: Ladder) -> bool:
-    return "backend" in ladder.this.folder.scores(ladder.name).record().get("config", {})
-
-
-def ids_differ(state: State) -> list[Key]:
-    """Responses of which the two sides hold different ids."""
-    q, p = state.q.rows, state.p.rows
-    return [key for key in q.keys() & p.keys() if q[key]["token_ids"].tolist() != p[key]["token_ids"].tolist()]
-
-
-def end_token(ladder: Ladder, state: State) -> list[Candidate]:
-    """The last tokens: on one side only, or there on both and treated differently."""
-    if differ := ids_differ(state):
-        ids = {key: [side.rows[key]["token_ids"].tolist() for side in (state.q, state.p)] for key in differ}
-        ends = [key for key, (a, b) in ids.items() if a[: len(b)] == b or b[: len(a)] == a]
+@cause("the last token: it is there on one side only, or is treated differently", "the last tokens left out")
+def end_token(case: Case, state: State) -> list[Candidate]:
+    if differ := state.ids_differ():
+        q, p = ({key: side.rows[key].token_ids_T.tolist() for key in differ} for side in (state.q, state.p))
+        ends = [key for key in differ if q[key][: len(p[key])] == p[key] or p[key][: len(q[key])] == q[key]]
         if not ends:
             raise NotTried("the sides differ in more than their last tokens")
         detail = f"the last token: {len(ends)} of {len(state.q.rows)} responses have it on one side only"
-        return [Candidate("the tokens both sides hold", replace(state, same_ids_only=True), detail)]
-    ended = frozenset(key for key, reason in ladder.finish_reasons.items() if reason in ("eos", "stop"))
+        return [_same_ids(state, detail)]
+    by_itself = (FinishReason.eos, FinishReason.stop)
+    ended = frozenset(key for key, rollout in case.rollouts.items() if rollout.finish_reason in by_itself)
     if not ended:
         raise NotTried("both sides hold the same ids, and no response is known to have ended by itself")
     detail = f"the last token: the gap sits in the end of the {len(ended)} responses that ended by themselves"
-    return [Candidate("their last tokens left out", replace(state, without_last=ended), detail, least=MOST)]
+    return [Candidate(replace(state, without_last=ended), "their last tokens left out", detail, least=MOST)]
 
 
-def retokenised(ladder: Ladder, state: State) -> list[Candidate] | Row:
-    """Whether the target holds the text's ids; where it holds the sampled ones, how many responses a trainer would change."""
-    folder = ladder.this.folder
-    records = [folder.completions.record(), folder.scores(ladder.name).record()]
-    engines = [engine for engine in (state.behaviour, state.target) if engine is not None]
-    tokenizer = texts_tokenizer(records, ladder.this.config.compare.tokenizer, engines)
-    differ, total = ids_differ(state), len(state.q.rows)
-    unfit = frozenset(key for key, row in state.q.rows.items() if len(row["logprobs"]) != len(row["token_ids"]))
-    if unfit:
-        detail = f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, which are not the sampled ones then"
+def _same_ids(state: State, detail: str) -> Candidate:
+    return Candidate(replace(state, same_ids_only=True), "the tokens both sides hold", detail)
+
+
+@cause("re-tokenised text: the target scored other ids than were sampled", "the text tokenised again")
+def retokenised(case: Case, state: State) -> list[Candidate] | Row:
+    """Whether the target holds the text's ids; else how many responses tokenising the text again would change."""
+    q, total, before = state.q.rows, len(state.q.rows), state.gap()
+    if unfit := frozenset(key for key, row in q.items() if len(row.logprobs_T) != len(row.token_ids_T)):
+        detail = (
+            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, so the ids are not "
+            "the sampled ones"
+        )
         if len(unfit) == total:
-            said = f"the main cause: {detail}"
-            return Row(
-                rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=state.gap(), share=1.0, verdict=said
-            )
-        return [Candidate("the responses whose logprobs fit their ids", replace(state, without=unfit), detail)]
+            return Row(rung=Rung.retokenised, before=before, share=1.0, verdict=f"the main cause: {detail}")
+        return [Candidate(replace(state, without=unfit), "the responses whose logprobs fit their ids", detail)]
+    folder, engines = case.this.folder, [engine for engine in (state.behaviour, state.target) if engine is not None]
+    records = [folder.completions.record(), folder.scores(case.name).record()]
+    tokenizer = texts_tokenizer(records, case.this.config.compare.tokenizer, engines)
+    differ = state.ids_differ()
+    if tokenizer is None and differ:
+        return [_same_ids(state, f"other ids in {len(differ)} responses")]
     if tokenizer is None:
-        if differ:
-            return [
-                Candidate(
-                    "the tokens both sides hold",
-                    replace(state, same_ids_only=True),
-                    f"other ids in {len(differ)} responses",
-                )
-            ]
         raise NotTried("both sides hold the same ids, and no tokenizer is known: set compare.tokenizer")
-    again = {key: encode_again(tokenizer, row["token_ids"].tolist()) for key, row in state.q.rows.items()}
+    again = {key: encode_again(tokenizer, row.token_ids_T.tolist()) for key, row in q.items()}
     if differ:
-        theirs = {key: state.p.rows[key]["token_ids"].tolist() for key in differ}
         special = set(tokenizer.all_special_ids)
-        exact = sum(_without(theirs[key], special) == _without(again[key], special) for key in differ)
-        detail = f"re-tokenised text: the target holds other ids in {len(differ)} of {total} responses, and {exact} of them are the text's"
+        theirs = {key: _without(state.p.rows[key].token_ids_T.tolist(), special) for key in differ}
+        exact = sum(theirs[key] == _without(again[key], special) for key in differ)
+        held = f"{len(differ)} of {total} responses"
+        detail = f"re-tokenised text: the target holds other ids in {held}, and {exact} of them are the text's"
         if not exact:
-            detail = f"other ids: the target holds them in {len(differ)} of {total} responses, and they are not the text tokenised again"
-        return [Candidate("the tokens both sides hold", replace(state, same_ids_only=True), detail)]
-    changed = sum(again[key] != row["token_ids"].tolist() for key, row in state.q.rows.items())
-    said = f"not the cause: both sides hold the same ids; tokenising the text again would change {changed} of {total} responses"
-    before = state.gap()
-    return Row(
-        rung=Rung.retokenised, changed=CHANGES[Rung.retokenised], before=before, after=before, share=0.0, verdict=said
-    )
+            detail = f"other ids: the target holds them in {held}, and they are not the text tokenised again"
+        return [_same_ids(state, detail)]
+    changed = sum(again[key] != row.token_ids_T.tolist() for key, row in q.items())
+    said = f"both sides hold the same ids; tokenising the text again would change {changed} of {total} responses"
+    return Row(rung=Rung.retokenised, before=before, after=before, share=0.0, verdict=f"not the cause: {said}")
 
 
-def encode_again(tokenizer: object, ids: Sequence[int]) -> list[int]:
+def encode_again(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     """Ids of the text of ids: what a trainer has that keeps text."""
-    text = tokenizer.decode(list(ids), skip_special_tokens=False)  # type: ignore[attr-defined]
-    return list(tokenizer.encode(text, add_special_tokens=False))  # type: ignore[attr-defined]
+    return list(tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False), add_special_tokens=False))
 
 
-def _without(ids: Sequence[int], special: set[int]) -> list[int]:
+def _without(ids: Iterable[int], special: set[int]) -> list[int]:
     return [i for i in ids if i not in special]
 
 
-def transform(ladder: Ladder, state: State) -> list[Candidate]:
-    """The behaviour's logprobs taken for those of another kind."""
-    sampler = ladder.sampler
+@cause("the sampling transform: logprobs of one kind are taken for another", "other kinds of logprobs")
+def transform(case: Case, state: State) -> list[Candidate]:
+    sampler = case.sampler
     if not sampler.truncates and sampler.temperature in (0, 1):
         raise NotTried(f"at temperature {sampler.temperature:g} with nothing cut off all kinds of logprobs are one")
-    p = (
-        state.p
-        if all(row["processed_logprobs"] is not None for row in state.p.rows.values())
-        else ladder.rescore(state.target)
-    )
+    known = all(row.processed_logprobs_T is not None for row in state.p.rows.values())
+    p = state.p if known else case.rescore(state.target)
     candidates = []
     for kind in LogprobKind:
         if kind is not state.kind:
-            detail = f"the sampling transform: logprobs declared {state.kind.value} are {kind.value} ones ({describe(ladder)})"
-            candidates.append(Candidate(f"the target's {kind.value} logprobs", replace(state, kind=kind, p=p), detail))
+            declared = f"logprobs declared {state.kind.value} are {kind.value} ones ({_describe(sampler)})"
+            changed, detail = f"the target's {kind.value} logprobs", f"the sampling transform: {declared}"
+            candidates.append(Candidate(replace(state, kind=kind, p=p), changed, detail))
     return candidates
 
 
-def describe(ladder: Ladder) -> str:
+def _describe(sampler: Sampling) -> str:
     """The sampler's transform in words."""
-    names = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return ", ".join(
-        f"{n} {getattr(ladder.sampler, n):g}" for n, none in names.items() if getattr(ladder.sampler, n) != none
-    )
+    nothing, names = Sampling(), ("temperature", "top_p", "top_k", "min_p")
+    return ", ".join(f"{n} {getattr(sampler, n):g}" for n in names if getattr(sampler, n) != getattr(nothing, n))
 
 
-def decode(ladder: Ladder, state: State) -> list[Candidate]:
-    """The behaviour's own prefill in place of what it reported while it sampled."""
-    own = ladder.own if ladder.own is not None else ladder.rescore(state.behaviour)
-    return [Candidate(CHANGES[Rung.decode], replace(state, q=own))]
+@cause(
+    "decoding: the engine reports other logprobs while it samples than when it scores, by its kernels, its cache, or a "
+    "transform that it does not declare",
+    "the behaviour's own prefill in place of what it reported while sampling",
+)
+def decode(case: Case, state: State) -> list[Candidate]:
+    return [Candidate(replace(state, q=case.own or case.rescore(state.behaviour)))]
 
 
-def lm_head(ladder: Ladder, state: State) -> list[Candidate]:
-    return _precision(ladder, state, "an LM head in float32", lambda engine: engine.with_float32_head())
+@cause("the precision of the LM head", "LM head in float32")
+def lm_head(case: Case, state: State) -> list[Candidate]:
+    return _each_and_both(case, state, "an LM head in float32", _low(case), lambda engine: engine.with_float32_head())
 
 
-def dtype(ladder: Ladder, state: State) -> list[Candidate]:
-    return _precision(ladder, state, "float32", lambda engine: engine.with_dtype("float32"))
+@cause("the precision of weights and arithmetic", "float32")
+def dtype(case: Case, state: State) -> list[Candidate]:
+    return _each_and_both(case, state, "float32", _low(case), lambda engine: engine.with_dtype("float32"))
 
 
-def _precision(
-    ladder: Ladder, state: State, what: str, change: Callable[[EngineConfig], EngineConfig | None]
-) -> list[Candidate]:
-    low = {who for who, name in ladder.dtypes.items() if name != "float32"}
+def _low(case: Case) -> set[str]:
+    """The sides in lower precision."""
+    low = {who for who, name in case.dtypes.items() if name != "float32"}
     if not low:
         raise NotTried("both sides are in float32")
-    return _each_and_both(ladder, state, what, low, change)
+    return low
 
 
-def tensor_parallel(ladder: Ladder, state: State) -> list[Candidate]:
-    split = {
-        who for who in ("behaviour", "target") if (engine := getattr(state, who)) is not None and engine.num_devices > 1
-    }
+@cause("the split over several devices", "one device")
+def tensor_parallel(case: Case, state: State) -> list[Candidate]:
+    sides = {"behaviour": state.behaviour, "target": state.target}
+    split = {who for who, engine in sides.items() if engine is not None and engine.num_devices > 1}
     if not split:
         raise NotTried("no side is split over devices")
-    return _each_and_both(ladder, state, "one device", split, lambda engine: engine.on_one_device())
+    return _each_and_both(case, state, "one device", split, lambda engine: engine.on_one_device())
 
 
 def _each_and_both(
-    ladder: Ladder, state: State, what: str, sides: set[str], change: Callable[[EngineConfig], EngineConfig | None]
+    case: Case, state: State, what: str, sides: set[str], change: Callable[[EngineConfig], EngineConfig | None]
 ) -> list[Candidate]:
     """The change on the target, on the behaviour, and on both, as far as `sides` need it and their engines can."""
-    changed = {who: change(engine) for who in sides if (engine := getattr(state, who)) is not None}
-    engines = {who: engine for who, engine in changed.items() if engine is not None}
-    if not engines:
+    q = change(state.behaviour) if "behaviour" in sides and state.behaviour is not None else None
+    p = change(state.target) if "target" in sides and state.target is not None else None
+    candidates = []
+    if p is not None:
+        candidates.append(Candidate(replace(state, p=case.rescore(p), target=p), f"{what} in the target"))
+    if q is not None:
+        candidates.append(Candidate(replace(state, q=case.rescore(q), behaviour=q), f"{what} in the behaviour"))
+    if len(candidates) == 2:
+        both = replace(candidates[0].state, q=candidates[1].state.q, behaviour=q)
+        candidates.append(Candidate(both, f"{what} on both sides"))
+    if not candidates:
         raise NotTried("the engine is not recorded or cannot do that")
-    states, candidates = {}, []
-    if "target" in engines:
-        states["target"] = replace(state, p=ladder.rescore(engines["target"]), target=engines["target"])
-    if "behaviour" in engines:
-        states["behaviour"] = replace(state, q=ladder.rescore(engines["behaviour"]), behaviour=engines["behaviour"])
-    if len(states) == 2:
-        states["both"] = replace(states["target"], q=states["behaviour"].q, behaviour=engines["behaviour"])
-    for who, changed_state in states.items():
-        words = {
-            "target": f"{what} in the target",
-            "behaviour": f"{what} in the behaviour",
-            "both": f"{what} on both sides",
-        }
-        candidates.append(Candidate(words[who], changed_state))
     return candidates
 
 
-def engine(ladder: Ladder, state: State) -> list[Candidate]:
-    """The target's weights and type in the behaviour's engine, with its options."""
+@cause("the engine: it computes something else from the same weights", "the target's weights in the behaviour's engine")
+def engine(case: Case, state: State) -> list[Candidate]:
+    """The target's weights and type in the behaviour's engine, with the behaviour's options."""
     if state.behaviour is None or state.target is None:
         raise NotTried("an engine is not recorded")
     dtype = None if state.target.weights_dtype == "auto" else state.target.weights_dtype
-    here = replace(
-        state.behaviour.with_model_of(state.target).with_dtype(dtype), logprob_kind=state.target.logprob_kind
-    )
+    here = state.behaviour.with_model_of(state.target).with_dtype(dtype)
+    here = replace(here, logprob_kind=state.target.logprob_kind)
     options = differences(state.target.what_it_computes(), here.what_it_computes())
     if not options:
         raise NotTried(f"both sides are {here.name} with the same options")
     ours, theirs = here.name, state.target.name
-    cause = f"{theirs} and {ours} differ" if ours != theirs else f"the options of {ours} differ ({'; '.join(options)})"
-    words = f"the target's weights in {ours}" if ours != theirs else f"the behaviour's options of {ours}"
-    return [Candidate(words, replace(state, p=ladder.rescore(here), target=here), f"the engine: {cause}")]
+    words, detail = f"the target's weights in {ours}", f"{theirs} and {ours} differ"
+    if ours == theirs:
+        words, detail = f"the behaviour's options of {ours}", f"the options of {ours} differ ({'; '.join(options)})"
+    return [Candidate(replace(state, p=case.rescore(here), target=here), words, f"the engine: {detail}")]
 
 
-def weights(ladder: Ladder, state: State) -> list[Candidate]:
-    """The behaviour's weights in the target's engine."""
+@cause(OTHER_WEIGHTS, "the behaviour's weights in the target's engine")
+def weights(case: Case, state: State) -> list[Candidate]:
     if state.behaviour is None or state.target is None:
         raise NotTried("which weights sampled is not recorded")
     here = state.target.with_model_of(state.behaviour)
     if here.what_it_computes() == state.target.what_it_computes():
         raise NotTried(f"both sides name the same weights, {here.model_name}")
-    detail = CAUSES[Rung.weights]
-    ours, theirs = state.behaviour, state.target
+    detail, ours, theirs = OTHER_WEIGHTS, state.behaviour, state.target
     names = different_tensors((ours.model_name, ours.revision), (theirs.model_name, theirs.revision))
     if names:
-        detail += (
-            f" (they differ in {', '.join(names[:3])}{f' and {len(names) - 3} more tensors' if len(names) > 3 else ''})"
-        )
-    return [Candidate(CHANGES[Rung.weights], replace(state, p=ladder.rescore(here), target=here), detail)]
-
-
-LADDER: dict[Rung, Callable[[Ladder, State], list[Candidate] | Row]] = {
-    Rung.noise: noise,
-    Rung.end_token: end_token,
-    Rung.retokenised: retokenised,
-    Rung.transform: transform,
-    Rung.decode: decode,
-    Rung.lm_head: lm_head,
-    Rung.dtype: dtype,
-    Rung.tensor_parallel: tensor_parallel,
-    Rung.engine: engine,
-    Rung.weights: weights,
-}
+        more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+        detail += f" (they differ in {', '.join(names[:3])}{more})"
+    return [Candidate(replace(state, p=case.rescore(here), target=here), detail=detail)]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from rl_onoff.compare.aggregate import Aggregator, compare
-from rl_onoff.compare.bootstrap import CONFIDENCE, Estimate
-from rl_onoff.compare.pair import Pair, Side, check_pair
-from rl_onoff.compare.verdict import ON_POLICY_K3, Comparison, PositionBucket, Summary, verdict
+from rl_onoff.compare.bootstrap import Estimate
+from rl_onoff.compare.distributions import DISTRIBUTION_METRICS
+from rl_onoff.compare.metrics import TOKEN_METRICS, Metric
+from rl_onoff.compare.pair import Pair, as_kind
+from rl_onoff.compare.verdict import ON_POLICY_K3, Comparison, judge, verdict, word_of
 
 __all__ = [
-    "CONFIDENCE",
-    "ON_POLICY_K3",
-    "Aggregator",
-    "Comparison",
-    "Estimate",
-    "Pair",
-    "PositionBucket",
-    "Side",
-    "Summary",
-    "check_pair",
-    "compare",
-    "verdict",
-]
+    "HEADLINES", "METRICS", "ON_POLICY_K3", "Aggregator", "Comparison", "Estimate", "Metric", "Pair", "as_kind",
+    "compare", "headlines", "judge", "verdict", "word_of",
+]  # fmt: skip
+
+METRICS: dict[str, Metric] = TOKEN_METRICS | DISTRIBUTION_METRICS
+
+
+def headlines(least: int = 1) -> list[str]:
+    """Names of the metrics whose `headline` is this or more, in the order of METRICS."""
+    return [name for name, metric in METRICS.items() if metric.headline >= least]
+
+
+HEADLINES = headlines()

@@ -1,8 +1,8 @@
 """Sums per response, and what they say of the metrics' uncertainty.
 
-Shapes: R rows (a response, or the part of one that lies in a position bucket), F terms, B resamples.
-A metric is a function of means, a mean is a ratio of sums, and a sum over responses drawn again with replacement is a weighted
-sum of the rows. So a resample costs one row of a matrix product, and no token is looked at twice.
+Shapes: R rows (a response, or the part of one that lies in a position bucket), F terms, B resamples. A metric is a
+function of means, a mean is a ratio of sums, and a sum over responses drawn again with replacement is a weighted sum of
+the rows. So a resample costs one row of a matrix product, and no token is looked at twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = 1 << 22  # resampling weights made at a time: 32 MB
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A metric and its 95 % bootstrap interval over responses; no interval where a metric is not made of sums, or R < 2."""
+    """A metric and its 95 % bootstrap interval over responses; none where a metric is not made of sums, or R < 2."""
 
     value: float
     lo: float | None = None
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Σ of every term over each row's tokens, and how many tokens of the row had it (0 where that response has no top-k, say)."""
+    """Σ of every term over each row's tokens, and how many tokens had the term (0 in a response without top-k, say)."""
 
     names: tuple[str, ...]
     sums_RF: np.ndarray
@@ -80,7 +80,7 @@ class SumTable:
         self._batches: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
 
     def append(self, sums: Mapping[str, np.ndarray], counts: Mapping[str, np.ndarray]) -> None:
-        """`sums[name]` (R,) over the tokens of a row, `counts[name]` (R,) the number of them; terms share count arrays."""
+        """`sums[name]` (R,) over the tokens of a row, `counts[name]` (R,) how many; terms share count arrays."""
         self._batches.append((dict(sums), dict(counts)))
 
     def finish(self) -> Sums:
@@ -106,12 +106,9 @@ class SumTable:
 
 def _weights(num_resamples: int, num_rows: int, rng: np.random.Generator) -> np.ndarray:
     """(B, R): how often a resample drew each row."""
-    drawn_BR = rng.integers(num_rows, size=(num_resamples, num_rows)) + np.arange(num_resamples)[:, None] * num_rows
-    return (
-        np.bincount(drawn_BR.ravel(), minlength=num_resamples * num_rows)
-        .reshape(num_resamples, num_rows)
-        .astype(np.float64)
-    )
+    shape = (num_resamples, num_rows)
+    drawn_BR = rng.integers(num_rows, size=shape) + np.arange(num_resamples)[:, None] * num_rows
+    return np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
 
 
 def _interval(value: float, draws_B: np.ndarray) -> Estimate:

@@ -1,19 +1,99 @@
-"""Metrics of two whole distributions at every position: exact from logits, or a lower bound from two lists of top tokens.
+"""Metrics of two whole distributions at every position: exact from logits, or a lower bound from lists of top tokens.
 
-Shapes: T positions, V vocabulary, K top tokens of one side (the sides may differ), A columns of a support.
-Each function returns terms, (T,) each, whose mean over positions is the metric of that name; see metrics.py.
+Shapes: N tokens of some responses one after the other, T positions, V vocabulary, K top tokens of one side (the sides
+may differ), A columns of a support. Each function returns terms, one a position, whose mean is the metric of that name;
+see metrics.py. All distributions are raw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from rl_onoff.compare.metrics import CLAMP
+from rl_onoff.compare.metrics import CLAMP, Metric, family
+from rl_onoff.compare.pair import Pair, join
 from rl_onoff.errors import UsageError
+from rl_onoff.types import LogprobKind
+
+DISTRIBUTION_METRICS: dict[str, Metric] = family(
+    "Whole distributions",
+    kl_forward_topk=Metric("KL(q‖p) on the shared top tokens and the rest; a lower bound", "nats", "lower",
+                           "exact KL on top tokens (nats)", 2),
+    kl_reverse_topk=Metric("KL(p‖q) on the shared top tokens and the rest; a lower bound", "nats", "lower"),
+    js_topk=Metric("Jensen–Shannon divergence on the shared top tokens and the rest; a lower bound", "nats", "lower"),
+    tv_topk=Metric("total variation on the shared top tokens and the rest; a lower bound", "probability", "lower"),
+    kl_forward=Metric("KL(q‖p) over the whole vocabulary", "nats", "lower", "exact KL (nats)", 1),
+    kl_reverse=Metric("KL(p‖q) over the whole vocabulary", "nats", "lower"),
+    js=Metric("Jensen–Shannon divergence; at most ln 2", "nats", "lower"),
+    tv=Metric("total variation, ½ Σ|p − q|", "probability", "lower"),
+    mass_outside_behaviour=Metric("probability that the behaviour gives the rest", "probability", "lower"),
+    mass_outside_target=Metric("probability that the target gives the rest", "probability", "lower"),
+    entropy_behaviour=Metric("entropy of the behaviour's distribution", "nats", "none"),
+    entropy_target=Metric("entropy of the target's distribution", "nats", "none"),
+    entropy_diff=Metric("entropy of the target less that of the behaviour", "nats", "zero"),
+    entropy_behaviour_topk=Metric("entropy of the behaviour on the same outcomes; a lower bound", "nats", "none"),
+    entropy_target_topk=Metric("entropy of the target on the same outcomes; a lower bound", "nats", "none"),
+    argmax_agreement=Metric("share of positions where both find the same token most likely", "fraction", "higher",
+                            "same likeliest token", 2),
+    topk_jaccard=Metric("common ids over all ids of the two lists of the k most likely tokens (k as stored; 20 from logits)",
+                        "fraction", "higher"),
+    rank_behaviour=Metric("rank of the sampled token under the behaviour, 1 = most likely", "rank", "none"),
+    rank_target=Metric("rank of the sampled token under the target, 1 = most likely", "rank", "none"),
+    nucleus_mass=Metric("probability that the behaviour's sampler keeps (top-k, top-p, min-p)", "probability", "one"),
+    nucleus_mass_target=Metric("probability that the sampler keeps of the target's distribution", "probability", "one"),
+    impossible_fraction=Metric("share of the sampled tokens that the target's sampler could not have drawn", "fraction",
+                               "lower", "tokens impossible for target", 1),
+)  # fmt: skip
 
 CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
+
+
+def reduce_logits(pair: Pair) -> tuple[Pair, dict[str, np.ndarray]]:
+    """The exact terms of a pair with both sides' logits, and the pair without logits, too large to wait in a batch."""
+    q, p = pair.behaviour, pair.target
+    exact: dict[str, np.ndarray] = {}
+    if q.logits_TV is not None and p.logits_TV is not None:
+        exact = distribution_terms(q.logits_TV, p.logits_TV, p.token_ids_T)
+    return replace(pair, behaviour=replace(q, logits_TV=None), target=replace(p, logits_TV=None)), exact
+
+
+def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarray]:
+    """The terms of what else a side knows of the tokens of pairs of one form; no top-k bounds where the exact is known."""
+    q, p = pairs[0].behaviour, pairs[0].target
+    terms: dict[str, np.ndarray] = {}
+    for term, who, array in (
+        ("entropy_behaviour", "behaviour", "entropy_T"),
+        ("entropy_target", "target", "entropy_T"),
+        ("rank_behaviour", "behaviour", "rank_T"),
+        ("rank_target", "target", "rank_T"),
+        ("nucleus_mass", "behaviour", "nucleus_mass_T"),
+        ("nucleus_mass_target", "target", "nucleus_mass_T"),
+    ):
+        if getattr(getattr(pairs[0], who), array) is not None:
+            terms[term] = join(pairs, who, array).astype(np.float64)
+    if "entropy_behaviour" in terms and "entropy_target" in terms:
+        terms["entropy_diff"] = terms["entropy_target"] - terms["entropy_behaviour"]
+    if p.processed_logprobs_T is not None or p.kind is LogprobKind.processed:
+        source = "logprobs_T" if p.processed_logprobs_T is None else "processed_logprobs_T"
+        terms["impossible_fraction"] = np.isneginf(join(pairs, "target", source)).astype(np.float64)
+        terms["_tokens_impossible_sampler"] = terms["impossible_fraction"]
+    if q.top_ids_TK is not None and p.top_ids_TK is not None and not is_exact:
+        lists = [
+            join(pairs, who, name) for who in ("behaviour", "target") for name in ("top_ids_TK", "top_logprobs_TK")
+        ]
+        if q.kind is p.kind is LogprobKind.raw:  # else the sampled tokens' logprobs are of another distribution
+            lists += [
+                join(pairs, "target", "token_ids_T"),
+                *(join(pairs, who, "logprobs_T") for who in ("behaviour", "target")),
+            ]
+        bounds = topk_terms(*lists)
+        for who, side in (("behaviour", q), ("target", p)):
+            if side.entropy_T is not None:
+                del bounds[f"entropy_{who}_topk"]  # the exact one is known
+        terms |= bounds
+    return terms
 
 
 def distribution_terms(
@@ -37,23 +117,13 @@ def distribution_terms(
     return terms
 
 
-def topk_terms(
-    behaviour_ids_TK: np.ndarray,
-    behaviour_logprobs_TK: np.ndarray,
-    target_ids_TK: np.ndarray,
-    target_logprobs_TK: np.ndarray,
-    token_ids_T: np.ndarray | None = None,
-    behaviour_logprobs_T: np.ndarray | None = None,
-    target_logprobs_T: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
+def topk_terms(*arrays: np.ndarray) -> dict[str, np.ndarray]:
     """The same on a coarser set of outcomes: the ids in both lists, the sampled token, and one bucket for all the rest.
 
     An id that only one side stored has an unknown probability on the other, so it belongs to the rest. Merging outcomes
-    never raises a divergence (data-processing inequality), so each is a lower bound of the exact one. Negative ids are padding.
+    never raises a divergence (data-processing inequality), so each is a lower bound of the exact one. Negative ids are
+    padding.
     """
-    arrays = [behaviour_ids_TK, behaviour_logprobs_TK, target_ids_TK, target_logprobs_TK]
-    if token_ids_T is not None:
-        arrays += [token_ids_T, behaviour_logprobs_T, target_logprobs_T]
     return _by_rows(_topk_terms, *arrays)
 
 
@@ -67,9 +137,9 @@ def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
 def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.ndarray]:
     """KL both ways, Jensen–Shannon and total variation of q and p on the same outcomes.
 
-    KL(q‖p) is summed as q log(q/p) − q + p: the same number for distributions, and no term of it may be negative, so neither
-    rounding nor probabilities that sum to 0.9999999 make it so. Where one side gives 0 and the other does not, the infinite
-    log-ratio counts as ±20, and the position is counted.
+    KL(q‖p) is summed as q log(q/p) − q + p: the same number for distributions, and no term of it may be negative, so
+    neither rounding nor probabilities that sum to 0.9999999 make it so. Where one side gives 0 and the other does not,
+    the infinite log-ratio counts as ±20, and the position is counted.
     """
     q_TA, p_TA = np.exp(logq_TA), np.exp(logp_TA)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -129,10 +199,8 @@ def _topk_terms(
     logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
     either_T = (behaviour_ids_TK[:, :k] >= 0).sum(axis=1) + (target_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
-    likeliest_q_T, likeliest_p_T = (
-        _likeliest(behaviour_ids_TK, behaviour_logprobs_TK),
-        _likeliest(target_ids_TK, target_logprobs_TK),
-    )
+    likeliest_q_T = _likeliest(behaviour_ids_TK, behaviour_logprobs_TK)
+    likeliest_p_T = _likeliest(target_ids_TK, target_logprobs_TK)
     divergences = divergence_terms(logq_TA, logp_TA)
     return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
         "entropy_behaviour_topk": entropy(logq_TA),

@@ -3,18 +3,19 @@
 Shapes: N tokens of all responses one after the other, S responses (sequences), `lengths_S` cuts N into responses.
 `behaviour` (q) is the distribution that drew the tokens, `target` (p) the one they are scored under, l = log p − log q.
 
-Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's own name;
-terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an effective sample
-size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it, and every bootstrap resample.
+Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's
+own name; terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an
+effective sample size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it,
+and every bootstrap resample.
 
-Two rules for extreme numbers, both counted and reported beside the figures:
-exponents are clamped to ±20 before exp, as verl does; an infinite log-ratio (one side says the token is impossible) counts as ±20.
+Two rules for extreme numbers, both counted and reported beside the figures: exponents are clamped to ±20 before exp, as
+verl does; an infinite log-ratio (one side says the token is impossible) counts as ±20.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,9 +31,7 @@ class Thresholds:
     eps_high: float = 0.2  # … and over 1 + eps_high
     token_cap: float = 2.0  # token-level truncated importance sampling caps ratios here
     sequence_cap: float = 2.0  # the same for a response's ratio; a sequence mask drops what is outside [1/cap, cap]
-    geometric_cap: float = (
-        1.001  # geometric-mean rejection drops responses outside [1/cap, cap] (verl: 1.0002 to 1.001)
-    )
+    geometric_cap: float = 1.001  # geometric-mean rejection drops those outside [1/cap, cap] (verl: 1.0002 to 1.001)
     ess_cap: float = 2.0  # the clamped ESS limits weights to [1/cap, cap], as verl does
 
 
@@ -41,140 +40,90 @@ DEFAULT_THRESHOLDS = Thresholds()
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a metric says, for the report and the docs. `better` is lower, higher, zero, one, or none (it only describes)."""
+    """What a metric says: all that a page, a table or W&B is told of it stands here, beside its formula."""
 
     description: str
     unit: str
-    better: str
-    bar: float | None = None  # the value the field accepts, where it has agreed on one
-
-
-METRICS: dict[str, Metric] = {
-    "kl": Metric("k1 estimate of KL(q‖p): mean of log q − log p; may be negative", "nats", "zero"),
-    "kl_k2": Metric("k2 estimate of KL(q‖p): mean of ½ l²", "nats", "lower"),
-    "kl_k3": Metric(
-        "k3 estimate of KL(q‖p): mean of rho − 1 − l; prime-rl's mismatch KL", "nats", "lower", PRIME_RL_BAR
-    ),
-    "logprob_diff_mean": Metric("mean of |l|, the gap between the two logprobs of a token", "nats", "lower"),
-    "logprob_diff_max": Metric("largest |l| of any token", "nats", "lower"),
-    "logprob_diff_p50": Metric("median of |l|", "nats", "lower"),
-    "logprob_diff_p95": Metric("95th percentile of |l|", "nats", "lower"),
-    "logprob_diff_p99": Metric("99th percentile of |l|", "nats", "lower"),
-    "prob_diff_mean": Metric("mean of |p(y) − q(y)|", "probability", "lower"),
-    "prob_diff_max": Metric("largest |p(y) − q(y)| of any token", "probability", "lower"),
-    "prob_diff_std": Metric("standard deviation of |p(y) − q(y)|", "probability", "lower"),
-    "prob_pearson": Metric("Pearson correlation of p(y) and q(y); none where either is constant", "correlation", "one"),
-    "mult_prob_error": Metric("mean of exp|l|, NeMo-RL's multiplicative probability error", "ratio", "one"),
-    "ppl_behaviour": Metric("perplexity of a response under the behaviour, mean over responses", "perplexity", "none"),
-    "ppl_target": Metric("perplexity of a response under the target, mean over responses", "perplexity", "none"),
-    "log_ppl_diff_mean": Metric(
-        "log perplexity under the target less that under the behaviour, mean over responses", "nats", "zero"
-    ),
-    "log_ppl_diff_abs": Metric("mean over responses of |log perplexity difference|", "nats", "lower"),
-    "log_ppl_diff_min": Metric("smallest log perplexity difference of a response", "nats", "zero"),
-    "log_ppl_diff_max": Metric("largest log perplexity difference of a response", "nats", "zero"),
-    "ppl_ratio": Metric(
-        "perplexity under the target over that under the behaviour, mean over responses", "ratio", "one"
-    ),
-    "chi2_token": Metric("mean of rho² − 1: χ² divergence by token", "", "lower"),
-    "chi2_seq": Metric("mean of (exp Σl)² − 1: χ² divergence by response", "", "lower"),
-    "is_ratio_mean_token": Metric("mean importance ratio rho of a token", "ratio", "one"),
-    "is_ratio_std_token": Metric("standard deviation of rho", "ratio", "lower"),
-    "is_ratio_min_token": Metric("smallest rho", "ratio", "one"),
-    "is_ratio_max_token": Metric("largest rho", "ratio", "one"),
-    "is_ratio_mean_seq": Metric("mean importance ratio exp Σl of a response", "ratio", "one"),
-    "is_ratio_std_seq": Metric("standard deviation of the responses' ratios", "ratio", "lower"),
-    "is_ratio_min_seq": Metric("smallest ratio of a response", "ratio", "one"),
-    "is_ratio_max_seq": Metric("largest ratio of a response", "ratio", "one"),
-    "ess_token": Metric("effective share of the tokens, (Σw)² / (N Σw²) with w = rho", "fraction", "higher"),
-    "ess_seq": Metric("effective share of the responses, w = exp Σl", "fraction", "higher"),
-    "ess_token_clamped": Metric(
-        "ess_token with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"
-    ),
-    "ess_seq_clamped": Metric(
-        "ess_seq with weights limited to [1/τ, τ] as verl reports it; overstates", "fraction", "higher"
-    ),
-    "fraction_outside": Metric("share of tokens with rho outside PPO's clip range", "fraction", "lower"),
-    "masked_fraction_token_tis": Metric("share of tokens that token-level truncated IS would cap", "fraction", "lower"),
-    "masked_fraction_sequence_tis": Metric(
-        "share of responses that sequence-level truncated IS would cap", "fraction", "lower"
-    ),
-    "masked_fraction_sequence_mask": Metric("share of responses that a sequence mask would drop", "fraction", "lower"),
-    "masked_fraction_geometric": Metric(
-        "share of responses that geometric-mean rejection would drop", "fraction", "lower"
-    ),
-    "cumulative_l": Metric("mean over responses of Σ l up to a position: drift with length", "nats", "zero"),
-    "kl_forward": Metric("KL(q‖p) over the whole vocabulary", "nats", "lower"),
-    "kl_reverse": Metric("KL(p‖q) over the whole vocabulary", "nats", "lower"),
-    "js": Metric("Jensen–Shannon divergence; at most ln 2", "nats", "lower"),
-    "tv": Metric("total variation, ½ Σ|p − q|", "probability", "lower"),
-    "kl_forward_topk": Metric(
-        "KL(q‖p) on the shared top tokens and one bucket for the rest; a lower bound", "nats", "lower"
-    ),
-    "kl_reverse_topk": Metric(
-        "KL(p‖q) on the shared top tokens and one bucket for the rest; a lower bound", "nats", "lower"
-    ),
-    "js_topk": Metric(
-        "Jensen–Shannon divergence on the shared top tokens and the rest; a lower bound", "nats", "lower"
-    ),
-    "tv_topk": Metric("total variation on the shared top tokens and the rest; a lower bound", "probability", "lower"),
-    "mass_outside_behaviour": Metric(
-        "probability that the behaviour gives the bucket for the rest", "probability", "lower"
-    ),
-    "mass_outside_target": Metric("probability that the target gives the bucket for the rest", "probability", "lower"),
-    "entropy_behaviour": Metric("entropy of the behaviour's distribution", "nats", "none"),
-    "entropy_target": Metric("entropy of the target's distribution", "nats", "none"),
-    "entropy_diff": Metric("entropy of the target less that of the behaviour", "nats", "zero"),
-    "entropy_behaviour_topk": Metric(
-        "entropy of the behaviour on the shared top tokens and the rest; a lower bound", "nats", "none"
-    ),
-    "entropy_target_topk": Metric(
-        "entropy of the target on the shared top tokens and the rest; a lower bound", "nats", "none"
-    ),
-    "argmax_agreement": Metric("share of positions where both find the same token most likely", "fraction", "higher"),
-    "topk_jaccard": Metric(
-        "common ids over all ids of the two lists of the k most likely tokens (k as stored; 20 from logits)",
-        "fraction",
-        "higher",
-    ),
-    "rank_behaviour": Metric("rank of the sampled token under the behaviour, 1 = most likely", "rank", "none"),
-    "rank_target": Metric("rank of the sampled token under the target, 1 = most likely", "rank", "none"),
-    "nucleus_mass": Metric(
-        "probability that the behaviour's sampler keeps after top-k, top-p and min-p", "probability", "one"
-    ),
-    "nucleus_mass_target": Metric(
-        "probability that the sampler keeps of the target's distribution", "probability", "one"
-    ),
-    "impossible_fraction": Metric(
-        "share of the sampled tokens that the target's sampler could not have drawn", "fraction", "lower"
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class LogRatios:
-    """Both logprobs with infinities floored, so that no sum of them is infinite or NaN, and where that was done."""
-
-    behaviour_N: np.ndarray
-    target_N: np.ndarray
-    impossible_behaviour_N: np.ndarray  # bool: the behaviour's logprob is −inf
-    impossible_target_N: np.ndarray
-
-    @property
-    def l_N(self) -> np.ndarray:
-        return self.target_N - self.behaviour_N
-
-
-def log_ratios(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> LogRatios:
-    """A logprob of −inf becomes the other side's less 20, so l is ±20; where both are −inf they agree, and l is 0."""
-    behaviour_N, target_N = np.asarray(behaviour_logprobs_N, np.float64), np.asarray(target_logprobs_N, np.float64)
-    no_q_N, no_p_N = np.isneginf(behaviour_N), np.isneginf(target_N)
-    return LogRatios(
-        behaviour_N=np.where(no_q_N, np.where(no_p_N, 0.0, target_N) - CLAMP, behaviour_N),
-        target_N=np.where(no_p_N, np.where(no_q_N, 0.0, behaviour_N) - CLAMP, target_N),
-        impossible_behaviour_N=no_q_N,
-        impossible_target_N=no_p_N,
+    better: str  # lower, higher, zero, one, or none (it only describes)
+    label: str = ""  # in a few words; the name where there is none
+    headline: int = (
+        0  # 0: among all metrics alone; 1: in the summary and on W&B; 2: in a matrix's cells; 3: a table of it
     )
+    bar: float | None = None  # the value the field accepts, where it has agreed on one
+    family: str = ""  # the heading it stands under
+
+
+def family(heading: str, **metrics: Metric) -> dict[str, Metric]:
+    return {name: replace(metric, family=heading) for name, metric in metrics.items()}
+
+
+TOKEN_METRICS: dict[str, Metric] = family(
+    "Divergence of the sampled tokens",
+    kl=Metric("k1 estimate of KL(q‖p): mean of −l; may be negative", "nats", "zero", "KL, k1 estimate (nats)", 1),
+    kl_k2=Metric("k2 estimate of KL(q‖p): mean of ½ l²", "nats", "lower"),
+    kl_k3=Metric("k3 estimate of KL(q‖p): mean of rho − 1 − l; prime-rl's mismatch KL", "nats", "lower",
+                 "KL, k3 estimate (nats)", 3, bar=PRIME_RL_BAR),
+    chi2_token=Metric("mean of rho² − 1: χ² divergence by token", "", "lower"),
+    chi2_seq=Metric("mean of (exp Σl)² − 1: χ² divergence by response", "", "lower"),
+) | family(
+    "Difference of log-probability and probability",
+    logprob_diff_mean=Metric("mean of |l| of a token", "nats", "lower", "mean |log p - log q|", 2),
+    logprob_diff_max=Metric("largest |l| of any token", "nats", "lower", "max |log p - log q|", 3),
+    logprob_diff_p50=Metric("median of |l|", "nats", "lower"),
+    logprob_diff_p95=Metric("95th percentile of |l|", "nats", "lower"),
+    logprob_diff_p99=Metric("99th percentile of |l|", "nats", "lower"),
+    prob_diff_mean=Metric("mean of |p(y) − q(y)|", "probability", "lower"),
+    prob_diff_max=Metric("largest |p(y) − q(y)| of any token", "probability", "lower"),
+    prob_diff_std=Metric("standard deviation of |p(y) − q(y)|", "probability", "lower"),
+    prob_pearson=Metric("Pearson correlation of p(y) and q(y); none where either is constant", "correlation", "one",
+                        "correlation of p and q", 1),
+    mult_prob_error=Metric("mean of exp|l|, NeMo-RL's multiplicative probability error", "ratio", "one"),
+) | family(
+    "Importance weights",
+    is_ratio_mean_token=Metric("mean importance ratio rho of a token", "ratio", "one"),
+    is_ratio_std_token=Metric("standard deviation of rho", "ratio", "lower"),
+    is_ratio_min_token=Metric("smallest rho", "ratio", "one"),
+    is_ratio_max_token=Metric("largest rho", "ratio", "one"),
+    is_ratio_mean_seq=Metric("mean importance ratio exp Σl of a response", "ratio", "one"),
+    is_ratio_std_seq=Metric("standard deviation of the responses' ratios", "ratio", "lower"),
+    is_ratio_min_seq=Metric("smallest ratio of a response", "ratio", "one"),
+    is_ratio_max_seq=Metric("largest ratio of a response", "ratio", "one"),
+    ess_token=Metric("effective share of the tokens, (Σw)² / (N Σw²) with w = rho", "fraction", "higher",
+                     "effective sample, tokens", 3),
+    ess_seq=Metric("effective share of responses, w = exp Σl", "fraction", "higher", "effective sample, sequences", 3),
+    ess_token_clamped=Metric("ess_token with weights in [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
+    ess_seq_clamped=Metric("ess_seq with weights in [1/τ, τ] as verl reports it; overstates", "fraction", "higher"),
+    fraction_outside=Metric("share of tokens with rho outside PPO's clip range", "fraction", "lower"),
+    masked_fraction_token_tis=Metric("share of tokens that token-level truncated IS would cap", "fraction", "lower"),
+    masked_fraction_sequence_tis=Metric("share of responses that sequence truncated IS would cap", "fraction", "lower"),
+    masked_fraction_sequence_mask=Metric("share of responses that a sequence mask would drop", "fraction", "lower"),
+    masked_fraction_geometric=Metric("share of responses that geometric rejection would drop", "fraction", "lower"),
+    cumulative_l=Metric("mean over responses of Σ l up to a position: drift with length", "nats", "zero"),
+) | family(
+    "Perplexity",
+    ppl_behaviour=Metric("perplexity of a response under the behaviour, mean over responses", "perplexity", "none"),
+    ppl_target=Metric("perplexity of a response under the target, mean over responses", "perplexity", "none"),
+    log_ppl_diff_mean=Metric("log perplexity under target less behaviour, mean over responses", "nats", "zero"),
+    log_ppl_diff_abs=Metric("mean over responses of |log perplexity difference|", "nats", "lower"),
+    log_ppl_diff_min=Metric("smallest log perplexity difference of a response", "nats", "zero"),
+    log_ppl_diff_max=Metric("largest log perplexity difference of a response", "nats", "zero"),
+    ppl_ratio=Metric("perplexity under the target over that under the behaviour, mean over responses", "ratio", "one",
+                     "perplexity ratio", 1),
+)  # fmt: skip
+
+
+def finite_logprobs(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both in float64, with −inf as the other side's less 20, so that l is ±20; where both are −inf, l is 0."""
+    q_N, p_N = np.asarray(behaviour_logprobs_N, np.float64), np.asarray(target_logprobs_N, np.float64)
+    no_q_N, no_p_N = np.isneginf(q_N), np.isneginf(p_N)
+    finite_q_N = np.where(no_q_N, np.where(no_p_N, 0.0, p_N) - CLAMP, q_N)
+    return finite_q_N, np.where(no_p_N, np.where(no_q_N, 0.0, q_N) - CLAMP, p_N)
+
+
+def log_ratios(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> np.ndarray:
+    """l of every token, never infinite."""
+    q_N, p_N = finite_logprobs(behaviour_logprobs_N, target_logprobs_N)
+    return p_N - q_N
 
 
 def token_terms(
@@ -182,14 +131,14 @@ def token_terms(
 ) -> dict[str, np.ndarray]:
     """What every token adds to the token-level metrics, (N,) each; their mean over tokens is the metric.
 
-    k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as in verl's rollout_corr, TRL, NeMo-RL and prime-rl.
+    k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as in verl's rollout_corr, TRL, NeMo-RL and
+    prime-rl.
     """
-    ratios = log_ratios(behaviour_logprobs_N, target_logprobs_N)
-    l_N = ratios.l_N
+    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N)
     excess_N = _expm1(l_N)  # rho − 1
-    q_N, p_N = np.exp(np.asarray(behaviour_logprobs_N, np.float64)), np.exp(np.asarray(target_logprobs_N, np.float64))
+    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (behaviour_logprobs_N, target_logprobs_N))
+    no_q_N, no_p_N = np.isneginf(behaviour_logprobs_N), np.isneginf(target_logprobs_N)
     diff_N = np.abs(p_N - q_N)
-    impossible_N = ratios.impossible_behaviour_N != ratios.impossible_target_N
     return {
         "kl": -l_N,
         "kl_k2": 0.5 * l_N**2,
@@ -206,9 +155,9 @@ def token_terms(
         "_qq": q_N * q_N,
         "_pp": p_N * p_N,
         "_pq": p_N * q_N,
-        "_tokens_clamped": _flag(impossible_N | (np.abs(l_N) > CLAMP)),
-        "_tokens_impossible_behaviour": _flag(ratios.impossible_behaviour_N),
-        "_tokens_impossible_target": _flag(ratios.impossible_target_N),
+        "_tokens_clamped": _flag((no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)),
+        "_tokens_impossible_behaviour": _flag(no_q_N),
+        "_tokens_impossible_target": _flag(no_p_N),
     }
 
 
@@ -222,13 +171,13 @@ def sequence_terms(
 
     Perplexities, ratios and rejection rules as in verl's rollout_corr_helper. Every length must be at least 1.
     """
-    ratios = log_ratios(behaviour_logprobs_N, target_logprobs_N)
-    sum_S = segment_sums(ratios.l_N, lengths_S)
+    q_N, p_N = finite_logprobs(behaviour_logprobs_N, target_logprobs_N)
+    sum_S = segment_sums(p_N - q_N, lengths_S)
     diff_S = -sum_S / lengths_S  # log ppl(p) − log ppl(q)
     log_cap, log_geometric_cap = np.log(thresholds.sequence_cap), np.log(thresholds.geometric_cap)
     return {
-        "ppl_behaviour": _exp(-segment_sums(ratios.behaviour_N, lengths_S) / lengths_S),
-        "ppl_target": _exp(-segment_sums(ratios.target_N, lengths_S) / lengths_S),
+        "ppl_behaviour": _exp(-segment_sums(q_N, lengths_S) / lengths_S),
+        "ppl_target": _exp(-segment_sums(p_N, lengths_S) / lengths_S),
         "log_ppl_diff_mean": diff_S,
         "log_ppl_diff_abs": np.abs(diff_S),
         "ppl_ratio": _exp(diff_S),
@@ -249,7 +198,7 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
         if f"_w2_{level}" in m:
             mean, square = metrics[f"is_ratio_mean_{level}"], m[f"_w2_{level}"]
             excess, excess_square = m[f"_excess_{level}"], m[f"_excess2_{level}"]
-            # A variance is E x² − (E x)² about any origin; far from the origin its digits cancel, so take the nearer of 0 and 1.
+            # A variance is E x² − (E x)² about any origin; far from it digits cancel, so take the nearer of 0 and 1.
             variance = np.where(mean < 0.5, square - mean**2, excess_square - excess**2)
             metrics[f"is_ratio_std_{level}"] = np.sqrt(np.maximum(variance, 0))
             metrics[f"chi2_{level}"] = 2 * excess + excess_square
@@ -265,19 +214,17 @@ def order_metrics(
     behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray, lengths_S: np.ndarray
 ) -> dict[str, float]:
     """Percentiles (exact, linearly interpolated) and extremes: what cannot be had from sums."""
-    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N).l_N
+    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
     p50, p95, p99, top = np.percentile(np.abs(l_N), (50, 95, 99, 100))
-    prob_diff_N = np.abs(
-        np.exp(np.asarray(target_logprobs_N, np.float64)) - np.exp(np.asarray(behaviour_logprobs_N, np.float64))
-    )
+    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (behaviour_logprobs_N, target_logprobs_N))
     values = {
         "logprob_diff_max": top,
         "logprob_diff_p50": p50,
         "logprob_diff_p95": p95,
         "logprob_diff_p99": p99,
-        "prob_diff_max": prob_diff_N.max(),
+        "prob_diff_max": np.abs(p_N - q_N).max(),
         "log_ppl_diff_min": diff_S.min(),
         "log_ppl_diff_max": diff_S.max(),
         "is_ratio_min_token": _exp(l_N.min()),
@@ -286,28 +233,6 @@ def order_metrics(
         "is_ratio_max_seq": _exp(sum_S.max()),
     }
     return {name: float(value) for name, value in values.items()}
-
-
-def chosen_token_metrics(
-    behaviour_logprobs_N: np.ndarray,
-    target_logprobs_N: np.ndarray,
-    lengths_S: np.ndarray,
-    thresholds: Thresholds = DEFAULT_THRESHOLDS,
-) -> dict[str, float]:
-    """Every metric that the two logprobs of the sampled tokens give, for responses that fit in memory."""
-    lengths_S = np.asarray(lengths_S)
-    terms = token_terms(behaviour_logprobs_N, target_logprobs_N, thresholds)
-    terms |= sequence_terms(behaviour_logprobs_N, target_logprobs_N, lengths_S, thresholds)
-    metrics = metrics_from_means({name: term.mean() for name, term in terms.items()})
-    return {name: float(value) for name, value in metrics.items()} | order_metrics(
-        behaviour_logprobs_N, target_logprobs_N, lengths_S
-    )
-
-
-def effective_sample_size(weights_N: np.ndarray) -> float:
-    """(Σw)² / (N Σw²), in (0, 1]: the share of the samples that equal weights would need for the same variance."""
-    weights_N = np.asarray(weights_N, np.float64)
-    return float(weights_N.sum() ** 2 / (len(weights_N) * np.square(weights_N).sum()))
 
 
 def cumulative_l(l_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
@@ -330,7 +255,7 @@ def segment_sums(values_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
 
 
 def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, np.ndarray]:
-    """Moments of the weights w, of w − 1 (by expm1: it has digits near 0 where w has none), and of w limited to [1/cap, cap]."""
+    """Moments of w, of w − 1 (by expm1: it has digits near 0 where w has none), and of w limited to [1/cap, cap]."""
     weights, excess = _exp(log_weights), _expm1(log_weights)
     limited = np.clip(weights, 1 / cap, cap)
     return {

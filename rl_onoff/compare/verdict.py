@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from rl_onoff.compare.metrics import PRIME_RL_BAR, Thresholds
 from rl_onoff.types import LogprobKind
 
 FEW_RESPONSES = 10  # a bootstrap over fewer says little
-ON_POLICY_K3 = 1e-4  # nats a token: two engines in float32 stay below; used where no noise floor was measured
+ON_POLICY_K3 = 1e-4  # nats a token: what stands in for a noise floor that was not measured
+ROUNDING_K3 = 1e-8  # nats a token: rounding in float32, log-ratios of 1.4e-4; a lower noise floor counts as this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +28,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionBucket:
-    """Positions start ≤ t < end of the responses longer than start; its `cumulative_l` is Σ l up to and with position start."""
+    """Positions start ≤ t < end of the responses longer than start; `cumulative_l` is Σ l up to and with `start`."""
 
     start: int
     end: int
@@ -55,14 +57,12 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: no NaN, no infinity."""
         overall = self.overall.to_dict()
+        groups = {key: {value: part.to_dict() for value, part in parts.items()} for key, parts in self.groups.items()}
         return {
             "kind": self.kind.value,
             "overall": overall["metrics"],
             "counts": overall["counts"],
-            "groups": {
-                key: {value: summary.to_dict() for value, summary in group.items()}
-                for key, group in self.groups.items()
-            },
+            "groups": groups,
             "positions": [{"start": b.start, "end": b.end, **b.summary.to_dict()} for b in self.positions],
             "histograms": self.histograms,
             "worst": self.worst,
@@ -72,39 +72,48 @@ class Comparison:
         }
 
 
-def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
-    """One plain sentence. Judged by mean k3 KL, nats a token, in this order:
+def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
+    """The word for a mean k3 KL (nats a token) and the reason for it; the only place where a gap is judged.
 
-    on-policy   not above the noise floor (k3 of a same-engine repeat), or not surely: the interval's lower end is not, while the value is
-                under the bar; without a noise floor, under ON_POLICY_K3 = 1e-4
-    close       under 0.015, prime-rl's bar for accepting a model
-    off-policy  0.015 or more
+    On-policy   not above the noise floor, which is the k3 of the engine against itself, or what float32 rounds to where
+                that is more; "as far as this tells" where only the interval reaches down to it. Without a noise floor:
+                under ON_POLICY_K3
+    Close       under 0.015, prime-rl's bar for accepting a model; "not surely" where the interval reaches over the bar
+    Off-policy  0.015 or more
     """
-    k3 = comparison["kl_k3"]
-    counts = comparison.overall.counts
+    lo, hi = (k3.value if end is None else end for end in (k3.lo, k3.hi))
+    if floor is None and k3.value < ON_POLICY_K3:
+        return "On-policy", f"under {ON_POLICY_K3:.0e}, which two engines in float32 stay below"
+    if floor is not None and k3.value <= floor:
+        return "On-policy", f"not above the noise floor of {floor:.2g}"
+    if floor is not None and k3.value <= ROUNDING_K3:
+        return "On-policy", f"no more than rounding in float32 makes; the noise floor is {floor:.2g}"
+    if floor is not None and lo <= max(floor, ROUNDING_K3) and k3.value < PRIME_RL_BAR:
+        return "On-policy, as far as this tells", f"and the interval reaches down to the noise floor of {floor:.2g}"
+    above = "" if floor is None else f"above the noise floor of {floor:.2g} and "
+    if k3.value >= PRIME_RL_BAR:
+        return "Off-policy", f"{above}over prime-rl's bar of {PRIME_RL_BAR}"
+    if hi >= PRIME_RL_BAR:
+        return (
+            "Close, not surely",
+            f"{above}under prime-rl's bar of {PRIME_RL_BAR}, but the interval reaches over the bar",
+        )
+    return "Close", f"{above}under prime-rl's bar of {PRIME_RL_BAR}"
+
+
+def word_of(sentence: str) -> str:
+    """On-policy, Close or Off-policy: the word of a verdict, a name of the target before it or not."""
+    found = re.search(r"(?:^|: )(On-policy|Close|Off-policy)(?:, [\w ]+)?:", sentence)
+    return found[1] if found else ""
+
+
+def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
+    """One plain sentence about a comparison: what `judge` says of its mean k3 KL, and what that rests on."""
+    k3, counts = comparison["kl_k3"], comparison.overall.counts
+    word, reason = judge(k3, noise_floor)
     rough = ", rough with so few responses" if counts["responses"] < FEW_RESPONSES else ""
     interval = "" if k3.lo is None else f" (95 % interval {k3.lo:.2g} to {k3.hi:.2g}{rough})"
-    said = f"the mean k3 KL is {k3.value:.2g} nats a token{interval} over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
-    return f"{_judge(k3, said, noise_floor)}{_impossible(comparison)}."
-
-
-def _judge(k3: Estimate, said: str, noise_floor: float | None) -> str:
-    under, lo, hi = k3.value < PRIME_RL_BAR, k3.value if k3.lo is None else k3.lo, k3.value if k3.hi is None else k3.hi
-    if noise_floor is not None and k3.value <= noise_floor:
-        return f"On-policy: {said}, not above the noise floor of {noise_floor:.2g}"
-    if noise_floor is not None and under and lo <= noise_floor:
-        return f"On-policy, as far as this tells: {said}; the interval reaches down to the noise floor of {noise_floor:.2g}"
-    if noise_floor is None and k3.value < ON_POLICY_K3:
-        return f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below"
-    above = "" if noise_floor is None else f", above the noise floor of {noise_floor:.2g}"
-    if under and hi < PRIME_RL_BAR:
-        return f"Close: {said}{above}; that is under prime-rl's bar of {PRIME_RL_BAR}"
-    if under:
-        return f"Close, not surely: {said}{above}; that is under prime-rl's bar of {PRIME_RL_BAR}, but the interval reaches over it"
-    return f"Off-policy: {said}{above}, over prime-rl's bar of {PRIME_RL_BAR}"
-
-
-def _impossible(comparison: Comparison) -> str:
-    counts = comparison.overall.counts
+    over = f"over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
     num = max(counts.get("tokens_impossible_target", 0), counts.get("tokens_impossible_sampler", 0))
-    return f"; {num:,} of the sampled tokens could not have been drawn by the target's sampler" if num else ""
+    impossible = f"; {num:,} of the sampled tokens could not have been drawn by the target's sampler" if num else ""
+    return f"{word}: the mean k3 KL is {k3.value:.2g} nats a token{interval} {over}, {reason}{impossible}."

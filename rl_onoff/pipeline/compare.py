@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from rl_onoff.compare import Comparison, compare, verdict
-from rl_onoff.compare.metrics import METRICS
+from rl_onoff.compare import METRICS, Comparison, compare, verdict
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.report import ReportInput, write_report
-from rl_onoff.rundir.join import facts, group_columns, pairs, report_responses
+from rl_onoff.report.data import facts, report_responses
+from rl_onoff.rundir.join import TRANSFORM, group_columns, pairs
 from rl_onoff.rundir.provenance import check_tokenizers
 from rl_onoff.rundir.table import RunDir
 from rl_onoff.types import LogprobKind, Sampling
@@ -33,7 +32,7 @@ def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
 
 
 def noise_floor(own: str | None, comparisons: Mapping[str, Comparison]) -> float | None:
-    """Mean k3 KL between what the engine said while it sampled and when it scored the same tokens; None when not measured."""
+    """Mean k3 KL between what the engine said while it sampled and when it scored; None when not measured."""
     return comparisons[own]["kl_k3"].value if own is not None and own in comparisons and len(comparisons) > 1 else None
 
 
@@ -50,27 +49,24 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
     if name == own:
         k3 = comparisons[name]["kl_k3"].value
         return (
-            f"The sampler against itself: what it said while sampling and what it says of the same tokens now are {k3:.2g} nats a token "
-            "apart (mean k3 KL). That is the noise floor; set target=… to compare it with another policy."
+            "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
+            f"{k3:.2g} nats a token apart (mean k3 KL). That is the noise floor; set target=… to compare it with another policy."
         )
     said = verdict(comparisons[name], noise_floor(own, comparisons)) + _drawn_otherwise(run, comparisons[name].kind)
     return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
 
 
 def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
-    """A second sentence where raw logprobs are compared of tokens that were drawn from another distribution than theirs."""
+    """A second sentence where raw logprobs are compared of tokens that were not drawn from the raw distribution."""
     record = run.completions.record().get("config", {}).get("sampling")
     if record is None or kind is not LogprobKind.raw:
         return ""
-    plain = asdict(Sampling())
-    how = [
-        f"{name}={record[name]:g}" for name in ("temperature", "top_p", "top_k", "min_p") if record[name] != plain[name]
-    ]
+    how = [f"{name}={record[name]:g}" for name in TRANSFORM if record[name] != getattr(Sampling(), name)]
     if not how:
         return ""
     return (
-        f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut off): a distance at these"
-        " tokens, not the KL of what they were drawn from, which backend.logprob_kind=processed compares."
+        f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut off): a "
+        "distance at these tokens, not the KL of what they were drawn from; backend.logprob_kind=processed compares that."
     )
 
 
@@ -78,11 +74,8 @@ def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, floa
     """The verdict's numbers, by names that no target's name is part of: what sweeps are looked at and optimised by."""
     own = own_scores(run)
     floor = noise_floor(own, comparisons)
-    found = {
-        "kl_k3": comparisons[furthest(own, comparisons)]["kl_k3"].value,
-        "kl_k3_floor": math.nan if floor is None else floor,
-    }
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    found = {"kl_k3": comparisons[furthest(own, comparisons)]["kl_k3"].value, "kl_k3_floor": floor}
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def write_page(
@@ -92,19 +85,16 @@ def write_page(
     own = own or own_scores(run)
     names = sorted(comparisons, key=lambda name: (name == own, -comparisons[name]["kl_k3"].value))
     behaviour = facts("behaviour", run.completions.record(), "behaviour")
-    return write_report(
-        run.path / "report.html",
-        ReportInput(
-            title=f"{behaviour.get('model', run.path.name)}: how on-policy?",
-            verdict=verdict_of(run, comparisons, own),
-            policies=[behaviour, *(facts(name, run.scores(name).record(), "target") for name in names)],
-            responses=report_responses(run, names, own, token_text, group_columns(run)),
-            comparisons=[{"name": name, **comparisons[name].to_dict()} for name in names],
-            metric_info=METRICS,
-            token_text=token_text,
-            attribution=run.read_json("attribution.json"),
-            num_responses=min(
-                c.overall.counts["responses"] + c.overall.counts["responses_empty"] for c in comparisons.values()
-            ),
-        ),
+    counts = [comparison.overall.counts for comparison in comparisons.values()]
+    report = ReportInput(
+        title=f"{behaviour.get('model', run.path.name)}: how on-policy?",
+        verdict=verdict_of(run, comparisons, own),
+        policies=[behaviour, *(facts(name, run.scores(name).record(), "target") for name in names)],
+        responses=report_responses(run, names, own, token_text, group_columns(run)),
+        comparisons=[{"name": name, **comparisons[name].to_dict()} for name in names],
+        metrics=METRICS,
+        token_text=token_text,
+        attribution=run.read_json("attribution.json"),
+        num_responses=min(c["responses"] + c["responses_empty"] for c in counts),
     )
+    return write_report(run.path / "report.html", report)

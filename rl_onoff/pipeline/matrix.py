@@ -1,7 +1,8 @@
 """N policies sample, N policies score what all of them sampled: the table of how far each is from each.
 
-A policy's samples are a run folder of their own, `<run_dir>/<policy>/`, so that everything that reads a run folder reads it too.
-One engine is alive at a time, and each is loaded at most twice: once to sample, once to score everybody's samples.
+A policy's samples are a run folder of their own, `<run_dir>/<policy>/`, so that everything that reads a run folder
+reads it too. One engine is alive at a time, and each is loaded at most twice: once to sample, once to score everybody's
+samples.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.compare import ON_POLICY_K3, Comparison, Estimate
-from rl_onoff.compare.metrics import PRIME_RL_BAR
+from rl_onoff.compare import METRICS, Comparison, Estimate, headlines, judge
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.compare import compare_run, verdict_of, write_page
 from rl_onoff.pipeline.engine_slot import Wish
 from rl_onoff.report.matrix_page import matrix_page
+from rl_onoff.report.text import aligned, number
 from rl_onoff.rundir.files import write_whole
 from rl_onoff.rundir.provenance import texts_of
 from rl_onoff.rundir.summary import summarise
@@ -32,16 +33,6 @@ if TYPE_CHECKING:
     from rl_onoff.pipeline.context import Run
 
 log = logging.getLogger(__name__)
-
-CELL_METRICS = (
-    "kl_k3",
-    "logprob_diff_mean",
-    "logprob_diff_max",
-    "ess_token",
-    "ess_seq",
-    "kl_forward_topk",
-    "argmax_agreement",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,50 +52,39 @@ class Matrix:
         pairs = [(a, b) for a in self.names for b in self.names if a != b]
         return max(pairs, key=lambda pair: self.cells[pair]["kl_k3"].value)
 
-    def verdict(self) -> str:
-        """One sentence about the pair that is furthest apart, by the bars of `comparison.verdict`."""
-        a, b = self.furthest()
-        k3, floor = self.cells[a, b]["kl_k3"].value, self.floor
-        said = f"of all pairs {a} (sampled) and {b} (scored) are furthest apart, with a mean k3 KL of {k3:.2g} nats a token"
-        if k3 <= floor:
-            return f"On-policy: {said}, not above the noise floor of {floor:.2g}."
-        if k3 < ON_POLICY_K3:
-            return f"On-policy: {said}, under the {ON_POLICY_K3:.0e} that two engines in float32 stay below; the noise floor is {floor:.2g}."
-        if k3 < PRIME_RL_BAR:
-            return f"Close: {said}, above the noise floor of {floor:.2g}, but under prime-rl's bar of {PRIME_RL_BAR}."
-        return f"Off-policy: {said}, over prime-rl's bar of {PRIME_RL_BAR}; the noise floor is {floor:.2g}."
+    def words(self) -> dict[tuple[str, str], str]:
+        """On-policy, Close or Off-policy, for every cell."""
+        return {pair: judge(comparison["kl_k3"], self.floor)[0] for pair, comparison in self.cells.items()}
 
-    def estimate(self, a: str, b: str, metric: str) -> Estimate | None:
+    def verdict(self) -> str:
+        """One sentence about the pair that is furthest apart."""
+        a, b = self.furthest()
+        k3 = self.cells[a, b]["kl_k3"]
+        word, reason = judge(k3, self.floor)
+        said = f"of all pairs {a} (sampled) and {b} (scored) are furthest apart, with a mean k3 KL of {k3.value:.2g}"
+        return f"{word}: {said} nats a token, {reason}."
+
+    def numbers(self, a: str, b: str, metric: str) -> dict[str, float | None]:
+        """value, lo and hi of a cell's metric; None where it is not defined or was not measured."""
         comparison = self.cells[a, b]
-        return comparison[metric] if metric in comparison and math.isfinite(comparison[metric].value) else None
+        return (comparison[metric] if metric in comparison else Estimate(math.nan)).to_dict()
 
     def values(self) -> dict[str, float]:
         """Flat numbers for W&B and sweepers: `matrix/<sampled>/<scored>/<metric>`, and the two that sum them up."""
-        found = {}
-        for a, b in self.cells:
-            for metric in CELL_METRICS:
-                if (estimate := self.estimate(a, b, metric)) is not None:
-                    found[f"matrix/{a}/{b}/{metric}"] = estimate.value
-        return {
-            **found,
-            "matrix/kl_k3_max": self.cells[self.furthest()]["kl_k3"].value,
-            "matrix/kl_k3_floor": self.floor,
-        }
+        found = {f"matrix/{a}/{b}/{m}": self.numbers(a, b, m)["value"] for a, b in self.cells for m in headlines(2)}
+        found |= {"matrix/kl_k3_max": self.cells[self.furthest()]["kl_k3"].value, "matrix/kl_k3_floor": self.floor}
+        return {name: value for name, value in found.items() if value is not None}
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a cell, with every metric's interval."""
         found = []
         for (a, b), comparison in self.cells.items():
             row: dict[str, Any] = {"sampled": a, "scored": b}
-            for metric in CELL_METRICS:
-                estimate = self.estimate(a, b, metric) or Estimate(math.nan)
-                row |= {metric: estimate.value, f"{metric}_lo": estimate.lo, f"{metric}_hi": estimate.hi}
-            counts = comparison.overall.counts
-            found.append({**row, "tokens": counts["tokens"], "responses": counts["responses"]})
-        return [
-            {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-            for row in found
-        ]
+            for metric in headlines(2):
+                ends = {"value": "", "lo": "_lo", "hi": "_hi"}
+                row |= {f"{metric}{ends[end]}": x for end, x in self.numbers(a, b, metric).items()}
+            found.append(row | {name: comparison.overall.counts[name] for name in ("tokens", "responses")})
+        return found
 
     def to_csv(self) -> str:
         rows, out = self.rows(), io.StringIO()
@@ -114,22 +94,13 @@ class Matrix:
         return out.getvalue()
 
     def as_text(self) -> str:
-        """Three tables for a terminal: who sampled down the side, who scored along the top."""
-        width = max(12, *(len(name) + 2 for name in self.names))
+        """A table for each of the first metrics: who sampled down the side, who scored along the top."""
         lines = []
-        for metric, label in (("kl_k3", "k3 KL (nats a token)"), ("logprob_diff_max", "max |log p - log q|"),
-                              ("ess_token", "effective sample, tokens"), ("ess_seq", "effective sample, sequences")):  # fmt: skip
-            lines += [
-                "",
-                f"  {label}",
-                f"    {'sampled by':<{width}}" + "".join(f"{name:>{width}}" for name in self.names),
-            ]
+        for metric in headlines(3):
+            rows = [["sampled by", *self.names]]
             for a in self.names:
-                cells = (self.estimate(a, b, metric) for b in self.names)
-                lines.append(
-                    f"    {a:<{width}}"
-                    + "".join(f"{'-' if e is None else format(e.value, '.3g'):>{width}}" for e in cells)
-                )
+                rows.append([a, *(number(self.numbers(a, b, metric)["value"], 3) or "-" for b in self.names)])
+            lines += ["", f"  {METRICS[metric].label}", *aligned(rows, "<" + ">" * len(self.names))]
         return "\n".join(lines[1:])
 
 
@@ -137,25 +108,23 @@ def check_policies(config: RunConfig) -> None:
     """What is wrong with the policies, before anything is loaded."""
     if len(config.policies) < 2:
         raise UsageError(
-            f"experiment=matrix needs two policies or more and has {len(config.policies)}: set policies=engines, policies=dtypes, or "
-            "+backend@policies.NAME=huggingface once for each"
+            f"experiment=matrix needs two policies or more and has {len(config.policies)}: set policies=engines, "
+            "policies=dtypes, or +backend@policies.NAME=huggingface once for each"
         )
     for name in config.policies:
         if not re.fullmatch(r"[\w.-]+", name) or name in ("completions", "scores", ".hydra", ".", ".."):
             raise UsageError(
-                f"the policy {name!r} cannot be the name of a folder: call it by letters, digits, '-' and '.' in policies"
+                f"the policy {name!r} cannot be the name of a folder: use letters, digits, '-' and '.' in policies"
             )
 
 
 def run_matrix(
     this: Run, sample: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
 ) -> Generator[Wish, None, Matrix]:
-    """Sample with every policy, score with every policy, last one first since it is still loaded; then compare, and write it all down."""
-    policies = this.config.policies
+    """Sample and score with every policy, the last to sample first to score since it is still loaded."""
+    policies, path = this.config.policies, this.folder.path
     subs = {
-        name: replace(
-            this, config=replace(this.config, backend=engine), folder=RunDir(this.folder.path / name), values={}
-        )
+        name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(path / name), values={})
         for name, engine in policies.items()
     }
     for name, sub in subs.items():
@@ -168,22 +137,23 @@ def run_matrix(
             log.info("matrix: %s scores what %s sampled", name, sampled)
             score(sub, sub.folder.scores(name), policies[name], name)
     cells: dict[tuple[str, str], Comparison] = {}
+    sentences = {}
     for a, sub in subs.items():
         comparisons = compare_run(sub.folder, own=a)
-        text = texts_of([sub.folder.completions.record()], None, policies.values())
-        write_page(sub.folder, comparisons, text, own=a)
-        values = summarise(sub.folder).values | sub.values
-        sub.folder.write_json(
-            "metrics.json", {"values": values, "comparisons": {b: c.to_dict() for b, c in comparisons.items()}}
-        )
         missing = [b for b in policies if b not in comparisons]
         if missing:
             raise UsageError(
-                f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: take other prompts in data.path"
+                f"{sub.folder.path} has no response with tokens to compare with {missing[0]}: change data.path"
             )
+        text = texts_of([sub.folder.completions.record()], None, policies.values())
+        write_page(sub.folder, comparisons, text, own=a)
+        values = summarise(sub.folder).values | sub.values
+        found = {b: comparison.to_dict() for b, comparison in comparisons.items()}
+        sub.folder.write_json("metrics.json", {"values": values, "comparisons": found})
         cells |= {(a, b): comparisons[b] for b in policies}
+        sentences[a] = verdict_of(sub.folder, {b: comparisons[b] for b in policies}, own=a)
     matrix = Matrix(list(policies), cells)
-    write_whole(this.folder.path / "matrix.csv", matrix.to_csv())
-    sentences = {a: verdict_of(sub.folder, {b: cells[a, b] for b in policies}, own=a) for a, sub in subs.items()}
-    write_whole(this.folder.path / "matrix.html", matrix_page(matrix.names, matrix.rows(), matrix.verdict(), sentences))
+    write_whole(path / "matrix.csv", matrix.to_csv())
+    page = matrix_page(matrix.names, matrix.rows(), matrix.words(), matrix.verdict(), sentences)
+    write_whole(path / "matrix.html", page)
     return matrix

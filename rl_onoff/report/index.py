@@ -8,29 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.report.data import ReportResponse, TokenView
+from rl_onoff.report.data import ReportResponse
+from rl_onoff.types import TokenScores
 
 NUM_WORST = 100  # worst tokens kept per target
-
-
-def log_ratio(behaviour: TokenView | None, target: TokenView) -> np.ndarray | None:
-    """l_t = log p(y_t) - log q(y_t), or None without a behaviour."""
-    if behaviour is None:
-        return None
-    with np.errstate(invalid="ignore"):
-        return np.asarray(target.logprobs_T, np.float64) - np.asarray(behaviour.logprobs_T, np.float64)
+COLUMNS = ("id", "sample", "chunk", "length", "reward", "finish")
 
 
 def plain(value: Any) -> Any:
     """Value with every number JSON can say: NaN and infinities as the strings JavaScript's Number() reads."""
-    if isinstance(value, dict) or hasattr(value, "items"):
+    if hasattr(value, "items"):
         return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
@@ -41,70 +33,55 @@ def _short(value: float) -> Any:
 
 
 class Index:
-    """Columns with one entry per response, and a heap of worst tokens per target; small enough to hold for a million responses."""
+    """Columns with one entry per response, and a heap of worst tokens per target: small even for a million responses."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {
-            name: [] for name in ("id", "sample", "chunk", "length", "reward", "finish")
-        }
+        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self.groups: dict[str, list[str | None]] = {}
-        self.mean: list[
-            list[Any]
-        ] = []  # per target (or the behaviour, where nothing is compared): mean l, or mean logprob
+        # Per target (or for the behaviour, where nothing is compared): mean l, or mean logprob
+        self.mean: list[list[Any]] = []
         self.worst: list[list[Any]] = []  # max |l|, or minus the lowest logprob
         self.heaps: list[list[tuple[float, int, int, float, float]]] = []
         self.num_responses = 0
         self.has_behaviour = self.has_targets = False
 
     def add(self, response: ReportResponse, chunk: int) -> None:
-        row = (
-            response.request_id,
-            int(response.sample),
-            chunk,
-            len(response.token_ids_T),
-            response.reward,
-            response.finish_reason,
-        )
-        for column, value in zip(self.columns.values(), row, strict=True):
-            column.append(plain(value))
+        rollout = response.rollout
+        finish = "" if rollout.finish_reason is None else rollout.finish_reason.value
+        row = (rollout.request_id, rollout.sample, chunk, response.num_tokens, rollout.reward, finish)
+        for name, value in zip(COLUMNS, row, strict=True):
+            self.columns[name].append(plain(value))
         for name in {*self.groups, *response.groups}:
-            column = self.groups.setdefault(str(name), [None] * self.num_responses)
-            value = response.groups.get(name)
-            column.append(None if value is None else str(value))
+            self.groups.setdefault(name, [None] * self.num_responses).append(response.groups.get(name))
         for i, target in enumerate(response.targets or (None,)):
-            self._add_numbers(i, response, target)
+            self._add_numbers(i, response.behaviour, target)
         self.has_behaviour |= response.behaviour is not None
         self.has_targets |= bool(response.targets)
         self.num_responses += 1
 
-    def _add_numbers(self, i: int, response: ReportResponse, target: TokenView | None) -> None:
+    def _add_numbers(self, i: int, behaviour: TokenScores | None, target: TokenScores | None) -> None:
         while len(self.mean) <= i:
             self.mean.append([None] * self.num_responses)
             self.worst.append([None] * self.num_responses)
             self.heaps.append([])
-        ratio_T = None if target is None else log_ratio(response.behaviour, target)
-        only = target or response.behaviour
-        if ratio_T is None:
-            if only is None:
-                raise ValueError(f"response {response.request_id!r} has neither a behaviour nor a target")
-            ratio_T = np.asarray(only.logprobs_T, np.float64)
-        known_T = ratio_T[~np.isnan(ratio_T)]
+        q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in (behaviour, target))
+        with np.errstate(invalid="ignore"):
+            shown_T = p_T - q_T if p_T is not None and q_T is not None else q_T if p_T is None else p_T
+        if shown_T is None:
+            raise ValueError(f"response {self.columns['id'][-1]!r} has neither a behaviour nor a target")
+        known_T = shown_T[~np.isnan(shown_T)]
         self.mean[i].append(_short(known_T.mean()) if len(known_T) else None)
         self.worst[i].append(_short(np.abs(known_T).max()) if len(known_T) else None)
-        size_T = np.nan_to_num(np.abs(ratio_T), nan=-1.0, posinf=1e9)
+        size_T = np.nan_to_num(np.abs(shown_T), nan=-1.0, posinf=1e9)
         heap = self.heaps[i]
-        bar = heap[0][0] if len(heap) == NUM_WORST else 0.0
-        for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > bar).sum()))]:
-            q = math.nan if response.behaviour is None else float(response.behaviour.logprobs_T[t])
-            p = math.nan if target is None else float(target.logprobs_T[t])
-            self._keep(heap, (float(size_T[t]), -self.num_responses, -int(t), q, p))
-
-    @staticmethod
-    def _keep(heap: list[Any], item: tuple[float, int, int, float, float]) -> None:
-        if len(heap) < NUM_WORST:
-            heapq.heappush(heap, item)
-        elif item > heap[0]:
-            heapq.heapreplace(heap, item)
+        least = heap[0][0] if len(heap) == NUM_WORST else 0.0
+        for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > least).sum()))]:
+            q, p = (math.nan if side_T is None else float(side_T[t]) for side_T in (q_T, p_T))
+            item = float(size_T[t]), -self.num_responses, -int(t), q, p
+            if len(heap) < NUM_WORST:
+                heapq.heappush(heap, item)
+            elif item > heap[0]:
+                heapq.heapreplace(heap, item)
 
     def as_json(self) -> dict[str, Any]:
         worst_tokens = [

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from rl_onoff.report.data import ReportResponse, TokenView
+from rl_onoff.report.data import ReportResponse
+from rl_onoff.types import TokenScores
 
 ENTROPY_STEP = 1 / 4096
 TOP_STEP = 1 / 1024
@@ -70,26 +71,22 @@ class Chunk:
 
 
 def pack_tokens(responses: Sequence[ReportResponse], limit: TopLimit) -> Chunk:
-    """The numbers of some responses under one limit on the top lists."""
-    ids_N = _joined(responses, lambda r: r.token_ids_T, np.int64)
-    num_views = 1 + max((len(r.targets) for r in responses), default=0)
-    columns: list[tuple[str, np.ndarray]] = []
-    lengths = [len(r.token_ids_T) for r in responses]
-    views = [[_view(r, v) for r in responses] for v in range(num_views)]
-    logprobs = [_column(views_v, lengths, lambda view: view.logprobs_T, np.float32, np.nan) for views_v in views]
+    """The numbers of some responses under one limit on the top lists. Policy 0 is the behaviour, 1 the first target."""
+    ids_N = np.concatenate([np.asarray(r.rollout.token_ids_T, np.int64) for r in responses] or [np.zeros(0, np.int64)])
+    lengths, num_views = [r.num_tokens for r in responses], 1 + max((len(r.targets) for r in responses), default=0)
+    rows = [[r.behaviour, *r.targets, *[None] * (num_views - 1 - len(r.targets))] for r in responses]
+    views = [[row[v] for row in rows] for v in range(num_views)]
+    logprobs = [_column(views_v, lengths, "logprobs_T", np.float32, np.nan) for views_v in views]
     shown_N = _most_different(logprobs, limit.share)
     lists = [_top_lists(views_v, lengths, limit, shown_N) for views_v in views]
     base_view = next((v for v, lists_v in enumerate(lists) if lists_v.counts_N.any()), 0)
     base = lists[base_view]
-    columns += _coded_ids("token", ids_N, _index_in(base, ids_N[:, None])[:, 0])
+    columns = _coded_ids("token", ids_N, _index_in(base, ids_N[:, None])[:, 0])
     for v in range(num_views):
         columns += [
             (f"logprob{v}", logprobs[v]),
-            (
-                f"entropy{v}",
-                _entropy_steps(_column(views[v], lengths, lambda view: view.entropy_T, np.float64, np.nan)),
-            ),
-            (f"rank{v}", _column(views[v], lengths, lambda view: view.rank_T, np.uint32, 0)),
+            (f"entropy{v}", _entropy_steps(_column(views[v], lengths, "entropy_T", np.float64, np.nan))),
+            (f"rank{v}", _column(views[v], lengths, "rank_T", np.uint32, 0)),
             *_coded_lists(v, lists[v], None if v == base_view else base, ids_N, _steps(logprobs[v])),
         ]
     seen = [ids_N, *(lists_v.ids_NK[lists_v.kept_NK] for lists_v in lists)]
@@ -110,31 +107,17 @@ def _assemble(header: dict[str, Any], columns: list[tuple[str, np.ndarray]]) -> 
     return zlib.compress(b"".join([struct.pack("<I", len(head)), head, *planes]), 6)
 
 
-def _view(response: ReportResponse, v: int) -> TokenView | None:
-    if v == 0:
-        return response.behaviour
-    return response.targets[v - 1] if v <= len(response.targets) else None
-
-
-def _joined(responses: Sequence[ReportResponse], get: Callable[[ReportResponse], np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.asarray(get(r), dtype) for r in responses] or [np.zeros(0, dtype)])
-
-
 def _column(
-    views: Sequence[TokenView | None],
-    lengths: Sequence[int],
-    get: Callable[[TokenView], np.ndarray | None],
-    dtype: Any,
-    missing: float,
+    views: Sequence[TokenScores | None], lengths: Sequence[int], name: str, dtype: Any, missing: float
 ) -> np.ndarray:
-    """One value per token over all responses; `missing` where a response has none."""
-    parts = []
+    """One array's value per token over all responses; `missing` where a response has none."""
+    parts = [np.zeros(0, dtype)]
     for view, length in zip(views, lengths, strict=True):
-        values = None if view is None else get(view)
+        values = None if view is None else getattr(view, name)
         if values is not None and len(values) != length:
-            raise ValueError(f"a token view has {len(values)} rows for a response of {length} tokens")
+            raise ValueError(f"{name} has {len(values)} rows for a response of {length} tokens")
         parts.append(np.full(length, missing, dtype) if values is None else np.asarray(values).astype(dtype))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+    return np.concatenate(parts)
 
 
 def _entropy_steps(entropy_N: np.ndarray) -> np.ndarray:
@@ -163,19 +146,18 @@ def _most_different(logprobs: Sequence[np.ndarray], share: float) -> np.ndarray:
 
 
 def _top_lists(
-    views: Sequence[TokenView | None], lengths: Sequence[int], limit: TopLimit, shown_N: np.ndarray
+    views: Sequence[TokenScores | None], lengths: Sequence[int], limit: TopLimit, shown_N: np.ndarray
 ) -> TopLists:
-    width = min(
-        max((0 if v is None or v.top_ids_TK is None else v.top_ids_TK.shape[1] for v in views), default=0), limit.k
-    )
+    tops = [None if v is None or v.top_ids_TK is None else (v.top_ids_TK, v.top_logprobs_TK) for v in views]
+    width = min(max((top[0].shape[1] for top in tops if top is not None), default=0), limit.k)
     ids_NK = np.full((sum(lengths), width), -1, np.int64)
     logprobs_NK = np.full((sum(lengths), width), -np.inf)
     start = 0
-    for view, length in zip(views, lengths, strict=True):
-        if view is not None and view.top_ids_TK is not None and view.top_logprobs_TK is not None:
-            k = min(view.top_ids_TK.shape[1], width)
-            ids_NK[start : start + length, :k] = view.top_ids_TK[:, :k]
-            logprobs_NK[start : start + length, :k] = view.top_logprobs_TK[:, :k]
+    for top, length in zip(tops, lengths, strict=True):
+        if top is not None and top[1] is not None:
+            k = min(top[0].shape[1], width)
+            ids_NK[start : start + length, :k] = top[0][:, :k]
+            logprobs_NK[start : start + length, :k] = top[1][:, :k]
         start += length
     floor = np.log(limit.min_probability) if limit.min_probability > 0 else -np.inf
     fine_NK = (ids_NK >= 0) & (logprobs_NK >= floor) & shown_N[:, None]

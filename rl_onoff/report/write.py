@@ -8,7 +8,7 @@ import html
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -19,26 +19,14 @@ from rl_onoff.report.pack import TOP_LIMITS, Chunk, pack_json, pack_tokens
 
 CHUNK_RESPONSES = 32
 CHUNK_TOKENS = 8_000
-BUDGET_BYTES = (
-    42_000_000  # of packed responses: 56 MB in base64, whatever the run; top lists are cut to fit, then responses
-)
+BUDGET_BYTES = 42_000_000  # of packed responses, 56 MB in base64, whatever the run: top lists are cut, then responses
 GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
 SCRIPTS = (
-    "base.js",
-    "codec.js",
-    "plots.js",
-    "metrics.js",
-    "attribution.js",
-    "plots_page.js",
-    "colours.js",
-    "filters.js",
-    "responses.js",
-    "panel.js",
-    "worst.js",
-    "main.js",
-)
+    "base.js", "codec.js", "plots.js", "metrics.js", "attribution.js", "plots_page.js", "colours.js", "filters.js",
+    "responses.js", "panel.js", "worst.js", "main.js",
+)  # fmt: skip
 
 
 def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = BUDGET_BYTES) -> Path:
@@ -81,9 +69,7 @@ def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
 
 def _file(name: str) -> str:
     text = resources.files("rl_onoff.report").joinpath("page", name).read_text(encoding="utf-8")
-    assert text.isascii(), (
-        f"{name} must be ASCII: the page is written in ASCII so that no server's charset can break it"
-    )
+    assert text.isascii(), f"{name} must be ASCII, so that no server's charset can break the page"
     return text
 
 
@@ -92,29 +78,18 @@ def _write_script(out: IO[str], name: str, text: str, kind: str) -> None:
 
 
 def _summary(report: ReportInput) -> dict[str, Any]:
-    """What is worked out before the responses are read; infos of metrics that nobody measured are left out."""
+    """What is worked out before the responses are read; metrics that nobody measured are left out."""
     known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
-    info = {name: _info(value) for name, value in report.metric_info.items() if name in known}
-    return {
-        **{name: getattr(report, name) for name in ("title", "verdict", "policies", "comparisons", "attribution")},
-        "metric_info": info,
-    }
-
-
-def _info(value: Any) -> dict[str, Any]:
-    names = ("description", "unit", "better", "bar")
-    return (
-        dict(zip(names, value, strict=False))
-        if isinstance(value, tuple)
-        else {name: getattr(value, name, None) for name in names}
-    )
+    metrics = {name: asdict(metric) for name, metric in report.metrics.items() if name in known}
+    names = ("title", "verdict", "policies", "comparisons", "attribution")
+    return {**{name: getattr(report, name) for name in names}, "metrics": metrics}
 
 
 def _expected_tokens(report: ReportInput) -> int:
     if report.num_tokens is not None:
         return report.num_tokens
     counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
-    return int(next((counts[name] for name in ("tokens", "num_tokens") if name in counts), GUESSED_TOKENS))
+    return int(counts.get("tokens", GUESSED_TOKENS))
 
 
 @dataclass
@@ -146,24 +121,21 @@ class _Packer:
             self.num_left_out += 1
             return
         self.pending.append(response)
-        num_tokens = sum(len(r.token_ids_T) for r in self.pending)
+        num_tokens = sum(r.num_tokens for r in self.pending)
         if len(self.pending) >= CHUNK_RESPONSES or num_tokens >= CHUNK_TOKENS:
             self._write_chunk()
 
     def finish(self) -> None:
         if self.pending:
             self._write_chunk()
-        index = {
-            **self.index.as_json(),
-            "left_out": self.num_left_out,
-            "cut_chunks": sum(level > 0 for level in self.levels),
-        }
+        cut = sum(level > 0 for level in self.levels)
+        index = {**self.index.as_json(), "left_out": self.num_left_out, "cut_chunks": cut}
         table = {"ids": list(self.texts), "texts": list(self.texts.values())}
         _write_script(self.out, "index", inline_json(index), "application/json")
         _write_script(self.out, "token-table", base64.b64encode(pack_json(table)).decode("ascii"), "text/plain")
 
     def _write_chunk(self) -> None:
-        num_tokens = sum(len(r.token_ids_T) for r in self.pending)
+        num_tokens = sum(r.num_tokens for r in self.pending)
         allowance = self.bytes_per_token * num_tokens + self.saved / 4  # a quarter: limits that change slowly
         if self.saved > self.bytes_per_token * num_tokens:
             self.level = max(self.level - 1, 0)
@@ -191,10 +163,9 @@ class _Packer:
     def _text_rows(self) -> list[dict[str, Any]]:
         rows = []
         for response in self.pending:
-            own = self._own_texts(response.token_ids_T.tolist(), response.tokens)
-            rows.append(
-                {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(response.text, TEXT_CHARS), "own": own}
-            )
+            own = self._own_texts(response.rollout.token_ids_T.tolist(), response.tokens)
+            text = _cut(response.rollout.text, TEXT_CHARS)
+            rows.append({"prompt": _cut(response.prompt, PROMPT_CHARS), "text": text, "own": own})
         return rows
 
     def _own_texts(self, ids: Sequence[int], tokens: Sequence[str]) -> dict[int, str]:

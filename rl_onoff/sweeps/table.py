@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rl_onoff.compare import word_of
 from rl_onoff.rundir.files import read_json, write_whole
 from rl_onoff.sweeps.failures import ERROR, read_failure
 
@@ -79,7 +79,7 @@ def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
 
 def as_text(jobs: Sequence[Job]) -> str:
     """The table for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
-    from rl_onoff.rundir.summary import number
+    from rl_onoff.report.text import number
 
     options = swept_options(jobs)
     asked = {name: name for job in jobs if (name := job.options.get("metric")) and name not in SHOWN}
@@ -117,9 +117,8 @@ def _read_job(folder: Path) -> Job:
     failed = read_failure(folder / ERROR)
     found = {} if failed else read_json(folder / "metrics.json") or {}  # a failed job's are those of an earlier one
     sentence = found.get("verdict") or found.get("matrix", {}).get("verdict", "")
-    word = re.search("On-policy|Close|Off-policy", sentence)
     status = "failed" if failed else "done" if found else "unfinished"
-    return Job(folder.name, options, status, str(failed or ""), word[0] if word else "", dict(found.get("values", {})))
+    return Job(folder.name, options, status, str(failed or ""), word_of(sentence), dict(found.get("values", {})))
 
 
 def _natural(text: str) -> tuple[Any, ...]:

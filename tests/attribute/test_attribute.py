@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rl_onoff.attribution.result import View, gap
+from rl_onoff.attribution import state
+from rl_onoff.attribution.state import gap
 from rl_onoff.config import Rung
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir
+from rl_onoff.types import TokenScores
 from tests.running import rewrite, run_in
 
 FAKE = ("backend=fake", "target=fake", "sampling.max_new_tokens=24", "data.limit=6")
@@ -240,8 +243,8 @@ def test_asking_for_scores_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_the_gap_of_sides_with_other_lengths() -> None:
-    q = {("a", 0): View(np.array([1, 2]), np.array([-1.0, -2.0]))}
-    p = {("a", 0): View(np.array([1]), np.array([-1.5]))}
+    q = {("a", 0): TokenScores(token_ids_T=np.array([1, 2]), logprobs_T=np.array([-1.0, -2.0]))}
+    p = {("a", 0): TokenScores(token_ids_T=np.array([1]), logprobs_T=np.array([-1.5]))}
     l_T = np.array([-0.5, 2.0])  # the missing token has logprob 0
     assert gap(q, p) == pytest.approx(np.mean(np.exp(l_T) - l_T - 1))
     assert np.isnan(gap(q, {}))
@@ -314,3 +317,38 @@ def test_files_without_any_engine(tmp_path: Path) -> None:
     assert main_cause(found) == "end_token" and "8 of 8 responses have it on one side only" in found["sentence"]
     assert "is not recorded" in found["rows"]["noise"]["verdict"]
     assert not (tmp_path / "run" / "report.html").exists()  # ids that differ are not compared
+
+
+def test_a_ladder_holds_the_responses_it_chose_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are read first: of a run of any size no more than `attribute.limit` rows become rollouts or scores."""
+    folder = run_in(tmp_path / "run", "experiment=onoff", *FAKE, "target.noise=0.3", "data.limit=30", "sampling.n=2")
+    made: dict[str, set[tuple[str, int]]] = {"rollout_of": set(), "scores_of": set()}
+
+    def counted(name: str) -> None:
+        original = getattr(state, name)
+
+        def make(row: dict[str, Any]) -> Any:
+            made[name].add((row["request_id"], row["sample"]))
+            return original(row)
+
+        monkeypatch.setattr(state, name, make)
+
+    for name in made:
+        counted(name)
+    found = climb(folder, *FAKE, "target.noise=0.3", "attribute.limit=4")
+    assert found["responses"] == 4 and main_cause(found) == "engine"
+    assert made["rollout_of"] == made["scores_of"] and len(made["rollout_of"]) == 4
+
+
+def test_memory_of_the_choice_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    folder, length = RunDir(tmp_path), 500
+    for table in (folder.completions, folder.scores("target")):
+        with table.writer() as writer:
+            for i in range(2000):
+                row = {"request_id": str(i), "sample": 0, "token_ids": np.arange(length, dtype=np.int32)}
+                writer.append(row | {"logprobs": np.full(length, -1.0, np.float32), "logprob_kind": "raw"})
+    tracemalloc.start()
+    chosen = state.chosen_rollouts(folder.completions, folder.scores("target"), 16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(chosen) == 16 and peak < 2_000_000, peak  # the run's arrays alone are 8 MB

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rl_onoff.compare import as_kind
 from rl_onoff.errors import UsageError
-from rl_onoff.rundir.join import Lookup, scored_as
-from rl_onoff.rundir.table import Row, RunDir, Table
+from rl_onoff.pipeline.compare_inputs import own_scores
+from rl_onoff.rundir.join import Lookup, joined
+from rl_onoff.rundir.table import Row, RunDir, Table, scores_of
 from rl_onoff.types import LogprobKind, Sampling
 from tests.running import rewrite, run_in
 
@@ -72,7 +75,7 @@ def test_rows_meet_whatever_their_order_and_no_part_of_a_shard_is_read_for_one_r
     joined = list(Lookup({"mine": run.scores("mine")}).beside(run.completions.rows()))
     assert len(joined) == 300 and num_read == 6, "once a shard"
     for row, found in joined:
-        assert found["mine"] is not None and found["mine"]["token_ids"][0] == row["token_ids"][0]
+        assert found["mine"] is not None and found["mine"].token_ids_T[0] == row["token_ids"][0]
     assert all(
         found == {"none": None} for _, found in Lookup({"none": run.scores("none")}).beside(run.completions.rows())
     )
@@ -207,15 +210,27 @@ def test_processed_logprobs_are_compared_with_processed_ones(processed: RunDir) 
 
 
 def test_scaled_logprobs_from_processed_ones(processed: RunDir) -> None:
-    row = next(iter(processed.scores(processed.score_names()[0]).rows()))
+    scores = scores_of(next(iter(processed.scores(processed.score_names()[0]).rows())))
     sampler = Sampling(temperature=0.8, top_p=0.7, top_k=40, min_p=0.02)
-    at = np.arange(len(row["token_ids"])), row["token_ids"]
-    np.testing.assert_allclose(scored_as(row, LogprobKind.scaled, sampler), kept(row["logits"])[0][at], atol=1e-5)
-    assert scored_as(row, LogprobKind.raw, sampler) is row["logprobs"]
+    at = np.arange(len(scores.token_ids_T)), scores.token_ids_T
+    scaled = as_kind(scores, LogprobKind.scaled, sampler)
+    np.testing.assert_allclose(scaled.logprobs_T, kept(scores.logits_TV)[0][at], atol=1e-5)
+    assert as_kind(scores, LogprobKind.raw, sampler) is scores
+    impossible = replace(scores, processed_logprobs_T=np.full(len(scores.token_ids_T), -np.inf))
     with pytest.raises(UsageError, match="could not have drawn"):
-        scored_as(row | {"processed_logprobs": np.full(len(row["token_ids"]), -np.inf)}, LogprobKind.scaled, sampler)
+        as_kind(impossible, LogprobKind.scaled, sampler)
     with pytest.raises(UsageError, match=r"score the tokens with score.processed=true"):
-        scored_as(row | {"processed_logprobs": None}, LogprobKind.processed, sampler)
+        as_kind(replace(scores, processed_logprobs_T=None), LogprobKind.processed, sampler)
+
+
+def test_the_page_compares_logprobs_of_one_kind_as_the_metrics_do(processed: RunDir) -> None:
+    name = next(name for name in processed.score_names() if name.endswith("target"))
+    found = list(joined(processed, [name], own_scores(processed)))
+    assert found and all(one.behaviour.kind is one.targets[name].kind is LogprobKind.processed for one in found)
+    l_N = np.concatenate([one.targets[name].logprobs_T - one.behaviour.logprobs_T for one in found])
+    k3 = processed.read_json("metrics.json")["comparisons"][name]["overall"]["kl_k3"]["value"]
+    l_N = np.where(np.isneginf(l_N), -20, l_N.astype(np.float64))
+    assert np.mean(np.exp(l_N) - l_N - 1) == pytest.approx(k3, rel=1e-5)
 
 
 def test_another_sampler_than_the_one_that_drew(processed: RunDir, tmp_path: Path) -> None:

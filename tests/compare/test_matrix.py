@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from rl_onoff.compare import Comparison, Estimate, verdict
+from rl_onoff.compare.metrics import Thresholds
+from rl_onoff.compare.verdict import Summary
 from rl_onoff.errors import UsageError
+from rl_onoff.pipeline.matrix import Matrix
+from rl_onoff.report.matrix_page import matrix_page
 from rl_onoff.rundir.table import RunDir
+from rl_onoff.types import LogprobKind
 from tests.conftest import ROOT
 from tests.running import run_in
 
@@ -53,7 +60,7 @@ def test_every_cell_and_every_file(
     assert found["values"]["matrix/plain/far/kl_k3"] == pytest.approx(float(cells["plain", "far"]["kl_k3"]))
     assert len(found["matrix"]["cells"]) == 9 and "furthest apart" in found["matrix"]["verdict"]
     said = capsys.readouterr().out
-    assert "k3 KL (nats a token)" in said and "effective sample, sequences" in said and "matrix.html" in said
+    assert "KL, k3 estimate (nats)" in said and "effective sample, sequences" in said and "matrix.html" in said
     page = (folder.path / "matrix.html").read_text()
     assert (
         html.escape(found["matrix"]["verdict"]) in page and 'href="near/report.html"' in page and "<script" not in page
@@ -106,3 +113,38 @@ def test_the_studys_table_and_plot(tmp_path: Path) -> None:
     plot = ElementTree.parse(tmp_path / "out" / "matrix.svg")
     k3 = json.loads((folder.path / "metrics.json").read_text())["values"]["matrix/plain/far/kl_k3"]
     assert f"{k3:.2g}" in [text.text for text in plot.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def matrix_of(k3_12: float, k3_21: float, floor: float) -> Matrix:
+    """Two policies whose cells have these mean k3 KLs."""
+
+    def cell(k3: float) -> Comparison:
+        metrics = {"kl_k3": Estimate(k3, 0.9 * k3, 1.1 * k3), "ess_token": Estimate(1 - k3), "ess_seq": Estimate(1.0)}
+        metrics["logprob_diff_max"] = Estimate(k3**0.5)
+        summary = Summary(metrics=metrics, counts={"tokens": 100, "responses": 5})
+        return Comparison(kind=LogprobKind.raw, overall=summary, groups={}, positions=[], histograms={}, worst=[],
+                          worst_responses=[], thresholds=Thresholds())  # fmt: skip
+
+    cells = {("a", "a"): floor, ("a", "b"): k3_12, ("b", "a"): k3_21, ("b", "b"): floor}
+    return Matrix(["a", "b"], {pair: cell(k3) for pair, k3 in cells.items()})
+
+
+def shades(matrix: Matrix) -> list[str]:
+    """How strong the colour of every cell of the first table is, as the page says."""
+    page = matrix_page(matrix.names, matrix.rows(), matrix.words(), matrix.verdict(), dict.fromkeys(matrix.names, ""))
+    table = page.partition("<tbody>")[2].partition("</tbody>")[0]
+    return [(re.findall(r"var\(--heat\), ([\d.]+)", cell) or ["0"])[0] for cell in table.split("<td")[1:]]
+
+
+def test_a_cells_colour_is_that_of_its_verdict() -> None:
+    """1e-10 nats between engines in float32 is no alarm, however much larger than the table's smallest number."""
+    assert shades(matrix_of(7e-11, 3e-11, 1e-11)) == ["0", "0", "0", "0"]
+    off = shades(matrix_of(0.2, 0.002, 1e-11))
+    assert off[0] == off[3] == "0" and float(off[1]) > 2 * float(off[2]) > 0
+
+
+def test_the_matrix_judges_as_a_run_does() -> None:
+    matrix = matrix_of(5e-5, 1e-8, 1e-7)
+    assert matrix.verdict().startswith("Close: ") and matrix.words()["a", "b"] == "Close"
+    assert verdict(matrix.cells["a", "b"], matrix.floor).startswith("Close: ")
+    assert matrix.words()["b", "a"] == "On-policy"

@@ -8,19 +8,34 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl_onoff.compare import Aggregator, Pair, Side, compare, verdict
+from rl_onoff.compare import (
+    HEADLINES,
+    METRICS,
+    Aggregator,
+    Estimate,
+    Pair,
+    as_kind,
+    compare,
+    headlines,
+    judge,
+    verdict,
+    word_of,
+)
 from rl_onoff.compare.distributions import log_softmax
-from rl_onoff.compare.metrics import METRICS, chosen_token_metrics
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Completion, FinishReason, LogprobKind, TokenScores
+from rl_onoff.types import LogprobKind, TokenScores
+from tests.metrics.at_once import chosen_token_metrics
 
 RAW, PROCESSED = LogprobKind.raw, LogprobKind.processed
 
 
 def make_pair(q_T, p_T, *, name="a", ids_T=None, groups=None, kind=RAW, **both) -> Pair:
     ids_T = np.arange(len(q_T)) if ids_T is None else ids_T
-    q, p = (Side(token_ids_T=ids_T, logprobs_T=np.asarray(x, np.float32), kind=kind, **both) for x in (q_T, p_T))
-    return Pair(request_id=name, sample=0, behaviour=q, target=p, groups=groups or {})
+    q, p = (
+        TokenScores(request_id=name, token_ids_T=ids_T, logprobs_T=np.asarray(x, np.float32), kind=kind, **both)
+        for x in (q_T, p_T)
+    )
+    return Pair(behaviour=q, target=p, groups=groups or {})
 
 
 def joined(one: Pair, other: Pair) -> Pair:
@@ -63,7 +78,7 @@ def test_full_logits_agree_with_independent_float64():
     """From (T, V) logits in float32, everything is within 1e-6 of float64 arithmetic done otherwise."""
     rng = np.random.default_rng(1)
     pairs, kl, js, ent, k3 = [], [], [], [], []
-    for i in range(5):
+    for _ in range(5):
         q_TV = (3 * rng.standard_normal((20, 40))).astype(np.float32)
         p_TV = (q_TV + 0.2 * rng.standard_normal((20, 40))).astype(np.float32)
         ids_T = rng.integers(40, size=20)
@@ -76,14 +91,14 @@ def test_full_logits_agree_with_independent_float64():
                 "top_ids_TK": np.argsort(-x_TV, axis=1)[:, :5],
                 "top_logprobs_TK": -np.sort(-log_softmax(x_TV), axis=1)[:, :5],
             }
-            sides.append(Side(token_ids_T=ids_T, logprobs_T=logprobs_T, kind=RAW, logits_TV=x_TV, **top))
+            sides.append(TokenScores(token_ids_T=ids_T, logprobs_T=logprobs_T, logits_TV=x_TV, **top))
         q, p = probs
         kl.append((q * np.log(q / p)).sum(1))
         js.append(0.5 * (q * np.log(2 * q / (p + q))).sum(1) + 0.5 * (p * np.log(2 * p / (p + q))).sum(1))
         ent.append(-(p * np.log(p)).sum(1))
         rho = (p / q)[np.arange(20), ids_T]
         k3.append(rho - 1 - np.log(rho))
-        pairs.append(Pair(request_id=str(i), sample=0, behaviour=sides[0], target=sides[1]))
+        pairs.append(Pair(behaviour=sides[0], target=sides[1]))
     c = compare(pairs, num_resamples=20)
     for name, terms in (("kl_forward", kl), ("js", js), ("entropy_target", ent), ("kl_k3", k3)):
         assert c[name].value == pytest.approx(float(np.mean(terms)), abs=1e-9), name
@@ -96,7 +111,6 @@ def scored(logits_TV: np.ndarray, ids_T: np.ndarray, k: int, processed: np.ndarr
     own_T = logprobs_TV[np.arange(len(ids_T)), ids_T]
     return TokenScores(
         request_id="a",
-        sample=0,
         token_ids_T=ids_T,
         logprobs_T=own_T,
         entropy_T=-(np.exp(logprobs_TV) * logprobs_TV).sum(1),
@@ -113,7 +127,7 @@ def test_scores_of_two_engines():
     rng = np.random.default_rng(2)
     logits_TV, ids_T = 3 * rng.standard_normal((50, 30)), rng.integers(30, size=50)
     q, p = scored(logits_TV, ids_T, 8), scored(logits_TV + 0.3 * rng.standard_normal((50, 30)), ids_T, 10)
-    c = compare([Pair(request_id="a", sample=0, behaviour=Side.from_scores(q), target=Side.from_scores(p))])
+    c = compare([Pair(behaviour=q, target=p)])
     assert 0 < c["kl_forward_topk"].value < 0.3 and 0 < c["mass_outside_target"].value < 0.5
     assert c["entropy_diff"].value == pytest.approx(float(p.entropy_T.mean() - q.entropy_T.mean()), abs=1e-6)
     assert "entropy_target_topk" not in c and set(c.overall.metrics) <= set(METRICS)
@@ -126,15 +140,12 @@ def test_the_samplers_view():
     logits_TV, ids_T = 3 * rng.standard_normal((10, 30)), rng.integers(30, size=10)
     cut_T = np.where(np.arange(10) < 3, -np.inf, -1.0).astype(np.float32)
     behaviour, target = scored(logits_TV, ids_T, 5, np.full(10, -1.0, np.float32)), scored(logits_TV, ids_T, 5, cut_T)
-    raw = compare(
-        [Pair(request_id="a", sample=0, behaviour=Side.from_scores(behaviour), target=Side.from_scores(target))]
-    )
+    raw = compare([Pair(behaviour=behaviour, target=target)])
     assert raw["impossible_fraction"].value == pytest.approx(0.3) and raw["nucleus_mass_target"].value == pytest.approx(
         0.9
     )
     assert raw["kl_k3"].value == 0 and raw["nucleus_mass"].value == pytest.approx(0.9)
-    q, p = Side.from_scores(behaviour, PROCESSED), Side.from_scores(target, PROCESSED)
-    c = compare([Pair(request_id="a", sample=0, behaviour=q, target=p)])
+    c = compare([Pair(behaviour=as_kind(behaviour, PROCESSED), target=as_kind(target, PROCESSED))])
     assert c.kind is PROCESSED and c["kl"].value == pytest.approx(0.3 * 20)
     assert c.overall.counts["tokens_impossible_target"] == c.overall.counts["tokens_clamped"] == 3
     assert "3 of the sampled tokens could not have been drawn" in verdict(c)
@@ -250,32 +261,21 @@ def test_refuses_no_pair_and_mixed_kinds():
     assert compare([make_pair([], []), make_pair([-1.0], [-1.0])]).overall.counts["responses_empty"] == 1
 
 
-def test_distributions_of_unlike_kind_are_refused_and_the_sampled_token_kept_apart():
+def test_a_processed_logprob_does_not_join_the_raw_lists():
     lists = {"top_ids_TK": np.array([[1, 2]]), "top_logprobs_TK": np.log([[0.5, 0.3]])}
-    q, p = (
-        make_pair([-0.1], [-0.1], kind=PROCESSED, distribution_kind=kind, **lists).target for kind in (RAW, PROCESSED)
-    )
-    with pytest.raises(UsageError, match="distributions of response a/0 are raw and processed"):
-        compare([Pair(request_id="a", sample=0, behaviour=q, target=p)])
-    apart = compare([Pair(request_id="a", sample=0, behaviour=q, target=q)])
-    assert apart["mass_outside_target"].value == pytest.approx(0.2)  # the processed logprob did not join the raw list
+    processed = compare([make_pair([-0.1], [-0.1], kind=PROCESSED, **lists)])
+    assert processed["mass_outside_target"].value == pytest.approx(0.2)
+    raw = compare([make_pair(np.log([0.15]), np.log([0.15]), ids_T=np.array([7]), **lists)])
+    assert raw["mass_outside_target"].value == pytest.approx(0.05)  # a raw one is one more outcome
 
 
-def test_sides_from_stored_rows():
-    completion = Completion(
-        request_id="a",
-        sample=0,
-        token_ids_T=np.array([1]),
-        text="",
-        logprobs_T=np.array([-1.0]),
-        kind=RAW,
-        finish_reason=FinishReason.eos,
-    )
-    assert Side.from_completion(completion).kind is RAW
-    scores = scored(np.zeros((1, 3)), np.array([1]), 0)
-    assert Side.from_scores(scores).top_ids_TK is None
+def test_logprobs_of_another_kind_are_had_from_what_was_kept_or_refused():
+    scores = scored(np.zeros((1, 3)), np.array([1]), 2)
+    assert as_kind(scores, RAW) is scores
     with pytest.raises(UsageError, match=r"score\.processed=true"):
-        Side.from_scores(scores, PROCESSED)
+        as_kind(scores, PROCESSED)
+    with pytest.raises(UsageError, match="processed and the target's are scaled"):
+        as_kind(replace(scores, kind=LogprobKind.scaled), PROCESSED)
 
 
 @pytest.mark.parametrize(
@@ -307,5 +307,35 @@ def test_verdict_says_when_the_interval_reaches_over_the_bar():
 
 
 def test_metrics_table_is_complete():
-    assert all(m.description and m.better in {"lower", "higher", "zero", "one", "none"} for m in METRICS.values())
+    assert all(
+        m.description and m.family and m.better in {"lower", "higher", "zero", "one", "none"} for m in METRICS.values()
+    )
     assert METRICS["kl_k3"].bar == 0.015
+
+
+@pytest.mark.parametrize(
+    ("k3", "floor", "word"),
+    [
+        (5e-5, 1e-7, "Close"),  # above the noise floor, however small
+        (5e-5, None, "On-policy"),
+        (5e-5, 5e-5, "On-policy"),
+        (7e-11, 4.5e-11, "On-policy"),  # two engines in float32: above the floor by no more than rounding
+        (0.02, 1e-7, "Off-policy"),
+        (0.02, 0.03, "On-policy"),
+    ],
+)
+def test_one_function_judges_a_gap(k3, floor, word):
+    assert judge(Estimate(k3), floor)[0] == judge(Estimate(k3, k3 * 0.9, k3 * 1.1), floor)[0] == word
+
+
+def test_the_word_of_a_verdict():
+    for noise, floor in ((0.001, None), (0.03, None), (0.5, None), (0.03, 1e-3), (0.001, 1e-9)):
+        sentence = verdict(compare(random_pairs(50, noise=noise), num_resamples=200), floor)
+        assert word_of(sentence) == word_of(f"Close to it: {sentence}") == sentence.partition(":")[0].partition(",")[0]
+    assert word_of("The sampler against itself: what it said while sampling.") == ""
+
+
+def test_every_headline_is_a_metric_with_a_label():
+    assert set(HEADLINES) <= set(METRICS) and all(METRICS[name].label for name in HEADLINES)
+    assert set(headlines(3)) < set(headlines(2)) < set(HEADLINES) and headlines(3)[0] == "kl_k3"
+    assert len({metric.label for metric in METRICS.values() if metric.label}) == len(HEADLINES)

@@ -8,8 +8,8 @@ import sys
 SCRIPT = """
 import sys, time
 import numpy as np
-from rl_onoff.compare import Pair, Side, compare
-from rl_onoff.types import LogprobKind
+from rl_onoff.compare import Pair, compare
+from rl_onoff.types import TokenScores
 
 def pairs(tokens, k=64, length=500):
     rng = np.random.default_rng(0)
@@ -17,11 +17,11 @@ def pairs(tokens, k=64, length=500):
         ids_TK = rng.integers(0, 1000, (length, k), dtype=np.int32) + 1000 * np.arange(k, dtype=np.int32)
         logs_TK = np.sort(rng.standard_normal((length, k)).astype(np.float32) - 6)[:, ::-1]
         sides = [
-            Side(token_ids_T=ids_TK[:, 0], logprobs_T=logs_TK[:, 0] + shift, kind=LogprobKind.raw, top_ids_TK=ids_TK,
-                 top_logprobs_TK=logs_TK + shift, entropy_T=-logs_TK[:, 0], rank_T=np.ones(length, np.int32))
+            TokenScores(request_id=str(i), token_ids_T=ids_TK[:, 0], logprobs_T=logs_TK[:, 0] + shift, top_ids_TK=ids_TK,
+                        top_logprobs_TK=logs_TK + shift, entropy_T=-logs_TK[:, 0], rank_T=np.ones(length, np.int32))
             for shift in (np.float32(0), np.float32(0.01))
         ]
-        yield Pair(request_id=str(i), sample=0, behaviour=sides[0], target=sides[1], groups={"level": str(i % 5)})
+        yield Pair(behaviour=sides[0], target=sides[1], groups={"level": str(i % 5)})
 
 def peak_mb():
     # not ru_maxrss, which a child takes over from whoever started it

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_onoff.compare import Pair, Side, compare, verdict
-from rl_onoff.compare.metrics import METRICS
-from rl_onoff.report import ReportInput, ReportResponse, TokenView
-from rl_onoff.types import LogprobKind
+from rl_onoff.compare import METRICS, Pair, compare, verdict
+from rl_onoff.report import ReportInput, ReportResponse
+from rl_onoff.types import FinishReason, Rollout, TokenScores
 
 QUESTION = "Solve the problem, then give the answer in \\boxed{{}}.\n\n{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
 ANSWER = (
@@ -61,7 +60,7 @@ class SampleRun:
             "verdict": self.verdict,
             "policies": policies,
             "comparisons": self.comparisons,
-            "metric_info": METRICS,
+            "metrics": METRICS,
             "responses": iter(self.responses),
             "token_text": self.words.__getitem__,
         }
@@ -72,11 +71,12 @@ def words_of(text: str) -> list[str]:
     return re.findall(r" ?[^\W\d_]+| ?\d|\n+| ?[^\w\s]|\s", text)
 
 
-def view_of(logits_TV: np.ndarray, ids_T: np.ndarray, top_k: int = TOP_K) -> TokenView:
+def view_of(logits_TV: np.ndarray, ids_T: np.ndarray, top_k: int = TOP_K) -> TokenScores:
     logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
     chosen_T = np.take_along_axis(logprobs_TV, ids_T[:, None], 1)[:, 0]
     top_ids_TK = np.argsort(-logprobs_TV, axis=1, kind="stable")[:, :top_k]
-    return TokenView(
+    return TokenScores(
+        token_ids_T=ids_T,
         logprobs_T=chosen_T.astype(np.float32),
         entropy_T=-(np.exp(logprobs_TV) * logprobs_TV).sum(axis=1),
         rank_T=1 + (logprobs_TV > chosen_T[:, None]).sum(axis=1),
@@ -115,34 +115,27 @@ def _response(
     logits_TV[np.arange(len(ids_T)), ids_T] += np.maximum(rng.normal(9, 3.5, len(ids_T)), 1)
     growth_T1 = np.linspace(0.5, 1.5, len(ids_T))[:, None] * np.where(rng.random((len(ids_T), 1)) < 0.02, 8, 1)
     targets = [view_of(logits_TV + rng.normal(size=logits_TV.shape) * noise * growth_T1, ids_T) for noise in noises]
-    return ReportResponse(
+    rollout = Rollout(
         request_id=f"word-{i // 2}",
         sample=i % 2,
-        prompt=prompt,
         text=text,
-        tokens=tokens,
         token_ids_T=ids_T,
+        reward=float(i % 3 == 0),
+        finish_reason=FinishReason.length if i % 7 == 3 else FinishReason.eos,
+    )
+    return ReportResponse(
+        rollout=rollout,
+        prompt=prompt,
+        tokens=tokens,
         behaviour=view_of(logits_TV, ids_T),
         targets=targets,
-        reward=float(i % 3 == 0),
-        finish_reason="length" if i % 7 == 3 else "eos",
         groups={"level": str(1 + i % 3), "reward": "right" if i % 3 == 0 else "wrong"},
     )
 
 
 def _pair(response: ReportResponse, v: int) -> Pair:
-    names = ("logprobs_T", "entropy_T", "rank_T", "top_ids_TK", "top_logprobs_TK")
-    sides = [
-        Side(token_ids_T=response.token_ids_T, kind=LogprobKind.raw, **{name: getattr(view, name) for name in names})
-        for view in (response.behaviour, response.targets[v])
-    ]
-    return Pair(
-        request_id=response.request_id,
-        sample=response.sample,
-        behaviour=sides[0],
-        target=sides[1],
-        groups=response.groups,
-    )
+    behaviour, target = (side.of(response.rollout) for side in (response.behaviour, response.targets[v]))
+    return Pair(behaviour=behaviour, target=target, groups=response.groups)
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from rl_onoff.attribution.result import Attribution, skipped, tried
+from rl_onoff.attribution.result import Attribution, Row, tried
 from rl_onoff.config import Rung
 from rl_onoff.report import write_report
 
 
 def test_the_ladder_is_shown(page, sample_run, tmp_path):
     rows = [
-        tried(Rung.transform, "the target's <b>scaled</b> logprobs", 0.2, 0.01, 0.2),
-        skipped(Rung.dtype, "both sides are in float32"),
+        tried(Rung.transform, "the target's <b>scaled</b> logprobs", 0.2, 0.01, 0.2, "the <i>sampler</i>"),
+        Row(rung=Rung.dtype, changed="float32", verdict="not tried: both sides are in float32"),
     ]
     found = Attribution(target="<trainer>", gap=0.2, floor=0.0, left=0.01, rows=rows, responses=3, tokens=30)
     page.open(write_report(tmp_path / "report.html", sample_run(3).report(attribution=found.to_dict())))

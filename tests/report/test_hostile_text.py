@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rl_onoff.report import ReportInput, ReportResponse, TokenView, write_report
+from rl_onoff.compare import Metric
+from rl_onoff.report import ReportInput, ReportResponse, write_report
+from rl_onoff.types import Rollout, TokenScores
 
 ATTACKS = [
     "<script>window.ran = 1</script>",
@@ -28,7 +30,8 @@ EDGES = [0.0, -np.inf, np.nan, -1e-30, -80.0]
 def report(tmp_path_factory):
     num = len(ATTACKS)
     logprobs_T = np.resize(EDGES, num).astype(np.float32)
-    view = TokenView(
+    view = TokenScores(
+        token_ids_T=np.arange(num),
         logprobs_T=logprobs_T,
         entropy_T=np.resize([0.0, np.nan, 3.0], num),
         rank_T=np.full(num, 70_000),
@@ -37,8 +40,8 @@ def report(tmp_path_factory):
     )
     responses = (
         ReportResponse(
-            request_id=attack, sample=0, prompt=attack, text="".join(ATTACKS), tokens=ATTACKS, token_ids_T=np.arange(num),
-            behaviour=view, targets=[view], reward=float("nan"), finish_reason=attack, groups={attack: attack},
+            rollout=Rollout(request_id=attack, sample=0, text="".join(ATTACKS), token_ids_T=np.arange(num), reward=float("nan")),
+            prompt=attack, tokens=ATTACKS, behaviour=view, targets=[view], groups={attack: attack},
         )
         for attack in ATTACKS
     )  # fmt: skip
@@ -49,7 +52,7 @@ def report(tmp_path_factory):
         policies=[{"name": ATTACKS[1], ATTACKS[0]: ATTACKS[2]}, {"engine": "\ud800"}],
         responses=responses,
         comparisons=[{"overall": {ATTACKS[1]: value}, "counts": {ATTACKS[0]: 3}}],
-        metric_info={ATTACKS[1]: (ATTACKS[0], "nats", "lower", 0.1)},
+        metrics={ATTACKS[1]: Metric(ATTACKS[0], "nats", "lower", ATTACKS[2], 3, 0.1, family=ATTACKS[4])},
         token_text=lambda i: ATTACKS[i] if i else "\ufffd",
     )
     return write_report(tmp_path_factory.mktemp("hostile") / "report.html", hostile)

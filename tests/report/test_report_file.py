@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl_onoff.report import ReportInput, ReportResponse, TokenView, write_report
+from rl_onoff.report import ReportInput, ReportResponse, write_report
 from rl_onoff.report.pack import TOP_LIMITS, pack_tokens
+from rl_onoff.types import FinishReason, Rollout, TokenScores
 
 NUM_RESPONSES, NUM_TOKENS, TOP_K = 10_000, 200, 10
 
@@ -20,9 +21,10 @@ def many_responses(words: list[str]):
     for i in range(NUM_RESPONSES):
         ids_T, behaviour, target = kinds[i % 64]
         tokens = [words[j] for j in ids_T]
+        rollout = Rollout(request_id=f"q{i // 4}", sample=i % 4, text="".join(tokens), token_ids_T=ids_T, reward=float(i % 3 == 0),
+                          finish_reason=FinishReason.eos)  # fmt: skip
         yield ReportResponse(
-            request_id=f"q{i // 4}", sample=i % 4, prompt=f"Question {i // 4}", text="".join(tokens), tokens=tokens, token_ids_T=ids_T,
-            behaviour=behaviour, targets=[target], reward=float(i % 3 == 0), finish_reason="eos", groups={"level": str(i % 5)},
+            rollout=rollout, prompt=f"Question {i // 4}", tokens=tokens, behaviour=behaviour, targets=[target], groups={"level": str(i % 5)}
         )  # fmt: skip
 
 
@@ -40,7 +42,8 @@ def _random_views(rng: np.random.Generator, num_words: int):
         lp_TV -= np.log(np.exp(lp_TV).sum(axis=1, keepdims=True))
         order_TK = np.argsort(-lp_TV, axis=1, kind="stable")[:, :TOP_K]
         chosen_T = lp_TV[rows_T, pick_T]
-        view = TokenView(
+        view = TokenScores(
+            token_ids_T=ids_TV[rows_T, pick_T],
             logprobs_T=chosen_T,
             entropy_T=-(np.exp(lp_TV) * lp_TV).sum(axis=1),
             rank_T=1 + (lp_TV > chosen_T[:, None]).sum(axis=1),
@@ -132,7 +135,7 @@ def test_responses_are_read_one_at_a_time(sample_run, tmp_path):
             response = run.responses[0]
             prompt = type("Prompt", (str,), {})(response.prompt)
             prompt.tracked = Tracked()
-            yield replace(response, request_id=str(i), prompt=prompt)
+            yield replace(response, rollout=replace(response.rollout, request_id=str(i)), prompt=prompt)
 
     write_report(tmp_path / "report.html", run.report(responses=stream()))
     assert max(alive) <= 40
@@ -157,6 +160,6 @@ def test_arrays_that_do_not_fit_are_refused(sample_run, tmp_path):
     response = run.responses[0]
     with pytest.raises(ValueError, match="token texts"):
         write_report(tmp_path / "r.html", run.report(responses=[replace(response, tokens=response.tokens[:-1])]))
-    short = replace(response, behaviour=TokenView(logprobs_T=response.behaviour.logprobs_T[:-1]), targets=())
+    short = replace(response, behaviour=response.behaviour[:-1], targets=())
     with pytest.raises(ValueError, match="rows for a response"):
         write_report(tmp_path / "r.html", run.report(responses=[short]))

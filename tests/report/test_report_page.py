@@ -10,7 +10,9 @@ import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from rl_onoff.report import ReportInput, TokenView, write_report
+from rl_onoff.compare import METRICS
+from rl_onoff.report import ReportInput, write_report
+from rl_onoff.types import FinishReason, TokenScores
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def worst_of(run, v=0):
 
 
 def heading(response):
-    return f"{response.request_id} sample {response.sample}"
+    return f"{response.rollout.request_id} sample {response.rollout.sample}"
 
 
 def number(text):
@@ -73,6 +75,16 @@ def test_verdict_policies_metrics_and_plots_are_shown(page, run, report):
     assert len(page.all("#metric-table tbody tr")) > len(run.comparisons[0]["overall"])
 
 
+def test_the_headlines_are_those_of_the_metrics(page, run, report):
+    page.open(report)
+    measured = run.comparisons[0]["overall"]
+    ranked = sorted(METRICS, key=lambda name: -METRICS[name].headline)
+    wanted = [name for name in ranked if METRICS[name].headline and name in measured][:6]
+    assert page.texts("#headline .name") == wanted and wanted[0] == "kl_k3"
+    families = list(dict.fromkeys(METRICS[name].family for name in METRICS if name in measured))
+    assert page.texts("#metric-table tr.family th") == families
+
+
 def test_a_clicked_token_shows_its_numbers(page, run, report):
     page.open(report)
     page.tab("tokens")
@@ -89,7 +101,9 @@ def test_a_clicked_token_shows_its_numbers(page, run, report):
             assert page.js(TOP_IDS, side)[:10] == view.top_ids_TK[t].tolist()
             shares = [float(text.split()[0].lstrip("<")) / 100 for text in page.texts(f"#panel .s{side} td.share")]
             assert shares[:10] == pytest.approx(np.exp(view.top_logprobs_TK[t].astype(float)), rel=0.06, abs=6e-4)
-            assert int(page.find(f"#panel .s{side} .sampled").get_attribute("data-id")) == response.token_ids_T[t]
+            assert (
+                int(page.find(f"#panel .s{side} .sampled").get_attribute("data-id")) == response.rollout.token_ids_T[t]
+            )
         ratio = float(target.logprobs_T[t]) - float(behaviour.logprobs_T[t])
         assert page.number("l") == pytest.approx(ratio, abs=1e-9)
         assert page.number("rho") == pytest.approx(np.exp(ratio), rel=1e-9)
@@ -109,7 +123,7 @@ def test_every_token_of_every_response_is_there(page, run, report):
         before = page.turn()
         button.click()
         page.wait(lambda before=before: page.turn() != before)
-    assert seen == {r: response.text.replace("\n", "↵\n") for r, response in enumerate(run.responses)}
+    assert seen == {r: response.rollout.text.replace("\n", "↵\n") for r, response in enumerate(run.responses)}
 
 
 def test_order(page, run, report):
@@ -136,16 +150,16 @@ def test_filters(page, run, report):
         assert set(page.ids()) <= {heading(r) for r in run.responses if condition(r)}
 
     page.set("search", "wanjiru")
-    expect(lambda r: "Wanjiru" in r.prompt + r.text)
+    expect(lambda r: "Wanjiru" in r.prompt + r.rollout.text)
     page.set("reward", "right")
-    expect(lambda r: "Wanjiru" in r.prompt + r.text and r.reward > 0)
+    expect(lambda r: "Wanjiru" in r.prompt + r.rollout.text and r.rollout.reward > 0)
     page.set("reward", "")
     page.set("group:level", "1")  # the second of its values
-    expect(lambda r: "Wanjiru" in r.prompt + r.text and r.groups["level"] == "2")
+    expect(lambda r: "Wanjiru" in r.prompt + r.rollout.text and r.groups["level"] == "2")
     page.set("search", "")
     page.set("group:level", "")
     page.set("finish", "length")
-    expect(lambda r: r.finish_reason == "length")
+    expect(lambda r: r.rollout.finish_reason is FinishReason.length)
     page.set("finish", "")
     worst = dict(zip(map(heading, run.responses), worst_of(run), strict=True))
     page.set("least", "0.5")
@@ -326,7 +340,8 @@ def test_several_targets(page, sample_run, tmp_path):
 def test_a_sampler_that_gave_logprobs_alone(page, sample_run, tmp_path):
     """What an engine reports while it samples has no lists; the lists of two scorers then stand for themselves."""
     run = sample_run(6, (0.1, 1.5))
-    bare = [replace(r, behaviour=TokenView(logprobs_T=r.behaviour.logprobs_T)) for r in run.responses]
+    bare_of = lambda r: TokenScores(token_ids_T=r.rollout.token_ids_T, logprobs_T=r.behaviour.logprobs_T)  # noqa: E731
+    bare = [replace(r, behaviour=bare_of(r)) for r in run.responses]
     page.open(write_report(tmp_path / "bare.html", run.report(responses=bare)))
     page.tab("tokens")
     page.js("const s = document.getElementById('target'); s.value = '1'; s.dispatchEvent(new Event('change'))")

@@ -1,26 +1,7 @@
 // Verdict, policies and every table of metrics.
 
-const HEADLINE = [
-  "kl_k3",
-  "logprob_diff_mean",
-  "logprob_diff_max",
-  "ess_token",
-  "ess_seq",
-  "prob_pearson",
-  "argmax_agreement",
-  "perplexity",
-  "entropy_target",
-];
-const FAMILIES = [
-  ["Divergence of the sampled tokens", /^(kl(_k\d)?|chi2_.*)$/],
-  ["Difference of log-probability and probability", /^(logprob_|prob_|mult_)/],
-  ["Importance weights", /^(is_|ess_|fraction_outside|masked_|clip)/],
-  ["Perplexity", /^(ppl|log_ppl|perplexity)/],
-  ["Whole distributions", /^(kl_|js|tv|entropy|argmax|topk|rank|nucleus|mass)/],
-];
-
 function describe(name) {
-  const { description, unit, better, bar } = summary.metric_info[name] || {};
+  const { description, unit, better, bar } = summary.metrics[name] || {};
   return { description: (description || "").replace(LONE_L, "\u2113"), unit: unit || "", better: better || "", bar: num(bar) };
 }
 
@@ -62,11 +43,12 @@ function behaviourName() {
 }
 
 const comparison = () => summary.comparisons[state.target] || {};
-const metricOrder = (overall) => [...new Set([...Object.keys(summary.metric_info).filter((n) => n in overall), ...Object.keys(overall)])];
+const metricOrder = (overall) => [...new Set([...Object.keys(summary.metrics).filter((n) => n in overall), ...Object.keys(overall)])];
 
 function headlineNames(overall, most) {
   const measured = metricOrder(overall).filter((name) => Number.isFinite(num(overall[name])));
-  const known = HEADLINE.filter((name) => measured.includes(name));
+  const rank = (name) => (summary.metrics[name] || {}).headline || 0;
+  const known = measured.filter(rank).sort((a, b) => rank(b) - rank(a));
   return (known.length ? known : measured).slice(0, most);
 }
 
@@ -188,29 +170,24 @@ function metricRow(name, value) {
 function showMetricTable() {
   const overall = comparison().overall || {};
   const names = metricOrder(overall);
-  const family = (name) => FAMILIES.findIndex(([, pattern]) => pattern.test(name));
+  const family = (name) => (summary.metrics[name] || {}).family || "Other";
   const head = ["metric", "value", "95 % interval", "better", "the field's bar"].map((h, i) =>
     el("th", { scope: "col", class: i === 1 || i === 2 ? "number" : null }, h),
   );
-  const bodies = [...FAMILIES.keys(), -1].map((f) => {
-    const members = names.filter((name) => family(name) === f);
-    const title = f < 0 ? "Other" : FAMILIES[f][0];
-    return (
-      members.length > 0 &&
-      el(
-        "tbody",
-        {},
-        el("tr", { class: "family" }, el("th", { scope: "rowgroup", colspan: 5 }, title)),
-        members.map((name) => metricRow(name, overall[name])),
-      )
-    );
-  });
+  const bodies = [...new Set(names.map(family))].map((title) =>
+    el(
+      "tbody",
+      {},
+      el("tr", { class: "family" }, el("th", { scope: "rowgroup", colspan: 5 }, title)),
+      names.filter((name) => family(name) === title).map((name) => metricRow(name, overall[name])),
+    ),
+  );
   const note = `${behaviourName()} sampled, ${targetName(state.target)} scored. \u2113 = log p \u2212 log q of a sampled token; q is who sampled, p is who scored.`;
   byId("metric-table").replaceChildren(
     el("h2", {}, "Metrics"),
     el("p", { class: "note" }, note),
     names.length
-      ? el("div", { class: "scroll" }, el("table", { class: "metrics" }, el("thead", {}, el("tr", {}, head)), bodies.filter(Boolean)))
+      ? el("div", { class: "scroll" }, el("table", { class: "metrics" }, el("thead", {}, el("tr", {}, head)), bodies))
       : el("p", {}, "Nothing was compared in this run."),
   );
 }

@@ -1,0 +1,173 @@
+"""The case under investigation: the two sides as they stand, and a way to score the same ids again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.compare import as_kind
+from rl_onoff.compare.metrics import token_terms
+from rl_onoff.pipeline import stages
+from rl_onoff.pipeline.context import Run
+from rl_onoff.redaction import masked
+from rl_onoff.rundir.join import sampler_of
+from rl_onoff.rundir.table import Table, rollout_of, scores_of
+from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Want
+
+SCORES = ("request_id", "sample", "token_ids", "logprobs", "logprob_kind", "processed_logprobs", "nucleus_mass")
+COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "finish_reason")
+
+
+class NotTried(Exception):
+    """A rung does not apply; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one side's logprobs come from: what was reported while sampling, or a table of scores."""
+
+    rows: dict[Key, TokenScores]
+    sampler: Sampling | None = None
+    reported: bool = False
+
+    def as_kind(self, kind: LogprobKind) -> dict[Key, TokenScores]:
+        """The logprobs as ones of `kind`; reported ones are taken as they are, since their label is on trial."""
+        return {key: row if self.reported else as_kind(row, kind, self.sampler) for key, row in self.rows.items()}
+
+
+def sampled(rollouts: Mapping[Key, Rollout]) -> Source:
+    """What the behaviour reported of its own tokens."""
+    rows = {}
+    for key, rollout in rollouts.items():
+        assert rollout.logprobs_T is not None
+        rows[key] = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
+    return Source(rows, reported=True)
+
+
+def scored(table: Table, keys: Collection[Key]) -> Source:
+    """What a table says of these responses; rows of all other responses are let go as they pass."""
+    rows = (row for row in table.rows(SCORES) if (row["request_id"], row["sample"]) in keys)
+    return Source({scores.key: scores for scores in map(scores_of, rows)}, sampler_of(table))
+
+
+def chosen_rollouts(completions: Table, scores: Table, limit: int | None) -> dict[Key, Rollout]:
+    """The same `limit` responses every time, in whatever order they lie on disk: keys are read first, then rows."""
+    rows = completions.rows(["request_id", "sample", "logprob_kind"])
+    keys = {(row["request_id"], row["sample"]) for row in rows if row["logprob_kind"] is not None} & scores.keys()
+    chosen = dict.fromkeys(sorted(keys, key=_digest)[:limit])
+    rows = (row for row in completions.rows(COMPLETIONS) if (row["request_id"], row["sample"]) in chosen)
+    found = {rollout.key: rollout for rollout in map(rollout_of, rows)}
+    usable = {key for key, rollout in found.items() if rollout.logprobs_T is not None and len(rollout.token_ids_T)}
+    return {key: found[key] for key in chosen if key in usable}
+
+
+def _digest(key: Key) -> bytes:
+    return hashlib.blake2b(f"{key[1]} {key[0]}".encode(), digest_size=8).digest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """The two sides with every change that was kept."""
+
+    q: Source
+    p: Source
+    kind: LogprobKind
+    behaviour: EngineConfig | None  # None: not one of ours, or not recorded
+    target: EngineConfig | None
+    same_ids_only: bool = False  # compare up to the first token in which the ids differ
+    without_last: frozenset[Key] = frozenset()  # responses whose last token is left out
+    without: frozenset[Key] = frozenset()  # responses that are left out
+
+    def gap(self) -> float:
+        q, p = self.q.as_kind(self.kind), self.p.as_kind(self.kind)
+        for key in q.keys() & p.keys():
+            if key in self.without:
+                del q[key]
+                continue
+            if self.same_ids_only:
+                same = common_prefix(q[key].token_ids_T, p[key].token_ids_T)
+                q[key], p[key] = q[key][:same], p[key][:same]
+            if key in self.without_last:
+                q[key], p[key] = q[key][:-1], p[key][:-1]
+        return gap(q, p)
+
+    def ids_differ(self) -> list[Key]:
+        """Responses of which the two sides hold different ids."""
+        q, p = self.q.rows, self.p.rows
+        return [key for key in q.keys() & p.keys() if not np.array_equal(q[key].token_ids_T, p[key].token_ids_T)]
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two lists of ids share from the start."""
+    width = min(len(a), len(b))
+    differ = np.nonzero(a[:width] != b[:width])[0]
+    return int(differ[0]) if len(differ) else width
+
+
+def gap(q: Mapping[Key, TokenScores], p: Mapping[Key, TokenScores]) -> float:
+    """Mean k3 KL, nats a token, over the tokens of the responses both sides hold; NaN without any.
+
+    Where the sides hold different ids they are compared position by position and a missing token has logprob 0: what a
+    trainer sees that puts both into padded tensors.
+    """
+    ours, theirs = [], []
+    for key in q.keys() & p.keys():
+        a, b = q[key].logprobs_T, p[key].logprobs_T
+        width = max(len(a), len(b))
+        ours.append(np.pad(a, (0, width - len(a))))
+        theirs.append(np.pad(b, (0, width - len(b))))
+    if not sum(map(len, ours)):
+        return math.nan
+    return float(token_terms(np.concatenate(ours), np.concatenate(theirs))["kl_k3"].mean())
+
+
+@dataclass(slots=True)
+class Case:
+    """What the rungs are given beside a state: the run, the sampled responses, and a way to score their ids again."""
+
+    this: Run
+    name: str  # of the target's scores
+    rollouts: dict[Key, Rollout]
+    sampler: Sampling  # that drew the tokens, as far as is known
+    own: Source | None  # the behaviour's own scores, where the run has them of all responses
+    dtypes: dict[str, str]  # of behaviour and target, as the engines said
+    floor: float = 0.0  # the gap of one engine to itself, nats a token; the noise rung sets it
+
+    def rescore(self, engine: EngineConfig | None, *, alone: bool = False) -> Source:
+        """What `engine` says of the sampled ids; `alone`: one response at a time, in another order.
+
+        The scores lie under `scores/attribute/`, out of sight of the normal comparisons, under a name made of what they
+        depend on: any later ladder that asks for the same finds them again.
+        """
+        if engine is None:
+            raise NotTried(
+                "the engine is not recorded: set target=…, or run the whole of experiment=onoff in this folder"
+            )
+        if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
+            raise NotTried("the responses came without prompt ids")
+        want = Want(sampler=self.sampler)
+        config = {"backend": engine.what_it_computes(), "want": asdict(want)} | ({"alone": True} if alone else {})
+        config = masked(config)
+        digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
+        table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")
+        table.claim(config)
+        done = table.keys()
+        missing = [rollout for key, rollout in self.rollouts.items() if key not in done]
+        if missing:
+            self._score(table, engine, want, [[one] for one in reversed(missing)] if alone else [missing])
+        return scored(table, self.rollouts.keys())
+
+    def _score(self, table: Table, engine: EngineConfig, want: Want, windows: list[list[Rollout]]) -> None:
+        backend = self.this.slot.get(engine)
+        table.describe(engine=asdict(backend.info))
+        with table.writer() as writer, self.this.progress("attribute", sum(map(len, windows))) as progress:
+            for window in windows:
+                for scores in backend.score(window, want):
+                    writer.append(stages.scores_row(scores))
+                    progress.add(len(scores.token_ids_T))
