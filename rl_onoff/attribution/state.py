@@ -169,5 +169,5 @@ class Case:
         with table.writer() as writer, self.this.progress("attribute", sum(map(len, windows))) as progress:
             for window in windows:
                 for scores in backend.score(window, want):
-                    writer.append(stages.scores_row(scores))
+                    writer.append(row_of_scores(scores))
                     progress.add(len(scores.token_ids_T))
