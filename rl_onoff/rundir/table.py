@@ -266,6 +266,29 @@ def rollout_of(row: Row) -> Rollout:
     )
 
 
+def row_of_scores(scores: TokenScores) -> Row:
+    """One row of a scores table."""
+    return {
+        "request_id": scores.request_id,
+        "sample": scores.sample,
+        "token_ids": scores.token_ids_T,
+        "logprobs": scores.logprobs_T,
+        "logprob_kind": scores.kind.value,
+        "entropy": scores.entropy_T,
+        "logsumexp": scores.logsumexp_T,
+        "rank": scores.rank_T,
+        "top_ids": _lists(scores.top_ids_TK),
+        "top_logprobs": _lists(scores.top_logprobs_TK),
+        "processed_logprobs": scores.processed_logprobs_T,
+        "nucleus_mass": scores.nucleus_mass_T,
+        "logits": _lists(scores.logits_TV),
+    }
+
+
+def _lists(array: Any | None) -> list[Any] | None:
+    return None if array is None else list(array)
+
+
 def scores_of(row: Row) -> TokenScores:
     """A row of scores as TokenScores; what the row has no column for is None, and so are top tokens of width 0."""
     top_ids, top_logprobs = row.get("top_ids"), row.get("top_logprobs")
