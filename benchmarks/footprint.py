@@ -1,4 +1,4 @@
-"""What a run costs per response token: bytes on disk and over the wire, memory of every stage, and time relative to scoring.
+"""What a run costs per response token: bytes on disk and over the wire, memory of each stage, time relative to scoring.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv/bin/python benchmarks/footprint.py [MODEL] [TOKENS …]
 
@@ -29,12 +29,21 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.engine import EngineInfo
+from rl_onoff.data.requests import EncodedPrompt
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.progress import Progress
-from rl_onoff.rundir.table import RunDir, Table
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
-from rl_onoff.workers.work_queue import Item, Shares, items_of_requests
+from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_scores, scores_of
+from rl_onoff.types import (
+    FinishReason,
+    LogprobKind,
+    Rollout,
+    SampleRequest,
+    Sampling,
+    TokenScores,
+    Want,
+    sample_requests,
+)
 
 TOP_KS = (0, 20, 64)
 MEAN_LENGTH = 500
@@ -53,15 +62,17 @@ def real(folder: Path, model: str) -> dict[str, Any]:
     """Sample and score once with everything kept; returns CPU seconds per token."""
     from rl_onoff.backends import create_backend
     from rl_onoff.config import DataConfig
-    from rl_onoff.data.requests import load_requests
+    from rl_onoff.data.prompts import load_rows
+    from rl_onoff.data.requests import encode_rows
 
     backend = create_backend({"backend_type": "huggingface", "model_name": model})
     backend.load()
-    sampling = Sampling(max_new_tokens=160)
-    requests = load_requests(DataConfig(limit=40), backend.get_tokenizer(), sampling)
+    sampling, data = Sampling(max_new_tokens=160), DataConfig(limit=40)
+    prompts = encode_rows(load_rows(data), data, backend.get_tokenizer())
     run, seconds = RunDir(folder / "real"), {}
+    requests = stages.missing_requests(run, prompts, sampling)
     for name, step in {
-        "generate": lambda: stages.generate(run, requests, backend, None, quiet("generate", 1)),
+        "generate": lambda: stages.generate(run, requests, prompts, backend, None, quiet("generate", 1)),
         "score": lambda: stages.score(
             run, run.scores("all"), backend, Want(top_k=max(TOP_KS), sampler=sampling), quiet("score", 1)
         ),
@@ -73,7 +84,7 @@ def real(folder: Path, model: str) -> dict[str, Any]:
     few = [replace(response, token_ids_T=response.token_ids_T[:32]) for response in list(stages.responses(run))[:8]]
     with RunDir(folder / "logits").scores("logits").writer() as out:
         for scores in backend.score(few, Want(full_logits=True)):
-            out.append(stages.scores_row(scores))
+            out.append(row_of_scores(scores))
     return {name: value / tokens for name, value in seconds.items()} | {
         "tokens": tokens,
         "vocab_size": backend.info.vocab_size,
@@ -108,11 +119,9 @@ def disk(folder: Path) -> dict[str, float]:
 
 def wire(folder: Path) -> dict[str, float]:
     """Bytes a response token that a worker sends, and those its parent sends it."""
-    from rl_onoff.workers.arrow import batch_of
-
     from rl_onoff.workers import wire
 
-    class Counted(wire.Channel):
+    class Counted(wire.SocketChannel):
         def __init__(self) -> None:
             super().__init__(socket.socketpair()[0])
             self.count = 0
@@ -126,31 +135,25 @@ def wire(folder: Path) -> dict[str, float]:
         return channel.count
 
     run = RunDir(folder / "real")
-    rows, tokens = list(run.completions.rows()), tokens_of(run.completions)
-    everything = list(run.scores("all").rows())
-    found = {
-        "worker to parent, a Completion": sum(size(wire.Completed(call=1, completion=_completion(row))) for row in rows)
-        / tokens
-    }
+    rollouts, tokens = [rollout_of(row) for row in run.completions.rows()], tokens_of(run.completions)
+    everything = [scores_of(row) for row in run.scores("all").rows()]
+    sampled = [replace(rollout, prompt_ids=Rollout(request_id="", sample=0, token_ids_T=rollout.token_ids_T).prompt_ids,
+                       meta={}) for rollout in rollouts]  # fmt: skip
+    found = {"worker to parent, a Rollout": sum(size(wire.Completed(call=1, result=one)) for one in sampled) / tokens}
     for top_k in TOP_KS:
-        sizes = [size(wire.Scored(call=1, scores=_scores(row, top_k))) for row in everything]
+        sizes = [size(wire.Scored(call=1, result=_narrow(scores, top_k))) for scores in everything]
         found[f"worker to parent, TokenScores with top_k={top_k}"] = sum(sizes) / tokens
-        found[f"the same from a Ray actor, in Arrow, top_k={top_k}"] = (
-            batch_of([_scores(row, top_k) for row in everything]).nbytes / tokens
-        )
-    return found | {
-        "parent to worker, Responses": size(wire.Score(call=1, responses=list(stages.responses(run)), want=Want()))
-        / tokens
-    }
+    asked = wire.Score(call=1, rollouts=list(stages.responses(run)), want=Want())
+    return found | {"parent to worker, Rollouts to score": size(asked) / tokens}
 
 
 def decoding(folder: Path) -> float:
     """CPU seconds a token of making TokenScores out of the bytes that arrive."""
     from rl_onoff.workers import wire
 
-    channel = wire.Channel(socket.socketpair()[0])
-    rows = [_scores(row, 20) for row in RunDir(folder / "real").scores("all").rows()]
-    packed = [channel._encoder.encode(wire.Scored(call=1, scores=row)) for row in rows]
+    channel = wire.SocketChannel(socket.socketpair()[0])
+    rows = [_narrow(scores_of(row), 20) for row in RunDir(folder / "real").scores("all").rows()]
+    packed = [channel._encoder.encode(wire.Scored(call=1, result=row)) for row in rows]
     start = time.process_time()
     for _ in range(20):
         for header in packed:
@@ -158,35 +161,25 @@ def decoding(folder: Path) -> float:
     return (time.process_time() - start) / 20 / sum(len(row.token_ids_T) for row in rows)
 
 
-def _completion(row: dict[str, Any]) -> Completion:
-    return Completion(
-        request_id=row["request_id"], sample=row["sample"], token_ids_T=row["token_ids"], text=row["text"], logprobs_T=row["logprobs"],
-        kind=LogprobKind.raw, finish_reason=FinishReason.eos,
-    )  # fmt: skip
-
-
-def _scores(row: dict[str, Any], top_k: int) -> TokenScores:
-    return TokenScores(
-        request_id=row["request_id"], sample=row["sample"], token_ids_T=row["token_ids"], logprobs_T=row["logprobs"],
-        entropy_T=row["entropy"], logsumexp_T=row["logsumexp"], rank_T=row["rank"], top_ids_TK=row["top_ids"][:, :top_k],
-        top_logprobs_TK=row["top_logprobs"][:, :top_k], processed_logprobs_T=row["processed_logprobs"],
-        nucleus_mass_T=row["nucleus_mass"],
-    )  # fmt: skip
+def _narrow(scores: TokenScores, top_k: int) -> TokenScores:
+    """Scores as a run with this top_k has them."""
+    if not top_k or scores.top_ids_TK is None or scores.top_logprobs_TK is None:
+        return replace(scores, top_ids_TK=None, top_logprobs_TK=None)
+    return replace(scores, top_ids_TK=scores.top_ids_TK[:, :top_k], top_logprobs_TK=scores.top_logprobs_TK[:, :top_k])
 
 
 # -- an engine that costs nothing --------------------------------------------------------------------------------------
 
 
 class Drawn:
-    """Answers with positions of the real run; in the order of length, as engines do that batch by it."""
+    """Answers with positions of the real run; in the order of length, as engines do that batch by length."""
 
-    config = EngineConfig(model_name="drawn")
+    info = EngineInfo(engine="drawn", version="", dtype="float32", vocab_size=50_000, max_len=1 << 20, eos_ids=())
 
     def __init__(self, folder: Path, top_k: int, noise: float = 0.0):
         run = RunDir(folder / "real")
-        rows = [_scores(row, top_k) for row in run.scores("all").rows()]
-        names = [name for name in TokenScores.__dataclass_fields__ if name.endswith(("_T", "_TK"))]
-        self._pool = {name: np.concatenate([getattr(row, name) for row in rows]) for name in names}
+        rows = [_narrow(scores_of(row), top_k).arrays() for row in run.scores("all").rows()]
+        self._pool = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         self._text = " ".join(row["text"] for row in run.completions.rows(["text"]))
         self._noise = noise
 
@@ -199,22 +192,28 @@ class Drawn:
                 drawn[name] = values * (1 + 1e-3 * chance.random(values.shape, np.float32))
         return drawn
 
-    def complete(self, requests: Sequence[Request]) -> Iterator[Completion]:
+    def complete(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
         for request in requests:
-            for sample in request.sample_indices:
-                seed = request.seed_of(sample)
-                drawn = self._draw(seed, _length(seed))
-                at = seed % max(len(self._text) - 4 * _length(seed), 1)
-                yield Completion(
-                    request_id=request.id, sample=sample, token_ids_T=drawn["token_ids_T"], text=self._text[at : at + 4 * _length(seed)],
-                    logprobs_T=drawn["logprobs_T"], kind=LogprobKind.raw, finish_reason=FinishReason.eos,
-                )  # fmt: skip
+            length = _length(request.seed)
+            drawn = self._draw(request.seed, length)
+            at = request.seed % max(len(self._text) - 4 * length, 1)
+            yield Rollout(
+                request_id=request.request_id, sample=request.sample, prompt_ids=request.prompt_ids,
+                token_ids_T=drawn["token_ids_T"], text=self._text[at : at + 4 * length],
+                logprobs_T=drawn["logprobs_T"], kind=LogprobKind.raw, finish_reason=FinishReason.eos,
+            )  # fmt: skip
 
-    def score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        for r in sorted(responses, key=lambda r: len(r.token_ids_T)):
-            seed = Request(id=r.request_id, prompt_ids=r.prompt_ids, sampling=Sampling()).seed_of(r.sample)
-            drawn = self._draw(seed, len(r.token_ids_T))
-            shift = np.random.default_rng(seed + 1).normal(0, self._noise, (len(r.token_ids_T), 1)).astype(np.float32)
+    def score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        for r in sorted(rollouts, key=lambda r: len(r.token_ids_T)):
+            (request,) = sample_requests(
+                id=r.request_id, prompt_ids=r.prompt_ids, sampling=Sampling(), samples=[r.sample]
+            )
+            drawn = self._draw(request.seed, len(r.token_ids_T))
+            shift = (
+                np.random.default_rng(request.seed + 1)
+                .normal(0, self._noise, (len(r.token_ids_T), 1))
+                .astype(np.float32)
+            )
             drawn["logprobs_T"] = np.minimum(drawn["logprobs_T"] + shift[:, 0], 0)
             drawn["top_logprobs_TK"] = np.minimum(drawn["top_logprobs_TK"] + shift, 0)
             yield TokenScores(request_id=r.request_id, sample=r.sample, **drawn)
@@ -224,12 +223,14 @@ def _length(seed: int) -> int:
     return 2 + int(np.clip(np.random.default_rng(seed).gamma(2, MEAN_LENGTH / 2), 0, 8 * MEAN_LENGTH))
 
 
-def drawn_requests(tokens: int) -> list[Request]:
+def drawn_prompts(tokens: int) -> list[EncodedPrompt]:
+    """Prompts enough for so many response tokens, each with strings of its own."""
     chance = np.random.default_rng(0)
     return [
-        Request(
-            id=f"row-{i:07d}", prompt_ids=chance.integers(0, 40_000, PROMPT_TOKENS).astype(np.int32), prompt="word " * (PROMPT_CHARS // 5),
-            sampling=Sampling(n=SAMPLES), meta={"question": "why " * (PROMPT_CHARS // 4), "answer": str(i), "level": str(i % 5)},
+        EncodedPrompt(
+            id=f"row-{i:07d}", ids=chance.integers(0, 40_000, PROMPT_TOKENS).astype(np.int32),
+            text=f"{i} " + "word " * (PROMPT_CHARS // 5),
+            meta={"question": f"{i} " + "why " * (PROMPT_CHARS // 4), "answer": str(i), "level": str(i % 5)},
         )
         for i in range(max(1, round(tokens / MEAN_LENGTH / SAMPLES)))
     ]  # fmt: skip
@@ -249,14 +250,9 @@ def stage(name: str, folder: Path, size: int) -> dict[str, float]:
 
 
 def _status(name: str) -> int:
-    return (
-        int(
-            next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)).split()[
-                1
-            ]
-        )
-        * 1024
-    )
+    """Bytes, of a line of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def _read() -> int:
@@ -265,7 +261,13 @@ def _read() -> int:
 
 def _generate(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
     engine: Any = Drawn(folder, 0)
-    return lambda: stages.generate(run, drawn_requests(size), engine, None, quiet("generate", 1))
+
+    def sample() -> None:
+        prompts = drawn_prompts(size)
+        requests = stages.missing_requests(run, prompts, Sampling(n=SAMPLES))
+        stages.generate(run, requests, prompts, engine, None, quiet("generate", 1))
+
+    return sample
 
 
 def _score(run: RunDir, folder: Path, size: int, name: str, noise: float) -> Callable[[], Any]:
@@ -274,8 +276,9 @@ def _score(run: RunDir, folder: Path, size: int, name: str, noise: float) -> Cal
 
 
 def _resume(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
-    requests = drawn_requests(size)
-    return lambda: (stages.missing_requests(run, requests), stages.unscored(run, run.scores("own")))
+    prompts = drawn_prompts(size)
+    own = run.scores("own")
+    return lambda: (stages.missing_requests(run, prompts, Sampling(n=SAMPLES)), stages.unscored(run, own))
 
 
 def _summarise(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
@@ -336,6 +339,8 @@ def rewritten(folder: Path, size: int) -> None:
 
 def held() -> dict[str, float]:
     """Bytes of what the parent has in memory of work that waits, as Python counts them."""
+    from rl_onoff.workers.work_queue import WorkQueue
+
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
 
@@ -344,41 +349,40 @@ def held() -> dict[str, float]:
         last, before = before, tracemalloc.get_traced_memory()[0]
         return (before - last) / number
 
-    requests = [
-        replace(r, prompt=f"{i} {r.prompt}", meta=r.meta | {"question": f"{i} {r.meta['question']}"})
-        for i, r in enumerate(drawn_requests(20_000_000))
-    ]
-    found = {"a prompt": grown(len(requests))}
-    shares = Shares(items_of_requests(requests), 8)
-    found["a response that waits in a pool"] = grown(len(shares.left()))
-    keys = {(f"row-{i:07d}", sample) for i in range(len(requests)) for sample in range(SAMPLES)}
-    return found | {"the key of a response that is done": grown(len(keys))}
+    prompts = drawn_prompts(20_000_000)
+    found = {"a prompt": grown(len(prompts))}
+    sampling = Sampling(n=SAMPLES)
+    work = [request for p in prompts for request in sample_requests(id=p.id, prompt_ids=p.ids, sampling=sampling)]
+    queue = WorkQueue(work, 8)
+    found["a response that waits in a pool"] = grown(len(work))
+    keys = {(f"row-{i:07d}", sample) for i in range(len(prompts)) for sample in range(SAMPLES)}
+    found["the key of a response that is done"] = grown(len(keys))
+    del queue  # until here: what it holds is counted
+    return found
 
 
 def busy(replicas: int, window: int) -> float:
-    """The part of the time in which replicas that are equally fast have something to score, in windows of so many responses."""
+    """The share of the time in which equally fast replicas have something to score, in windows of so many responses."""
+    from rl_onoff.workers.work_queue import WorkQueue
+
     chance, work, time_passed = np.random.default_rng(0), 0, 0.0
     for number in range(3):
-        prompts = [np.array([number, i], np.int32) for i in range(1 + window // SAMPLES)]
+        prompts = [np.full(PROMPT_TOKENS, (number << 16) + i, np.int32) for i in range(1 + window // SAMPLES)]
         lengths = np.clip(chance.gamma(2, MEAN_LENGTH / 2, window), 2, 8 * MEAN_LENGTH).astype(int)
-        whats = [
-            Response(
-                request_id=str(i // SAMPLES),
-                sample=i % SAMPLES,
-                prompt_ids=prompts[i // SAMPLES],
-                token_ids_T=prompts[0],
+        rollouts = [
+            Rollout(
+                request_id=str(i // SAMPLES), sample=i % SAMPLES, prompt_ids=prompts[i // SAMPLES],
+                token_ids_T=np.zeros(n, np.int32),
             )
-            for i in range(window)
-        ]
-        shares = Shares(
-            [Item(what, what.sample, PROMPT_TOKENS + int(n)) for what, n in zip(whats, lengths, strict=True)], replicas
-        )
+            for i, n in enumerate(lengths)
+        ]  # fmt: skip
+        queue = WorkQueue(rollouts, replicas)
         free_at, waiting = [0.0] * replicas, window
         while waiting:
             now = heapq.heappop(free_at)
-            share = shares.take()
+            share = queue.take()
             waiting -= len(share)
-            heapq.heappush(free_at, now + sum(item.tokens for item in share))
+            heapq.heappush(free_at, now + sum(one.num_tokens for one in share))
         work += int(lengths.sum()) + PROMPT_TOKENS * window
         time_passed += max(free_at)
     return work / (replicas * time_passed)

@@ -58,9 +58,7 @@ def cause(words: str, change: str) -> Callable[[Attempt], Attempt]:
     return add
 
 
-@cause(
-    Rung.noise, "noise: one engine repeats itself no better", "the target's engine scores again, one response at a time"
-)
+@cause("noise: one engine repeats itself no better", "the target's engine scores again, one response at a time")
 def noise(case: Case, state: State) -> Row:
     """Sets the floor: the target's engine against itself, in batches and alone."""
     alone, batched = case.rescore(state.target, alone=True), state.p
