@@ -56,7 +56,7 @@ def convert(file: Path, folder: Path) -> None:
         raise MissingDependencyError(
             f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
         ) from error
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
         try:
             reader = GGUFReader(file)
@@ -178,7 +178,7 @@ def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
     return backend
 
 
-def _model(reader: Any, config: Any, source: dict[str, str]) -> Any:
+def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
     """The model with the file's weights, in the type that comes nearest to most of them."""
     import torch
     import transformers
