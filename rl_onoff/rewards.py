@@ -31,6 +31,9 @@ MAX_NODES = 400  # of an expression that is compared; larger ones take sympy min
 MAX_EXPONENT = 1000  # and the largest factorial; 9^{9^{9}} written out would take all memory
 TIMEOUT_S = 5
 
+for _part in ("parser", "grader"):  # which warn of every call without a time limit
+    logging.getLogger(f"math_verify.{_part}").addFilter(lambda record: "Timeout is disabled" not in str(record.msg))
+
 
 def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -> float:
     """1.0 if the response's answer equals the reference, 0.0 if not or if there is none.
@@ -45,9 +48,6 @@ def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -
         return 1.0
     # The library's time limit is a signal, which only a main thread may set; elsewhere _too_large keeps sympy short.
     timeout = TIMEOUT_S if threading.current_thread() is threading.main_thread() else None
-    if timeout is None:
-        for part in ("parser", "grader"):
-            logging.getLogger(f"math_verify.{part}").addFilter(_no_timeout_warning)
 
     def parse(part: str) -> list[Any]:
         items = library.parse(part, parsing_timeout=timeout or 0)
@@ -87,10 +87,6 @@ def _too_large(expression: Any) -> bool:
             if towers or any(abs(number) > MAX_EXPONENT for number in grows.atoms(sympy.Number)):
                 return True
     return False
-
-
-def _no_timeout_warning(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Timeout is disabled")
 
 
 # Rewards named in the config

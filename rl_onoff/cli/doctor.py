@@ -107,14 +107,13 @@ def findings() -> Iterator[Line]:
 
 def findings_of(python: str, option: str = "backend.python") -> Iterator[Line]:
     """What is looked at of the interpreter that `option` names: that it runs, serves as a worker, and has engines."""
-    if Path(python).is_dir():
-        fix = f"set {option} to the interpreter in it, as {Path(python) / 'bin/python'}"
-        yield Line(False, "python", f"{python} is a folder", fix)
-        return
     asked = _ask(python, PYTHON_SECONDS, *WORKER, "rl_onoff.workers.worker_main")
     if "python" not in asked:
         fix = f"set {option} to a Python interpreter"
-        fix = f"write {option}=$HOME{python[1:]}" if python.startswith("~/") else fix
+        if Path(python).is_dir():
+            fix = f"set {option} to the interpreter in it, as {Path(python) / 'bin/python'}"
+        elif python.startswith("~/"):
+            fix = f"write {option}=$HOME{python[1:]}"
         yield Line(False, "python", f"{python} {asked['error']}", fix)
         return
     old = "" if asked["recent"] else "use Python 3.11 or later"
@@ -129,9 +128,8 @@ def findings_of(python: str, option: str = "backend.python") -> Iterator[Line]:
         yield Line(False, "worker", f"cannot be imported: {next(iter(asked['errors'].values()))}", wanted)
     elif asked["recent"]:
         yield Line(True, "worker", f"has {', '.join(f'{name} {versions[name]}' for name in WORKER)}")
-    lines = []
-    for name, module in engines().items():
-        lines.append(_package(name, module, python, f"{install} '{module}{required(module, name).specifier}'"))
+    wants = {name: f"{install} '{module}{required(module, name).specifier}'" for name, module in engines().items()}
+    lines = [_package(name, module, python, wants[name]) for name, module in engines().items()]
     has_one = any(line.fine for line in lines)  # then no other is wanted of it: engines seldom share an environment
     for line in lines:
         fix = "" if has_one and line.found.startswith("not installed") else line.fix
@@ -170,7 +168,7 @@ def _ask(python: str, seconds: float, *modules: str) -> dict:
             )  # fmt: skip
             return json.loads(run.stdout.strip().splitlines()[-1])
         except OSError as error:
-            return {"error": f"cannot be run ({error.strerror})"}
+            return {"error": "is a folder" if Path(python).is_dir() else f"cannot be run ({error.strerror})"}
         except subprocess.TimeoutExpired:
             return {"error": f"gave no answer in {seconds:.0f} s"}
         except (IndexError, json.JSONDecodeError):
