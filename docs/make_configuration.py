@@ -44,8 +44,9 @@ group `model` where they are not set here, and `pool` follows the group `pool`, 
 
 `target` is one engine that scores; `targets` are more, each named by you, and the name is that of its scores:
 `'+target@targets.f32=huggingface' targets.f32.dtype=float32`. All of them score, `target` too; `target=self` (the default) adds none, and
-without any the engine that samples is the one that scores. In a run that samples it scores beside them, unless `score.own=false`. Equal
-engines score once. The verdict is about the one that is furthest from the sampler."""
+without any the engine that samples is the one that scores. In a run that samples it scores beside them, unless `score.own=false`. Two
+names of one engine both have scores; a `target` that is the engine that samples adds none. The verdict is about the one
+that is furthest from the sampler."""
 
 
 def sentences(schema: Any) -> dict[str, str]:

@@ -89,5 +89,5 @@ def _ask(python: str, package: str) -> str:
         return f"it gave no answer in {PYTHON_SECONDS:.0f} s"
     except OSError as error:
         return str(error.strerror)
-    said = done.stdout.strip()
+    said = "".join(done.stdout.split()[-1:])  # a sitecustomize may print before
     return said if said in ("True", "False") else "it is no Python interpreter"

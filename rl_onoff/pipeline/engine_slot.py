@@ -1,6 +1,6 @@
 """One engine is alive at a time: whoever wants another closes the one that is there first.
 
-A run says before each step which engine the step uses, so that the jobs of a sweep can share a slot (sweeps/schedule.py).
+A run says before each step which engine the step uses, so that a sweep's jobs can share a slot (sweeps/schedule.py).
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def samplers(config: RunConfig) -> list[EngineConfig]:
 def scorers(config: RunConfig) -> dict[str, EngineConfig]:
     """Name of the scores -> the engine that makes them; the engine that sampled comes first.
 
-    Every name the user gave has scores of its own, also where two names have one config: the engine scores again under the
-    second, which shows its noise. Only a `target` without a name that is the engine that sampled adds nothing.
+    Every name the user gave has scores of its own, also where two names have one config: the engine scores again under
+    the second, which shows its noise. Only a `target` without a name that is the engine that sampled adds nothing.
     """
     targets = list(config.targets.items())
     if config.target is not None:
