@@ -118,7 +118,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.path is not None and not self.path.strip():
-            raise UsageError("data.path is empty: set it to a file, or data.path=null for the bundled word problems")
+            raise UsageError("data.path is empty: set data.path to a file, or data.path=null for the bundled problems")
         at_least(1, "data.limit", self.limit, "20, or null for all rows")
         if self.system is not None and not self.chat_template:
             raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")

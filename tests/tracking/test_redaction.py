@@ -15,8 +15,8 @@ def no_other_secrets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password", "db.password",
-            "client-secret", "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
+    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password",
+            "db.password", "client-secret", "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
 )  # fmt: skip
 def test_secret_names(key):
     assert is_secret_key(key)
