@@ -7,7 +7,7 @@ that is undone once, by the names in `columns` and the file's own masks; what ca
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -96,7 +96,7 @@ class RolloutFile(Columns):
             logprobs_T=logprobs.get("behaviour"),
             kind=self.kind(record, where) if logprobs else None,
             text=row["text"] if isinstance(row.get("text"), str) else self._decoded(token_ids_T),
-            reward=float(reward) if isinstance(reward, int | float) and math.isfinite(reward) else None,
+            reward=float(reward) if isinstance(reward, int | float) and abs(reward) <= sys.float_info.max else None,
             meta=meta,
         )
         pieces = pieces if isinstance(pieces, list) and len(pieces) == len(kept_T) else ()
@@ -158,9 +158,9 @@ class RolloutFile(Columns):
             prompt = parse_prompt(value, where=where, column=self.columns[role], key=self.table.key)
             ids = self.texts.of_prompt(prompt, where)
             meta = meta_of(prompt, record, answer_column_of(self.table), groups, where=where)
-        attention = record.get("attention_mask")
-        if attention is not None and len(attention) >= len(ids):  # verl pads prompts on the left
-            ids = ids[self.numbers(attention[: len(ids)], "mask", where) > 0]
+        attention = self.numbers(record.get("attention_mask") or [], "mask", where)
+        if len(attention) >= len(ids):  # verl pads prompts on the left
+            ids = ids[attention[: len(ids)] > 0]
         ids = ids if len(ids) else before
         if (ids < 0).any():
             self.refuse(where, "a negative token id in its prompt", "prompt_ids")
@@ -205,6 +205,12 @@ def load_responses(
     """
     table = read_table(path, key="score.responses")
     columns = {role: name for role, name in find_columns(table).items() if role != "target" and name not in SHOWN}
+    begins_somewhere = columns.get("token_ids") in WHOLE and not {"mask", "response_length"} & {
+        *columns,
+        *table.columns,
+    }
+    if begins_somewhere and "text" in columns:
+        del columns["token_ids"]  # prompt and response in one list, and nothing says where the response begins
     for ids, text in (("prompt_ids", "prompt"), ("token_ids", "text")):
         if not {ids, text} & columns.keys():
             names = dict.fromkeys(name for name in (*COLUMNS[ids], *COLUMNS[text]) if name not in SHOWN)

@@ -64,7 +64,7 @@ def _settled(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _schemas(target: Any) -> list[type[EngineConfig]]:
-    return [schema for schema in engine_configs().values() if schema._target_ == target]
+    return [schema for schema in engine_configs().values() if schema()._target_ == target]
 
 
 def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> EngineConfig | None:

@@ -20,7 +20,16 @@ import pytest
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.rundir.shards import write_shard
 from rl_onoff.rundir.table import (
-    COLUMNS, RECORD, RunDir, Table, Writer, differences, rollout_of, row_of_rollout, row_of_scores, scores_of,
+    COLUMNS,
+    RECORD,
+    RunDir,
+    Table,
+    Writer,
+    differences,
+    rollout_of,
+    row_of_rollout,
+    row_of_scores,
+    scores_of,
 )  # fmt: skip
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, TokenScores
 from tests.conftest import ROOT
