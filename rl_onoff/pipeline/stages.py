@@ -122,8 +122,8 @@ def take_in(run: RunDir, given: Iterable[tuple[Rollout, str]]) -> None:
                 writer.append(row_of_rollout(rollout, prompt))
             elif done[rollout.key] != _digest(rollout):
                 raise UsageError(
-                    f"{run.path} holds other token ids of response {rollout.sample} to {rollout.request_id!r} than the file"
-                    " gives now: set run_dir to a new folder, or undo the change"
+                    f"{run.path} holds other token ids of response {rollout.sample} to {rollout.request_id!r} than the"
+                    " file gives now: set run_dir to a new folder, or undo the change"
                 )
 
 
