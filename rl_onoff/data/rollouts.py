@@ -175,8 +175,10 @@ class RolloutFile(Columns):
 
 
 def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> RolloutFile:
-    """A .jsonl or .parquet file with logprobs. `columns` (compare.columns) says what its columns are called where that is
-    not known; it counts for both files of a comparison, so with `one_of_two` a column that this file lacks is left out.
+    """A .jsonl or .parquet file with logprobs.
+
+    `columns` (compare.columns) says what its columns are called where that is not known. It counts for both files of a
+    comparison, so with `one_of_two` a column that this file lacks is left out.
     """
     table = read_table(path, key=key)
     columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
@@ -225,9 +227,9 @@ def load_responses(
     rollouts = [recorded.rollout for recorded in file.rows()]
     found = [rollout for rollout in rollouts if len(rollout.token_ids_T)]
     if not found:
+        column = columns.get("token_ids") or columns["text"]
         raise UsageError(
-            f"{table.name} has empty responses only: fill column {columns.get('token_ids', columns.get('text'))}, or set"
-            " score.responses to another file"
+            f"{table.name} has empty responses only: fill column {column}, or set score.responses to another file"
         )
     if empty := len(rollouts) - len(found):
         log.warning(
@@ -235,7 +237,7 @@ def load_responses(
         )
     if masked := sum(rollout.mask_T is not None for rollout in found):
         log.warning(
-            "%s: %d of %d responses hold tokens that their mask leaves out: these are scored and counted like all others",
+            "%s: %d of %d responses hold tokens that their mask leaves out: they are scored and counted like any",
             table.name, masked, len(found),
         )  # fmt: skip
     if "behaviour" not in columns:

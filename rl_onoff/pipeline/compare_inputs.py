@@ -68,8 +68,8 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         target = file.columns.get("target")
         if alone and target is None:
             raise UsageError(
-                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to what"
-                " it is compared with, or +compare.columns.target to another column"
+                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
+                " what it is compared with, or +compare.columns.target to another column"
             )
         _take_in_completions(here, file, config)
         behaviour, own = here, None

@@ -159,7 +159,7 @@ class Table:
 
 
 class Writer:
-    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and at the end, come what may."""
+    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and whenever the writer is."""
 
     def __init__(self, table: Table, max_rows: int, max_seconds: float, max_bytes: int):
         self.table, self.max_rows, self.max_seconds, self.max_bytes = table, max_rows, max_seconds, max_bytes

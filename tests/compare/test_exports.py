@@ -34,39 +34,59 @@ def verl(i: int) -> dict[str, Any]:
     """A rectangle: prompts padded on the left, responses on the right."""
     n, m = LENGTHS[i], len(PROMPTS[i])
     return {
-        "uid": f"row-{i}", "prompts": [0] * (4 - m) + PROMPTS[i], "responses": padded(IDS[i], 0), "response_mask": padded([1] * n, 0),
-        "attention_mask": [0] * (4 - m) + [1] * m + padded([1] * n, 0), "rollout_log_probs": padded(Q[i], -1.0),
-        "old_log_probs": padded(P[i], 0.0), "data_source": "gsm8k",
-    }  # fmt: skip
+        "uid": f"row-{i}",
+        "prompts": [0] * (4 - m) + PROMPTS[i],
+        "responses": padded(IDS[i], 0),
+        "response_mask": padded([1] * n, 0),
+        "attention_mask": [0] * (4 - m) + [1] * m + padded([1] * n, 0),
+        "rollout_log_probs": padded(Q[i], -1.0),
+        "old_log_probs": padded(P[i], 0.0),
+        "data_source": "gsm8k",
+    }
 
 
 def trl(i: int) -> dict[str, Any]:
     return {
-        "prompt_ids": PROMPTS[i], "completion_ids": padded(IDS[i], 0), "completion_mask": padded([1] * LENGTHS[i], 0),
-        "sampling_per_token_logps": padded(Q[i], 0.0), "old_per_token_logps": padded(P[i], 0.0), "completion": "text",
-    }  # fmt: skip
+        "prompt_ids": PROMPTS[i],
+        "completion_ids": padded(IDS[i], 0),
+        "completion_mask": padded([1] * LENGTHS[i], 0),
+        "sampling_per_token_logps": padded(Q[i], 0.0),
+        "old_per_token_logps": padded(P[i], 0.0),
+        "completion": "text",
+    }
 
 
 def prime_rl(i: int) -> dict[str, Any]:
     """The trainer's packed batch: one list of ids, with a mask that leaves the prompt out."""
     m = len(PROMPTS[i])
     return {
-        "input_ids": PROMPTS[i] + IDS[i], "loss_mask": [False] * m + [True] * LENGTHS[i], "inference_logprobs": [0.0] * m + Q[i],
+        "input_ids": PROMPTS[i] + IDS[i],
+        "loss_mask": [False] * m + [True] * LENGTHS[i],
+        "inference_logprobs": [0.0] * m + Q[i],
         "trainer_logprobs": [0.0] * m + P[i],
-    }  # fmt: skip
+    }
 
 
 def slime(i: int) -> dict[str, Any]:
     """The response's logprobs beside the ids of prompt and response."""
     return {
-        "tokens": PROMPTS[i] + IDS[i], "response_length": LENGTHS[i], "loss_mask": [1] * LENGTHS[i], "rollout_log_probs": Q[i],
+        "tokens": PROMPTS[i] + IDS[i],
+        "response_length": LENGTHS[i],
+        "loss_mask": [1] * LENGTHS[i],
+        "rollout_log_probs": Q[i],
         "old_log_probs": P[i],
-    }  # fmt: skip
+    }
 
 
 def ours(i: int) -> dict[str, Any]:
-    return {"request_id": f"row-{i}", "token_ids": IDS[i], "logprobs": Q[i], "target_logprobs": P[i], "logprob_kind": "raw",
-            "pieces": [f" t{x}" for x in IDS[i]]}  # fmt: skip
+    return {
+        "request_id": f"row-{i}",
+        "token_ids": IDS[i],
+        "logprobs": Q[i],
+        "target_logprobs": P[i],
+        "logprob_kind": "raw",
+        "pieces": [f" t{x}" for x in IDS[i]],
+    }
 
 
 def rows_of(folder: Path, *rows: dict[str, Any]) -> list[Recorded]:
@@ -181,9 +201,13 @@ def test_a_folder_that_kept_size_and_time_of_its_file_is_continued_with_the_same
 
 def test_an_empty_response_has_no_tokens(tmp_path: Path) -> None:
     empty = {
-        "uid": "empty", "prompts": [0, 7, 8, 9], "responses": [], "attention_mask": [0, 1, 1, 1], "rollout_log_probs": [],
+        "uid": "empty",
+        "prompts": [0, 7, 8, 9],
+        "responses": [],
+        "attention_mask": [0, 1, 1, 1],
+        "rollout_log_probs": [],
         "old_log_probs": [],
-    }  # fmt: skip
+    }
     full = {name: value for name, value in verl(0).items() if name not in ("response_mask", "data_source")}
     first, second = rows_of(tmp_path, full, empty)
     assert first.rollout.token_ids_T.tolist() == IDS[0] and first.rollout.prompt_ids.tolist() == PROMPTS[0]
@@ -196,10 +220,20 @@ def test_an_empty_response_has_no_tokens(tmp_path: Path) -> None:
 
 def test_what_a_row_holds(tmp_path: Path) -> None:
     row = {
-        "request_id": "a", "sample": 2, "prompt_ids": [1], "token_ids": [4, 5, 6], "loss_mask": [1, 0, 1], "logprobs": [-1.0, 0.0, -2.0],
-        "target_logprobs": [-1.5, 0.0, -2.5], "logprob_kind": "scaled", "pieces": ["x", "y", "z"], "prompt": "p", "text": "t", "reward": 1,
+        "request_id": "a",
+        "sample": 2,
+        "prompt_ids": [1],
+        "token_ids": [4, 5, 6],
+        "loss_mask": [1, 0, 1],
+        "logprobs": [-1.0, 0.0, -2.0],
+        "target_logprobs": [-1.5, 0.0, -2.5],
+        "logprob_kind": "scaled",
+        "pieces": ["x", "y", "z"],
+        "prompt": "p",
+        "text": "t",
+        "reward": 1,
         "level": 3,
-    }  # fmt: skip
+    }
     (found,) = rows_of(tmp_path, row)
     rollout = found.rollout
     assert (rollout.key, rollout.token_ids_T.tolist(), rollout.prompt_ids.tolist()) == (("a", 2), [4, 6], [1])

@@ -147,9 +147,13 @@ def test_whole_numbers_may_be_written_as_floats(write):
 
 def test_the_layouts_of_trainers_can_be_scored_too(write):
     verl = {
-        "uid": "a", "prompts": [0, 0, 7], "responses": [4, 5, 0], "response_mask": [1, 1, 0], "attention_mask": [0, 0, 1, 1, 1, 0],
+        "uid": "a",
+        "prompts": [0, 0, 7],
+        "responses": [4, 5, 0],
+        "response_mask": [1, 1, 0],
+        "attention_mask": [0, 0, 1, 1, 1, 0],
         "rollout_log_probs": [-1.0, -2.0, 0.0],
-    }  # fmt: skip
+    }
     (given,) = load_responses(write(verl))
     assert (given.key, given.prompt_ids.tolist(), given.token_ids_T.tolist()) == (("a", 0), [7], [4, 5])
     assert given.logprobs_T.tolist() == [-1, -2] and given.mask_T is None
@@ -220,11 +224,15 @@ NUMBERS = st.one_of(
     st.integers(-3, 9), st.integers(), st.floats(), st.floats(-9, 0), st.sampled_from([10**400, 2**31, True])
 )
 VALUES = st.one_of(
-    st.none(), NUMBERS, st.text(max_size=3), st.lists(st.integers(0, 9), max_size=4), st.lists(NUMBERS, max_size=4),
+    st.none(),
+    NUMBERS,
+    st.text(max_size=3),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.lists(NUMBERS, max_size=4),
     st.lists(st.floats(-9, 0), max_size=4),
     st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.text(max_size=2)), max_size=2),
     st.sampled_from(["raw", "scaled", {"target": 1.5}, {}]),
-)  # fmt: skip
+)
 ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8), min_size=1, max_size=3)
 
 

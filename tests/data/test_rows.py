@@ -255,12 +255,15 @@ def test_numbers_as_answers_and_groups(tmp_path):
 
 
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from([10**400, 1e999, -1])),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from([10**400, 1e999, -1])
+    ),
     lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["role", "content", "target", "ground_truth", "index"]), inner)
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "target", "ground_truth", "index"]), inner),
     ),
     max_leaves=6,
-)  # fmt: skip
+)
 NAMES = ["id", "prompt", "prompt_ids", "messages", "answer", "reward_model", "extra_info", "level", "subject"]
 
 
@@ -287,7 +290,8 @@ def test_repeated_ids_and_the_way_out(tmp_path):
 
 def test_a_datasets_id_that_cannot_be_reached():
     script = (
-        "from rl_onoff.data.prompts import load_rows; from rl_onoff.config import DataConfig; from rl_onoff.errors import UsageError\n"
+        "from rl_onoff.data.prompts import load_rows; from rl_onoff.config import DataConfig\n"
+        "from rl_onoff.errors import UsageError\n"
         "try: load_rows(DataConfig(path='rl-onoff/no-such-dataset:main'))\n"
         "except UsageError as error: print(error)"
     )
@@ -307,8 +311,9 @@ def test_a_datasets_id_that_cannot_be_reached():
 
 def test_importing_these_modules_brings_nothing_heavy():
     script = (
-        "import sys, rl_onoff.models.resolve, rl_onoff.data.prompts, rl_onoff.data.requests, rl_onoff.rewards\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'math_verify', 'sympy', 'jinja2'} & set(sys.modules)))"
+        "import sys, rl_onoff.models.resolve, rl_onoff.data.prompts, rl_onoff.data.rollouts, rl_onoff.rewards\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'math_verify', 'sympy', 'jinja2'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROBLEMS.parents[2])
     assert done.stdout.strip() == "[]", done.stderr
