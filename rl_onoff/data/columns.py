@@ -23,12 +23,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("request_id", "id", "uid"),
     "sample": ("sample",),
     # ours; verl; TRL, prime-rl; slime and prime-rl's packed batches; ids under a name that is text elsewhere
-    "token_ids": ("token_ids", "responses", "response_ids", "completion_ids", "completion_token_ids", "tokens", "input_ids",
-                  "response", "text", "completion"),
+    "token_ids": ("token_ids", "responses", "response_ids", "completion_ids", "completion_token_ids", "tokens",
+                  "input_ids", "response", "text", "completion"),
     "mask": ("response_mask", "completion_mask", "loss_mask", "token_mask"),
     # verl and slime; TRL; prime-rl's trainer; verifiers; NeMo-RL; ours
-    "behaviour": ("rollout_log_probs", "sampling_per_token_logps", "inference_logprobs", "completion_logprobs", "generation_logprobs",
-                  "behaviour_logprobs", "logprobs"),
+    "behaviour": ("rollout_log_probs", "sampling_per_token_logps", "inference_logprobs", "completion_logprobs",
+                  "generation_logprobs", "behaviour_logprobs", "logprobs"),
     "target": ("old_log_probs", "old_per_token_logps", "trainer_logprobs", "prev_logprobs", "target_logprobs"),
     "prompt_ids": ("prompt_ids", "prompts", "prompt_token_ids", "prompt"),
     "prompt": ("prompt", "messages", "question", "problem", "input"),
@@ -77,13 +77,12 @@ class Columns:
     table: Table
     columns: Mapping[str, str]  # role -> column
 
-    def say_kind(self, whose: str, assumed: LogprobKind, fix: str) -> None:
-        """Warn that the kind of logprobs is assumed, where the file does not say it."""
+    def assumed_kind(self, whose: str, kind: LogprobKind, fix: str) -> LogprobKind:
+        """The kind that logprobs are taken for where a row does not say it; warns where no row does."""
         if "logprob_kind" not in self.table.columns:
-            log.warning(
-                "%s does not say of which kind the %s's logprobs are: taken for %s ones; else %s",
-                self.table.name, whose, assumed.value, fix,
-            )  # fmt: skip
+            text = "%s does not say of which kind the %s's logprobs are: taken for %s ones; else %s"
+            log.warning(text, self.table.name, whose, kind.value, fix)
+        return kind
 
     def kind(self, record: Row, where: str) -> LogprobKind | None:
         if "logprob_kind" not in self.table.columns:
@@ -91,8 +90,8 @@ class Columns:
         names, kind = [kind.value for kind in LogprobKind], record.get("logprob_kind")
         if kind not in names:
             raise UsageError(
-                f"{where} has logprobs of the unknown kind {kind!r}: say in column logprob_kind of {self.table.key} which"
-                f" kind they are of, {', '.join(names)}"
+                f"{where} has logprobs of the unknown kind {kind!r}: say in column logprob_kind of {self.table.key}"
+                f" which they are, {', '.join(names)}"
             )
         return LogprobKind(kind)
 
@@ -124,9 +123,6 @@ class Columns:
 
     def refuse_numbers(self, where: str, role: str) -> NoReturn:
         self.refuse(where, f"{PER_TOKEN[role]} that are not a list of numbers", role)
-
-    def refuse_length(self, where: str, role: str, length: int, wanted: int) -> NoReturn:
-        self.refuse(where, f"{length} {PER_TOKEN[role]} for {wanted} token ids", role)
 
     def refuse(self, where: str, what: str, role: str) -> NoReturn:
         key, column = self.table.key, self.columns.get(role, role)

@@ -1,8 +1,7 @@
 """Data files -> rows: prompt, id, reference answer and groups, checked, before any tokenizer or model is loaded.
 
-Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the row
-(Parquet, datasets: counted from 1) and the override that fixes it, so that a wrong file costs a second and not a model's
-load.
+Every way a file can be wrong ends here as one sentence with the line or the row and the override that fixes it, so that
+a wrong file costs a second and not a model's load.
 """
 
 from __future__ import annotations
@@ -107,8 +106,8 @@ def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
                 raise UsageError(f"{where} has an empty prompt: {fix}")
             return messages
     raise UsageError(
-        f"{where} has {kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a"
-        f" list of token ids is wanted: {fix}"
+        f"{where} has {kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or"
+        f" a list of token ids is wanted: {fix}"
     )
 
 
@@ -184,6 +183,6 @@ def _id(value: Any, *, where: str, column: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise UsageError(
-        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id to"
-        f" another column, or data.id={ROW_NUMBER}"
+        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id"
+        f" to another column, or data.id={ROW_NUMBER}"
     )

@@ -1,7 +1,7 @@
 """Data files -> records, whatever their layout: JSONL, CSV, Parquet, a Hugging Face dataset.
 
-Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the row
-(Parquet, datasets: counted from 1) and the override that fixes it.
+Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the
+row (Parquet, datasets: counted from 1) and the override that fixes it.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _read_jsonl(file: Path, key: str) -> Table:
                 record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
                 raise UsageError(
-                    f"line {number} of {file.name} is not valid JSON ({error}): fix the line, or set {key} to another file"
+                    f"line {number} of {file.name} is not valid JSON ({error}): fix it, or set {key} to another file"
                 ) from error
             if not isinstance(record, dict):
                 raise UsageError(
@@ -119,15 +119,15 @@ def _read_csv(file: Path, key: str) -> Table:
             for record in reader:
                 if None in record or None in record.values():
                     raise UsageError(
-                        f"line {reader.line_num} of {file.name} has not {len(columns)} fields like the first line: fix it,"
-                        f" or set {key} to another file"
+                        f"line {reader.line_num} of {file.name} has not {len(columns)} fields like the first line: fix"
+                        f" it, or set {key} to another file"
                     )
                 records.append(record)
                 numbers.append(reader.line_num)
         except (csv.Error, UnicodeDecodeError) as error:
             raise UsageError(
-                f"{file.name} is not valid CSV near line {reader.line_num + 1} ({error}): fix it, or set {key} to another"
-                " file"
+                f"{file.name} is not valid CSV near line {reader.line_num + 1} ({error}): fix it, or set {key} to"
+                " another file"
             ) from error
     return Table(name=file.name, key=key, unit="line", columns=columns, records=records, numbers=numbers)
 

@@ -53,8 +53,9 @@ def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
 def encode_prompt(
     prompt: Prompt, tokenizer: Any, *, chat_template: bool, system: str | None = None, where: str = "the prompt"
 ) -> EncodedPrompt:
-    """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one; token ids
-    stay as they are.
+    """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one.
+
+    A prompt of token ids is taken as it is.
     """
     if is_ids(prompt):
         return EncodedPrompt(ids=np.asarray(prompt, np.int32), text=tokenizer.decode(prompt))

@@ -1,13 +1,14 @@
 """Responses made elsewhere -> Rollouts: files that trainers and other tools wrote, a response a row.
 
 Trainers name the same things differently, pad them to a rectangle, and some put prompt and response into one list. Here
-that is undone once, by the names in `columns` and the file's own masks; what cannot be told apart is refused, never guessed.
+that is undone once, by the names in `columns` and the file's own masks; what cannot be told apart is refused, never
+guessed.
 """
 
 from __future__ import annotations
 
 import logging
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.data.columns import COLUMNS, SHOWN, WHOLE, Columns, Row, find_columns
+from rl_onoff.data.columns import COLUMNS, PER_TOKEN, SHOWN, WHOLE, Columns, Row, find_columns
 from rl_onoff.data.prompts import GROUP_COLUMNS, answer_column_of, jsonable, meta_of, parse_prompt
 from rl_onoff.data.readers import look_up, read_table
 from rl_onoff.data.requests import Texts
@@ -37,8 +38,8 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutFile(Columns):
-    """A file of responses that are to be compared, without the tokens that a mask leaves out. With `texts` they are to be
-    scored: every row has a prompt, and such tokens stay, as context of those after them, unless they are padding.
+    """A file of responses. Without `texts` they are to be compared: tokens that a mask leaves out are dropped. With
+    `texts` they are to be scored: every row has a prompt, and such tokens stay as context, all but padding at the end.
     """
 
     texts: Texts | None = None
@@ -73,8 +74,7 @@ class RolloutFile(Columns):
     def _recorded(self, row: Row, record: Row, where: str) -> Recorded:
         """What a row holds, under no name yet."""
         arrays, before = self._response_part(row, record, where)
-        sampled_T, pieces = arrays.pop("mask") > 0, row.get("pieces")
-        kept_T = sampled_T
+        sampled_T = kept_T = arrays.pop("mask") > 0
         if self.texts is not None:
             kept_T = np.cumsum(sampled_T[::-1])[::-1] > 0  # up to the last token that was sampled
         ids_T = arrays["token_ids"][kept_T]
@@ -96,15 +96,16 @@ class RolloutFile(Columns):
             logprobs_T=logprobs.get("behaviour"),
             kind=self.kind(record, where) if logprobs else None,
             text=row["text"] if isinstance(row.get("text"), str) else self._decoded(token_ids_T),
-            reward=float(reward) if isinstance(reward, int | float) and math.isfinite(reward) else None,
+            reward=float(reward) if isinstance(reward, int | float) and abs(reward) <= sys.float_info.max else None,
             meta=meta,
         )
-        pieces = pieces if isinstance(pieces, list) and len(pieces) == len(kept_T) else ()
+        pieces = row["pieces"] if isinstance(row.get("pieces"), list) else []
+        fits = len(pieces) in (len(kept_T), len(before) + len(kept_T))
         return Recorded(
             rollout=rollout,
             target_T=logprobs.get("target"),
             prompt=row["prompt"] if isinstance(row.get("prompt"), str) else "",
-            pieces=list(compress(pieces, kept_T)),
+            pieces=list(compress(pieces[-len(kept_T) :], kept_T)) if fits else [],
         )
 
     def _response_part(self, row: Row, record: Row, where: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -126,7 +127,7 @@ class RolloutFile(Columns):
         for role, array in arrays.items():
             arrays[role] = array = array[start:] if len(array) == size else array
             if len(array) != size - start:
-                self.refuse_length(where, role, len(array), size - start)
+                self.refuse(where, f"{len(array)} {PER_TOKEN[role]} for {size - start} token ids", role)
         return arrays, before
 
     def _start(self, arrays: Mapping[str, np.ndarray], record: Row, where: str) -> int:
@@ -143,7 +144,7 @@ class RolloutFile(Columns):
         if whole and mask is not None and len(mask) == size:
             return int(np.argmax(mask > 0)) if (mask > 0).any() else size
         if whole and self.texts is not None:
-            self.refuse(where, "neither response_length nor a mask to say where in its ids the response begins", "mask")
+            self.refuse(where, "neither response_length nor a mask to say where in its ids the response is", "mask")
         return 0
 
     def _prompt(self, row: Row, record: Row, before: np.ndarray, where: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -154,13 +155,13 @@ class RolloutFile(Columns):
             meta = {name: jsonable(record[name]) for name in groups}
         else:
             role = "prompt_ids" if "prompt_ids" in self.columns else "prompt"
-            value = before.astype(int).tolist() if role == "prompt" and len(before) else row[role]
-            prompt = parse_prompt(value, where=where, column=self.columns[role], key=self.table.key)
+            given = row[role] if role == "prompt_ids" or not len(before) else before.astype(int).tolist()
+            prompt = parse_prompt(given, where=where, column=self.columns[role], key=self.table.key)
             ids = self.texts.of_prompt(prompt, where)
             meta = meta_of(prompt, record, answer_column_of(self.table), groups, where=where)
-        attention = record.get("attention_mask")
-        if attention is not None and len(attention) >= len(ids):  # verl pads prompts on the left
-            ids = ids[self.numbers(attention[: len(ids)], "mask", where) > 0]
+        attention = self.numbers(record.get("attention_mask") or [], "mask", where)
+        if len(attention) >= len(ids):  # verl pads prompts on the left
+            ids = ids[attention[: len(ids)] > 0]
         ids = ids if len(ids) else before
         if (ids < 0).any():
             self.refuse(where, "a negative token id in its prompt", "prompt_ids")
@@ -174,8 +175,10 @@ class RolloutFile(Columns):
 
 
 def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> RolloutFile:
-    """A .jsonl or .parquet file with logprobs. `columns` (compare.columns) says what its columns are called where that is
-    not known; it counts for both files of a comparison, so with `one_of_two` a column that this file lacks is left out.
+    """A .jsonl or .parquet file with logprobs.
+
+    `columns` (compare.columns) says what its columns are called where that is not known. It counts for both files of a
+    comparison, so with `one_of_two` a column that this file lacks is left out.
     """
     table = read_table(path, key=key)
     columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
@@ -199,30 +202,34 @@ def load_responses(
 ) -> list[Rollout]:
     """The prompts and responses in a .parquet or .jsonl file, to be scored.
 
-    Best are token ids: nothing is tokenised. Text is tokenised once: a prompt that is a list of messages goes through the
-    chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already. A
-    response that is text is taken as it is. Rows with an empty response are left out, with a warning.
+    Best are token ids: nothing is tokenised. Text is tokenised once: a prompt that is a list of messages goes through
+    the chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already.
+    A response that is text is taken as it is. Rows with an empty response are left out, with a warning.
     """
     table = read_table(path, key="score.responses")
     columns = {role: name for role, name in find_columns(table).items() if role != "target" and name not in SHOWN}
+    said = {"mask", "response_length"} & {*columns, *table.columns}
+    if columns.get("token_ids") in WHOLE and "text" in columns and not said:
+        del columns["token_ids"]  # nothing says where in them the response is
     for ids, text in (("prompt_ids", "prompt"), ("token_ids", "text")):
         if not {ids, text} & columns.keys():
             names = dict.fromkeys(name for name in (*COLUMNS[ids], *COLUMNS[text]) if name not in SHOWN)
             raise UsageError(
-                f"{table.name} has none of the columns {', '.join(names)} but {', '.join(table.columns)}: rename one, or"
-                " set score.responses to another file"
+                f"{table.name} has none of the columns {', '.join(names)} but {', '.join(table.columns)}: rename one,"
+                " or set score.responses to another file"
             )
     if tokenizer is None and not {"prompt_ids", "token_ids"} <= columns.keys():
         raise UsageError(
-            f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a model.tokenizer"
+            f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a"
+            " model.tokenizer"
         )
     file = RolloutFile(table=table, columns=columns, texts=Texts(tokenizer, chat_template, system))
     rollouts = [recorded.rollout for recorded in file.rows()]
     found = [rollout for rollout in rollouts if len(rollout.token_ids_T)]
     if not found:
+        column = columns.get("token_ids") or columns["text"]
         raise UsageError(
-            f"{table.name} has empty responses only: fill column {columns.get('token_ids', columns.get('text'))}, or set"
-            " score.responses to another file"
+            f"{table.name} has empty responses only: fill column {column}, or set score.responses to another file"
         )
     if empty := len(rollouts) - len(found):
         log.warning(
@@ -230,10 +237,10 @@ def load_responses(
         )
     if masked := sum(rollout.mask_T is not None for rollout in found):
         log.warning(
-            "%s: %d of %d responses hold tokens that their mask leaves out: they are scored and counted like the others",
+            "%s: %d of %d responses hold tokens that their mask leaves out: they are scored and counted like any",
             table.name, masked, len(found),
         )  # fmt: skip
-    if "behaviour" in columns:
-        file.say_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")
-    kinds = (rollout.kind or (None if rollout.logprobs_T is None else LogprobKind.raw) for rollout in found)
-    return [replace(rollout, kind=kind) for rollout, kind in zip(found, kinds, strict=True)]
+    if "behaviour" not in columns:
+        return found
+    kind = file.assumed_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")
+    return [r if r.logprobs_T is None else replace(r, kind=r.kind or kind) for r in found]

@@ -1,6 +1,7 @@
 """What is compared with what: this run folder, other run folders, and files made elsewhere, seen as one run folder.
 
-A folder's rows stay where they are; a file's rows are taken into this run folder first, so that everything after reads the disk.
+A folder's rows stay where they are; a file's rows are taken into this run folder first, so that everything after reads
+the disk.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         target = file.columns.get("target")
         if alone and target is None:
             raise UsageError(
-                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to what it"
-                " is compared with, or +compare.columns.target to another column"
+                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
+                " what it is compared with, or +compare.columns.target to another column"
             )
         _take_in_completions(here, file, config)
         behaviour, own = here, None
@@ -78,7 +79,7 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         behaviour = here if config.behaviour is None else _folder(config.behaviour, "compare.behaviour")
         if not behaviour.completions.exists():
             raise UsageError(
-                f"{behaviour.path} has no responses: set compare.behaviour to a run folder that sampled some, or to a file"
+                f"{behaviour.path} has no responses: set compare.behaviour to a run folder that sampled, or to a file"
             )
         own = own_scores(behaviour)
         names = [name for name in behaviour.score_names() if config.target is None or name == own]
@@ -123,7 +124,8 @@ def _is_file(path: str, key: str) -> bool:
         return True
     what = f"is neither a run folder nor one of {', '.join(FILES)}" if Path(path).exists() else "does not exist"
     raise UsageError(
-        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)} file"
+        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)}"
+        " file"
     )
 
 
@@ -144,12 +146,13 @@ def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig)
             "set +compare.columns.behaviour=NAME"
         )
     _claim(here.completions, file, config.behaviour, config.behaviour_kind)
-    kind, pieces = _default_kind(config.behaviour_kind, file, "behaviour", LogprobKind.raw), {}
+    kind, pieces = config.behaviour_kind, {}
+    assumed = kind or file.assumed_kind("behaviour", LogprobKind.raw, "set compare.behaviour_kind")
 
     def rollouts() -> Iterator[tuple[Rollout, str]]:
         for row in file.rows():
             pieces.update(zip(map(str, row.rollout.token_ids_T.tolist()), row.pieces, strict=False))
-            yield replace(row.rollout, kind=config.behaviour_kind or row.rollout.kind or kind), row.prompt
+            yield replace(row.rollout, kind=kind or row.rollout.kind or assumed), row.prompt
 
     take_in(here, rollouts())
     if pieces:
@@ -158,10 +161,10 @@ def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig)
 
 def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareConfig, completions: Table) -> Table:
     """A file's logprobs as a table of scores; a file of one policy alone has them in the behaviour's column."""
-    table, side = here.scores(name), "target" if "target" in file.columns else "behaviour"
-    _claim(table, file, config.target or config.behaviour, config.target_kind)
-    behaviours = next(completions.rows(["logprob_kind"]), {}).get("logprob_kind")
-    assumed = _default_kind(config.target_kind, file, "target", LogprobKind(behaviours or "raw"))
+    table, side, kind = here.scores(name), "target" if "target" in file.columns else "behaviour", config.target_kind
+    _claim(table, file, config.target or config.behaviour, kind)
+    behaviours = LogprobKind(next(completions.rows(["logprob_kind"]), {}).get("logprob_kind") or "raw")
+    assumed = kind or file.assumed_kind("target", behaviours, "set compare.target_kind")
     done = table.keys()
     with table.writer() as writer:
         for row in file.rows():
@@ -169,12 +172,12 @@ def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareC
             logprobs_T = row.target_T if side == "target" else rollout.logprobs_T
             if logprobs_T is None:
                 raise UsageError(
-                    f"response {rollout.sample} to {rollout.request_id!r} in {file.table.name} has no logprobs: fill column"
-                    f" {file.columns[side]}, or remove the row"
+                    f"response {rollout.sample} to {rollout.request_id!r} in {file.table.name} has no logprobs: fill"
+                    f" column {file.columns[side]}, or remove the row"
                 )
             if rollout.key not in done:
-                kind = config.target_kind or rollout.kind or assumed
-                scores = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=logprobs_T, kind=kind)
+                said = kind or rollout.kind or assumed
+                scores = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=logprobs_T, kind=said)
                 writer.append(row_of_scores(scores.of(rollout)))
     return table
 
@@ -187,13 +190,6 @@ def _claim(table: Table, file: RolloutFile, path: str | None, kind: LogprobKind 
         facts = {"bytes": where.stat().st_size, "changed": int(where.stat().st_mtime)}
         columns = {role: name for role, name in columns.items() if role in before["columns"]}
     claim(table, {"file": str(where), **facts, "columns": columns, "kind": None if kind is None else kind.value})
-
-
-def _default_kind(said: LogprobKind | None, file: RolloutFile, side: str, otherwise: LogprobKind) -> LogprobKind:
-    """The kind of logprobs whose rows do not say it: what the config says, else a guess that is told."""
-    if said is None:
-        file.say_kind(side, otherwise, f"set compare.{side}_kind")
-    return said or otherwise
 
 
 def _check_common(run: RunDir, name: str) -> None:

@@ -112,8 +112,8 @@ def responses(run: RunDir) -> Iterator[Rollout]:
 def take_in(run: RunDir, given: Iterable[tuple[Rollout, str]]) -> None:
     """Put responses made elsewhere, each with its prompt's text, into the run, as if it had sampled them.
 
-    Raises UsageError when the run holds other token ids under a response's name: another tokenizer or chat template made
-    them, or the file was another one when an older version read it.
+    Raises UsageError when the run holds other token ids under a response's name: another tokenizer or chat template
+    made them, or the file was another one when an older version read it.
     """
     done = {(row["request_id"], row["sample"]): _digest(rollout_of(row)) for row in run.completions.rows(IDS)}
     with run.completions.writer() as writer:
@@ -122,8 +122,8 @@ def take_in(run: RunDir, given: Iterable[tuple[Rollout, str]]) -> None:
                 writer.append(row_of_rollout(rollout, prompt))
             elif done[rollout.key] != _digest(rollout):
                 raise UsageError(
-                    f"{run.path} holds other token ids of response {rollout.sample} to {rollout.request_id!r} than the file"
-                    " gives now: set run_dir to a new folder, or undo the change"
+                    f"{run.path} holds other token ids of response {rollout.sample} to {rollout.request_id!r} than the"
+                    " file gives now: set run_dir to a new folder, or undo the change"
                 )
 
 

@@ -30,8 +30,10 @@ def claim(table: Table, config: Mapping[str, Any]) -> None:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """In what the config of a record and a later one differ. An option that only one of two versions knows counts as its
-    default, and so does the content of a file that an older version did not keep: `take_in` compares the rows then.
+    """In what the config of a record and a later one differ.
+
+    An option that a record does not name is younger than the record and counts as its default. So does the content of a
+    file that an older version did not keep; `take_in` compares the rows themselves.
     """
     before, after = _settled(before), _settled(after)
     backend = after.get("backend") or {}
@@ -64,7 +66,7 @@ def _settled(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _schemas(target: Any) -> list[type[EngineConfig]]:
-    return [schema for schema in engine_configs().values() if schema._target_ == target]
+    return [schema for schema in engine_configs().values() if schema()._target_ == target]
 
 
 def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> EngineConfig | None:
@@ -79,8 +81,8 @@ def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> Engin
             return engine
     if MASK in json.dumps(computed):
         raise UsageError(
-            f"the engine of {computed.get('model_name')} was given a secret, which is not on disk: repeat the overrides of"
-            " the run"
+            f"the engine of {computed.get('model_name')} was given a secret, which is not on disk: repeat the overrides"
+            " of the run"
         )
     if not (schemas := _schemas(computed["_target_"])):
         raise UsageError(
@@ -133,7 +135,7 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
 def texts_of(
     records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]
 ) -> Callable[[int], str]:
-    """How the page writes tokens out: by the tokenizer, else by the pieces of text that came with the ids, else as ids."""
+    """How the page writes tokens out: by the tokenizer, else by the pieces of text beside the ids, else as ids."""
     records = list(records)
     loaded = texts_tokenizer(records, tokenizer, known)
     if loaded is not None:

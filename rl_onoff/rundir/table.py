@@ -1,8 +1,8 @@
 """A run on disk. What is done is what the shards hold: there is no second record to disagree with them.
 
-A table is a folder of Parquet shards. A shard is written under a temporary name, flushed to the disk and renamed, so a crash
-leaves whole shards only. Beside them lies `_made_with.json`: what the rows depend on; rows that another config would have made
-are refused, with the difference shown. Columns are documented in docs/run_folder.md.
+A table is a folder of Parquet shards. A shard is written under a temporary name, flushed to the disk and renamed, so a
+crash leaves whole shards only. Beside them lies `_made_with.json`: what the rows depend on; rows that another config
+would have made are refused, with the difference shown. Columns are documented in docs/run_folder.md.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class RunDir:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UsageError(
-                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a sweep)"
-                " to another folder"
+                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a"
+                " sweep) to another folder"
             ) from error
         except OSError as error:
             raise disk_error(error, self.path) from error
@@ -158,7 +158,7 @@ class Table:
 
 
 class Writer:
-    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and at the end, whatever happened."""
+    """Appends rows to a table; a shard is closed after so many rows, seconds or bytes, and whenever the writer is."""
 
     def __init__(self, table: Table, max_rows: int, max_seconds: float, max_bytes: int):
         self.table, self.max_rows, self.max_seconds, self.max_bytes = table, max_rows, max_seconds, max_bytes
@@ -205,7 +205,7 @@ class Writer:
 def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -> list[str]:
     """The leaves in which two nested configs differ, as `a.b: 1 -> 2`.
 
-    A key that one of them lacks counts as what `defaults`, nested likewise, has for it, and as null where that has nothing.
+    A key that one of them lacks counts as its value in `defaults`, which is nested likewise, or else as null.
     """
     if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
         return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
@@ -267,7 +267,7 @@ def row_of_scores(scores: TokenScores) -> Row:
 
 
 def scores_of(row: Row) -> TokenScores:
-    """What a row of a scores table says of every token; None for columns that are null, of width 0, or were not read."""
+    """What a row of a scores table says of every token; None for columns that are null, of width 0, or not read."""
     from rl_onoff.types import ARRAYS, LogprobKind, TokenScores
 
     arrays: dict[str, Any] = {name: row.get(name.rpartition("_")[0]) for name in ARRAYS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rl_onoff.data.rollouts import open_rollouts
+from rl_onoff.data.rollouts import Recorded, open_rollouts
 from rl_onoff.errors import UsageError
-from rl_onoff.rundir.table import RunDir
+from rl_onoff.rundir.table import RECORD, RunDir
+from rl_onoff.types import LogprobKind
 from tests.running import run_in
 
 RNG = np.random.default_rng(0)
@@ -32,39 +34,63 @@ def verl(i: int) -> dict[str, Any]:
     """A rectangle: prompts padded on the left, responses on the right."""
     n, m = LENGTHS[i], len(PROMPTS[i])
     return {
-        "uid": f"row-{i}", "prompts": [0] * (4 - m) + PROMPTS[i], "responses": padded(IDS[i], 0), "response_mask": padded([1] * n, 0),
-        "attention_mask": [0] * (4 - m) + [1] * m + padded([1] * n, 0), "rollout_log_probs": padded(Q[i], -1.0),
-        "old_log_probs": padded(P[i], 0.0), "data_source": "gsm8k",
-    }  # fmt: skip
+        "uid": f"row-{i}",
+        "prompts": [0] * (4 - m) + PROMPTS[i],
+        "responses": padded(IDS[i], 0),
+        "response_mask": padded([1] * n, 0),
+        "attention_mask": [0] * (4 - m) + [1] * m + padded([1] * n, 0),
+        "rollout_log_probs": padded(Q[i], -1.0),
+        "old_log_probs": padded(P[i], 0.0),
+        "data_source": "gsm8k",
+    }
 
 
 def trl(i: int) -> dict[str, Any]:
     return {
-        "prompt_ids": PROMPTS[i], "completion_ids": padded(IDS[i], 0), "completion_mask": padded([1] * LENGTHS[i], 0),
-        "sampling_per_token_logps": padded(Q[i], 0.0), "old_per_token_logps": padded(P[i], 0.0), "completion": "text",
-    }  # fmt: skip
+        "prompt_ids": PROMPTS[i],
+        "completion_ids": padded(IDS[i], 0),
+        "completion_mask": padded([1] * LENGTHS[i], 0),
+        "sampling_per_token_logps": padded(Q[i], 0.0),
+        "old_per_token_logps": padded(P[i], 0.0),
+        "completion": "text",
+    }
 
 
 def prime_rl(i: int) -> dict[str, Any]:
     """The trainer's packed batch: one list of ids, with a mask that leaves the prompt out."""
     m = len(PROMPTS[i])
     return {
-        "input_ids": PROMPTS[i] + IDS[i], "loss_mask": [False] * m + [True] * LENGTHS[i], "inference_logprobs": [0.0] * m + Q[i],
+        "input_ids": PROMPTS[i] + IDS[i],
+        "loss_mask": [False] * m + [True] * LENGTHS[i],
+        "inference_logprobs": [0.0] * m + Q[i],
         "trainer_logprobs": [0.0] * m + P[i],
-    }  # fmt: skip
+    }
 
 
 def slime(i: int) -> dict[str, Any]:
     """The response's logprobs beside the ids of prompt and response."""
     return {
-        "tokens": PROMPTS[i] + IDS[i], "response_length": LENGTHS[i], "loss_mask": [1] * LENGTHS[i], "rollout_log_probs": Q[i],
+        "tokens": PROMPTS[i] + IDS[i],
+        "response_length": LENGTHS[i],
+        "loss_mask": [1] * LENGTHS[i],
+        "rollout_log_probs": Q[i],
         "old_log_probs": P[i],
-    }  # fmt: skip
+    }
 
 
 def ours(i: int) -> dict[str, Any]:
-    return {"request_id": f"row-{i}", "token_ids": IDS[i], "logprobs": Q[i], "target_logprobs": P[i], "logprob_kind": "raw",
-            "pieces": [f" t{x}" for x in IDS[i]]}  # fmt: skip
+    return {
+        "request_id": f"row-{i}",
+        "token_ids": IDS[i],
+        "logprobs": Q[i],
+        "target_logprobs": P[i],
+        "logprob_kind": "raw",
+        "pieces": [f" t{x}" for x in IDS[i]],
+    }
+
+
+def rows_of(folder: Path, *rows: dict[str, Any]) -> list[Recorded]:
+    return list(open_rollouts(write(folder / "x.jsonl", list(rows)), key="compare.behaviour", columns={}).rows())
 
 
 LAYOUTS = (verl, trl, prime_rl, slime, ours)
@@ -144,12 +170,83 @@ def test_pieces_stand_for_a_tokenizer(tmp_path: Path) -> None:
     assert folder.completions.record()["pieces"] == {str(i): f" t{i}" for ids in IDS for i in ids}
 
 
-def test_a_file_that_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+def test_a_file_whose_content_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
     file = write(tmp_path / "x.jsonl", [ours(i) for i in range(3)])
-    run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
-    run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")  # the same again
-    write(tmp_path / "x.jsonl", [ours(i) for i in range(2)])
-    with pytest.raises(UsageError, match="holds rows of another config"):
+    command = ("experiment=compare", f"compare.behaviour={file}")
+    run_in(tmp_path / "run", *command)
+    os.utime(file, (1, 1))
+    run_in(tmp_path / "run", *command)  # the same content
+    stat, text = os.stat(file), Path(file).read_text()
+    Path(file).write_text(text.replace("t1", "t2"))
+    os.utime(file, (stat.st_atime, stat.st_mtime))
+    assert os.stat(file).st_size == stat.st_size
+    with pytest.raises(UsageError, match=r"holds rows of another config \(content: "):
+        run_in(tmp_path / "run", *command)
+
+
+def test_a_folder_that_kept_size_and_time_of_its_file_is_continued_with_the_same_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [ours(i) | {"messages": [{"role": "user", "content": "a"}]} for i in range(3)])
+    command = ("experiment=compare", f"compare.behaviour={file}")
+    folder, stat = run_in(tmp_path / "run", *command), os.stat(file)
+    for table in (folder.completions, folder.scores("target_logprobs")):
+        record = table.record()
+        del record["config"]["content"], record["config"]["columns"]["prompt"]
+        record["config"] |= {"bytes": stat.st_size, "changed": int(stat.st_mtime)}
+        (table.path / RECORD).write_text(json.dumps(record))
+    run_in(tmp_path / "run", *command)
+    os.utime(file, (1, 1))
+    with pytest.raises(UsageError, match=r"holds rows of another config \(changed: \d+ -> 1\)"):
+        run_in(tmp_path / "run", *command)
+
+
+def test_an_empty_response_has_no_tokens(tmp_path: Path) -> None:
+    empty = {
+        "uid": "empty",
+        "prompts": [0, 7, 8, 9],
+        "responses": [],
+        "attention_mask": [0, 1, 1, 1],
+        "rollout_log_probs": [],
+        "old_log_probs": [],
+    }
+    full = {name: value for name, value in verl(0).items() if name not in ("response_mask", "data_source")}
+    first, second = rows_of(tmp_path, full, empty)
+    assert first.rollout.token_ids_T.tolist() == IDS[0] and first.rollout.prompt_ids.tolist() == PROMPTS[0]
+    assert len(second.rollout.token_ids_T) == 0 and second.rollout.prompt_ids.tolist() == [7, 8, 9]
+    part = {"tokens": [7, 8, 9], "response_length": 0, "rollout_log_probs": [], "old_log_probs": []}
+    for row in (part, {**part, "loss_mask": []}):
+        (found,) = rows_of(tmp_path, row)
+        assert len(found.rollout.token_ids_T) == 0 and found.rollout.prompt_ids.tolist() == [7, 8, 9]
+
+
+def test_what_a_row_holds(tmp_path: Path) -> None:
+    row = {
+        "request_id": "a",
+        "sample": 2,
+        "prompt_ids": [1],
+        "token_ids": [4, 5, 6],
+        "loss_mask": [1, 0, 1],
+        "logprobs": [-1.0, 0.0, -2.0],
+        "target_logprobs": [-1.5, 0.0, -2.5],
+        "logprob_kind": "scaled",
+        "pieces": ["x", "y", "z"],
+        "prompt": "p",
+        "text": "t",
+        "reward": 1,
+        "level": 3,
+    }
+    (found,) = rows_of(tmp_path, row)
+    rollout = found.rollout
+    assert (rollout.key, rollout.token_ids_T.tolist(), rollout.prompt_ids.tolist()) == (("a", 2), [4, 6], [1])
+    assert rollout.logprobs_T.tolist() == [-1, -2] and found.target_T.tolist() == [-1.5, -2.5]
+    assert (rollout.kind, rollout.text, rollout.reward, rollout.meta) == (LogprobKind.scaled, "t", 1.0, {"level": 3})
+    assert (found.prompt, found.pieces) == ("p", ["x", "z"])
+
+
+def test_a_row_without_the_targets_logprobs_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [ours(0), ours(1) | {"target_logprobs": None}])
+    with pytest.raises(
+        UsageError, match=r"response 0 to 'row-1' in x.jsonl has no logprobs: fill column target_logprobs"
+    ):
         run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
 
 
@@ -164,6 +261,12 @@ def test_a_file_that_changed_is_not_taken_for_the_one_before(tmp_path: Path) -> 
             [{"id": "a", "sample": 0, "token_ids": [1, 2], "logprobs": [-1.0, -1.0]}] * 2,
             "id 'a' and sample 0 of an earlier row",
         ),
+        ([{"token_ids": [1, 4.7], "logprobs": [-1.0, -1.0]}], "token ids that are not all whole numbers"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "sample": "first"}], "'first' as its sample"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "sample": 1.5}], "1.5 as its sample"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "id": 1.5}], "1.5 as its id"),
+        ([{"token_ids": [1, -2], "logprobs": [-1.0, -1.0]}], "a negative token id"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, float("nan")]}], "logprobs that are not a list of numbers"),
         ([{"token_ids": [1, 2]}], "no column with logprobs"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0]}], "one column with logprobs, logprobs: set compare.target"),
     ],

@@ -1,13 +1,19 @@
 """Prompts and responses made elsewhere."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from rl_onoff.data.rollouts import load_responses
+from rl_onoff.data.columns import COLUMNS
+from rl_onoff.data.rollouts import load_responses, open_rollouts
 from rl_onoff.errors import UsageError
+from rl_onoff.rundir.table import RECORD, RunDir
 from rl_onoff.types import LogprobKind
+from tests.running import run_in
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,15 @@ def test_text_of_token_ids_is_decoded_where_there_is_a_tokenizer(write, tokenize
         ({"prompt_ids": [1], "token_ids": [3], "logprobs": "x"}, "logprobs that are not a list of numbers"),
         ({"prompt_ids": [1], "token_ids": [3], "logprobs": [-1.0], "logprob_kind": "odd"}, "unknown kind 'odd'"),
         ({"prompt_ids": [1], "token_ids": [3], "sample": "x"}, "'x' as its sample"),
+        ({"prompt_ids": [1], "token_ids": [3], "sample": 1.5}, "1.5 as its sample"),
+        ({"prompt_ids": [1], "token_ids": [3], "sample": -1}, "-1 as its sample"),
+        ({"prompt_ids": [1], "token_ids": [3], "sample": True}, "True as its sample"),
+        ({"prompt_ids": [1], "token_ids": [True]}, "token ids that are not a list of numbers"),
+        ({"prompt_ids": [1], "token_ids": [4, -1]}, "a negative token id in its response"),
+        ({"prompt_ids": [1], "token_ids": [2**31]}, "token ids that are not all whole numbers below 2"),
+        ({"prompt_ids": [1], "token_ids": [10**400]}, "token ids that are not a list of numbers"),
+        ({"prompt_ids": [2**31], "token_ids": [3]}, "the token id 2147483648 in its prompt"),
+        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [float("nan")]}, "logprobs that are not a list of numbers"),
         ({"prompt_ids": [1, 2], "token_ids": [3], "id": "fine"}, "the id 'fine' of a row with another prompt"),
         (
             {"prompt_ids": [1], "token_ids": [3], "id": "fine", "sample": 0},
@@ -125,6 +140,71 @@ def test_a_file_of_empty_responses_alone_is_refused(write):
         load_responses(write({"prompt_ids": [1], "token_ids": []}, {"prompt_ids": [2], "token_ids": []}))
 
 
+def test_whole_numbers_may_be_written_as_floats(write):
+    (given,) = load_responses(write({"prompt_ids": [1], "token_ids": [4.0, 7], "sample": 2.0, "id": 3.0}))
+    assert given.key == ("3", 2) and given.token_ids_T.tolist() == [4, 7] and given.token_ids_T.dtype == np.int32
+
+
+def test_the_layouts_of_trainers_can_be_scored_too(write):
+    verl = {
+        "uid": "a",
+        "prompts": [0, 0, 7],
+        "responses": [4, 5, 0],
+        "response_mask": [1, 1, 0],
+        "attention_mask": [0, 0, 1, 1, 1, 0],
+        "rollout_log_probs": [-1.0, -2.0, 0.0],
+    }
+    (given,) = load_responses(write(verl))
+    assert (given.key, given.prompt_ids.tolist(), given.token_ids_T.tolist()) == (("a", 0), [7], [4, 5])
+    assert given.logprobs_T.tolist() == [-1, -2] and given.mask_T is None
+    slime = {"prompt": "text", "tokens": [7, 8, 4, 5], "response": "x", "response_length": 2, "loss_mask": [1, 1]}
+    (given,) = load_responses(write(slime), object())
+    assert (given.prompt_ids.tolist(), given.token_ids_T.tolist(), given.text) == ([7, 8], [4, 5], "x")
+    packed = {"prompt_ids": [7, 8], "input_ids": [7, 8, 4, 5], "loss_mask": [False, False, True, True]}
+    (given,) = load_responses(write(packed))
+    assert (given.prompt_ids.tolist(), given.token_ids_T.tolist()) == ([7, 8], [4, 5])
+    with pytest.raises(UsageError, match=r"line 1 of .* has neither response_length nor a mask to say where"):
+        load_responses(write({"prompt_ids": [7, 8], "input_ids": [7, 8, 4, 5]}))
+
+
+def test_tokens_that_a_mask_leaves_out_stay_as_context_with_a_warning(write, caplog):
+    row = {"prompt_ids": [1], "token_ids": [4, 5, 6, 7, 0], "completion_mask": [1, 0, 1, 1, 0], "id": "a"}
+    (given,) = load_responses(write(row))
+    assert given.token_ids_T.tolist() == [4, 5, 6, 7] and given.mask_T.tolist() == [True, False, True, True]
+    assert "1 of 1 responses hold tokens that their mask leaves out" in caplog.text
+
+
+def test_the_content_of_the_file_counts_and_not_its_time(tmp_path, write):
+    def score() -> RunDir:
+        return run_in(tmp_path / "run", "experiment=score", "backend=fake", "model.name=x", f"score.responses={path}")
+
+    row = {"id": "a", "prompt_ids": [1], "token_ids": [7, 8], "logprobs": [-1.0, -2.0], "logprob_kind": "raw"}
+    path = write(row)
+    run = score()
+    os.utime(path, (1, 1))
+    score()
+    for change in ({"token_ids": [7, 9]}, {"logprobs": [-1.0, -3.0]}):
+        write({**row, **change})
+        with pytest.raises(UsageError, match=r"run/completions holds rows of another config \(content: "):
+            score()
+    assert [row["token_ids"].tolist() for row in run.completions.rows()] == [[7, 8]]
+
+    record = run.completions.record()  # of a version that kept no content
+    del record["config"]["content"]
+    (run.completions.path / RECORD).write_text(json.dumps(record))
+    write({**row, "token_ids": [7, 9]})
+    with pytest.raises(UsageError, match="holds other token ids of response 0 to 'a' than the file gives now"):
+        score()
+
+
+def test_another_system_message_is_not_taken_for_the_one_before(tmp_path, write):
+    path = write({"prompt": [{"role": "user", "content": "a"}], "response": "b"})
+    command = ("experiment=score", "backend=fake", "model.name=x", f"score.responses={path}")
+    run_in(tmp_path / "run", *command)
+    with pytest.raises(UsageError, match="holds other token ids of response 0 to '0'"):
+        run_in(tmp_path / "run", *command, "data.system=short")
+
+
 def test_bad_files(write, tmp_path):
     with pytest.raises(UsageError, match=r"score\.responses=.*no\.jsonl does not exist"):
         load_responses(str(tmp_path / "no.jsonl"))
@@ -134,3 +214,54 @@ def test_bad_files(write, tmp_path):
         load_responses(write({"prompt": "a"}))
     with pytest.raises(UsageError, match="has text where token ids are wanted"):
         load_responses(write({"prompt": "a", "response": "b"}))
+
+
+NAMES = sorted(
+    {name for names in COLUMNS.values() for name in names}
+    | {"attention_mask", "response_length", "logprob_kind", "answer"}
+)
+NUMBERS = st.one_of(
+    st.integers(-3, 9), st.integers(), st.floats(), st.floats(-9, 0), st.sampled_from([10**400, 2**31, True])
+)
+VALUES = st.one_of(
+    st.none(),
+    NUMBERS,
+    st.text(max_size=3),
+    st.lists(st.integers(0, 9), max_size=4),
+    st.lists(NUMBERS, max_size=4),
+    st.lists(st.floats(-9, 0), max_size=4),
+    st.lists(st.dictionaries(st.sampled_from(["role", "content"]), st.text(max_size=2)), max_size=2),
+    st.sampled_from(["raw", "scaled", {"target": 1.5}, {}]),
+)
+ROWS = st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8), min_size=1, max_size=3)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=ROWS,
+    base=st.sampled_from(
+        [
+            {},
+            {"prompt_ids": [1], "token_ids": [2, 3]},
+            {"token_ids": [2, 3], "logprobs": [-1, -2], "loss_mask": [1, 0]},
+            {"tokens": [1, 2, 3], "prompt_ids": [1], "response_length": 2, "logprobs": [-1, -2]},
+        ]
+    ),
+)
+def test_any_row_is_an_answer_or_one_sentence(write, rows, base):
+    path = write(*({**base, **row} for row in rows))
+    for read in (
+        lambda: load_responses(path),
+        lambda: [row.rollout for row in open_rollouts(path, key="compare.behaviour", columns={}).rows()],
+    ):
+        try:
+            found = read()
+        except UsageError as error:
+            assert len(str(error).splitlines()) == 1
+            continue
+        for rollout in found:
+            assert rollout.token_ids_T.dtype == np.int32 and (rollout.token_ids_T >= 0).all()
+            if rollout.logprobs_T is not None:
+                assert len(rollout.logprobs_T) == len(rollout.token_ids_T)
+                mask_T = np.ones(len(rollout.token_ids_T), bool) if rollout.mask_T is None else rollout.mask_T
+                assert not np.isnan(rollout.logprobs_T[mask_T]).any()

@@ -18,7 +18,7 @@ def tokenizer(smollm2):
 
 
 def word_tokenizer(*, adds_bos: bool, template: str | None):
-    """A real tokenizer over a few words, which may add a BOS by itself; with a chat template or, like a base model's, without."""
+    """A real tokenizer over a few words, which may add a BOS by itself; a base model's has no chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rl_onoff.config import DataConfig, Format
 from rl_onoff.data.prompts import PROBLEMS, load_rows
@@ -232,11 +234,52 @@ def test_other_wrong_values(tmp_path):
 
     assert "an object without `target`" in message(answer={"value": 3})
     assert "a list as its reference answer" in message(answer=[1])
+    for number in (float("inf"), float("-inf")):  # 1e999 in JSON
+        assert "line 1 of a.jsonl has infinity as its reference answer" in message(answer=number)
+        assert "infinity as its reference answer" in message(answer={"target": number})
+    assert "the token id 2147483648 in its prompt, which no model has" in message(prompt=[2**31])
     assert "as its id in column id" in message(id=None) and "as its id in column id" in message(id=1.5)
     assert "negative token id" in message(prompt=[-1, 4])
     assert "ends with the assistant's turn" in message(
         prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )
+
+
+def test_numbers_as_answers_and_groups(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl", {"prompt": "p", "answer": 10**400, "level": float("inf")}, {"prompt": "q", "level": 1.5}
+    )
+    first, second = load_rows(DataConfig(path=path))
+    assert first.meta == {"question": "p", "answer": str(10**400), "level": None}
+    assert second.meta == {"question": "q", "level": 1.5}
+
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from([10**400, 1e999, -1])
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "target", "ground_truth", "index"]), inner),
+    ),
+    max_leaves=6,
+)
+NAMES = ["id", "prompt", "prompt_ids", "messages", "answer", "reward_model", "extra_info", "level", "subject"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES), min_size=1, max_size=3))
+def test_any_row_is_a_prompt_or_one_sentence(tmp_path, rows):
+    path = write_lines(tmp_path / "a.jsonl", *rows)
+    try:
+        found = load_rows(DataConfig(path=path))
+    except UsageError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    assert len({row.id for row in found}) == len(rows)
+    for row in found:
+        assert row.prompt
+        json.dumps(dict(row.meta), allow_nan=False)
 
 
 def test_repeated_ids_and_the_way_out(tmp_path):
@@ -247,7 +290,8 @@ def test_repeated_ids_and_the_way_out(tmp_path):
 
 def test_a_datasets_id_that_cannot_be_reached():
     script = (
-        "from rl_onoff.data.prompts import load_rows; from rl_onoff.config import DataConfig; from rl_onoff.errors import UsageError\n"
+        "from rl_onoff.data.prompts import load_rows; from rl_onoff.config import DataConfig\n"
+        "from rl_onoff.errors import UsageError\n"
         "try: load_rows(DataConfig(path='rl-onoff/no-such-dataset:main'))\n"
         "except UsageError as error: print(error)"
     )
@@ -267,8 +311,9 @@ def test_a_datasets_id_that_cannot_be_reached():
 
 def test_importing_these_modules_brings_nothing_heavy():
     script = (
-        "import sys, rl_onoff.models.resolve, rl_onoff.data.prompts, rl_onoff.data.requests, rl_onoff.rewards\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'math_verify', 'sympy', 'jinja2'} & set(sys.modules)))"
+        "import sys, rl_onoff.models.resolve, rl_onoff.data.prompts, rl_onoff.data.rollouts, rl_onoff.rewards\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'math_verify', 'sympy', 'jinja2'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PROBLEMS.parents[2])
     assert done.stdout.strip() == "[]", done.stderr

@@ -30,7 +30,7 @@ from rl_onoff.rundir.table import (
     row_of_rollout,
     row_of_scores,
     scores_of,
-)  # fmt: skip
+)
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, TokenScores
 from tests.conftest import ROOT
 
@@ -39,18 +39,34 @@ def completion(i: int, sample: int = 0, length: int = 5) -> dict:
     """A completions row of which nothing is null but the reward."""
     ids = np.arange(i, i + length, dtype=np.int32)
     return {
-        "request_id": f"r{i}", "sample": sample, "prompt": "p", "prompt_ids": ids, "token_ids": ids, "text": f"t{i}",
-        "logprobs": -ids.astype(np.float32), "logprob_kind": "raw", "finish_reason": "length", "reward": None, "meta": "{}",
-    }  # fmt: skip
+        "request_id": f"r{i}",
+        "sample": sample,
+        "prompt": "p",
+        "prompt_ids": ids,
+        "token_ids": ids,
+        "text": f"t{i}",
+        "logprobs": -ids.astype(np.float32),
+        "logprob_kind": "raw",
+        "finish_reason": "length",
+        "reward": None,
+        "meta": "{}",
+    }
 
 
 def score(i: int, length: int = 3, top_k: int = 2) -> dict:
     floats = np.linspace(-1, 0, length, dtype=np.float32)
     return {
-        "request_id": f"r{i}", "sample": 0, "token_ids": np.arange(length, dtype=np.int32), "logprobs": floats, "logprob_kind": "raw",
-        "entropy": floats, "logsumexp": floats, "rank": np.ones(length, np.int32),
-        "top_ids": list(np.ones((length, top_k), np.int32)), "top_logprobs": list(np.ones((length, top_k), np.float32)),
-    }  # fmt: skip
+        "request_id": f"r{i}",
+        "sample": 0,
+        "token_ids": np.arange(length, dtype=np.int32),
+        "logprobs": floats,
+        "logprob_kind": "raw",
+        "entropy": floats,
+        "logsumexp": floats,
+        "rank": np.ones(length, np.int32),
+        "top_ids": list(np.ones((length, top_k), np.int32)),
+        "top_logprobs": list(np.ones((length, top_k), np.float32)),
+    }
 
 
 def filled(path: Path, count: int = 6, **writer) -> Table:
@@ -85,19 +101,34 @@ def test_rollouts_and_scores_come_back_as_they_were(tmp_path):
     floats = -ids.astype(np.float32)
     rollouts = [
         Rollout(
-            request_id="a", sample=1, prompt_ids=ids[:2], token_ids_T=ids, logprobs_T=floats, kind=LogprobKind.scaled, text="t",
-            finish_reason=FinishReason.eos, reward=0.5, meta={"answer": "é"},
+            request_id="a",
+            sample=1,
+            prompt_ids=ids[:2],
+            token_ids_T=ids,
+            logprobs_T=floats,
+            kind=LogprobKind.scaled,
+            text="t",
+            finish_reason=FinishReason.eos,
+            reward=0.5,
+            meta={"answer": "é"},
         ),
         Rollout(request_id="b", sample=0, token_ids_T=ids[:0]),
-    ]  # fmt: skip
+    ]
     scores = [
         TokenScores(request_id="a", sample=1, token_ids_T=ids, logprobs_T=floats, kind=LogprobKind.processed),
         TokenScores(
-            token_ids_T=ids, logprobs_T=floats, entropy_T=floats, logsumexp_T=floats, rank_T=ids, top_ids_TK=np.ones((3, 2), np.int32),
-            top_logprobs_TK=np.ones((3, 2), np.float32), processed_logprobs_T=floats, nucleus_mass_T=floats,
+            token_ids_T=ids,
+            logprobs_T=floats,
+            entropy_T=floats,
+            logsumexp_T=floats,
+            rank_T=ids,
+            top_ids_TK=np.ones((3, 2), np.int32),
+            top_logprobs_TK=np.ones((3, 2), np.float32),
+            processed_logprobs_T=floats,
+            nucleus_mass_T=floats,
             logits_TV=np.ones((3, 4), np.float32),
         ),
-    ]  # fmt: skip
+    ]
     with run.completions.writer() as out:
         for rollout in rollouts:
             out.append(row_of_rollout(rollout, "the prompt"))
