@@ -68,18 +68,11 @@ class Requests(msgspec.Struct):
 
 
 class Generate(Message):
-    """To the worker: sample; further requests of this call follow in `More`."""
+    """To the worker: sample these requests, which may join those of a call that is being answered."""
 
     call: int
     requests: Requests
-
-
-class More(Message):
-    """To the worker: further requests of a call."""
-
-    call: int
-    requests: Requests
-    last: bool  # no further ones follow
+    last: bool  # no further requests of this call will come
 
 
 class Score(Message):
@@ -132,7 +125,7 @@ class Logged(Message):
     text: str
 
 
-AnyMessage = Load | Generate | More | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
+AnyMessage = Load | Generate | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
 
 
 class PeerGoneError(Exception):

@@ -83,7 +83,7 @@ def assert_same(one: Any, other: Any) -> None:
 
 @given(st.lists(requests, max_size=4), st.booleans())
 def test_requests_come_back_as_they_went(items, last):
-    back = travelled(wire.More(call=3, requests=wire.Requests.pack(items), last=last))
+    back = travelled(wire.Generate(call=3, requests=wire.Requests.pack(items), last=last))
     assert (back.call, back.last) == (3, last)
     for before, after in zip(items, back.requests.unpack(), strict=True):
         assert_same(before, after)
@@ -145,12 +145,10 @@ def test_arrays_are_written_to_and_hold_nothing_else_in_memory():
 def test_a_shared_prompt_and_sampler_are_sent_once():
     sampling = Sampling(stop=["stop here" * 100])
     ids_P = np.arange(1000, dtype=np.int32)
-    shared = [
-        SampleRequest(request_id="a", sample=i, seed=i, prompt_ids=ids_P, sampling=sampling) for i in range(100)
-    ]
+    shared = [SampleRequest(request_id="a", sample=i, seed=i, prompt_ids=ids_P, sampling=sampling) for i in range(100)]
     channel = wire.SocketChannel(socket.socketpair()[0])
     assert len(channel._encoder.encode(wire.Requests.pack(shared))) < 7_000
-    back = travelled(wire.Generate(call=1, requests=wire.Requests.pack(shared))).requests.unpack()
+    back = travelled(wire.Generate(call=1, requests=wire.Requests.pack(shared), last=True)).requests.unpack()
     assert [one.key for one in back] == [("a", i) for i in range(100)]
     assert all(one.sampling == sampling and np.array_equal(one.prompt_ids, ids_P) for one in back)
 
