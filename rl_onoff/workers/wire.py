@@ -213,11 +213,13 @@ class SocketChannel(Channel):
         super().__init__(check)
         self._sock = sock
         sock.settimeout(PERIOD)
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
 
     def readable(self, seconds: float) -> bool:
-        return bool(self._poll.poll(int(seconds * 1000)))
+        if self._sock.fileno() < 0:
+            raise PeerGoneError
+        poll = select.poll()  # a new one: an actor's threads wait side by side, which one object refuses
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(int(seconds * 1000)))
 
     def read(self, into: memoryview) -> int:
         """Read what has arrived, waiting for some of it; returns the number of bytes. Raises PeerGoneError at the end."""
