@@ -32,8 +32,18 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.progress import Progress
 from rl_onoff.rundir.table import RunDir, Table
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
-from rl_onoff.workers.work_queue import Item, Shares, items_of_requests
+from rl_onoff.types import (
+    Completion,
+    FinishReason,
+    LogprobKind,
+    Request,
+    Response,
+    Rollout,
+    Sampling,
+    TokenScores,
+    Want,
+)
+from rl_onoff.workers.work_queue import WorkQueue
 
 TOP_KS = (0, 20, 64)
 MEAN_LENGTH = 500
@@ -108,9 +118,8 @@ def disk(folder: Path) -> dict[str, float]:
 def wire(folder: Path) -> dict[str, float]:
     """Bytes a response token that a worker sends, and those its parent sends it."""
     from rl_onoff.workers import wire
-    from rl_onoff.workers.arrow import batch_of
 
-    class Counted(wire.Channel):
+    class Counted(wire.SocketChannel):
         def __init__(self) -> None:
             super().__init__(socket.socketpair()[0])
             self.count = 0
@@ -127,17 +136,14 @@ def wire(folder: Path) -> dict[str, float]:
     rows, tokens = list(run.completions.rows()), tokens_of(run.completions)
     everything = list(run.scores("all").rows())
     found = {
-        "worker to parent, a Completion": sum(size(wire.Completed(call=1, completion=_completion(row))) for row in rows)
+        "worker to parent, a Rollout": sum(size(wire.Completed(call=1, result=_completion(row))) for row in rows)
         / tokens
     }
     for top_k in TOP_KS:
-        sizes = [size(wire.Scored(call=1, scores=_scores(row, top_k))) for row in everything]
+        sizes = [size(wire.Scored(call=1, result=_scores(row, top_k))) for row in everything]
         found[f"worker to parent, TokenScores with top_k={top_k}"] = sum(sizes) / tokens
-        found[f"the same from a Ray actor, in Arrow, top_k={top_k}"] = (
-            batch_of([_scores(row, top_k) for row in everything]).nbytes / tokens
-        )
     return found | {
-        "parent to worker, Responses": size(wire.Score(call=1, responses=list(stages.responses(run)), want=Want()))
+        "parent to worker, Rollouts": size(wire.Score(call=1, rollouts=list(stages.responses(run)), want=Want()))
         / tokens
     }
 
@@ -146,9 +152,9 @@ def decoding(folder: Path) -> float:
     """CPU seconds a token of making TokenScores out of the bytes that arrive."""
     from rl_onoff.workers import wire
 
-    channel = wire.Channel(socket.socketpair()[0])
+    channel = wire.SocketChannel(socket.socketpair()[0])
     rows = [_scores(row, 20) for row in RunDir(folder / "real").scores("all").rows()]
-    packed = [channel._encoder.encode(wire.Scored(call=1, scores=row)) for row in rows]
+    packed = [channel._encoder.encode(wire.Scored(call=1, result=row)) for row in rows]
     start = time.process_time()
     for _ in range(20):
         for header in packed:
@@ -347,7 +353,7 @@ def held() -> dict[str, float]:
         for i, r in enumerate(drawn_requests(20_000_000))
     ]
     found = {"a prompt": grown(len(requests))}
-    shares = Shares(items_of_requests(requests), 8)
+    shares = WorkQueue([request for group in requests for request in group], 8)
     found["a response that waits in a pool"] = grown(len(shares.left()))
     keys = {(f"row-{i:07d}", sample) for i in range(len(requests)) for sample in range(SAMPLES)}
     return found | {"the key of a response that is done": grown(len(keys))}
@@ -357,26 +363,24 @@ def busy(replicas: int, window: int) -> float:
     """The part of the time in which replicas that are equally fast have something to score, in windows of so many responses."""
     chance, work, time_passed = np.random.default_rng(0), 0, 0.0
     for number in range(3):
-        prompts = [np.array([number, i], np.int32) for i in range(1 + window // SAMPLES)]
+        prompts = [np.array([number, i] * (PROMPT_TOKENS // 2), np.int32) for i in range(1 + window // SAMPLES)]
         lengths = np.clip(chance.gamma(2, MEAN_LENGTH / 2, window), 2, 8 * MEAN_LENGTH).astype(int)
-        whats = [
-            Response(
+        rollouts = [
+            Rollout(
                 request_id=str(i // SAMPLES),
                 sample=i % SAMPLES,
                 prompt_ids=prompts[i // SAMPLES],
-                token_ids_T=prompts[0],
+                token_ids_T=np.zeros(n, np.int32),
             )
-            for i in range(window)
+            for i, n in enumerate(lengths)
         ]
-        shares = Shares(
-            [Item(what, what.sample, PROMPT_TOKENS + int(n)) for what, n in zip(whats, lengths, strict=True)], replicas
-        )
+        shares = WorkQueue(rollouts, replicas)
         free_at, waiting = [0.0] * replicas, window
         while waiting:
             now = heapq.heappop(free_at)
             share = shares.take()
             waiting -= len(share)
-            heapq.heappush(free_at, now + sum(item.tokens for item in share))
+            heapq.heappush(free_at, now + sum(rollout.num_tokens for rollout in share))
         work += int(lengths.sum()) + PROMPT_TOKENS * window
         time_passed += max(free_at)
     return work / (replicas * time_passed)
