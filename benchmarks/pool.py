@@ -21,29 +21,31 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig
+from rl_onoff.backends.engine import Given
 from rl_onoff.backends.engine_config import PoolConfig, PoolKind
 from rl_onoff.backends.fake.backend import FakeBackend
 from rl_onoff.backends.huggingface.backend import HuggingFaceBackend
-from rl_onoff.types import Request, Sampling
-from rl_onoff.workers.client import Host
+from rl_onoff.types import SampleRequest, Sampling, sample_requests
+from rl_onoff.workers.client import WorkerClient
 from rl_onoff.workers.devices import Place
 from rl_onoff.workers.pool import Pool
 from rl_onoff.workers.ray import RayCluster
 
 
-def requests(number: int, max_new_tokens: int) -> list[Request]:
+def requests(number: int, max_new_tokens: int) -> list[SampleRequest]:
     chance = np.random.default_rng(0)
     sampling = Sampling(max_new_tokens=max_new_tokens, seed=1)
     return [
-        Request(id=str(i), prompt_ids=chance.integers(100, 250, 8 + i % 24).astype(np.int32), sampling=sampling)
+        request
         for i in range(number)
+        for request in sample_requests(id=str(i), prompt_ids=chance.integers(100, 250, 8 + i % 24), sampling=sampling)
     ]
 
 
-def run(core: Host | Pool, work: Sequence[Request]) -> tuple[float, float, int]:
+def run(core: WorkerClient | Pool, work: Sequence[SampleRequest]) -> tuple[float, float, int]:
     """(seconds, CPU seconds of this process, tokens)."""
     wall, cpu = time.perf_counter(), time.process_time()
-    tokens = sum(len(completion.token_ids_T) for completion in core._generate(work))
+    tokens = sum(len(rollout.token_ids_T) for rollout in core._generate(Given(work)))
     return time.perf_counter() - wall, time.process_time() - cpu, tokens
 
 
@@ -51,8 +53,8 @@ def throughput(rounds: int, model: str) -> None:
     cores = sorted(os.sched_getaffinity(0))
     config = HuggingFaceBackendConfig(model_name=model, dtype="float32", batch_size=8)
     settings = {
-        "1 replica, 1 core": Host(HuggingFaceBackend, config, place=Place(cores=(cores[0],))),
-        f"1 replica, {len(cores)} cores": Host(HuggingFaceBackend, config),
+        "1 replica, 1 core": WorkerClient(HuggingFaceBackend, config, place=Place(cores=(cores[0],))),
+        f"1 replica, {len(cores)} cores": WorkerClient(HuggingFaceBackend, config),
         f"2 replicas, {len(cores) // 2} each": Pool(HuggingFaceBackend, replace(config, dp_size=2)),
     }
     work = requests(32, 16)
@@ -78,7 +80,7 @@ def throughput(rounds: int, model: str) -> None:
         )
 
 
-def busy(core: Host | Pool) -> list[float]:
+def busy(core: WorkerClient | Pool) -> list[float]:
     """CPU seconds each worker has used so far."""
     times = [psutil.Process(pid).cpu_times() for pid in (core.pids if isinstance(core, Pool) else [core.pid])]
     return [time.user + time.system for time in times]
@@ -88,9 +90,9 @@ def overhead(rounds: int) -> None:
     work = requests(1000, 1)
     on_ray = FakeBackendConfig(model_name="fake", dp_size=2, pool=PoolConfig(kind=PoolKind.ray, address="local"))
     cores = {
-        "one worker": Host(FakeBackend, FakeBackendConfig(model_name="fake")),
+        "one worker": WorkerClient(FakeBackend, FakeBackendConfig(model_name="fake")),
         "a pool of two": Pool(FakeBackend, FakeBackendConfig(model_name="fake", dp_size=2)),
-        "a pool of two on Ray": Pool(FakeBackend, on_ray, site=RayCluster(FakeBackend, on_ray)),
+        "a pool of two on Ray": Pool(FakeBackend, on_ray, cluster=RayCluster(FakeBackend, on_ray)),
     }
     best: dict[str, tuple[float, float]] = {}
     try:

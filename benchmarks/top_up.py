@@ -12,8 +12,8 @@ import heapq
 
 import numpy as np
 
-from rl_onoff.types import Request, Sampling
-from rl_onoff.workers.work_queue import Shares, items_of_requests
+from rl_onoff.types import Sampling, sample_requests
+from rl_onoff.workers.work_queue import WorkQueue
 
 SETTINGS = ((2, 64, 1_000), (8, 128, 4_000), (8, 256, 16_000), (64, 256, 64_000))  # replicas, slots of each, responses
 LONGEST = 32_000
@@ -37,9 +37,12 @@ def steps(num_replicas: int, slots: int, num_responses: int, *, top_up: bool) ->
     """Steps until the last response is done."""
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(2_400), 1.0, num_responses), 1, LONGEST).astype(int)
     sampling = Sampling(max_new_tokens=LONGEST)
-    prompt_ids = [np.array([i // 8], np.int32) for i in range(num_responses)]  # eight responses a prompt
-    requests = [Request(id=str(i), prompt_ids=ids, sampling=sampling) for i, ids in enumerate(prompt_ids)]
-    shares, engines = Shares(items_of_requests(requests), num_replicas), [Engine() for _ in range(num_replicas)]
+    requests = [
+        request
+        for i in range(num_responses)  # eight responses a prompt
+        for request in sample_requests(id=str(i), prompt_ids=np.array([i // 8]), sampling=sampling)
+    ]
+    shares, engines = WorkQueue(requests, num_replicas), [Engine() for _ in range(num_replicas)]
     events = [(0, number) for number in range(num_replicas)]
     now = 0
     while events:

@@ -127,7 +127,7 @@ class WorkerClient:
         requests, last = supply.take(room, wait=True), False
         keys = {request.key for request in requests}
 
-        def more(call: int) -> wire.More | None:
+        def more(call: int) -> wire.Generate | None:
             nonlocal last
             if last or len(keys) > room // 2:
                 return None
@@ -136,11 +136,11 @@ class WorkerClient:
             last = not keys  # the supply gave none after a wait
             if not further and not last:
                 return None
-            return wire.More(call=call, requests=wire.Requests.pack(further), last=last)
+            return wire.Generate(call=call, requests=wire.Requests.pack(further), last=last)
 
         if requests:
             packed = wire.Requests.pack(requests)
-            yield from self._stream(lambda call: wire.Generate(call=call, requests=packed), keys, more)
+            yield from self._stream(lambda call: wire.Generate(call=call, requests=packed, last=False), keys, more)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         keys = {rollout.key for rollout in rollouts}

@@ -8,9 +8,11 @@ goes to the others while it starts again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +44,14 @@ class Pool:
     ):
         self._class, self._config, self._log_folder, self._cluster = backend_class, config, log_folder, cluster
         self._replicas: list[Replica] = []
+        self._threads: list[threading.Thread] = []  # one a replica, each with its job
         self._call: Call | None = None
         self._room = 1  # requests that a replica has at a time
 
     @property
     def pids(self) -> list[int | None]:
         """The workers' process ids, None for one that is not running."""
-        return [replica.pid for replica in self._replicas]
+        return [replica.client.pid for replica in self._replicas]
 
     def _clients(self) -> list[WorkerClient]:
         if self._cluster is not None:
@@ -59,12 +62,18 @@ class Pool:
     def _load(self) -> EngineInfo:
         loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
         infos = []
+
+        def load(replica: Replica) -> None:
+            try:
+                loaded.put(replica.client._load())
+            except BaseException as error:  # it is raised where it is read
+                loaded.put(error)
+
         try:
             clients = self._clients()
             log.info("starting %d replica%s of %s", len(clients), "s" * (len(clients) > 1), self._config.name)
             self._replicas = [Replica(self._config.name, client) for client in clients]
-            for replica in self._replicas:
-                replica.load(loaded)
+            self._start(load)
             while len(infos) < len(clients):
                 info = loaded.get()
                 if isinstance(info, BaseException):
@@ -91,16 +100,29 @@ class Pool:
         yield from self._results(Call(rollouts, len(self._replicas), want=want))
 
     def _close(self) -> None:
-        replicas, self._replicas = self._replicas, []
-        call, self._call = self._call, None
-        if call is not None:
-            call.stop()
-        for replica in replicas:
-            replica.close()
-        for replica in replicas:
-            replica.join()
+        if self._call is not None:
+            self._call.stop()
+        for replica in self._replicas:
+            replica.closing = True
+        self._start(lambda replica: replica.client._close())
+        for thread in self._threads:
+            thread.join()
+        self._replicas, self._threads, self._call = [], [], None
         if self._cluster is not None:
             self._cluster.close()
+
+    def _start(self, job: Callable[[Replica], None]) -> None:
+        """Begin a job for every replica, each in a thread, once the job that it has now is done."""
+
+        def run(replica: Replica, before: threading.Thread | None) -> None:
+            if before is not None:
+                before.join()
+            job(replica)
+
+        pairs = itertools.zip_longest(self._replicas, self._threads)
+        self._threads = [threading.Thread(target=run, args=pair, daemon=True, name="replica") for pair in pairs]
+        for thread in self._threads:
+            thread.start()
 
     def _results(self, call: Call) -> Iterator[Any]:
         """The results of a call, which all replicas work on."""
@@ -109,8 +131,7 @@ class Pool:
             self._call.stop()
         self._call = call
         try:
-            for replica in self._replicas:
-                replica.answer(call)
+            self._start(lambda replica: replica.answer(call))
             while (result := call.next()) is not None:
                 yield result
                 if self._call is not call:  # a later one was begun, or the pool is closed

@@ -137,9 +137,10 @@ class RayProcess:
         return self._ask("tail") or ""
 
     def close(self, patience: float) -> None:
-        """Ask the worker to end, then end its actor after `patience` seconds; at once if the worker never spoke."""
-        if self.deadline is None and not self.channel.torn and not self.channel.ended:
-            self._ask("close", patience, patience=patience)
+        """Ask the worker to end, and the actor to end all that is left of it after `patience` seconds; then end the actor."""
+        if self.channel.error is None:  # else the actor is gone, and its worker ends itself
+            spoken = self.deadline is None and not self.channel.torn
+            self._ask("close", patience if spoken else 0.0, patience=patience)
         self.channel.close()
         self._release()
 

@@ -1,19 +1,18 @@
-"""One worker of a pool, and the thread that waits for it."""
+"""One worker of a pool: works on the calls it is given, and is started again when it dies."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from rl_onoff.backends.engine import EngineInfo
 from rl_onoff.errors import EngineDiedError, OnOffError
-from rl_onoff.types import Rollout, SampleRequest, Want
+from rl_onoff.types import Key, Rollout, SampleRequest, Want
 from rl_onoff.workers.client import WorkerClient
-from rl_onoff.workers.work_queue import MOST_DEATHS, Item, WorkQueue
+from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -27,22 +26,22 @@ class Stopped(Exception):
 class Assignment:
     """The responses of a call that one replica works on; also the `Supply` from which its worker takes more meanwhile."""
 
-    def __init__(self, work: WorkQueue, first: list[Item]):
-        self.held = {item.key: item for item in first}  # whose results have not come
+    def __init__(self, work: WorkQueue, first: list[Work]):
+        self.held = {one.key: one for one in first}  # whose results have not come
         self._work, self._next = work, first
-        self._tried_again = any(item.deaths for item in first)  # alone, so that what kills the replica is known
+        self._tried_again = any(work.deaths[one.key] for one in first)  # alone, so that what kills a replica is found
 
     def take(self, most: int | None = None, *, wait: bool) -> list[Any]:
         """Never waits: what other replicas may give back goes into the next assignment."""
-        items, self._next = self._next, []
-        if not items and not self._tried_again:
-            items = self._work.take(most, len(self.held), wait=False)
-            self.held.update((item.key, item) for item in items)
-        return [item.what for item in items]
+        taken, self._next = self._next, []
+        if not taken and not self._tried_again:
+            taken = self._work.take(most, len(self.held), wait=False)
+            self.held.update((one.key, one) for one in taken)
+        return taken
 
 
 class Call:
-    """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
+    """One call to a pool: what is to be done, and the results as they come, few at a time: replicas wait for a slow reader."""
 
     def __init__(
         self,
@@ -94,8 +93,8 @@ class Call:
         if self.work.done():
             self.put(None)
 
-    def give_back(self, items: list[Item], error: EngineDiedError | None = None) -> None:
-        if self.work.give_back(items, error):
+    def give_back(self, work: list[Work], error: EngineDiedError | None = None) -> None:
+        if self.work.give_back(work, error):
             self.put(None)
 
     def lose(self, error: OnOffError) -> None:
@@ -110,66 +109,25 @@ class Call:
 
 
 class Replica:
-    """Loads one worker, feeds it with shares of the calls it is given, and starts it again when it dies."""
+    """One worker of a pool. The pool runs its methods one after the other, in a thread of the replica's own."""
 
     def __init__(self, name: str, client: WorkerClient):
-        self._client = client
-        self._client.interrupt = self._interrupt
-        self._name = name
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.client, self._name = client, name
+        client.interrupt = self._interrupt
+        self.closing = False
         self._call: Call | None = None  # that the worker is busy with
-        self._closing = False
         self._failures = 0  # deaths and failed loads since the last result
         self._lost: OnOffError | None = None  # why it is not started any more
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="replica")
-        self._thread.start()
-
-    # -- the pool's side; only `join` waits ------------------------------------------------------------------------------
-
-    @property
-    def pid(self) -> int | None:
-        return self._client.pid
-
-    def load(self, loaded: queue.SimpleQueue[EngineInfo | BaseException]) -> None:
-        """Load the engine; its info, or the error, goes into `loaded`."""
-
-        def load() -> None:
-            try:
-                loaded.put(self._client._load())
-            except BaseException as error:  # it is raised where it is read
-                loaded.put(error)
-
-        self._inbox.put(load)
-
-    def answer(self, call: Call) -> None:
-        """Work for a call, once the one before has been left."""
-        self._inbox.put(lambda: self._answer(call))
-
-    def close(self) -> None:
-        self._closing = True
-        self._inbox.put(None)
-
-    def join(self) -> None:
-        self._thread.join()
-
-    # -- the thread's side ---------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        try:
-            while (job := self._inbox.get()) is not None:
-                if not self._closing:
-                    job()
-        finally:
-            self._client._close()
 
     def _interrupt(self) -> None:
-        if self._closing or (self._call is not None and self._call.stopped):
+        if self.closing or (self._call is not None and self._call.stopped):
             raise Stopped
 
-    def _answer(self, call: Call) -> None:
+    def answer(self, call: Call) -> None:
+        """Work for a call until nothing is left to do."""
         try:
             while not call.stopped and self._ready(call) and (first := call.work.take(call.room)):
-                if self._client.is_alive:
+                if self.client.is_alive:
                     self._work(call, Assignment(call.work, first))
                 else:  # it died while there was nothing to do, which is no fault of these responses
                     call.give_back(first)
@@ -180,10 +138,10 @@ class Replica:
 
     def _ready(self, call: Call) -> bool:
         """Start the worker again if it is gone; False when that has been tried often enough."""
-        while self._lost is None and not self._client.is_alive:
+        while self._lost is None and not self.client.is_alive:
             try:
-                self._client._close()
-                self._client._load()
+                self.client._close()
+                self.client._load()
             except OnOffError as error:
                 self._fail(error)
         if self._lost is not None:
@@ -193,22 +151,22 @@ class Replica:
     def _work(self, call: Call, assignment: Assignment) -> None:
         self._call = call
         try:
-            with closing(call.run(self._client, assignment)) as results:
+            with closing(call.run(self.client, assignment)) as results:
                 for result in results:
                     assignment.held.pop(result.key, None)
                     self._failures = 0
                     call.done(result)
                     self._interrupt()
         except EngineDiedError as error:
-            self._died(call, list(assignment.held.values()), error)
+            self._died(call, assignment.held, error)
         finally:
             self._call = None
 
-    def _died(self, call: Call, held: list[Item], error: EngineDiedError) -> None:
+    def _died(self, call: Call, held: dict[Key, Work], error: EngineDiedError) -> None:
         why = str(error).removesuffix(": run it again to go on")
         log.warning("a replica of %s is started again: %s", self._name, why)
-        call.give_back(held, error)
-        if held and held[0].deaths >= MOST_DEATHS:
+        call.give_back(list(held.values()), error)
+        if any(call.work.deaths[key] >= MOST_DEATHS for key in held):
             self._failures = 0  # its cause was found
         else:
             self._fail(error)

@@ -68,18 +68,11 @@ class Requests(msgspec.Struct):
 
 
 class Generate(Message):
-    """To the worker: sample; further requests of this call follow in `More`."""
+    """To the worker: sample these requests, which may join those of a call that is being answered."""
 
     call: int
     requests: Requests
-
-
-class More(Message):
-    """To the worker: further requests of a call."""
-
-    call: int
-    requests: Requests
-    last: bool  # no further ones follow
+    last: bool  # no further requests of this call will come
 
 
 class Score(Message):
@@ -132,7 +125,7 @@ class Logged(Message):
     text: str
 
 
-AnyMessage = Load | Generate | More | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
+AnyMessage = Load | Generate | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
 
 
 class PeerGoneError(Exception):
@@ -220,11 +213,13 @@ class SocketChannel(Channel):
         super().__init__(check)
         self._sock = sock
         sock.settimeout(PERIOD)
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
 
     def readable(self, seconds: float) -> bool:
-        return bool(self._poll.poll(int(seconds * 1000)))
+        if self._sock.fileno() < 0:
+            raise PeerGoneError
+        poll = select.poll()  # a new one: an actor's threads wait side by side, which one object refuses
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(int(seconds * 1000)))
 
     def read(self, into: memoryview) -> int:
         """Read what has arrived, waiting for some of it; returns the number of bytes. Raises PeerGoneError at the end."""

@@ -162,12 +162,12 @@ class Worker:
             return
         while not self._closing:
             match self._inbox.next(wait=True):
-                case wire.Generate() as message:
-                    self._requests, self._last = deque(message.requests.unpack()), False
+                case wire.Generate() as message if message.call > self._call:
+                    self._requests, self._last = deque(message.requests.unpack()), message.last
                     self._answer(message.call, backend._generate(self))
                 case wire.Score() as message:
                     self._answer(message.call, backend._score(message.rollouts, message.want))
-                case wire.Cancel() | wire.More():
+                case wire.Cancel() | wire.Generate():
                     pass  # it crossed with the end of its call
                 case _:
                     break
@@ -226,7 +226,7 @@ class Worker:
         while (message := self._inbox.next(wait=wait)) is not None:
             wait = False
             match message:
-                case wire.More() if message.call == self._call:
+                case wire.Generate() if message.call == self._call:
                     self._requests.extend(message.requests.unpack())
                     self._last = message.last
                 case wire.Cancel() if message.call == self._call:

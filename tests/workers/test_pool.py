@@ -18,7 +18,7 @@ from rl_onoff.errors import EngineDiedError, EngineError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import devices, sessions
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.work_queue import MOST_DEATHS, Item, WorkQueue
+from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
 from tests.workers.tiny_backend import TinyBackend, generate
 
 
@@ -50,7 +50,7 @@ def pool():
         one._close()
 
 
-def died(items: list[Item]) -> EngineDiedError:
+def died(items: list[Work]) -> EngineDiedError:
     return EngineDiedError("gone", tuple(item.key for item in items))
 
 
@@ -112,7 +112,7 @@ def test_what_comes_back_without_blame_is_as_it_was():
     shares = WorkQueue(many(9), num_replicas=1)
     share = shares.take()
     assert not shares.give_back(share)
-    assert shares.take() == share and all(item.deaths == 0 for item in share)
+    assert shares.take() == share and not any(shares.deaths.values())
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     two._load()
     workers = [psutil.Process(pid) for pid in two.pids]
     children = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
-    folders = [worker._folder for replica in two._replicas if (worker := replica._client._worker)]
+    folders = [worker._folder for replica in two._replicas if (worker := replica.client._worker)]
     assert len(workers) == len(folders) == 2 and all(map(Path.exists, folders))
     if busy:
         stream = generate(two, [request("a"), request("b"), request("hang")])
