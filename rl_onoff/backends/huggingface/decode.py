@@ -54,7 +54,7 @@ def decode(
                     past_key_values=cache,
                 )
         rows = [rows[i] for i in going]
-        # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or the next batch
+        # after the forward pass: when a caller leaves here, the other ranks wait for the next draws, or batch
         yield from done
 
 
