@@ -31,6 +31,7 @@ class ByteTokenizer:
     bos_token_id = None
     all_special_ids: ClassVar[list[int]] = [END]
     chat_template = "{role}: {content}"
+    padding_side = "left"
     name_or_path = "fake"
 
     def __len__(self) -> int:
@@ -79,12 +80,12 @@ class FakeBackend(BaseBackend):
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         kind, tokenizer = self.config.logprob_kind, self.get_tokenizer()
         while requests := supply.take(1, wait=True):
-            row = Row(requests[0], self.info.max_len)
-            while row.finish is None:
-                logits = self._logits(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
-                token, logprob = draw(logits, [row.request.sampling], np.array([row.uniform()]), kind)
-                row.append(int(token[0]), float(logprob[0]), tokenizer, frozenset(self.info.eos_ids))
-            yield row.rollout(kind)
+            for row in [Row(request, self.info.max_len) for request in requests]:
+                while row.finish is None:
+                    logits = self._rows(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
+                    token, logprob = draw(logits, [row.request.sampling], np.array([row.uniform()]), kind)
+                    row.append(int(token[0]), float(logprob[0]), tokenizer, frozenset(self.info.eos_ids))
+                yield row.rollout(kind)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         import torch
@@ -105,13 +106,13 @@ class FakeBackend(BaseBackend):
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()
 
-    def _logits(self, ids: np.ndarray, num_rows: int) -> Any:
+    def _rows(self, ids: np.ndarray, num_rows: int) -> Any:
         """Logits of the last `num_rows` positions of a sequence: (num_rows, 257)."""
         ids = np.concatenate([[0], ids]).astype(np.int64)
         return self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
 
     def _logits_of(self, rollout: Rollout) -> Any:
-        return self._logits(np.concatenate([rollout.prompt_ids, rollout.token_ids_T[:-1]]), len(rollout.token_ids_T))
+        return self._rows(np.concatenate([rollout.prompt_ids, rollout.token_ids_T[:-1]]), len(rollout.token_ids_T))
 
     def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         self._table.requires_grad_(True)

@@ -31,8 +31,8 @@ def decode(
         logits_RV, cache, mask_RL = _prefill(model, rows)
     while rows:
         with torch.no_grad():
-            samplings, uniforms_R = zip(*((row.request.sampling, row.uniform()) for row in rows), strict=True)
-            drawn = draw(logits_RV, samplings, np.array(uniforms_R), kind) if ranks.leads else None
+            uniforms_R = np.array([row.uniform() for row in rows])
+            drawn = draw(logits_RV, [row.request.sampling for row in rows], uniforms_R, kind) if ranks.leads else None
         # rank 0's draws on every rank, not each rank's own: were the gathered logits to differ in a last bit, the ranks
         # would go on with other tokens, and wait for ever for a batch of another size
         tokens_R, logprobs_R = ranks.agreed(drawn)
