@@ -18,7 +18,7 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
         from rl_onoff.workers.pool import Pool
         from rl_onoff.workers.ray import RayCluster
 
-        return Pool(backend, config, site=RayCluster(backend, config))
+        return Pool(backend, config, cluster=RayCluster(backend, config))
     if (replicas := config.dp_size or 1) > 1:
         if config.worker is False:
             raise UsageError(
@@ -30,6 +30,6 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
         return Pool(backend, config)
     if not (in_worker if config.worker is None else config.worker) and config.python is None:
         return engine
-    from rl_onoff.workers.client import Host
+    from rl_onoff.workers.client import WorkerClient
 
-    return Host(backend, config)
+    return WorkerClient(backend, config)

@@ -1,7 +1,7 @@
-"""An engine in a process of its own, maybe under another interpreter: the parent's side.
+"""The parent's side of an engine that runs in a worker process, maybe under another interpreter or on another machine.
 
-So that a crashed engine is an exception and not the end of the run, its memory is really freed between jobs, and engines
-whose dependencies clash serve one experiment. `Host` is a `Core`: `_load`, `_generate`, `_score`, `_close`, like an engine
+A crashed engine is then an exception and not the end of the run, its memory is really freed between jobs, and engines whose
+dependencies clash serve one experiment. `WorkerClient` is a `Core` (`_load`, `_generate`, `_score`, `_close`), like an engine
 in this process. The parent never hangs on a dead engine and is never killed by one: the worker leads its own session.
 """
 
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rl_onoff import errors
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
@@ -24,21 +24,43 @@ from rl_onoff.types import Key, Rollout, TokenScores, Want
 from rl_onoff.workers import wire
 from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
-from rl_onoff.workers.refill import Refill
 
 HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a cold network disk is slow
 CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
 BUSY_CLOSE_SECONDS = 2.0  # the same, in the middle of work nobody wants any more
-PERIOD = 0.2  # seconds between two looks at whether the worker lives
-STILL_SECONDS = 20.0  # between two words about a load that takes long
+STILL_SECONDS = 20.0  # between two log lines about a load that takes long
+UNLIMITED = 1 << 30
 
 log = logging.getLogger(__name__)
 
 Error = TypeVar("Error", bound=OnOffError)
 
 
-class Host:
-    """Runs one backend in a worker process. One call at a time; a new call drops what an older one had not yielded."""
+class Process(Protocol):
+    """A worker's process as its client sees it: on this machine (`WorkerProcess`), or on a node of a cluster."""
+
+    pid: int
+    python: str
+    log: Path
+    config: EngineConfig  # the worker's
+    channel: wire.Channel
+    deadline: float | None  # monotonic time by which the worker must have spoken
+
+    def check(self) -> None: ...
+
+    def remember(self) -> None: ...
+
+    def wait(self, seconds: float) -> None: ...
+
+    def reason(self) -> str: ...
+
+    def tail(self) -> str: ...
+
+    def close(self, patience: float) -> None: ...
+
+
+class WorkerClient:
+    """Runs one backend in a worker. One call at a time; a new call drops what an older one had not yielded."""
 
     def __init__(
         self,
@@ -50,14 +72,14 @@ class Host:
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
         self._log_folder = log_folder or os.environ.get(LOG_FOLDER)
-        self._worker: WorkerProcess | None = None
+        self._worker: Process | None = None
         self._call = 0  # the number of the latest call
         self._open = False  # whether the latest call has not ended yet
-        self._in_flight: set[Key] = set()
+        self._in_flight: set[Key] = set()  # the responses of the latest call that have not come back
 
     @property
     def pid(self) -> int | None:
-        """The worker's process id, None when it is not running."""
+        """The worker's process id on its machine, None when it is not running."""
         return self._worker.pid if self._worker else None
 
     @property
@@ -70,47 +92,59 @@ class Host:
             return True
         return False
 
+    def _start(self) -> Process:
+        """Start the worker process."""
+        return WorkerProcess(self._class, self._config, self._log_folder, self._place)
+
     # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        config = dataclasses.asdict(
-            dataclasses.replace(self._config, pool=PoolConfig())
-        )  # a worker starts no pool of its own
-        if why := wire.fits(config):
+        if why := wire.fits(dataclasses.asdict(dataclasses.replace(self._config, pool=PoolConfig()))):
             raise UsageError(
                 f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}"
             )
-        self._worker = WorkerProcess(self._class, self._config.python, self._log_folder, self._place)
+        self._worker = worker = self._start()
+        config = dataclasses.replace(worker.config, pool=PoolConfig())  # a worker starts no pool of its own
+        target = f"{self._class.__module__}:{self._class.__qualname__}"
         try:
             self._hello()
-            self._send(wire.Load(target=f"{self._class.__module__}:{self._class.__qualname__}", config=config))
-            reply = self._receive(Patience(self._config.name, self._worker.log).say)
+            self._send(wire.Load(target=target, config=dataclasses.asdict(config)))
+            reply = self._receive(_still_loading(self._config.name, worker.log))
             if isinstance(reply, wire.Failed):
                 raise self._error(reply)
         except BaseException:
             self._close()
             raise
         assert isinstance(reply, wire.Loaded)
-        self._worker.remember()
+        worker.remember()
         return reply.info
 
-    def _generate(self, supply: Supply, room: int = 1 << 30) -> Iterator[Rollout]:
-        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time."""
-        refill = Refill(supply, room)
-        requests, last = refill.take()
-        if last:
-            return
-        for reply in self._stream(
-            lambda call: wire.Generate(call=call, requests=wire.Requests.pack(requests)), refill.keys, refill
-        ):
-            assert isinstance(reply, wire.Completed)
-            yield reply.rollout
+    def _generate(self, supply: Supply, room: int = UNLIMITED) -> Iterator[Rollout]:
+        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time.
+
+        The worker gets more while half of what it may have is still with it, so that its engine never runs dry.
+        """
+        requests, last = supply.take(room, wait=True), False
+        keys = {request.key for request in requests}
+
+        def more(call: int) -> wire.Generate | None:
+            nonlocal last
+            if last or len(keys) > room // 2:
+                return None
+            further = supply.take(room - len(keys), wait=not keys)
+            keys.update(request.key for request in further)
+            last = not keys  # the supply gave none after a wait
+            if not further and not last:
+                return None
+            return wire.Generate(call=call, requests=wire.Requests.pack(further), last=last)
+
+        if requests:
+            packed = wire.Requests.pack(requests)
+            yield from self._stream(lambda call: wire.Generate(call=call, requests=packed, last=False), keys, more)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         keys = {rollout.key for rollout in rollouts}
-        for reply in self._stream(lambda call: wire.Score(call=call, rollouts=list(rollouts), want=want), keys):
-            assert isinstance(reply, wire.Scored)
-            yield reply.scores
+        yield from self._stream(lambda call: wire.Score(call=call, rollouts=list(rollouts), want=want), keys)
 
     def _close(self) -> None:
         worker, self._worker = self._worker, None
@@ -121,36 +155,29 @@ class Host:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _stream(
-        self, message: Any, keys: set[Key], refill: Refill | None = None
-    ) -> Iterator[wire.Completed | wire.Scored]:
+        self,
+        begin: Callable[[int], wire.AnyMessage],
+        keys: set[Key],
+        more: Callable[[int], wire.AnyMessage | None] = lambda call: None,
+    ) -> Iterator[Any]:
+        """The results of one call; after each of them, what `more` returns is sent to the worker."""
         self._settle()
         self._call += 1
         call, self._open, self._in_flight = self._call, True, keys
-        self._send(message(call))
+        self._send(begin(call))
         try:
-            while True:
+            while isinstance(reply := self._receive(), wire.Completed | wire.Scored):
+                keys.discard(reply.result.key)
+                yield reply.result
                 if self._call != call:
                     raise EngineError(
                         "another call to this backend began before this one was read to its end: read it first"
                     )
-                reply = self._receive()
-                match reply:
-                    case wire.Completed():
-                        keys.discard(reply.rollout.key)
-                        yield reply
-                        if refill is not None and refill.is_due and self._call == call:
-                            requests, last = refill.take()
-                            if requests or last:
-                                self._send(wire.More(call=call, requests=wire.Requests.pack(requests), last=last))
-                    case wire.Scored():
-                        keys.discard(reply.scores.key)
-                        yield reply
-                    case wire.Failed():
-                        self._open = False
-                        raise self._error(reply)
-                    case _:
-                        self._open = False
-                        break
+                if (message := more(call)) is not None:
+                    self._send(message)
+            self._open = False
+            if isinstance(reply, wire.Failed):
+                raise self._error(reply)
         finally:
             self._cancel(call)
         if keys:
@@ -159,7 +186,7 @@ class Host:
             )
 
     def _cancel(self, call: int) -> None:
-        """Tell the worker that nobody reads the call's results any more; what it has sent is dropped by the next call."""
+        """Tell the worker that nobody reads the call's results any more; the next call drops what was sent of them."""
         if self._open and self._call == call and self._worker is not None and not self._worker.channel.torn:
             with suppress(EngineDiedError):
                 self._send(wire.Cancel(call=call))
@@ -168,12 +195,12 @@ class Host:
         """Wait for the end of a call that was abandoned."""
         self._cancel(self._call)
         while self._open:
-            reply = self._receive()
-            self._open = not isinstance(reply, wire.Done | wire.Failed)
+            self._open = not isinstance(self._receive(), wire.Done | wire.Failed)
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def _hello(self) -> None:
+        """Wait for the worker's first words. Raises where its interpreter cannot run a worker of this version."""
         worker, want = self._alive(), wire.PREAMBLE % wire.PROTOCOL
         worker.deadline = time.monotonic() + HELLO_SECONDS
         try:
@@ -184,22 +211,21 @@ class Host:
             kind = MissingDependencyError if last.startswith(("ModuleNotFoundError", "ImportError")) else UsageError
             raise self._noted(
                 kind(
-                    f"backend.python={worker.python} cannot run a worker of rl_onoff ({last}): set backend.python to a Python "
-                    "interpreter that has the engine and rl_onoff's own dependencies"
+                    f"backend.python={worker.python} cannot run a worker of rl_onoff ({last}): set backend.python to a "
+                    "Python interpreter that has the engine and rl_onoff's own dependencies"
                 )
             ) from None
         if got != want:
             theirs = got.split()[-1].lstrip("0") if got.split() else "?"
             raise EngineError(
-                f"the worker under backend.python={worker.python} speaks version {theirs} of the worker protocol and this process "
-                f"version {wire.PROTOCOL}: install the same version of rl_onoff in both"
+                f"the worker under backend.python={worker.python} speaks version {theirs} of the worker protocol and "
+                f"this process version {wire.PROTOCOL}: install the same version of rl_onoff in both"
             )
         worker.deadline = None
 
     def _send(self, message: wire.AnyMessage) -> None:
-        worker = self._alive()
         try:
-            worker.channel.send(message)
+            self._alive().channel.send(message)
         except wire.PeerGoneError:
             raise self._died() from None
 
@@ -207,10 +233,8 @@ class Host:
         """The worker's next message; `meanwhile` is called now and then while there is none."""
         worker = self._alive()
         while True:
-            try:
-                while not worker.channel.readable(
-                    PERIOD
-                ):  # between two messages: here alone can a call be left without harm
+            try:  # a call can be left without harm between two messages alone
+                while not worker.channel.readable(wire.PERIOD):
                     worker.check()
                     self.interrupt()
                     meanwhile()
@@ -221,7 +245,7 @@ class Host:
                 return message
             logging.getLogger(message.logger).log(message.level, message.text)
 
-    def _alive(self) -> WorkerProcess:
+    def _alive(self) -> Process:
         if self._worker is None:
             raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
         if self._worker.channel.torn:
@@ -242,39 +266,33 @@ class Host:
 
     def _died(self) -> EngineDiedError:
         """The error of a dead worker; ends what is left of it."""
-        worker, in_flight = self._worker, tuple(sorted(self._in_flight if self._open else ()))
-        assert worker is not None
-        reason = worker.reason()
-        error = self._noted(death(self._config.name, reason, in_flight))
+        assert self._worker is not None
+        in_flight = tuple(sorted(self._in_flight if self._open else ()))
+        lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
+        text = f"the {self._config.name} engine died{lost} ({self._worker.reason()}): run it again to go on"
+        error = self._noted(EngineDiedError(text, in_flight))
         self._open = False
         self._close()
         return error
 
     def _noted(self, error: Error) -> Error:
         """The error with the tail of the worker's log as a note, so that its message stays one sentence."""
-        worker = self._worker
-        if worker is not None and (tail := worker.tail()):
-            kept = f" ({worker.log})" if self._log_folder else ""
+        if self._worker is not None and (tail := self._worker.tail()):
+            kept = f" ({self._worker.log})" if self._log_folder else ""
             error.add_note(f"The end of the worker's log{kept}:\n{tail}")
         return error
 
 
-class Patience:
-    """Says now and then that an engine is still loading, and where its own words are: a large model takes minutes."""
+def _still_loading(name: str, worker_log: Path) -> Callable[[], None]:
+    """A function that logs, when called often, that an engine still loads and where its own words are."""
+    began = said = time.monotonic()
 
-    def __init__(self, name: str, worker_log: Path):
-        self._name, self._worker_log = name, worker_log
-        self._began = self._said = time.monotonic()
-
-    def say(self) -> None:
+    def say() -> None:
+        nonlocal said
         now = time.monotonic()
-        if now - self._said >= STILL_SECONDS:
-            self._said = now
-            where = f"; what it says: tail -f {self._worker_log}" if os.access(self._worker_log, os.R_OK) else ""
-            log.info("still loading %s after %.0f s%s", self._name, now - self._began, where)
+        if now - said >= STILL_SECONDS:
+            said = now
+            where = f"; what it says: tail -f {worker_log}" if os.access(worker_log, os.R_OK) else ""
+            log.info("still loading %s after %.0f s%s", name, now - began, where)
 
-
-def death(name: str, reason: str, in_flight: tuple[Key, ...]) -> EngineDiedError:
-    """The error of an engine that is gone with what it had not answered."""
-    lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
-    return EngineDiedError(f"the {name} engine died{lost} ({reason}): run it again to go on", in_flight)
+    return say

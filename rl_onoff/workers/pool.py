@@ -8,50 +8,28 @@ goes to the others while it starts again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import queue
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError
-from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
-from rl_onoff.workers.client import Host
+from rl_onoff.types import Key, Rollout, SampleRequest, TokenScores, Want
+from rl_onoff.workers.client import WorkerClient
 from rl_onoff.workers.devices import places
-from rl_onoff.workers.replica import Call, Hand, Hosting, Replica
-from rl_onoff.workers.work_queue import Key
+from rl_onoff.workers.replica import Call, Replica
+
+if TYPE_CHECKING:
+    from rl_onoff.workers.ray import RayCluster
 
 log = logging.getLogger(__name__)
 
 NAMED = 10  # lost responses that an error names
-
-
-class Site(Protocol):
-    """Where the replicas of a pool run."""
-
-    def hosts(self) -> Sequence[Hosting]:
-        """A host for each replica, not loaded."""
-        ...
-
-    def close(self) -> None:
-        """Once the hosts are closed; must be safe to call twice."""
-        ...
-
-
-class Machine:
-    """This machine: a worker process for each replica, with devices of its own."""
-
-    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None):
-        self._class, self._config, self._log_folder = backend_class, config, log_folder
-
-    def hosts(self) -> list[Host]:
-        shared_out = places(self._config.dp_size or 1, self._config.gpus_per_replica)
-        return [Host(self._class, self._config, self._log_folder, place) for place in shared_out]
-
-    def close(self) -> None:
-        pass
 
 
 class Pool:
@@ -62,29 +40,41 @@ class Pool:
         backend_class: type[Core],
         config: EngineConfig,
         log_folder: Path | str | None = None,
-        site: Site | None = None,
+        cluster: RayCluster | None = None,  # where the replicas run; None: on this machine
     ):
-        self._class, self._config = backend_class, config
-        self._site = site or Machine(backend_class, config, log_folder)
+        self._class, self._config, self._log_folder, self._cluster = backend_class, config, log_folder, cluster
         self._replicas: list[Replica] = []
+        self._threads: list[threading.Thread] = []  # one a replica, each with its job
         self._call: Call | None = None
-        self._room = 1
+        self._room = 1  # requests that a replica has at a time
 
     @property
     def pids(self) -> list[int | None]:
         """The workers' process ids, None for one that is not running."""
-        return [replica.pid for replica in self._replicas]
+        return [replica.client.pid for replica in self._replicas]
+
+    def _clients(self) -> list[WorkerClient]:
+        if self._cluster is not None:
+            return self._cluster.clients()
+        machine = places(self._config.dp_size or 1, self._config.gpus_per_replica)
+        return [WorkerClient(self._class, self._config, self._log_folder, place) for place in machine]
 
     def _load(self) -> EngineInfo:
         loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
         infos = []
+
+        def load(replica: Replica) -> None:
+            try:
+                loaded.put(replica.client._load())
+            except BaseException as error:  # it is raised where it is read
+                loaded.put(error)
+
         try:
-            hosts = self._site.hosts()
-            log.info("starting %d replica%s of %s", len(hosts), "s" * (len(hosts) > 1), self._config.name)
-            self._replicas = [Replica(self._config.name, host) for host in hosts]
-            for replica in self._replicas:
-                replica.load(loaded)
-            while len(infos) < len(hosts):
+            clients = self._clients()
+            log.info("starting %d replica%s of %s", len(clients), "s" * (len(clients) > 1), self._config.name)
+            self._replicas = [Replica(self._config.name, client) for client in clients]
+            self._start(load)
+            while len(infos) < len(clients):
                 info = loaded.get()
                 if isinstance(info, BaseException):
                     raise info
@@ -104,67 +94,69 @@ class Pool:
         requests: list[SampleRequest] = []
         while more := supply.take(wait=True):
             requests += more
-        yield from self._share_out(requests, lambda host, hand: host._generate(hand, self._room), self._room)
+        yield from self._results(Call(requests, len(self._replicas), room=self._room))
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        yield from self._share_out(rollouts, lambda host, hand: host._score([item.what for item in hand.first], want))
+        yield from self._results(Call(rollouts, len(self._replicas), want=want))
 
     def _close(self) -> None:
-        replicas, self._replicas = self._replicas, []
-        call, self._call = self._call, None
-        if call is not None:
-            call.stop()
-        for replica in replicas:
-            replica.close()
-        for replica in replicas:
-            replica.join()
-        self._site.close()
-
-    def _share_out(
-        self,
-        work: Sequence[SampleRequest] | Sequence[Rollout],
-        run: Callable[[Any, Hand], Generator[Any]],
-        room: int | None = None,
-    ) -> Iterator[Any]:
-        self._running()
-        if not work:
-            return
         if self._call is not None:
             self._call.stop()
-        call = self._call = Call(work, len(self._replicas), run, room)
+        for replica in self._replicas:
+            replica.closing = True
+        self._start(lambda replica: replica.client._close())
+        for thread in self._threads:
+            thread.join()
+        self._replicas, self._threads, self._call = [], [], None
+        if self._cluster is not None:
+            self._cluster.close()
+
+    def _start(self, job: Callable[[Replica], None]) -> None:
+        """Begin a job for every replica, each in a thread, once the job that it has now is done."""
+
+        def run(replica: Replica, before: threading.Thread | None) -> None:
+            if before is not None:
+                before.join()
+            job(replica)
+
+        pairs = itertools.zip_longest(self._replicas, self._threads)
+        self._threads = [threading.Thread(target=run, args=pair, daemon=True, name="replica") for pair in pairs]
+        for thread in self._threads:
+            thread.start()
+
+    def _results(self, call: Call) -> Iterator[Any]:
+        """The results of a call, which all replicas work on."""
+        self._check_running()
+        if self._call is not None:
+            self._call.stop()
+        self._call = call
         try:
-            for replica in self._replicas:
-                replica.answer(call)
+            self._start(lambda replica: replica.answer(call))
             while (result := call.next()) is not None:
                 yield result
                 if self._call is not call:  # a later one was begun, or the pool is closed
-                    self._running()
+                    self._check_running()
                     raise EngineError(
                         "another call to this backend began before this one was read to its end: read it first"
                     )
         finally:
             call.stop()
-        if call.shares.given_up:
-            raise self._gave_up(call.shares.given_up)
+        if call.work.given_up:
+            raise self._gave_up(call.work.given_up)
 
-    def _running(self) -> None:
+    def _check_running(self) -> None:
         if not self._replicas:
             raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
 
     def _gave_up(self, deaths: Mapping[Key, EngineDiedError]) -> EngineError:
+        """The error of responses that cost a replica its life too often."""
         keys = sorted(deaths)
-        names = ", ".join(_name(key) for key in keys[:NAMED]) + (
-            f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-        )
+        names = ", ".join(f"{request_id!r} (sample {sample})" for request_id, sample in keys[:NAMED])
+        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         error = EngineError(
-            f"the {self._config.name} engine died three times on each of these responses, which have no result: {names}; all others are "
-            "done: leave those requests out, or give the engine more memory"
+            f"the {self._config.name} engine died three times on each of these responses, which have no result: "
+            f"{names}{more}; all others are done: leave those requests out, or give the engine more memory"
         )
         for note in getattr(deaths[keys[0]], "__notes__", ()):
             error.add_note(note)
         return error
-
-
-def _name(key: Key) -> str:
-    request_id, sample = key
-    return f"{request_id!r} (sample {sample})"

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from rl_onoff.backends.engine import Core
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import sessions, wire
 from rl_onoff.workers.devices import ANYWHERE, Place
@@ -35,24 +36,24 @@ class WorkerProcess:
     """Starts `python -m rl_onoff.workers.worker_main` in a session and a temporary folder of its own."""
 
     def __init__(
-        self, backend_class: type[Core], python: str | None, log_folder: Path | str | None, place: Place = ANYWHERE
+        self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None, place: Place = ANYWHERE
     ):
-        self.python = python or sys.executable
+        self.config, self.python = config, config.python or sys.executable
         packages = _packages(backend_class)
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
         self.log = self._folder / "worker.log"
         if log_folder is not None:
-            self.log = (
-                Path(log_folder) / f"{getattr(backend_class, 'name', 'engine')}-{os.getpid()}-{next(_numbers)}.log"
-            )
+            name = getattr(backend_class, "name", "engine")
+            self.log = Path(log_folder) / f"{name}-{os.getpid()}-{next(_numbers)}.log"
             self.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
+        command = [self.python, "-m", "rl_onoff.workers.worker_main"]
+        arguments = [str(theirs.fileno()), str(os.getpid()), str(self._folder)]
         with theirs, self.log.open("ab") as log:
             try:
                 self._popen = subprocess.Popen(
-                    [self.python, "-m", "rl_onoff.workers.worker_main", str(theirs.fileno()), str(os.getpid()), str(self._folder)],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
+                    command + arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()],
                     start_new_session=True, env={**self._environment(packages), **place.environment},
                 )  # fmt: skip
             except OSError as e:
@@ -67,7 +68,7 @@ class WorkerProcess:
                 os.sched_setaffinity(self.pid, place.cores)  # before it starts threads, which inherit it
         self._process = psutil.Process(self.pid)
         self.deadline: float | None = None  # monotonic time by which the worker must have spoken
-        self.channel = wire.Channel(ours, self.check)
+        self.channel = wire.SocketChannel(ours, self.check)
         self._memory: set[Path] = set()
         self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid(), self._memory)
 
@@ -84,13 +85,11 @@ class WorkerProcess:
         environment["PATH"] = os.pathsep.join(filter(None, (str(Path(self.python).parent), environment.get("PATH"))))
         environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
         environment["PYTHONUNBUFFERED"] = "1"
-        environment.setdefault(
-            "OMP_WAIT_POLICY", "PASSIVE"
-        )  # threads that spin halve the speed where processes share cores
+        # threads that spin halve the speed where processes share cores
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
-        environment.setdefault(
-            "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
-        )
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
         environment["TMPDIR"] = str(self._folder)
         return environment
 
@@ -103,14 +102,17 @@ class WorkerProcess:
             raise wire.PeerGoneError
 
     def wait(self, seconds: float) -> None:
-        """Wait for the process to end, reading on so that it can."""
-        until = time.monotonic() + seconds
+        """Wait for the process to end; what it still sends is read and dropped, so that it gets to its end."""
+        until, dropped = time.monotonic() + seconds, memoryview(bytearray(1 << 20))
         while sessions.alive(self._process) and time.monotonic() < until:
-            if not self.channel.readable(0.02) or not self.channel.discard():
+            try:
+                if self.channel.readable(0.02):
+                    self.channel.read(dropped)
+            except wire.PeerGoneError:
                 time.sleep(0.01)
 
     def remember(self) -> None:
-        """Note the shared memory it has now, to be removed when it has ended."""
+        """Note the shared memory that the worker has now, to be removed when the worker has ended."""
         self._memory |= sessions.shared_memory(_tree(self.pid))
 
     def reason(self) -> str:
@@ -124,12 +126,11 @@ class WorkerProcess:
             return "its process closed the connection"
         if code >= 0:
             return f"its process ended with exit code {code}"
-        return f"its process was killed by {signal.Signals(-code).name}" + (
-            ", maybe for want of memory" if code == -signal.SIGKILL else ""
-        )
+        memory = ", maybe for want of memory" if code == -signal.SIGKILL else ""
+        return f"its process was killed by {signal.Signals(-code).name}{memory}"
 
     def tail(self) -> str:
-        """The last lines of its log."""
+        """The last lines of the worker's log."""
         try:
             with self.log.open("rb") as f:
                 f.seek(max(0, self.log.stat().st_size - 16384))
@@ -138,7 +139,7 @@ class WorkerProcess:
             return ""
 
     def close(self, patience: float) -> None:
-        """Ask it to end, then end all that is left of it after `patience` seconds; at once if it has never spoken."""
+        """Ask the worker to end, then end all that is left of it after `patience` seconds; at once if it never spoke."""
         if self.deadline is None and not self.channel.torn:
             self.remember()
             with suppress(wire.PeerGoneError):

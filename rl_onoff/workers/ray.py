@@ -6,40 +6,37 @@ replica again, where and when there is room for one.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rl_onoff.backends.engine import Core, EngineInfo, Supply
+import numpy as np
+
+from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
-from rl_onoff.types import Completion, Request, Response, TokenScores, Want
-from rl_onoff.workers.arrow import batch_of, items_of
-from rl_onoff.workers.client import CLOSE_SECONDS, PERIOD, Key, death
-from rl_onoff.workers.process import LOG_FOLDER
-from rl_onoff.workers.ray_actor import Reply, Worker
+from rl_onoff.workers import wire
+from rl_onoff.workers.client import WorkerClient
+from rl_onoff.workers.ray_actor import Relay, Started
 from rl_onoff.workers.ray_cluster import Berth, Connection, alive_nodes, answers, berth, described, replicas_that_fit
-from rl_onoff.workers.refill import Refill
-
-if TYPE_CHECKING:
-    from pyarrow import RecordBatch
 
 log = logging.getLogger(__name__)
 
 THREADS = 8  # of an actor: its methods wait side by side
 PATIENT_SECONDS = 1.0  # of a wait for room that nobody needs to hear of
-GRACE_SECONDS = CLOSE_SECONDS + 5  # for an actor to close its engine
+ANSWER_SECONDS = 5.0  # for an actor to answer, beside what it was asked to wait for
 GONE = "the Ray cluster is gone, or its head node is: run it again to go on, on a cluster that runs"
 NO_NODE = "no node of the Ray cluster is alive any more: run the same command again to go on"
 
 
 class RayCluster:
-    """A pool's site: hosts on the nodes of a cluster."""
+    """Where the replicas of a pool run: the nodes of a cluster."""
 
     def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None):
         self._class, self._log_folder = backend_class, log_folder
@@ -48,118 +45,129 @@ class RayCluster:
         )
         self._connection: Connection | None = None
 
-    def hosts(self) -> list[RayHost]:
+    def clients(self) -> list[WorkerClient]:
+        """Join the cluster; a client for each replica, not loaded."""
         pool = self._config.pool
         self._connection = Connection.join_cluster(pool, (self._config.dp_size or 1) * pool.cpus_per_replica)
         number = self._config.dp_size or replicas_that_fit(alive_nodes(), self._config)
         address = self._connection.address if self._connection else None
-        return [RayHost(self._class, self._config, self._log_folder, address) for _ in range(number)]
+        return [RayClient(self._class, self._config, self._log_folder, address=address) for _ in range(number)]
 
     def close(self) -> None:
+        """Leave the cluster, once the clients are closed."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.release()
 
 
-class RayHost:
-    """Runs one backend in a worker process on some node. One call at a time, read to its end or closed before the next."""
+class RayClient(WorkerClient):
+    """A client whose worker is started on some node."""
+
+    def __init__(self, *args: Any, address: str | None):
+        super().__init__(*args)
+        self._address = address
+
+    def _start(self) -> RayProcess:
+        folder = str(self._log_folder) if self._log_folder is not None else None
+        return RayProcess(self._class, self._config, folder, self._address, self.interrupt)
+
+
+class RayProcess:
+    """A worker's process on a node, which an actor there starts and relays."""
 
     def __init__(
         self,
         backend_class: type[Core],
         config: EngineConfig,
-        log_folder: Path | str | None = None,
-        address: str | None = None,
+        log_folder: str | None,
+        address: str | None,  # HOST:PORT of the cluster's head; None: not known
+        interrupt: Callable[[], None],  # called now and then while waiting; may raise
     ):
-        self._class, self._config, self._address = backend_class, config, address
-        self._log_folder = str(log_folder) if log_folder is not None else os.environ.get(LOG_FOLDER)
-        self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting; may raise
-        self._group: Any = None
-        self._actor: Any = None
-        self._watch: Any = None  # a reference that is there once the worker or its actor is gone
-        self._pid: int | None = None
-        self._call = 0  # the number of the latest call
-
-    @property
-    def pid(self) -> int | None:
-        """The worker's process id on its node, None when it is not running."""
-        return self._pid
-
-    @property
-    def is_alive(self) -> bool:
-        import ray
-
-        return self._watch is not None and ray.is_initialized() and not ray.wait([self._watch], timeout=0)[0]
-
-    # -- the core ------------------------------------------------------------------------------------------------------
-
-    def _load(self) -> EngineInfo:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        self._config, self._address, self._interrupt = config, address, interrupt
+        self.deadline: float | None = None
+        self._group: Any = None
+        self._actor: Any = None
         if not self._connected():
             raise EngineError(GONE)
-        place = berth(alive_nodes(), self._config)
-        environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if place.across_nodes else None
-        resources = {name: amount for name, amount in place.bundle.items() if name not in ("CPU", "GPU")}
+        place = berth(alive_nodes(), config)
+        self.config = place.config
+        environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if place.across_nodes else {}
+        target = f"{backend_class.__module__}:{backend_class.__qualname__}"
         try:
-            self._group = self._placed(place)
-            self._actor = (
-                ray.remote(Worker)
-                .options(
-                    num_cpus=place.bundle["CPU"],
-                    num_gpus=place.bundle.get("GPU", 0),
-                    resources=resources,
-                    max_concurrency=THREADS,
-                    max_restarts=0,
-                    runtime_env=dict(self._config.pool.runtime_env) or None,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0),
-                )
-                .remote(
-                    f"{self._class.__module__}:{self._class.__qualname__}", place.config, self._log_folder, environment
-                )
-            )
-            reply = self._reply(self._actor.load.remote(), set())
-            if reply.failure is not None:
-                raise reply.failure.exception()
+            self._reserve(place)
+            options = {
+                "num_cpus": place.bundle["CPU"],
+                "num_gpus": place.bundle.get("GPU", 0),
+                "resources": {name: part for name, part in place.bundle.items() if name not in ("CPU", "GPU")},
+                "max_concurrency": THREADS,
+                "max_restarts": 0,
+                "runtime_env": dict(config.pool.runtime_env) or None,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0),
+            }
+            self._actor = ray.remote(Relay).options(**options).remote(target, self.config, log_folder, environment)
+            started = self._started(self._actor.start.remote())
         except BaseException:
-            self._close()
+            self._release()
             raise
-        assert reply.info is not None
-        self._pid = reply.pid
-        self._watch = self._actor.watch.remote()
-        return reply.info
+        self.pid, self.python, self.log = started.pid, started.python, started.log
+        self.channel = ActorChannel(self._actor, self.check)
 
-    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        yield from self._stream(
-            batch_of(requests), None, {(r.id, sample) for r in requests for sample in r.sample_indices}
-        )
+    def check(self) -> None:
+        """Raise PeerGoneError when the process or its actor is gone, or has not spoken in time."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if late or self.channel.ended:
+            raise wire.PeerGoneError
 
-    def _generate_from(self, supply: Supply, room: int = 1 << 30) -> Iterator[Completion]:
-        """Sample what the supply gives while it gives; at most `room` draws are with the worker at a time."""
-        refill = Refill(supply, room)
-        requests, last = refill.take()
-        if not last:
-            yield from self._stream(batch_of(requests), None, refill.keys, refill)
+    def wait(self, seconds: float) -> None:
+        self._ask("wait", seconds, patience=seconds)
 
-    def _score(self, responses: Sequence[Response], want: Want) -> Iterator[TokenScores]:
-        yield from self._stream(batch_of(responses), want, {response.key for response in responses})
+    def remember(self) -> None:
+        self._ask("remember")
 
-    def _close(self) -> None:
+    def reason(self) -> str:
+        """Why the process is gone, for people."""
+        if self.channel.error is None and (reason := self._ask("reason")) is not None:
+            return reason
+        return _why_gone(self.channel.error)
+
+    def tail(self) -> str:
+        return self._ask("tail") or ""
+
+    def close(self, patience: float) -> None:
+        """Ask the worker to end, then end its actor after `patience` seconds; at once if the worker never spoke."""
+        if self.deadline is None and not self.channel.torn and not self.channel.ended:
+            self._ask("close", patience, patience=patience)
+        self.channel.close()
+        self._release()
+
+    def _ask(self, method: str, *arguments: Any, patience: float = 0.0) -> Any:
+        """What a method of the process answers on its node; None where no answer comes."""
         import ray
         from ray.exceptions import RayError
 
-        actor, group, alive = self._actor, self._group, self._watch is not None and self.is_alive
-        self._actor = self._group = self._watch = self._pid = None
-        if not self._connected():
-            return  # they are gone, or end with the connection
         with suppress(RayError):
-            if actor is not None:
-                if alive:
-                    ray.wait([actor.close.remote()], timeout=GRACE_SECONDS)
-                ray.kill(actor)
-            if group is not None:
-                ray.util.remove_placement_group(group)
+            if self._connected():
+                answer = self._actor.ask.remote(method, *arguments)
+                if ray.wait([answer], timeout=patience + ANSWER_SECONDS)[0]:
+                    return ray.get(answer)
+        return None
+
+    def _release(self) -> None:
+        """End the actor, and give back what it had reserved."""
+        import ray
+        from ray.exceptions import RayError
+
+        actor, group = self._actor, self._group
+        self._actor = self._group = None
+        if self._connected():  # else they are gone, or end with the connection
+            with suppress(RayError):
+                if actor is not None:
+                    ray.kill(actor)
+                if group is not None:
+                    ray.util.remove_placement_group(group)
 
     def _connected(self) -> bool:
         """Whether the cluster's head is there: without it Ray waits for a minute in most calls, then ends this process."""
@@ -167,115 +175,119 @@ class RayHost:
 
         return ray.is_initialized() and (self._address is None or answers(self._address))
 
-    # -- calls ---------------------------------------------------------------------------------------------------------
-
-    def _stream(
-        self, batch: RecordBatch, want: Want | None, keys: set[Key], refill: Refill | None = None
-    ) -> Iterator[Any]:
-        actor = self._actor
-        if actor is None:
-            raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
-        call = self._call = self._call + 1
-        reply, waiting = Reply(), actor.begin.remote(call, batch, want, refill is None)
-        try:
-            while not reply.ended:
-                reply = self._reply(waiting, keys)
-                results = items_of(reply.batch) if reply.batch is not None else []
-                keys.difference_update(item.key for item in results)
-                ahead = not reply.ended and (
-                    refill is None or bool(keys)
-                )  # with no more to give, it would wait before it yields
-                if ahead:
-                    waiting = actor.next.remote(
-                        call, *_more(refill)
-                    )  # the next results are on their way while these are read
-                yield from results
-                if not (ahead or reply.ended):
-                    waiting = actor.next.remote(call, *_more(refill))
-        finally:
-            if not reply.ended and self._actor is actor:
-                actor.cancel.remote(call)
-        if reply.failure is not None:
-            error = reply.failure.exception()
-            if isinstance(error, EngineDiedError):
-                error.in_flight = tuple(sorted(keys))
-                self._watch = None
-            raise error
-        assert not keys, f"{len(keys)} of the responses have no result, {sorted(keys)[0]} first"
-
-    def _reply(self, reference: Any, keys: set[Key]) -> Reply:
-        """What the actor answers; interrupted now and then. `keys`: what is lost when it does not."""
+    def _started(self, reference: Any) -> Started:
+        """What the actor says of the process that it started."""
         import ray
         from ray.exceptions import RayError, RayTaskError, RuntimeEnvSetupError
 
         try:
-            while not ray.wait([reference], timeout=PERIOD)[0]:
-                self.interrupt()
-            reply: Reply = ray.get(reference)
+            while not ray.wait([reference], timeout=wire.PERIOD)[0]:
+                self._interrupt()
+            return ray.get(reference)
         except RuntimeEnvSetupError as error:
             raise UsageError(f"Ray cannot set up pool.runtime_env ({_first_line(error)}): change it") from error
         except RayTaskError as error:
-            raise EngineError(
-                f"a worker on the Ray cluster failed ({_first_line(error.cause)}): this is a bug"
+            if isinstance(error.cause, OnOffError):
+                raise error.cause from None
+            raise EngineError(f"a worker on the Ray cluster failed ({_first_line(error.cause)})") from error
+        except RayError as error:
+            if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
+                raise UsageError(
+                    "the nodes of the Ray cluster cannot import rl_onoff: install it there, in the same version, or set "
+                    "pool.runtime_env"
+                ) from error
+            raise EngineDiedError(
+                f"the {self._config.name} engine died ({_why_gone(error)}): run it again to go on"
             ) from error
-        except RayError as error:  # its process, its node or the object it sent is gone
-            self._watch = None
-            raise self._gone(error, tuple(sorted(keys))) from error
-        for name, level, text in reply.lines:
-            logging.getLogger(name).log(level, text)
-        return reply
 
-    def _gone(self, error: Exception, in_flight: tuple[Key, ...]) -> OnOffError:
-        from ray.exceptions import OutOfMemoryError
-
-        if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
-            return UsageError(
-                "the nodes of the Ray cluster cannot import rl_onoff: install it there, in the same version, or set pool.runtime_env"
-            )
-        if isinstance(error, OutOfMemoryError):
-            reason = "Ray ended it, for its node was short of memory"
-        else:
-            reason = (
-                "its node left the Ray cluster"
-                if "node has died" in str(error)
-                else f"its actor is gone: {type(error).__name__}"
-            )
-        return death(self._config.name, reason, in_flight)
-
-    # -- room ----------------------------------------------------------------------------------------------------------
-
-    def _placed(self, place: Berth) -> Any:
-        """A placement group that has been given its resources."""
+    def _reserve(self, place: Berth) -> None:
+        """Wait for a placement group that has been given its resources."""
         import ray
 
-        group = self._group = ray.util.placement_group([dict(place.bundle)], strategy="STRICT_PACK")
+        self._group = ray.util.placement_group([dict(place.bundle)], strategy="STRICT_PACK")
         began, warned, wait_s = time.monotonic(), False, self._config.pool.wait_s
-        while (state := ray.util.placement_group_table(group).get("state")) != "CREATED":
-            time.sleep(PERIOD)
-            self.interrupt()
+        while (state := ray.util.placement_group_table(self._group).get("state")) != "CREATED":
+            time.sleep(wire.PERIOD)
+            self._interrupt()
             if state == "REMOVED" or not self._connected():
                 raise EngineError(GONE)
             if not alive_nodes():
                 raise EngineError(NO_NODE)
-            if time.monotonic() - began >= wait_s:
+            waited = time.monotonic() - began
+            if waited >= wait_s:
                 raise EngineError(
-                    f"the Ray cluster has had no room for a replica ({place}) for {wait_s:g} s; {_room()}: set backend.dp_size or "
-                    "pool.cpus_per_replica lower, or pool.wait_s higher"
+                    f"the Ray cluster has had no room for a replica ({place}) for {wait_s:g} s; {_room()}: set "
+                    "backend.dp_size or pool.cpus_per_replica lower, or pool.wait_s higher"
                 )
-            if not warned and time.monotonic() - began >= PATIENT_SECONDS:
-                log.warning(
-                    "a replica of %s waits for room on the Ray cluster (%s); %s", self._config.name, place, _room()
-                )
+            if not warned and waited >= PATIENT_SECONDS:
                 warned = True
-        return group
+                name = self._config.name
+                log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", name, place, _room())
 
 
-def _more(refill: Refill | None) -> tuple[RecordBatch | None, bool]:
-    """Requests that a worker gets while it works, if it is time, and whether these are the last."""
-    if refill is None or not refill.is_due:
-        return None, refill is None
-    requests, last = refill.take()
-    return (batch_of(requests) if requests else None), last
+class ActorChannel(wire.Channel):
+    """Messages to and from a worker on a node, relayed by an actor.
+
+    One `poll` is always under way: it brings the next messages while these are read, and it ends when the worker dies.
+    """
+
+    def __init__(self, actor: Any, check: Callable[[], None]):
+        super().__init__(check)
+        self._actor = actor
+        self._numbers = itertools.count()
+        self._arrived = memoryview(b"")  # not read yet
+        self._poll: Any = actor.poll.remote()  # None once nothing more will come
+        self.error: Exception | None = None  # why the actor is gone, if that ended it
+
+    @property
+    def ended(self) -> bool:
+        """Whether the worker is gone and all that it sent was read."""
+        return self.readable(0) and not self._arrived
+
+    def readable(self, seconds: float) -> bool:
+        import ray
+        from ray.exceptions import RayError
+
+        if not self._arrived and self._poll is not None:
+            if not ray.is_initialized():
+                self._poll = None
+            elif ray.wait([self._poll], timeout=seconds)[0]:
+                try:
+                    self._arrived = memoryview(ray.get(self._poll))
+                except RayError as error:
+                    self.error = error
+                self._poll = self._actor.poll.remote() if self._arrived else None
+        return bool(self._arrived) or self._poll is None
+
+    def receive_raw(self, size: int) -> memoryview:
+        data = view = np.empty(size, np.uint8).data
+        while view:
+            while not self.readable(wire.PERIOD):
+                self._check()
+            if not self._arrived:
+                raise wire.PeerGoneError
+            count = min(len(view), len(self._arrived))
+            view[:count] = self._arrived[:count]
+            view, self._arrived = view[count:], self._arrived[count:]
+        if not self._arrived:
+            self._arrived = memoryview(b"")  # an empty slice would keep the reply in the object store
+        return data
+
+    def send_raw(self, data: bytes | memoryview) -> None:
+        self._actor.send.remote(next(self._numbers), data if isinstance(data, bytes) else np.asarray(data))
+
+    def close(self) -> None:
+        self._actor = self._poll = None
+
+
+def _why_gone(error: Exception | None) -> str:
+    from ray.exceptions import OutOfMemoryError
+
+    if isinstance(error, OutOfMemoryError):
+        return "Ray ended it, for its node was short of memory"
+    if "node has died" in str(error):
+        return "its node left the Ray cluster"
+    return f"its actor is gone: {type(error).__name__}" if error else "its actor does not answer"
 
 
 def _room() -> str:

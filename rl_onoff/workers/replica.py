@@ -1,18 +1,18 @@
-"""One worker of a pool, and the thread that waits for it."""
+"""One worker of a pool: works on the calls it is given, and is started again when it dies."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Any
 
-from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.errors import EngineDiedError, OnOffError
-from rl_onoff.types import Rollout, SampleRequest
-from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares
+from rl_onoff.types import Key, Rollout, SampleRequest, Want
+from rl_onoff.workers.client import WorkerClient
+from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
 
 log = logging.getLogger(__name__)
 
@@ -23,55 +23,42 @@ class Stopped(Exception):
     """Nobody wants what is being waited for."""
 
 
-class Hosting(Core, Protocol):
-    """What a replica needs of its host: a worker on this machine (`Host`) or on a node of a cluster (`RayHost`)."""
+class Assignment:
+    """The responses of a call that one replica works on; also the `Supply` from which its worker takes more meanwhile."""
 
-    interrupt: Callable[[], None]  # called now and then while it waits; may raise
+    def __init__(self, work: WorkQueue, first: list[Work]):
+        self.held = {one.key: one for one in first}  # whose results have not come
+        self._work, self._next = work, first
+        self._tried_again = any(work.deaths[one.key] for one in first)  # alone, so that what kills a replica is found
 
-    def _generate(self, supply: Supply, room: int = ...) -> Iterator[Rollout]: ...
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def is_alive(self) -> bool: ...
-
-
-class Hand:
-    """What a replica has of a call: a `Supply` too, from which its worker takes more while it works."""
-
-    def __init__(self, shares: Shares, first: list[Item]):
-        self.first = first
-        self.held = {item.key: item for item in first}  # without those that are done
-        self._shares, self._next = shares, first
-        self._tried_again = any(item.deaths for item in first)  # alone, so that what dies is known
-
-    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
-        """Never waits: what others may give back is the next hand's."""
-        items, self._next = self._next, []
-        if not items and not self._tried_again:
-            items = self._shares.take(most, len(self.held), wait=False)
-            self.held.update((item.key, item) for item in items)
-        return [item.what for item in items if isinstance(item.what, SampleRequest)]
+    def take(self, most: int | None = None, *, wait: bool) -> list[Any]:
+        """Never waits: what other replicas may give back goes into the next assignment."""
+        taken, self._next = self._next, []
+        if not taken and not self._tried_again:
+            taken = self._work.take(most, len(self.held), wait=False)
+            self.held.update((one.key, one) for one in taken)
+        return taken
 
 
 class Call:
-    """One call to a pool: what is to be done, and the results as they come, few at a time so that replicas wait for a slow reader."""
+    """One call to a pool: what is to be done, and the results as they come, few at a time: replicas wait for a slow reader."""
 
     def __init__(
         self,
         work: Sequence[SampleRequest] | Sequence[Rollout],
         num_replicas: int,
-        run: Callable[[Hosting, Hand], Generator[Any]],
-        room: int | None,
+        *,
+        room: int | None = None,  # requests that a replica has at a time; None: its whole share
+        want: Want | None = None,  # what is to be scored; None: the work is to be sampled
     ):
-        self.shares = Shares(work, num_replicas)
-        self.run = run
-        self.room = room  # what a replica has at a time, where it can be topped up
+        self.work = WorkQueue(work, num_replicas)
+        self.room, self._want = room, want
         self.stopped = False
         self._replicas = num_replicas  # that can still be counted on
-        self._results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)
+        self._results: queue.Queue[Any] = queue.Queue(maxsize=max(num_replicas, 1))
         self._lock = threading.Lock()
+        if not work:
+            self._results.put(None)
 
     # the reader's side
 
@@ -84,9 +71,15 @@ class Call:
 
     def stop(self) -> None:
         self.stopped = True
-        self.shares.stop()
+        self.work.stop()
 
     # the replicas' side
+
+    def run(self, client: WorkerClient, assignment: Assignment) -> Any:
+        """The results of an assignment."""
+        if self._want is None:
+            return client._generate(assignment, self.room or 1)
+        return client._score(assignment.take(wait=False), self._want)
 
     def put(self, result: Any) -> None:
         while not self.stopped:
@@ -97,11 +90,11 @@ class Call:
 
     def done(self, result: Any) -> None:
         self.put(result)
-        if self.shares.done():
+        if self.work.done():
             self.put(None)
 
-    def give_back(self, items: list[Item], error: EngineDiedError | None = None) -> None:
-        if self.shares.give_back(items, error):
+    def give_back(self, work: list[Work], error: EngineDiedError | None = None) -> None:
+        if self.work.give_back(work, error):
             self.put(None)
 
     def lose(self, error: OnOffError) -> None:
@@ -111,73 +104,32 @@ class Call:
             last = self._replicas == 0
         if last:
             if isinstance(error, EngineDiedError):
-                error.in_flight = tuple(sorted(self.shares.left()))
+                error.in_flight = tuple(sorted(self.work.left()))
             self.put(error)
 
 
 class Replica:
-    """Loads one worker, feeds it with shares of the calls it is given, and starts it again when it dies."""
+    """One worker of a pool. The pool runs its methods one after the other, in a thread of the replica's own."""
 
-    def __init__(self, name: str, host: Hosting):
-        self._host = host
-        self._host.interrupt = self._interrupt
-        self._name = name
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    def __init__(self, name: str, client: WorkerClient):
+        self.client, self._name = client, name
+        client.interrupt = self._interrupt
+        self.closing = False
         self._call: Call | None = None  # that the worker is busy with
-        self._closing = False
         self._failures = 0  # deaths and failed loads since the last result
         self._lost: OnOffError | None = None  # why it is not started any more
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="replica")
-        self._thread.start()
-
-    # -- the pool's side; none of these waits --------------------------------------------------------------------------
-
-    @property
-    def pid(self) -> int | None:
-        return self._host.pid
-
-    def load(self, loaded: queue.SimpleQueue[EngineInfo | BaseException]) -> None:
-        """Load the engine; its info, or the error, goes into `loaded`."""
-
-        def load() -> None:
-            try:
-                loaded.put(self._host._load())
-            except BaseException as error:  # it is raised where it is read
-                loaded.put(error)
-
-        self._inbox.put(load)
-
-    def answer(self, call: Call) -> None:
-        """Work for a call, once the one before has been left."""
-        self._inbox.put(lambda: self._answer(call))
-
-    def close(self) -> None:
-        self._closing = True
-        self._inbox.put(None)
-
-    def join(self) -> None:
-        self._thread.join()
-
-    # -- the thread's side ---------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        try:
-            while (job := self._inbox.get()) is not None:
-                if not self._closing:
-                    job()
-        finally:
-            self._host._close()
 
     def _interrupt(self) -> None:
-        if self._closing or (self._call is not None and self._call.stopped):
+        if self.closing or (self._call is not None and self._call.stopped):
             raise Stopped
 
-    def _answer(self, call: Call) -> None:
+    def answer(self, call: Call) -> None:
+        """Work for a call until nothing is left to do."""
         try:
-            while not call.stopped and self._ready(call) and (first := call.shares.take(call.room)):
-                if self._host.is_alive:
-                    self._work(call, Hand(call.shares, first))
-                else:  # it died while there was nothing to do: no fault of these
+            while not call.stopped and self._ready(call) and (first := call.work.take(call.room)):
+                if self.client.is_alive:
+                    self._work(call, Assignment(call.work, first))
+                else:  # it died while there was nothing to do, which is no fault of these responses
                     call.give_back(first)
         except Stopped:
             pass
@@ -186,36 +138,35 @@ class Replica:
 
     def _ready(self, call: Call) -> bool:
         """Start the worker again if it is gone; False when that has been tried often enough."""
-        while self._lost is None and not self._host.is_alive:
+        while self._lost is None and not self.client.is_alive:
             try:
-                self._host._close()
-                self._host._load()
+                self.client._close()
+                self.client._load()
             except OnOffError as error:
                 self._fail(error)
         if self._lost is not None:
             call.lose(self._lost)
         return self._lost is None
 
-    def _work(self, call: Call, hand: Hand) -> None:
+    def _work(self, call: Call, assignment: Assignment) -> None:
         self._call = call
         try:
-            with closing(call.run(self._host, hand)) as results:
+            with closing(call.run(self.client, assignment)) as results:
                 for result in results:
-                    hand.held.pop(result.key, None)
+                    assignment.held.pop(result.key, None)
                     self._failures = 0
                     call.done(result)
                     self._interrupt()
         except EngineDiedError as error:
-            self._died(call, list(hand.held.values()), error)
+            self._died(call, assignment.held, error)
         finally:
             self._call = None
 
-    def _died(self, call: Call, held: list[Item], error: EngineDiedError) -> None:
-        log.warning(
-            "a replica of %s is started again: %s", self._name, str(error).removesuffix(": run it again to go on")
-        )
-        call.give_back(held, error)
-        if held and held[0].deaths >= MOST_DEATHS:
+    def _died(self, call: Call, held: dict[Key, Work], error: EngineDiedError) -> None:
+        why = str(error).removesuffix(": run it again to go on")
+        log.warning("a replica of %s is started again: %s", self._name, why)
+        call.give_back(list(held.values()), error)
+        if any(call.work.deaths[key] >= MOST_DEATHS for key in held):
             self._failures = 0  # its cause was found
         else:
             self._fail(error)

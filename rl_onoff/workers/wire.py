@@ -1,8 +1,7 @@
-"""What a worker and its parent say to each other, and how it travels: msgpack headers and raw array buffers over a socket pair.
+"""What a worker and its parent say to each other, and how it travels: msgpack headers and raw array buffers.
 
-A socket pair has no port and no file, tells both ends at once when the other is gone, and lets the kernel hold a worker
-back that runs ahead of its reader. Arrays are never turned into text: small ones ride in the header, big ones are received
-straight into the memory of the array that the caller gets, so full logits are held once and freed with that array.
+Arrays are never turned into text: small ones ride in the header, big ones are received straight into the memory of the array
+that the caller gets, so full logits are held once and freed with that array. All arrays that arrive can be written to.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +22,7 @@ from rl_onoff.types import Rollout, SampleRequest, Sampling, TokenScores, Want
 PROTOCOL = 3  # raise it whenever a message changes its meaning
 PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told
 INLINE_BYTES = 1 << 16  # arrays below this ride in the header: a bigger one has memory of its own to free
+PERIOD = 0.2  # seconds between two looks at whether the other end is there, while waiting for it
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
@@ -67,18 +68,11 @@ class Requests(msgspec.Struct):
 
 
 class Generate(Message):
-    """To the worker: sample; further requests of this call follow in `More`."""
+    """To the worker: sample these requests, which may join those of a call that is being answered."""
 
     call: int
     requests: Requests
-
-
-class More(Message):
-    """To the worker: further requests of a call."""
-
-    call: int
-    requests: Requests
-    last: bool  # no further ones follow
+    last: bool  # no further requests of this call will come
 
 
 class Score(Message):
@@ -103,12 +97,12 @@ class Loaded(Message):
 
 class Completed(Message):
     call: int
-    rollout: Rollout
+    result: Rollout
 
 
 class Scored(Message):
     call: int
-    scores: TokenScores
+    result: TokenScores
 
 
 class Done(Message):
@@ -131,31 +125,39 @@ class Logged(Message):
     text: str
 
 
-AnyMessage = Load | Generate | More | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
+AnyMessage = Load | Generate | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
 
 
 class PeerGoneError(Exception):
     """The other end of the channel has closed."""
 
 
-class Channel:
-    """One end of the socket pair.
+class Channel(ABC):
+    """Messages to and from a worker. `check` is called every PERIOD seconds while waiting, and may raise."""
 
-    `check` is called every `period` seconds while waiting, and may raise: a parent must notice a dead worker even when a
-    forked grandchild still holds the worker's end of the socket open.
-    """
-
-    def __init__(self, sock: socket.socket, check: Callable[[], None] | None = None, period: float = 0.2):
-        self._sock = sock
-        self._check = check or (lambda: None)
-        sock.settimeout(period if check else None)
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+    def __init__(self, check: Callable[[], None] = lambda: None):
+        self._check = check
         self.torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood
         self._sending: list[np.ndarray] = []
         self._received: list[memoryview] = []
         self._encoder = msgspec.msgpack.Encoder(enc_hook=self._pack)
         self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._unpack)
+
+    @abstractmethod
+    def readable(self, seconds: float) -> bool:
+        """Whether something, or the end, has arrived; waits up to `seconds` for it."""
+
+    @abstractmethod
+    def send_raw(self, data: bytes | memoryview) -> None:
+        """Send all of the bytes. Raises PeerGoneError."""
+
+    @abstractmethod
+    def receive_raw(self, size: int) -> memoryview:
+        """The next `size` bytes, in memory of their own. Raises PeerGoneError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up the connection."""
 
     def send(self, message: AnyMessage) -> None:
         self._sending = []
@@ -169,7 +171,7 @@ class Channel:
         self.torn = False
 
     def receive(self) -> AnyMessage:
-        while not self.readable(self._sock.gettimeout()):
+        while not self.readable(PERIOD):
             self._check()
         self.torn = True
         header_size, num_buffers = struct.unpack("<QI", self.receive_raw(12))
@@ -181,45 +183,6 @@ class Channel:
             return self._decoder.decode(header)
         finally:
             self._received = []
-
-    def readable(self, seconds: float | None) -> bool:
-        """Whether something, or the end, has arrived; waits up to `seconds` for it (None: for ever)."""
-        return bool(self._poll.poll(None if seconds is None else int(seconds * 1000)))
-
-    def discard(self) -> bool:
-        """Throw away what has arrived, so that a worker that is sending gets to look at what it was sent; False at the end."""
-        try:
-            return bool(self._sock.recv(1 << 20))
-        except OSError:
-            return False
-
-    def send_raw(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[self._sock.send(view) :]
-            except TimeoutError:
-                self._check()
-            except OSError as e:
-                raise PeerGoneError from e
-
-    def receive_raw(self, size: int) -> memoryview:
-        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
-        while view:
-            try:
-                count = self._sock.recv_into(view)
-            except TimeoutError:
-                self._check()
-                continue
-            except OSError as e:
-                raise PeerGoneError from e
-            if count == 0:
-                raise PeerGoneError
-            view = view[count:]
-        return data
-
-    def close(self) -> None:
-        self._sock.close()
 
     def _pack(self, value: Any) -> Any:
         if isinstance(value, np.generic):
@@ -237,6 +200,55 @@ class Channel:
         dtype, shape, data = packed
         memory = self._received[data] if isinstance(data, int) else bytearray(data)  # both can be written to
         return np.frombuffer(memory, dtype).reshape(shape)
+
+
+class SocketChannel(Channel):
+    """A channel over a socket pair, which has no port and no file, tells both ends at once when the other is gone, and lets the
+    kernel hold a worker back that runs ahead of its reader.
+
+    A parent needs `check` too: a forked grandchild of a dead worker may still hold the worker's end of the socket open.
+    """
+
+    def __init__(self, sock: socket.socket, check: Callable[[], None] = lambda: None):
+        super().__init__(check)
+        self._sock = sock
+        sock.settimeout(PERIOD)
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def readable(self, seconds: float) -> bool:
+        return bool(self._poll.poll(int(seconds * 1000)))
+
+    def read(self, into: memoryview) -> int:
+        """Read what has arrived, waiting for some of it; returns the number of bytes. Raises PeerGoneError at the end."""
+        while True:
+            try:
+                if count := self._sock.recv_into(into):
+                    return count
+                raise PeerGoneError
+            except TimeoutError:
+                self._check()
+            except OSError as e:
+                raise PeerGoneError from e
+
+    def receive_raw(self, size: int) -> memoryview:
+        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
+        while view:
+            view = view[self.read(view) :]
+        return data
+
+    def send_raw(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[self._sock.send(view) :]
+            except TimeoutError:
+                self._check()
+            except OSError as e:
+                raise PeerGoneError from e
+
+    def close(self) -> None:
+        self._sock.close()
 
 
 def fits(config: dict[str, Any]) -> str | None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import numpy as np
 
 from rl_onoff.errors import EngineDiedError
 from rl_onoff.types import Key, Rollout, SampleRequest
@@ -22,46 +23,28 @@ from rl_onoff.types import Key, Rollout, SampleRequest
 MOST_DEATHS = 3  # of a replica, with the same response in its hands
 FILL = 32  # responses that a share has at least, if there are enough: engines compute them side by side
 
-
-@dataclass(slots=True)
-class Item:
-    """One response to sample or to score."""
-
-    what: SampleRequest | Rollout
-    deaths: int = 0
-
-    @property
-    def key(self) -> Key:
-        return self.what.key
-
-    @property
-    def tokens(self) -> int:
-        return self.what.num_tokens
-
-    @property
-    def prompt(self) -> bytes:
-        return self.what.prompt_ids.tobytes()
+Work = SampleRequest | Rollout  # one response to sample or to score
 
 
-class Shares:
+class WorkQueue:
     """The work of one call. Replicas take from it side by side, each in a thread of its own."""
 
-    def __init__(self, work: Sequence[SampleRequest] | Sequence[Rollout], num_replicas: int, fill: int = FILL):
-        items = [Item(what) for what in work]
-        groups: dict[bytes, list[Item]] = {}
-        for item in items:
-            groups.setdefault(item.prompt, []).append(item)
-        longest_first = sorted(groups.values(), key=lambda group: -max(item.tokens for item in group))
-        self._waiting = deque(item for group in longest_first for item in group)
-        self._suspects: list[list[Item]] = []
-        self._tokens = sum(item.tokens for item in items)  # of what waits
+    def __init__(self, work: Sequence[Work], num_replicas: int, fill: int = FILL):
+        groups: dict[bytes, list[Work]] = {}
+        for one in work:
+            groups.setdefault(one.prompt_ids.tobytes(), []).append(one)
+        longest_first = sorted(groups.values(), key=lambda group: -max(one.num_tokens for one in group))
+        self._waiting = deque(one for group in longest_first for one in group)
+        self._suspects: list[list[Work]] = []  # pieces of what a dead replica held
+        self._tokens = sum(one.num_tokens for one in work)  # of what waits
         self._taken = 0
         self._replicas, self._fill = num_replicas, fill
         self._stopped = self._ended = False
+        self.deaths: Counter[Key] = Counter()  # of replicas that held the response
         self.given_up: dict[Key, EngineDiedError] = {}  # what died too often, and its last death
         self._changed = threading.Condition()
 
-    def take(self, most: int | None = None, held: int = 0, *, wait: bool = True) -> list[Item]:
+    def take(self, most: int | None = None, held: int = 0, *, wait: bool = True) -> list[Work]:
         """The next share (None), or up to `most` for a replica that has `held`; empty: there is nothing more to do.
 
         Waits while others hold some that may come back. Without `wait` empty means that there is nothing now.
@@ -73,7 +56,7 @@ class Shares:
                 elif not wait:
                     break
                 elif self._suspects:
-                    self._suspects.sort(key=lambda piece: piece[0].deaths)
+                    self._suspects.sort(key=lambda piece: self.deaths[piece[0].key])
                     share = self._suspects.pop()
                 elif self._taken:
                     self._changed.wait()
@@ -90,31 +73,29 @@ class Shares:
             self._taken -= 1
             return self._ends()
 
-    def give_back(self, items: Sequence[Item], error: EngineDiedError | None = None) -> bool:
+    def give_back(self, work: Sequence[Work], error: EngineDiedError | None = None) -> bool:
         """Take back what a replica held that died, maybe of it, with `error`; True when nothing is left to do now."""
         with self._changed:
-            self._taken -= len(items)
-            size = len(items)  # of the pieces in which the items are tried again
+            self._taken -= len(work)
             if error is not None:
-                for item in items:
-                    item.deaths += 1
+                self.deaths.update(one.key for one in work)
+            deaths = max((self.deaths[one.key] for one in work), default=0)
+            if error is not None and deaths >= MOST_DEATHS:
+                self.given_up |= {one.key: error for one in work}
+            elif deaths:
                 # two rounds are left to find the one among n: pieces of √n, then each alone, is the least to do again
-                size = 1 if items and items[0].deaths == MOST_DEATHS - 1 else math.isqrt(len(items))
-            if items and items[0].deaths >= MOST_DEATHS:
-                assert error is not None
-                self.given_up |= {item.key: error for item in items}
-            elif items and items[0].deaths == 0:
-                self._waiting.extendleft(reversed(items))
-                self._tokens += sum(item.tokens for item in items)
-            elif items:
-                self._suspects += [list(items[at : at + size]) for at in range(0, len(items), size)]
+                size = len(work) if error is None else 1 if deaths == MOST_DEATHS - 1 else math.isqrt(len(work))
+                self._suspects += [list(work[at : at + size]) for at in range(0, len(work), size)]
+            else:
+                self._waiting.extendleft(reversed(work))
+                self._tokens += sum(one.num_tokens for one in work)
             self._changed.notify_all()
             return self._ends()
 
     def left(self) -> list[Key]:
-        """What waits; for an error's sake."""
+        """The responses that wait to be taken; for an error's sake."""
         with self._changed:
-            return [item.key for item in (*self._waiting, *(item for piece in self._suspects for item in piece))]
+            return [one.key for one in (*self._waiting, *(one for piece in self._suspects for one in piece))]
 
     def stop(self) -> None:
         """Nobody wants the rest: every `take` returns nothing."""
@@ -123,30 +104,30 @@ class Shares:
             self._changed.notify_all()
 
     def _ends(self) -> bool:
-        """Whether this was the last change: True once."""
+        """Whether the call has ended by the change just made: True once."""
         if self._ended or self._taken or self._waiting or self._suspects:
             return False
         self._ended = True
         self._changed.notify_all()
         return True
 
-    def _top_up(self, most: int, held: int) -> list[Item]:
+    def _top_up(self, most: int, held: int) -> list[Work]:
         fair = math.ceil((len(self._waiting) + self._taken) / self._replicas) - held
         number = min(most, fair if held else max(fair, 1), len(self._waiting))
         share = [self._waiting.popleft() for _ in range(number)]
-        self._tokens -= sum(item.tokens for item in share)
+        self._tokens -= sum(one.num_tokens for one in share)
         return share
 
-    def _cut(self) -> list[Item]:
+    def _cut(self) -> list[Work]:
         enough = self._tokens / (2 * self._replicas)
         least = min(self._fill, math.ceil(len(self._waiting) / self._replicas))
-        share: list[Item] = []
+        share: list[Work] = []
         tokens = 0
         while self._waiting:
             full = len(share) >= least and tokens >= enough
-            if full and (self._waiting[0].prompt != share[-1].prompt or tokens >= 2 * enough):
+            if full and (tokens >= 2 * enough or not np.array_equal(self._waiting[0].prompt_ids, share[-1].prompt_ids)):
                 break
             share.append(self._waiting.popleft())
-            tokens += share[-1].tokens
+            tokens += share[-1].num_tokens
         self._tokens -= tokens
         return share

@@ -1,12 +1,11 @@
-"""The worker's side: `python -m rl_onoff.workers.worker_main SOCKET_FD PARENT_PID FOLDER` serves one backend until it is told to close.
+"""The worker's side: `python -m rl_onoff.workers.worker_main SOCKET_FD PARENT_PID FOLDER` serves one backend until told to close.
 
-Started by host.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors travel
+Started by process.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors travel
 by name; the engine's chatter stays in this process's log file; warnings of rl_onoff itself are handed to the parent.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import faulthandler
 import itertools
@@ -20,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -32,16 +32,15 @@ from rl_onoff.backends.engine import taken
 from rl_onoff.errors import named
 from rl_onoff.types import Rollout, SampleRequest, TokenScores
 from rl_onoff.workers import sessions, wire
-from rl_onoff.workers.forward import Forward
 
 DIED = 70  # exit code when a process of the engine died; the file `reason` says which
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """Ends this process when its parent is gone, or when a process of the engine is: an engine that lost one may hang."""
 
     def __init__(self, parent: int, folder: Path):
-        super().__init__(daemon=True, name="watch")
+        super().__init__(daemon=True, name="watchdog")
         self._parent, self._folder = parent, folder
         self._engine: list[psutil.Process] = []
         self._memory: set[Path] = set()
@@ -58,20 +57,20 @@ class Watch(threading.Thread):
             time.sleep(0.3)
 
     def loaded(self) -> None:
-        """From now on the engine's processes of this moment must live."""
+        """From now on the processes that the engine has at this moment must live."""
         self._loaded = True
         self._engine = [child for child in self._note() if not sessions.is_helper(child)]
 
     def closing(self) -> None:
+        """From now on the engine's processes may end."""
         self._note()
         self._engine = []
 
     def _note(self) -> list[psutil.Process]:
         """Remember the shared memory of this moment, to be removed at the end; returns this process's descendants."""
-        children = psutil.Process().children(recursive=True)
-        self._memory = self._memory | sessions.shared_memory(
-            [psutil.Process(), *children]
-        )  # a new set: two threads read it
+        me = psutil.Process()
+        children = me.children(recursive=True)
+        self._memory = self._memory | sessions.shared_memory([me, *children])  # a new set: two threads read it
         return children
 
     def tidy(self) -> None:
@@ -79,6 +78,7 @@ class Watch(threading.Thread):
         sessions.end([], self._memory, last_act=True)
 
     def check(self) -> None:
+        """End this process if one of the engine's is gone."""
         with self._lock:
             for process in self._engine:
                 if not sessions.alive(process):
@@ -86,16 +86,35 @@ class Watch(threading.Thread):
                     os._exit(DIED)
 
     def end_all(self) -> NoReturn:
-        """Nobody is there to clean up: end the engine's processes, then this one."""
+        """End the engine's processes, then this one: no parent is there to do so."""
         shutil.rmtree(self._folder, ignore_errors=True)
         me = psutil.Process()
         sessions.end([p for p in (*self._note(), *sessions.members(me.pid)) if p != me], self._memory, last_act=True)
         os._exit(0)
 
 
+class Warnings(logging.Handler):
+    """Keeps the warnings of this package until the thread that sends takes them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._waiting: deque[wire.Logged] = deque()
+        logging.getLogger("rl_onoff").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
+
+    def take(self) -> list[wire.Logged]:
+        """The warnings logged since the previous call."""
+        return [self._waiting.popleft() for _ in range(len(self._waiting))]
+
+
 class Inbox(threading.Thread):
-    """Takes in what the parent sends, whatever the engine does: a parent that sends more requests while its worker sends results waits
-    for the worker to read, as the worker does for it, and neither would ever go on."""
+    """Takes in what the parent sends, whatever the engine does.
+
+    A parent that sends more requests while its worker sends results waits for the worker to read, as the worker waits for the
+    parent: without this thread neither would ever go on.
+    """
 
     def __init__(self, channel: wire.Channel):
         super().__init__(daemon=True, name="inbox")
@@ -121,36 +140,21 @@ class Inbox(threading.Thread):
         return message
 
 
-class Feed:
-    """A call's requests, as they come."""
-
-    def __init__(self, worker: Worker, message: wire.Generate):
-        self._worker, self._call = worker, message.call
-        self._requests = collections.deque(message.requests.unpack())
-        self._last = False
-
-    def add(self, message: wire.More) -> None:
-        self._requests.extend(message.requests.unpack())
-        self._last = message.last
-
-    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
-        self._worker.read(self._call)
-        while wait and not (self._requests or self._last or self._worker.unwanted):
-            self._worker.read(self._call, wait=True)
-        return [] if self._worker.unwanted else taken(self._requests, most)
-
-
 class Worker:
-    def __init__(self, sock: socket.socket, watch: Watch):
-        self._watch = watch
-        self._channel = wire.Channel(sock)
+    """Serves one backend: loads it, and answers calls one after the other."""
+
+    def __init__(self, sock: socket.socket, watchdog: Watchdog):
+        self._watchdog = watchdog
+        self._channel = wire.SocketChannel(sock)
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
         self._inbox = Inbox(self._channel)
         self._inbox.start()
-        self._forward = Forward()
-        self._feed: Feed | None = None  # of the call that is being answered, if it may get more requests
+        self._warnings = Warnings()
+        self._call = 0  # the call that is being answered
+        self._requests: deque[SampleRequest] = deque()  # of this call, not yet taken by the engine
+        self._last = False  # no further requests of this call will come
+        self._unwanted = False  # nobody reads the results of this call
         self._closing = False
-        self.unwanted = False  # nobody reads the results of the call that is being answered
 
     def serve(self) -> None:
         backend = self._load()
@@ -158,20 +162,27 @@ class Worker:
             return
         while not self._closing:
             match self._inbox.next(wait=True):
-                case wire.Generate() as message:
-                    self._feed = Feed(self, message)
-                    self._answer(message.call, backend._generate(self._feed))
-                    self._feed = None
+                case wire.Generate() as message if message.call > self._call:
+                    self._requests, self._last = deque(message.requests.unpack()), message.last
+                    self._answer(message.call, backend._generate(self))
                 case wire.Score() as message:
                     self._answer(message.call, backend._score(message.rollouts, message.want))
-                case wire.Cancel() | wire.More():
+                case wire.Cancel() | wire.Generate():
                     pass  # it crossed with the end of its call
                 case _:
                     break
-        self._watch.closing()
+        self._watchdog.closing()
         backend.close()
 
+    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
+        """Requests of the call that is being answered: this is the engine's `Supply`."""
+        self._read()
+        while wait and not (self._requests or self._last or self._unwanted):
+            self._read(wait=True)
+        return [] if self._unwanted else taken(self._requests, most)
+
     def _load(self) -> Any:
+        """The backend, loaded; None where that failed, which is said."""
         message = self._inbox.next(wait=True)
         assert isinstance(message, wire.Load)
         try:
@@ -183,24 +194,24 @@ class Worker:
         except BaseException as e:
             self._fail(0, e)
             return None
-        self._watch.loaded()
+        self._watchdog.loaded()
         self._send(wire.Loaded(info=backend.info))
         return backend
 
     def _answer(self, call: int, results: Iterator[Any]) -> None:
         """Send a call's results as they come, until they end or the parent does not want them any more."""
-        self.unwanted = False
+        self._call, self._unwanted = call, False
         try:
             for result in results:
                 match result:
                     case Rollout():
-                        self._send(wire.Completed(call=call, rollout=result))
+                        self._send(wire.Completed(call=call, result=result))
                     case TokenScores():
-                        self._send(wire.Scored(call=call, scores=result))
+                        self._send(wire.Scored(call=call, result=result))
                     case _:
                         raise TypeError(f"a backend yielded a {type(result).__name__}")
-                self.read(call)
-                if self.unwanted:
+                self._read()
+                if self._unwanted:
                     results.close()  # type: ignore[attr-defined]
                     break
         except wire.PeerGoneError:
@@ -210,27 +221,28 @@ class Worker:
         else:
             self._send(wire.Done(call=call))
 
-    def read(self, call: int, *, wait: bool = False) -> None:
+    def _read(self, *, wait: bool = False) -> None:
         """Take in what the parent has said in the middle of a call; `wait` for it to say something."""
         while (message := self._inbox.next(wait=wait)) is not None:
             wait = False
             match message:
-                case wire.More() if message.call == call and self._feed is not None:
-                    self._feed.add(message)
-                case wire.Cancel() if message.call == call:
-                    self.unwanted = True
+                case wire.Generate() if message.call == self._call:
+                    self._requests.extend(message.requests.unpack())
+                    self._last = message.last
+                case wire.Cancel() if message.call == self._call:
+                    self._unwanted = True
                 case wire.Close():
-                    self._closing = self.unwanted = True
+                    self._closing = self._unwanted = True
 
     def _send(self, message: wire.AnyMessage) -> None:
-        for logger, level, text in self._forward.lines():
-            self._channel.send(wire.Logged(logger=logger, level=level, text=text))
+        for warning in self._warnings.take():
+            self._channel.send(warning)
         self._channel.send(message)
 
     def _fail(self, call: int, error: BaseException) -> None:
         traceback.print_exception(error)
         sys.stderr.flush()
-        self._watch.check()  # an engine that lost a process may say so itself before the watch does
+        self._watchdog.check()  # an engine that lost a process may say so itself before the watchdog does
         name, text = named(error)
         self._send(wire.Failed(call=call, error=name, text=text))
 
@@ -241,13 +253,13 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the worker
     os.set_inheritable(fd, False)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    watch = Watch(parent, folder)
-    watch.start()
+    watchdog = Watchdog(parent, folder)
+    watchdog.start()
     try:
-        Worker(socket.socket(fileno=fd), watch).serve()
+        Worker(socket.socket(fileno=fd), watchdog).serve()
     except wire.PeerGoneError:
-        watch.end_all()
-    watch.tidy()
+        watchdog.end_all()
+    watchdog.tidy()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # an engine's exit handlers may hang, and the parent ends what is left

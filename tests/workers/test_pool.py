@@ -18,7 +18,7 @@ from rl_onoff.errors import EngineDiedError, EngineError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import devices, sessions
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.work_queue import MOST_DEATHS, Item, Shares
+from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
 from tests.workers.tiny_backend import TinyBackend, generate
 
 
@@ -50,7 +50,7 @@ def pool():
         one._close()
 
 
-def died(items: list[Item]) -> EngineDiedError:
+def died(items: list[Work]) -> EngineDiedError:
     return EngineDiedError("gone", tuple(item.key for item in items))
 
 
@@ -58,7 +58,7 @@ def died(items: list[Item]) -> EngineDiedError:
 
 
 def test_shares_are_large_first_and_small_last_and_hold_everything_once():
-    shares = Shares(many(400, 10), num_replicas=2, fill=8)
+    shares = WorkQueue(many(400, 10), num_replicas=2, fill=8)
     sizes, seen = [], []
     while share := shares.take():
         sizes.append(len(share))
@@ -71,14 +71,14 @@ def test_shares_are_large_first_and_small_last_and_hold_everything_once():
 
 def test_the_longest_come_first_and_the_samples_of_a_prompt_together():
     requests = request("short", 5, n=8) + request("long", 90, n=8) + request("middle", 50, n=8)
-    shares = Shares(requests, num_replicas=2, fill=4)
+    shares = WorkQueue(requests, num_replicas=2, fill=4)
     taken = [shares.take() for _ in range(2)]
     assert [{item.key[0] for item in share} for share in taken] == [{"long"}, {"middle"}]
     assert [item.key for item in taken[0]] == [("long", sample) for sample in range(8)]
 
 
 def test_who_is_topped_up_gets_its_fair_part_of_what_is_left_and_no_more():
-    shares = Shares(many(100), num_replicas=2)
+    shares = WorkQueue(many(100), num_replicas=2)
     assert [len(shares.take(30)) for _ in range(2)] == [30, 30]
     assert len(shares.take(15, held=15)) == 15, "there is enough for all"
     assert len(shares.take(40, held=30)) == 20, "half of the hundred that are not done"
@@ -89,12 +89,12 @@ def test_who_is_topped_up_gets_its_fair_part_of_what_is_left_and_no_more():
 
 
 def test_few_responses_are_dealt_to_all():
-    shares = Shares(request("a", n=6), num_replicas=3)
+    shares = WorkQueue(request("a", n=6), num_replicas=3)
     assert [len(shares.take()) for _ in range(3)] == [2, 2, 1]
 
 
 def test_a_poison_is_found_in_three_deaths_and_the_innocent_come_back():
-    shares = Shares(many(100), num_replicas=1, fill=100)
+    shares = WorkQueue(many(100), num_replicas=1, fill=100)
     poison, deaths, finished, ended = ("37", 0), 0, [], []
     while share := shares.take():
         if any(item.key == poison for item in share):
@@ -109,10 +109,10 @@ def test_a_poison_is_found_in_three_deaths_and_the_innocent_come_back():
 
 
 def test_what_comes_back_without_blame_is_as_it_was():
-    shares = Shares(many(9), num_replicas=1)
+    shares = WorkQueue(many(9), num_replicas=1)
     share = shares.take()
     assert not shares.give_back(share)
-    assert shares.take() == share and all(item.deaths == 0 for item in share)
+    assert shares.take() == share and not any(shares.deaths.values())
 
 
 # -- devices -----------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     two._load()
     workers = [psutil.Process(pid) for pid in two.pids]
     children = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
-    folders = [worker._folder for replica in two._replicas if (worker := replica._host._worker)]
+    folders = [worker._folder for replica in two._replicas if (worker := replica.client._worker)]
     assert len(workers) == len(folders) == 2 and all(map(Path.exists, folders))
     if busy:
         stream = generate(two, [request("a"), request("b"), request("hang")])

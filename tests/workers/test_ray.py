@@ -23,16 +23,16 @@ from rl_onoff.backends import (
     VLLMBackendConfig,
     create_backend,
 )
-from rl_onoff.backends.engine import Draw, Given
+from rl_onoff.backends.engine import Given
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig, PoolKind
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
-from rl_onoff.types import Completion, Request, Response, Sampling, Want
+from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers.pool import Pool
 from rl_onoff.workers.ray import RayCluster
 from rl_onoff.workers.ray_cluster import berth, replicas_that_fit
 from tests.conftest import ROOT
-from tests.workers.test_pool import request as request_of
-from tests.workers.tiny_backend import TinyBackend
+from tests.workers.test_pool import many, request
+from tests.workers.tiny_backend import TinyBackend, generate
 
 STORE_BYTES = 128 << 20
 
@@ -90,7 +90,7 @@ def pool(cluster: TwoNodes) -> Iterator[Callable[..., Pool]]:
     ) -> Pool:
         placed = on(cluster, wait_s=wait_s, runtime_env=runtime_env or {})
         config = FakeBackendConfig(model_name="tiny", dp_size=dp_size, engine_kwargs=engine_kwargs, pool=placed)
-        made.append(Pool(TinyBackend, config, site=RayCluster(TinyBackend, config)))
+        made.append(Pool(TinyBackend, config, cluster=RayCluster(TinyBackend, config)))
         if load:
             made[-1]._load()
         return made[-1]
@@ -99,10 +99,6 @@ def pool(cluster: TwoNodes) -> Iterator[Callable[..., Pool]]:
     for one in made:
         one._close()
     assert not ray.is_initialized()
-
-
-def many(number: int, **options: Any) -> list[Request]:
-    return [request_of(str(i), **options) for i in range(number)]
 
 
 def until(true: Callable[[], bool], seconds: float = 20) -> None:
@@ -117,11 +113,10 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 def test_every_response_once_from_both_nodes(pool):
     two = pool(seconds=0.005)
-    got = list(two._generate(many(60, n=2)))
-    assert sorted(c.key for c in got) == sorted((str(i), s) for i in range(60) for s in range(2))
-    assert all(c.text == str(request_of(c.request_id, n=2).seed_of(c.sample)) for c in got), (
-        "requests arrive as they are"
-    )
+    requests = {one.key: one for one in many(60, n=2)}
+    got = list(two._generate(Given(requests.values())))
+    assert sorted(c.key for c in got) == sorted(requests)
+    assert all(c.text == str(requests[c.key].seed) for c in got), "requests arrive as they are"
     actors = [psutil.Process(pid).parent() for pid in two.pids]
     raylets = [actor.parent() for actor in actors if actor]
     assert len({raylet.pid for raylet in raylets if raylet}) == 2, "one on each node"
@@ -131,7 +126,7 @@ def test_requests_that_come_while_it_works(cluster):
     class Slowly(Given):
         """A supply that gives few at a time."""
 
-        def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
+        def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
             given = super().take(min(most or 7, 7), wait=wait)
             taken.append(len(given))
             return given
@@ -139,21 +134,21 @@ def test_requests_that_come_while_it_works(cluster):
     taken: list[int] = []
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.002}, pool=on(cluster))
     site = RayCluster(TinyBackend, config)
-    (host,) = site.hosts()
+    (client,) = site.clients()
     try:
-        host._load()
+        client._load()
         for room in (1, 20, 1 << 30):
-            keys = [c.key for c in host._generate_from(Slowly(many(30, n=2)), room)]
+            keys = [c.key for c in client._generate(Slowly(many(30, n=2)), room)]
             assert sorted(keys) == sorted((str(i), s) for i in range(30) for s in range(2))
         assert len(taken) > 60 + 9 + 9 and taken[-1] == 0
     finally:
-        host._close()
+        client._close()
         site.close()
 
 
 def test_large_scores_come_whole_and_can_be_written_to(pool):
     ids = np.arange(60, dtype=np.int32)
-    responses = [Response(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(20)]
+    responses = [Rollout(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(20)]
     for scores in pool()._score(
         responses, Want(top_k=2, full_logits=True)
     ):  # 12 MB each, twice the object stores in all
@@ -169,7 +164,7 @@ def test_large_scores_come_whole_and_can_be_written_to(pool):
 def test_a_slow_reader_slows_the_worker_and_an_abandoned_call_leaves_the_pool_usable(pool):
     two = pool()
     ids = np.arange(60, dtype=np.int32)
-    responses = [Response(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(100)]
+    responses = [Rollout(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(100)]
     stream = two._score(responses, Want(full_logits=True))  # 1.2 GB in all
     next(stream)
     actors = [psutil.Process(pid).parent() for pid in two.pids]
@@ -177,7 +172,7 @@ def test_a_slow_reader_slows_the_worker_and_an_abandoned_call_leaves_the_pool_us
     assert all(actor.memory_info().rss < 600 << 20 for actor in actors if actor)
     stream.close()
     began = time.monotonic()
-    assert sorted(c.request_id for c in two._generate([request_of("a"), request_of("b")])) == ["a", "b"]
+    assert sorted(c.request_id for c in generate(two, [request("a"), request("b")])) == ["a", "b"]
     assert time.monotonic() - began < 3
 
 
@@ -185,16 +180,16 @@ def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
     """Methods of an actor overtake each other: a `next` or `cancel` of the call that was left may come after the next one began."""
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.001}, pool=on(cluster))
     site = RayCluster(TinyBackend, config)
-    (host,) = site.hosts()
+    (client,) = site.clients()
     try:
-        host._load()
+        client._load()
         for _ in range(40):
-            left = host._generate(many(50))
+            left = client._generate(Given(many(50)))
             next(left)
             left.close()  # type: ignore[attr-defined]
-            assert len(list(host._generate(many(3)))) == 3
+            assert len(list(client._generate(Given(many(3))))) == 3
     finally:
-        host._close()
+        client._close()
         site.close()
 
 
@@ -215,17 +210,15 @@ def test_the_public_api(cluster):
 def test_a_node_that_leaves_costs_only_the_work_in_flight(cluster, tiny_llama):
     chance = np.random.default_rng(0)
     requests = [
-        Request(
-            id=str(i),
-            prompt_ids=chance.integers(0, 40_000, 4 + i % 9).astype(np.int32),
-            sampling=Sampling(max_new_tokens=8, seed=3),
+        sample_requests(
+            id=str(i), prompt_ids=chance.integers(0, 40_000, 4 + i % 9), sampling=Sampling(max_new_tokens=8, seed=3)
         )
         for i in range(200)
     ]
     config: dict[str, Any] = {"model_name": tiny_llama, "dtype": "float32", "batch_size": 8}
     with create_backend(HuggingFaceBackendConfig(**config)) as one:
         expected = {c.key: c for c in one.complete(requests)}
-    got: list[Completion] = []
+    got: list[Rollout] = []
     with create_backend(HuggingFaceBackendConfig(dp_size=2, pool=on(cluster), **config)) as backend:
         for completion in backend.complete(requests):
             got.append(completion)
@@ -240,7 +233,7 @@ def test_a_node_that_leaves_costs_only_the_work_in_flight(cluster, tiny_llama):
 def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
     two, got = pool(seconds=0.02), []
     before = list(two.pids)
-    for completion in two._generate(many(300)):
+    for completion in two._generate(Given(many(300))):
         got.append(completion.key)
         if len(got) == 20:
             cluster.remove()
@@ -260,7 +253,7 @@ def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
 @pytest.mark.parametrize("whose", ["the actor", "the engine"])
 def test_a_killed_process_loses_nothing(pool, whose):
     two, got = pool(seconds=0.005), []
-    for completion in two._generate(many(150)):
+    for completion in two._generate(Given(many(150))):
         got.append(completion.key)
         if len(got) == 20:
             worker = psutil.Process(two.pids[0])
@@ -274,7 +267,7 @@ def test_a_replica_that_died_while_idle_is_started_again(pool):
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     time.sleep(1)
-    assert len(list(two._generate(many(80)))) == 80
+    assert len(list(two._generate(Given(many(80))))) == 80
     assert not set(before) & set(two.pids)
 
 
@@ -284,7 +277,7 @@ def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(p
     with pytest.raises(
         EngineError, match=r"died three times on each of these responses, .*'die' \(sample 0\); all others"
     ) as caught:
-        for completion in two._generate([*requests[:20], request_of("die"), *requests[20:]]):
+        for completion in two._generate(Given([*requests[:20], *request("die"), *requests[20:]])):
             got.append(completion.request_id)
     assert sorted(got, key=int) == [str(i) for i in range(40)]
     assert not isinstance(caught.value, EngineDiedError) and "worker's log" in caught.value.__notes__[0]
@@ -296,8 +289,8 @@ def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(p
 def test_an_engines_own_error_keeps_its_class_and_its_warnings_are_heard(pool, caplog):
     two = pool()
     with pytest.raises(UsageError, match="a sentence of ours"):
-        list(two._generate([request_of("usage")]))
-    list(two._generate([request_of("warn")]))
+        list(generate(two, [request("usage")]))
+    list(generate(two, [request("warn")]))
     assert ("rl_onoff.tiny", logging.WARNING, "look here") in caplog.record_tuples
 
 
@@ -382,7 +375,7 @@ def test_a_connection_that_was_there_is_used_and_left_alone(cluster):
     ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         with create_backend(FakeBackendConfig(model_name="fake", pool=PoolConfig(kind=PoolKind.ray))) as backend:
-            assert len(list(backend.complete([request_of(str(i)) for i in range(3)]))) == 3
+            assert len(list(backend.complete(many(3)))) == 3
         assert ray.is_initialized()
     finally:
         ray.shutdown()

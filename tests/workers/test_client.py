@@ -21,7 +21,7 @@ from rl_onoff.backends import FakeBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import process, sessions, wire
-from rl_onoff.workers.client import Host
+from rl_onoff.workers.client import WorkerClient
 from tests.conftest import ROOT
 from tests.workers.tiny_backend import TinyBackend, generate
 
@@ -337,7 +337,7 @@ def test_the_log_is_kept_where_it_is_wanted(tmp_path, monkeypatch):
 
 
 def test_the_child_sees_this_package_but_not_its_neighbours(tmp_path):
-    worker = process.WorkerProcess(TinyBackend, None, None)
+    worker = process.WorkerProcess(TinyBackend, FakeBackendConfig(model_name="tiny"), None)
     try:
         (path,) = (worker._folder / "path",)
         assert {p.name for p in path.iterdir()} == {"rl_onoff", "tests"}
@@ -426,7 +426,7 @@ def test_an_interrupt_leaves_the_host_usable_or_says_to_load_again():
 
 
 def test_host_is_a_core_of_its_own():
-    host = Host(TinyBackend, FakeBackendConfig(model_name="tiny"))
+    host = WorkerClient(TinyBackend, FakeBackendConfig(model_name="tiny"))
     assert host.pid is None
     assert host._load().engine == "tiny"
     assert next(host._score([response(0, 5)], Want())).key == ("r", 0)

@@ -1,0 +1,157 @@
+"""What travels to and from a worker arrives as it went: every value, shape and type, in memory that can be written to."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
+from rl_onoff.workers import wire
+
+EXTREME = np.array([-np.inf, np.inf, np.nan, -0.0, 1e-45, np.finfo(np.float32).max], np.float32)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+samples = st.integers(0, 2**40)
+lengths = st.integers(0, 5)
+
+
+def floats(*shape: int):
+    return arrays(np.float32, shape, elements=st.floats(width=32))
+
+
+def ids(*shape: int):
+    return arrays(np.int32, shape)
+
+
+samplings = st.builds(
+    Sampling, temperature=st.floats(0, 1e30), top_p=st.floats(1e-300, 1), seed=st.integers(0, 2**63 - 1),
+    stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=2),
+)  # fmt: skip
+requests = lengths.flatmap(
+    lambda n: st.builds(
+        SampleRequest, request_id=texts, sample=samples, prompt_ids=ids(n), sampling=samplings, seed=st.integers(0, 2**31 - 1)
+    )
+)  # fmt: skip
+rollouts = lengths.flatmap(
+    lambda n: st.builds(
+        Rollout, request_id=texts, sample=samples, prompt_ids=ids(n + 1), token_ids_T=ids(n), text=texts,
+        mask_T=st.none() | arrays(np.bool_, n), logprobs_T=st.none() | floats(n), kind=st.none() | st.sampled_from(LogprobKind),
+        finish_reason=st.none() | st.sampled_from(FinishReason), reward=st.none() | st.floats(allow_nan=False),
+    )
+)  # fmt: skip
+scores = st.tuples(lengths, lengths, lengths).flatmap(
+    lambda s: st.builds(
+        TokenScores, request_id=texts, sample=samples, token_ids_T=ids(s[0]), logprobs_T=floats(s[0]),
+        entropy_T=st.none() | floats(s[0]), logsumexp_T=floats(s[0]), rank_T=ids(s[0]), top_ids_TK=ids(s[0], s[1]),
+        top_logprobs_TK=floats(s[0], s[1]), kind=st.sampled_from(LogprobKind), logits_TV=st.none() | floats(s[0], s[2]),
+        processed_logprobs_T=st.none() | floats(s[0]), nucleus_mass_T=st.none() | floats(s[0]),
+    )
+)  # fmt: skip
+
+
+def travelled(message: Any) -> Any:
+    """The message after its way through a socket."""
+    one, two = map(wire.SocketChannel, socket.socketpair())
+    sender = threading.Thread(target=one.send, args=(message,))
+    sender.start()
+    try:
+        return two.receive()
+    finally:
+        sender.join()
+        one.close()
+        two.close()
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    for field in dataclasses.fields(one):
+        mine, theirs = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(mine, np.ndarray):
+            assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, field.name
+            assert mine.tobytes() == theirs.tobytes() and theirs.flags.writeable, field.name
+        else:
+            assert mine == theirs and type(mine) is type(theirs), field.name
+
+
+@given(st.lists(requests, max_size=4), st.booleans())
+def test_requests_come_back_as_they_went(items, last):
+    back = travelled(wire.Generate(call=3, requests=wire.Requests.pack(items), last=last))
+    assert (back.call, back.last) == (3, last)
+    for before, after in zip(items, back.requests.unpack(), strict=True):
+        assert_same(before, after)
+
+
+@given(st.lists(rollouts, max_size=4), samplings)
+def test_rollouts_come_back_as_they_went(items, sampling):
+    want = Want(top_k=3, sampler=sampling)
+    back = travelled(wire.Score(call=1, rollouts=items, want=want))
+    assert back.want == want
+    for before, after in zip(items, back.rollouts, strict=True):
+        assert_same(before, after)
+        assert_same(before, travelled(wire.Completed(call=1, result=before)).result)
+
+
+@given(scores)
+def test_scores_come_back_as_they_went(item):
+    assert_same(item, travelled(wire.Scored(call=1, result=item)).result)
+
+
+def extreme_scores(repeat: int) -> TokenScores:
+    n = len(EXTREME)
+    ids_T = np.array([0, -1, 2**31 - 1, -(2**31), 5, 6], np.int32)
+    return TokenScores(
+        request_id="ü\0", sample=0, token_ids_T=ids_T, logprobs_T=EXTREME, entropy_T=EXTREME, logsumexp_T=EXTREME, rank_T=ids_T,
+        top_ids_TK=np.zeros((n, 0), np.int32), top_logprobs_TK=np.zeros((n, 0), np.float32),
+        logits_TV=np.tile(EXTREME, (n, repeat)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("repeat", [2, wire.INLINE_BYTES], ids=["in the header", "in buffers of their own"])
+def test_extreme_numbers_keep_their_bits(repeat):
+    item = extreme_scores(repeat)
+    assert (item.logits_TV.nbytes > wire.INLINE_BYTES) == (repeat > 2)
+    assert_same(item, travelled(wire.Scored(call=1, result=item)).result)
+
+
+def test_arrays_that_are_not_contiguous_arrive_whole():
+    logits = np.arange(600_000, dtype=np.float32).reshape(2, 300_000).T
+    item = dataclasses.replace(extreme_scores(1), logits_TV=logits)
+    assert np.array_equal(travelled(wire.Scored(call=1, result=item)).result.logits_TV, logits)
+
+
+def test_arrays_are_written_to_and_hold_nothing_else_in_memory():
+    """Keeping a small array must not keep the full logits that came with it."""
+    item = extreme_scores(wire.INLINE_BYTES)
+    back = travelled(wire.Scored(call=1, result=item)).result
+    back.logprobs_T[:] = back.logits_TV[:] = 7
+    assert np.array_equal(back.entropy_T, EXTREME, equal_nan=True)
+
+    def owner(array: Any) -> Any:
+        while isinstance(array, np.ndarray) and array.base is not None:
+            array = array.base
+        return memoryview(array)
+
+    assert owner(back.logprobs_T).nbytes == EXTREME.nbytes and owner(back.logits_TV).nbytes == item.logits_TV.nbytes
+
+
+def test_a_shared_prompt_and_sampler_are_sent_once():
+    sampling = Sampling(stop=["stop here" * 100])
+    ids_P = np.arange(1000, dtype=np.int32)
+    shared = [SampleRequest(request_id="a", sample=i, seed=i, prompt_ids=ids_P, sampling=sampling) for i in range(100)]
+    channel = wire.SocketChannel(socket.socketpair()[0])
+    assert len(channel._encoder.encode(wire.Requests.pack(shared))) < 7_000
+    back = travelled(wire.Generate(call=1, requests=wire.Requests.pack(shared), last=True)).requests.unpack()
+    assert [one.key for one in back] == [("a", i) for i in range(100)]
+    assert all(one.sampling == sampling and np.array_equal(one.prompt_ids, ids_P) for one in back)
+
+
+def test_what_is_no_plain_value_is_refused():
+    assert "object" in str(wire.fits({"a": object()})) and wire.fits({"a": [1, "b", None]}) is None
