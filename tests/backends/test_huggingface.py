@@ -1,4 +1,4 @@
-"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, and models that do not split."""
+"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, and models without a split."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ def random_model(folder: Any, config: Any, tokenizer_from: str) -> str:
 
 
 def families() -> dict[str, Any]:
-    """Models that differ in what bites: absolute positions, soft-capped logits, scaled logits, sliding windows, tied heads."""
+    """Models that differ in absolute positions, soft-capped logits, scaled logits, sliding windows, tied heads."""
     from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, MistralConfig
 
     shape: dict[str, Any] = {
-        "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1,
+        "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+        "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1,
     }  # fmt: skip
     return {
         "gpt2": GPT2Config(
@@ -223,7 +224,7 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_peak_memory_stays_far_below_the_full_logits(tiny_llama: str) -> None:
-    """Scoring a batch must not hold (batch, length, vocabulary): measured in a process of its own, as peak over the weights."""
+    """Scoring a batch must not hold (batch, length, vocabulary): measured in its own process, over the weights."""
     code = f"""
 import numpy as np
 from rl_onoff.backends import create_backend
@@ -231,7 +232,8 @@ from rl_onoff.types import Rollout, Want
 rng = np.random.default_rng(0)
 ids = lambda n: rng.integers(5, 49000, n).astype(np.int32)
 responses = [Rollout(request_id=str(i), sample=0, prompt_ids=ids(8), token_ids_T=ids(240)) for i in range(16)]
-backend = create_backend({{"backend_type": "huggingface", "model_name": {tiny_llama!r}, "backend_specific": {{"torch_dtype": "float32"}}}})
+options = {{"torch_dtype": "float32"}}
+backend = create_backend({{"backend_type": "huggingface", "model_name": {tiny_llama!r}, "backend_specific": options}})
 backend.load()
 list(backend.score(responses[:1], Want(top_k=5)))
 def peak_kib():  # not ru_maxrss, which a child takes over from whoever started it

@@ -1,4 +1,4 @@
-"""A tiny deterministic language model over bytes: a real backend, quick enough for every test of what surrounds an engine.
+"""A tiny deterministic language model over bytes: a real backend, quick enough for every test around an engine.
 
 Its logits depend on the last two tokens through a random table that the model's name seeds. `noise` perturbs the table,
 as another policy would.

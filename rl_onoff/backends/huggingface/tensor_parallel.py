@@ -134,7 +134,7 @@ class Follower(Ranks):
 
     def _listen(self) -> None:
         """Take in what rank 0 says, and end with it, also from within a collective operation."""
-        with suppress(EOFError):
+        with suppress(EOFError, pickle.UnpicklingError):  # rank 0 ended, maybe in the middle of a word
             while True:
                 self._heard.put(pickle.load(sys.stdin.buffer))
         os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
