@@ -15,7 +15,7 @@ WORK = """
 import json, sys, time
 import numpy as np, torch
 from rl_onoff.backends import create_backend
-from rl_onoff.types import Response, Want
+from rl_onoff.types import Rollout, Want
 way, model, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
 options = {"dtype": "float32", "batch_size": batch}
 backend = create_backend({"backend_type": "huggingface", "model_name": model, "backend_specific": options})
@@ -26,20 +26,23 @@ if way == "shared":
     prompts = [ids(256) for _ in range(2)]
 else:
     prompts = [ids(256) for _ in range(batch)]
-responses = [Response(request_id=str(i), sample=0, prompt_ids=prompts[i % len(prompts)], token_ids_T=ids(64)) for i in range(batch)]
-whole = backend._split.whole
+rollouts = [
+    Rollout(request_id=str(i), sample=0, prompt_ids=prompts[i % len(prompts)], token_ids_T=ids(64)) for i in range(batch)
+]
+whole, device = backend._split.whole, backend._split.device
 
 def naive():
-    inputs = torch.as_tensor(np.stack([np.concatenate([r.prompt_ids, r.token_ids_T]) for r in responses]).astype(np.int64))
+    sequences = np.stack([np.concatenate([r.prompt_ids, r.token_ids_T]) for r in rollouts])
+    inputs = torch.as_tensor(sequences.astype(np.int64), device=device)
     with torch.no_grad():
         logprobs = whole(inputs, use_cache=False).logits.float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         chosen = logprobs[:, :-1].gather(-1, inputs[:, 1:, None])
         return chosen, entropy, logprobs.topk(5, -1)
 
-run = naive if way == "naive" else lambda: list(backend.score(responses, Want(top_k=5)))
+run = naive if way == "naive" else lambda: list(backend.score(rollouts, Want(top_k=5)))
 with torch.no_grad():
-    whole(torch.as_tensor(responses[0].prompt_ids[None].astype(np.int64)))
+    whole(torch.as_tensor(rollouts[0].prompt_ids[None].astype(np.int64), device=device))
 def peak_kib():  # not ru_maxrss, which a child takes over from whoever started it
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 
@@ -69,10 +72,8 @@ def main() -> None:
         "shared": "ours, 2 prompts shared by the batch",
     }
     for way, words in words_of.items():
-        r = results[way]
-        print(
-            f"{words:<42}{r['seconds'] / naive['seconds']:>14.2f}{r['peak_mib'] / naive['peak_mib']:>14.3f}{r['peak_mib']:>10.0f}"
-        )
+        seconds, peak = results[way]["seconds"], results[way]["peak_mib"]
+        print(f"{words:<42}{seconds / naive['seconds']:>14.2f}{peak / naive['peak_mib']:>14.3f}{peak:>10.0f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, and models that do not split."""
+"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, and models without a split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rl_onoff.backends import BaseBackend, create_backend
-from rl_onoff.types import LogprobKind, Request, Response, Sampling, Want
+from rl_onoff.types import LogprobKind, Rollout, Sampling, Want, sample_requests
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,13 @@ def random_model(folder: Any, config: Any, tokenizer_from: str) -> str:
 
 
 def families() -> dict[str, Any]:
-    """Models that differ in what bites: absolute positions, soft-capped logits, scaled logits, sliding windows, tied heads."""
+    """Models that differ in absolute positions, soft-capped logits, scaled logits, sliding windows, tied heads."""
     from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, MistralConfig
 
     shape: dict[str, Any] = {
-        "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1,
+        "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+        "pad_token_id": 2, "eos_token_id": 2, "bos_token_id": 1,
     }  # fmt: skip
     return {
         "gpt2": GPT2Config(
@@ -52,16 +53,16 @@ def families() -> dict[str, Any]:
     }
 
 
-def some_responses(seed: int, count: int = 12) -> list[Response]:
+def some_rollouts(seed: int, count: int = 12) -> list[Rollout]:
     rng = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> np.ndarray:
         return rng.integers(5, 49000, int(rng.integers(low, high))).astype(np.int32)
 
-    alone = [Response(request_id=f"{i}", sample=0, prompt_ids=ids(1, 30), token_ids_T=ids(1, 40)) for i in range(count)]
+    alone = [Rollout(request_id=f"{i}", sample=0, prompt_ids=ids(1, 30), token_ids_T=ids(1, 40)) for i in range(count)]
     prompt_ids = ids(20, 30)
     return alone + [
-        Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=ids(1, 40)) for i in range(4)
+        Rollout(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=ids(1, 40)) for i in range(4)
     ]
 
 
@@ -74,20 +75,21 @@ def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(
         {"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}
     ) as backend:
         assert backend._split.splits
-        responses = {r.key: r for r in some_responses(1)}
+        responses = {r.key: r for r in some_rollouts(1)}
         for scores in backend.score(responses.values(), Want(full_logits=True)):
             response = responses[scores.key]
-            sequence = torch.as_tensor(
-                np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64)
-            )
+            ids = np.concatenate([response.prompt_ids, response.token_ids_T])[None].astype(np.int64)
             with torch.no_grad():
-                plain = backend._split.whole(sequence).logits[0, len(response.prompt_ids) - 1 : -1].float().numpy()
+                logits = backend._split.whole(torch.as_tensor(ids, device=backend._split.device)).logits
+            plain = logits[0, len(response.prompt_ids) - 1 : -1].float().cpu().numpy()
             assert scores.logits_TV is not None
             np.testing.assert_allclose(scores.logits_TV, plain, atol=1e-4)
         # decoding pads on the left: the tokens of a mixed batch are those of each prompt alone
         requests = [
-            Request(id=r.request_id, prompt_ids=r.prompt_ids, sampling=Sampling(max_new_tokens=6, temperature=0))
-            for r in some_responses(2, 5)[:5]
+            sample_requests(
+                id=r.request_id, prompt_ids=r.prompt_ids, sampling=Sampling(max_new_tokens=6, temperature=0)
+            )
+            for r in some_rollouts(2, 5)[:5]
         ]
         together = {c.key: c for c in backend.complete(requests)}
         for request in requests:
@@ -99,18 +101,19 @@ def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(
 def test_a_model_that_does_not_split_is_scored_whole(tiny: BaseBackend, caplog: pytest.LogCaptureFixture) -> None:
     from rl_onoff.backends.huggingface.model import SplitModel
 
-    expected = {s.key: s.logprobs_T for s in tiny.score(some_responses(3))}
+    expected = {s.key: s.logprobs_T for s in tiny.score(some_rollouts(3))}
     split = tiny._split
     try:
         head = split.whole.get_output_embeddings
-        split.whole.get_output_embeddings = lambda: torch.nn.Linear(64, 49152)  # a head that is not the model's
+        other = torch.nn.Linear(64, 49152, device=split.device)  # a head that is not the model's
+        split.whole.get_output_embeddings = lambda: other
         tiny._split = SplitModel(split.whole)
         split.whole.get_output_embeddings = head
         assert not tiny._split.splits and "cannot be split" in caplog.text
-        for scores in tiny.score(some_responses(3), Want(top_k=2)):
+        for scores in tiny.score(some_rollouts(3), Want(top_k=2)):
             np.testing.assert_allclose(scores.logprobs_T, expected[scores.key], atol=1e-4)
         (completion,) = tiny.complete(
-            [Request(id="a", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=4))]
+            [sample_requests(id="a", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=4))]
         )
         assert len(completion.token_ids_T) == 4
     finally:
@@ -134,8 +137,8 @@ def test_gradients_of_given_responses_reach_the_weights(tiny: BaseBackend) -> No
     moved = tiny.get_logits(["The capital of France is", "One plus one is"], [" Paris, I think", " two"])
     with torch.no_grad():
         weight -= step * gradient
-    change = sum(-torch.as_tensor(row).log_softmax(-1)[:, 0].sum() for row in moved) - loss.detach()
-    assert float(change) == pytest.approx(float(step * (gradient**2).sum()), rel=0.1)
+    change = sum(-float(torch.as_tensor(row).log_softmax(-1)[:, 0].sum()) for row in moved) - float(loss.detach())
+    assert change == pytest.approx(float(step * (gradient**2).sum()), rel=0.1)
 
 
 def test_gradients_of_a_generation(tiny: BaseBackend) -> None:
@@ -143,7 +146,7 @@ def test_gradients_of_a_generation(tiny: BaseBackend) -> None:
     assert result["logits"].requires_grad and result["logits"].shape == (len(result["token_ids"]), 49152)
     result["logits"].sum().backward()
     plain = tiny.get_logits(tiny.encode("The capital of France is"), result["token_ids"])
-    np.testing.assert_allclose(result["logits"].detach().numpy(), plain, atol=1e-4)
+    np.testing.assert_allclose(result["logits"].detach().cpu().numpy(), plain, atol=1e-4)
 
 
 def test_scoring_still_builds_no_graph_after_gradients_were_asked_for(tiny: BaseBackend) -> None:
@@ -153,7 +156,7 @@ def test_scoring_still_builds_no_graph_after_gradients_were_asked_for(tiny: Base
 
 
 def test_the_context_ends_a_response(tiny: BaseBackend) -> None:
-    request = Request(
+    request = sample_requests(
         id="long", prompt_ids=np.arange(5, 5 + tiny.info.max_len - 3, dtype=np.int32), sampling=Sampling(temperature=0)
     )
     (completion,) = tiny.complete([request])
@@ -170,7 +173,9 @@ def test_nothing_comes_from_the_generation_config(tiny_llama: str, tmp_path: Any
     (folder / "generation_config.json").write_text(
         json.dumps(settings | {"top_k": 1, "repetition_penalty": 5.0, "do_sample": True, "temperature": 0.1})
     )
-    requests = [Request(id="0", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=30, seed=4))]
+    requests = [
+        sample_requests(id="0", prompt_ids=np.arange(9, dtype=np.int32), sampling=Sampling(max_new_tokens=30, seed=4))
+    ]
     ids = []
     for path in (tiny_llama, str(folder)):
         with create_backend(
@@ -188,8 +193,8 @@ def test_kinds_of_logprobs(tiny_llama: str, kind: LogprobKind) -> None:
     with create_backend(
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
     ) as backend:
-        (completion,) = backend.complete([Request(id="0", prompt_ids=prompt_ids, sampling=sampling)])
-        response = Response(request_id="0", sample=0, prompt_ids=prompt_ids, token_ids_T=completion.token_ids_T)
+        (completion,) = backend.complete([sample_requests(id="0", prompt_ids=prompt_ids, sampling=sampling)])
+        response = Rollout(request_id="0", sample=0, prompt_ids=prompt_ids, token_ids_T=completion.token_ids_T)
         (scores,) = backend.score([response], Want(sampler=sampling, full_logits=True))
     assert completion.kind is kind and scores.logits_TV is not None
     scaled = (
@@ -240,15 +245,16 @@ def test_the_noise_is_exponential_and_independent() -> None:
 
 
 def test_peak_memory_stays_far_below_the_full_logits(tiny_llama: str) -> None:
-    """Scoring a batch must not hold (batch, length, vocabulary): measured in a process of its own, as peak over the weights."""
+    """Scoring a batch must not hold (batch, length, vocabulary): measured in its own process, over the weights."""
     code = f"""
 import numpy as np
 from rl_onoff.backends import create_backend
-from rl_onoff.types import Response, Want
+from rl_onoff.types import Rollout, Want
 rng = np.random.default_rng(0)
 ids = lambda n: rng.integers(5, 49000, n).astype(np.int32)
-responses = [Response(request_id=str(i), sample=0, prompt_ids=ids(8), token_ids_T=ids(240)) for i in range(16)]
-backend = create_backend({{"backend_type": "huggingface", "model_name": {tiny_llama!r}, "backend_specific": {{"torch_dtype": "float32"}}}})
+responses = [Rollout(request_id=str(i), sample=0, prompt_ids=ids(8), token_ids_T=ids(240)) for i in range(16)]
+options = {{"torch_dtype": "float32"}}
+backend = create_backend({{"backend_type": "huggingface", "model_name": {tiny_llama!r}, "backend_specific": options}})
 backend.load()
 list(backend.score(responses[:1], Want(top_k=5)))
 def peak_kib():  # not ru_maxrss, which a child takes over from whoever started it

@@ -1,7 +1,7 @@
-"""A tiny deterministic language model over bytes: a real backend, quick enough for every test of what is around an engine.
+"""A tiny deterministic language model over bytes: a real backend, quick enough for every test around an engine.
 
-Its logits depend on the last two tokens through a random table that the model's name seeds. `noise` perturbs the table, as
-another policy would.
+Its logits depend on the last two tokens through a random table that the model's name seeds. `noise` perturbs the table,
+as another policy would.
 """
 
 from __future__ import annotations
@@ -16,43 +16,44 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine import EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.fake.config import FakeBackendConfig
+from rl_onoff.backends.sampler import Row, draw
+from rl_onoff.backends.token_stats import token_stats
 from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want
+
+END = 256
 
 
 class ByteTokenizer:
     """256 bytes and an end token, with the part of a transformers tokenizer's interface that the project uses."""
 
-    eos_token_id = 256
+    eos_token_id = END
     eos_token = "<|end|>"
     bos_token_id = None
-    all_special_ids: ClassVar[list[int]] = [256]
+    all_special_ids: ClassVar[list[int]] = [END]
     chat_template = "{role}: {content}"
     padding_side = "left"
     name_or_path = "fake"
 
     def __len__(self) -> int:
-        return 257
+        return END + 1
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": self.encode(text)}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, **_: Any) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int] | int, skip_special_tokens: bool = False, **_: Any) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        parts = [bytes([i]) if i < 256 else b"" if skip_special_tokens else self.eos_token.encode() for i in ids]
-        return b"".join(parts).decode(errors="replace")
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False, **_: Any) -> str:
+        end = b"" if skip_special_tokens else self.eos_token.encode()
+        return b"".join(bytes([i]) if i < END else end for i in token_ids).decode(errors="replace")
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        return [self.decode(i) for i in ids]
+        return [self.decode([i]) for i in ids]
 
     def apply_chat_template(
         self, messages: Sequence[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any
     ):
-        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + (
-            "assistant: " if add_generation_prompt else ""
-        )
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: " * add_generation_prompt
         return self.encode(text) if tokenize else text
 
 
@@ -71,32 +72,23 @@ class FakeBackend(BaseBackend):
     def _load(self) -> EngineInfo:
         import torch
 
-        def random(seed: int) -> Any:
-            return torch.randn(2, 257, 257, generator=torch.Generator().manual_seed(seed))
-
-        seed = zlib.crc32(self.config.model_name.encode())
-        self._table = 2 * random(seed) + self.config.noise * random(seed + 1)
-        self._info = EngineInfo(
-            engine=self.name, version="1", dtype="float32", vocab_size=257, max_len=4096, eos_ids=(256,)
-        )
-        return self._info
+        seed, size = zlib.crc32(self.config.model_name.encode()), END + 1
+        own, noise = (torch.randn(2, size, size, generator=torch.Generator().manual_seed(seed + i)) for i in range(2))
+        self._table = 2 * own + self.config.noise * noise
+        return EngineInfo(engine=self.name, version="1", dtype="float32", vocab_size=size, max_len=4096, eos_ids=(END,))
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
-        from rl_onoff.backends.sampler import Row, draw
-
-        eos_ids, kind = frozenset(self.info.eos_ids), self.config.logprob_kind
+        kind, tokenizer = self.config.logprob_kind, self.get_tokenizer()
         while requests := supply.take(1, wait=True):
             row = Row(requests[0], self.info.max_len)
             while row.finish is None:
                 logits = self._rows(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
                 token, logprob = draw(logits, [row.request.sampling], np.array([row.key()]), kind)
-                row.append(int(token[0]), float(logprob[0]), self.get_tokenizer(), eos_ids)
+                row.append(int(token[0]), float(logprob[0]), tokenizer, frozenset(self.info.eos_ids))
             yield row.rollout(kind)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         import torch
-
-        from rl_onoff.backends.token_stats import token_stats
 
         for rollout in rollouts:
             yield token_stats(self._logits_of(rollout), torch.as_tensor(rollout.token_ids_T), want).of(rollout)
@@ -109,7 +101,7 @@ class FakeBackend(BaseBackend):
 
     @staticmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        return {"sampling": sampling, "eos_ids": tuple(eos_ids), "seed": seed}
+        return {}
 
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()
@@ -120,8 +112,7 @@ class FakeBackend(BaseBackend):
         return self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
 
     def _logits_of(self, rollout: Rollout) -> Any:
-        sequence = np.concatenate([rollout.prompt_ids, rollout.token_ids_T[:-1]])
-        return self._rows(sequence, len(rollout.token_ids_T))
+        return self._rows(np.concatenate([rollout.prompt_ids, rollout.token_ids_T[:-1]]), len(rollout.token_ids_T))
 
     def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         self._table.requires_grad_(True)

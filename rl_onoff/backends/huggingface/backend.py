@@ -53,7 +53,7 @@ class HuggingFaceBackend(BaseBackend):
             self._ranks = Ranks.start(type(self), self.config)
         self._split = load(self.config)
         model = self._split.whole
-        self._info = EngineInfo(
+        return EngineInfo(
             engine=self.name,
             version=transformers.__version__,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -62,7 +62,6 @@ class HuggingFaceBackend(BaseBackend):
             eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
             batch=self.config.batch_size,
         )
-        return self._info
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         while requests := supply.take(wait=True):
@@ -121,7 +120,7 @@ class HuggingFaceBackend(BaseBackend):
                 f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1"
             )
 
-    # -- batches ---------------------------------------------------------------------------------------------------------
+    # -- batches -------------------------------------------------------------------------------------------------------
 
     def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
         """Neighbours together, as many as the limits on size allow; the longest sets the padding."""

@@ -31,8 +31,8 @@ def decode(
         logits_RV, cache, mask_RL = _prefill(model, rows)
     while rows:
         with torch.no_grad():
-            samplings, keys_R = zip(*((row.request.sampling, row.key()) for row in rows), strict=True)
-            drawn = draw(logits_RV, samplings, np.array(keys_R), kind) if ranks.leads else None
+            keys_R = np.array([row.key() for row in rows])
+            drawn = draw(logits_RV, [row.request.sampling for row in rows], keys_R, kind) if ranks.leads else None
         # rank 0's draws on every rank, not each rank's own: were the gathered logits to differ in a last bit, the ranks
         # would go on with other tokens, and wait for ever for a batch of another size
         tokens_R, logprobs_R = ranks.agreed(drawn)
@@ -48,13 +48,13 @@ def decode(
                     mask_RL = mask_RL[keep]
                 mask_RL = torch.nn.functional.pad(mask_RL, (0, 1), value=1)
                 logits_RV, cache = model.last_logits(
-                    input_ids=torch.as_tensor(tokens_R[going], dtype=torch.long, device=model.device)[:, None],
+                    input_ids=torch.as_tensor(tokens_R[going, None], dtype=torch.long, device=model.device),
                     attention_mask=mask_RL,
                     position_ids=mask_RL.sum(-1, keepdim=True) - 1,
                     past_key_values=cache,
                 )
         rows = [rows[i] for i in going]
-        # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or the next batch
+        # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or batch
         yield from done
 
 

@@ -1,4 +1,4 @@
-"""A causal language model, loaded and taken apart into body and head, so that the head runs over wanted positions alone."""
+"""A causal language model, loaded and taken apart into body and head, so that the head runs where it is wanted."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Every rank is a process that runs the backend's own methods on its part of the weights, so that all enter the same
 collective operations. Rank 0 is the worker: it says which batch comes next and which tokens were drawn, and it alone
-yields results. The other ranks hear rank 0 through their stdin: an idle rank may wait there for hours, where a collective
-operation would time out, and the pipe ends whenever and however rank 0 does.
+yields results. The other ranks hear rank 0 through their stdin: an idle rank may wait there for hours, where a
+collective operation would time out, and the pipe ends whenever and however rank 0 does.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Ranks:
                 self.agreed(LEFT)
             raise
         except BaseException:
-            self._end(0)  # the other ranks may wait for ever in a collective operation that this one did not enter
+            self._end(0)  # the other ranks may wait for ever in a collective operation that this one left
             raise
 
     def agreed(self, value: Any) -> Any:
@@ -133,8 +133,8 @@ class Follower(Ranks):
         return value
 
     def _listen(self) -> None:
-        """Take in what rank 0 says, and end with it, also from within a collective operation that rank 0 never enters."""
-        with suppress(EOFError):
+        """Take in what rank 0 says, and end with it, also from within a collective operation."""
+        with suppress(EOFError, pickle.UnpicklingError):  # rank 0 ended, maybe in the middle of a word
             while True:
                 self._heard.put(pickle.load(sys.stdin.buffer))
         os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
