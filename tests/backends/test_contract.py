@@ -202,10 +202,9 @@ class Trickle:
 
 
 def test_work_that_comes_while_it_works(backend: BaseBackend) -> None:
-    long, *short = (
-        requests_for(backend, [q], max_new_tokens=n, seed=3)[0] for q, n in zip(CHAT, (40, 2, 2, 2, 2), strict=False)
-    )
-    requests = [long, *(replace(request, id=str(i)) for i, request in enumerate(short, 1))]
+    (long,) = requests_for(backend, CHAT[12:13], max_new_tokens=300, temperature=0)  # which does not end before
+    short = [replace(r, id=str(i)) for i, r in enumerate(requests_for(backend, CHAT[1:5], max_new_tokens=2, seed=3), 1)]
+    requests = [long, *short]
     expected = complete(backend, requests)
     core = backend._core
     came = {completion.key: completion for completion in core._generate_from(Trickle(requests))}  # type: ignore[union-attr]

@@ -22,6 +22,8 @@ from tests.backends.moved_sglang import MovedSGLang
 from tests.conftest import SGLANG_PYTHON
 from tests.running import flipped, ids_of
 
+pytestmark = pytest.mark.sglang
+
 ON = ("sglang",)
 TOLERANCE = 2e-4  # nats, float32 against float32
 SAMPLER = Sampling(temperature=0.8, top_k=40, top_p=0.9)

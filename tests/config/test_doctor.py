@@ -11,6 +11,8 @@ from rl_onoff.cli import doctor
 from tests.conftest import ROOT, SGLANG_PYTHON
 
 
+@pytest.mark.vllm
+@pytest.mark.sglang
 def test_what_is_here(capsys, monkeypatch) -> None:
     lines, findings = [], doctor.findings
     monkeypatch.setattr(doctor, "findings", lambda python: lines.extend(findings(python)) or lines)
@@ -34,6 +36,7 @@ def test_what_is_missing_comes_with_what_mends_it(tmp_path: Path) -> None:
 # -- another interpreter -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sglang
 def test_the_interpreter_of_an_engine(capsys, monkeypatch, tmp_path) -> None:
     (tmp_path / "numpy.py").write_text("a file in the working folder is no package")
     monkeypatch.chdir(tmp_path)
