@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo engines browser test test-fast check format docs clean
+.PHONY: help setup demo engines sglang browser test test-engines test-others test-transformers test-fast check format docs clean
 
 help: ## these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -18,18 +18,41 @@ demo: setup ## sample with SmolLM2 in bfloat16, score in float32, compare; ends 
 	$(BIN)/rl-onoff experiment=onoff model.dtype=bfloat16 target=huggingface target.dtype=float32 \
 	  data.limit=16 sampling.max_new_tokens=128
 
-engines: $(VENV)/.dev $(VENV)/.vllm ## vLLM beside the core, SGLang in an environment of its own (CPU builds)
+engines: ## vLLM beside the core, SGLang in an environment of its own (CPU builds), side by side
+	$(MAKE) --jobs 2 --output-sync=target $(VENV)/.vllm sglang
+
+sglang:
 	PYTHON=$(PYTHON) bash tests/engines/build_sglang.sh .venv-sglang
 
 browser: # the tests of the page drive a real Chromium
 	@command -v chromium chromedriver >/dev/null || { echo "installing chromium"; apt-get update -qq && apt-get install -qq -y chromium chromium-driver >/dev/null; } \
 	  || echo "the tests of the page need chromium and chromedriver: install them, or set CHROMIUM and CHROMEDRIVER"
 
-test: engines browser ## all tests, on all engines
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: engines browser ## all tests, on all engines; two halves side by side
+	$(MAKE) --jobs 2 --output-sync=target test-engines test-others
+
+# the tests that start vLLM and SGLang, and all others
+ON_ENGINES := tests/backends tests/compare/test_engines.py tests/config/test_doctor.py
+
+test-engines:
+	$(BIN)/python -m pytest $(ON_ENGINES) $(PYTEST_ARGS)
+
+test-others: test-transformers
+	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(ON_ENGINES)) $(PYTEST_ARGS)
+
+test-transformers: build/transformers-oldest/.made build/transformers-newest/.made ## HuggingFace on the oldest and newest Transformers
+	for age in oldest newest; do \
+	  PYTHONPATH=build/transformers-$$age:$$PYTHONPATH $(BIN)/python -m pytest tests/backends/test_huggingface.py \
+	    tests/backends/test_contract.py -k huggingface --durations=5 $(PYTEST_ARGS) || exit 1; \
+	done
+
+build/transformers-%/.made: requirements/transformers-%.txt | $(VENV)/.dev
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) -r $<
+	@touch $@
 
 test-fast: $(VENV)/.dev ## the tests that need neither vLLM nor SGLang nor a browser
-	$(BIN)/python -m pytest -k "not vllm and not sglang" --ignore=tests/report $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not vllm and not sglang and not browser" $(PYTEST_ARGS)
 
 check: $(VENV)/.vllm ## lint and types (vLLM is there so that calls of it are checked too)
 	$(BIN)/ruff check .
@@ -45,7 +68,7 @@ docs: setup ## docs/configuration.md, from the schemas
 	$(BIN)/python docs/make_configuration.py
 
 clean: ## remove the environments
-	rm -rf $(VENV) .venv-sglang
+	rm -rf $(VENV) .venv-sglang build
 
 $(VENV)/.core: pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""Run: python benchmarks/flips.py [--responses 64] [--tokens 24]
+"""Run: PYTHONPATH=. python benchmarks/flips.py [--responses 64] [--tokens 16] [--draws 1000] [--models tiny,flat,smollm2]
 
 How often the batch changes a draw in float32: draws flipped per million, for batches of 8 and 16 against each response alone, by
 model, sampler and way to draw. The same tokens are given to the model in every batch size, so that one flip makes no second one;
@@ -7,7 +7,8 @@ then for the two rows of logits of a token:
 - inverse: the chance that a uniform number falls where the two cumulative sums pick different tokens, computed exactly
 - gumbel: the share of `--draws` keys with which `rl_onoff.backends.sampler.pick` picks different tokens
 
-The tiny model is the tests' own; `flat` is the same with the head of a new model, whose 49,152 tokens are nearly equally likely.
+On a newer CPU, ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 stands for an older one. The tiny model
+is the tests' own; `flat` is the same with the head of a new model, whose 49,152 tokens are nearly equally likely.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ def cpu() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--responses", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=24)
-    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--models", default="tiny,flat,smollm2")
     arguments = parser.parse_args()
     print(f"CPU: {cpu()}\ndraws flipped per million")
     print(
@@ -110,6 +112,8 @@ if __name__ == "__main__":
     )
     with tempfile.TemporaryDirectory() as temporary:
         for name, path in models(Path(temporary)):
+            if name not in arguments.models.split(","):
+                continue
             found = logits_by_batch(path, arguments.responses, arguments.tokens, (1, 8, 16))
             for label, sampling in SAMPLERS.items():
                 for size in (8, 16):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -36,26 +37,17 @@ def tiny_llama(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_model.make(tmp_path_factory.mktemp("tiny_llama"), smollm2)
 
 
-# -- markers -----------------------------------------------------------------------------------------------------------
-
-NEEDS = {
-    "vllm": ("vllm", "vllm_engine"),
-    "sglang": ("sglang", "sglang_engine"),
-    "ray": ("cluster", "ray"),
-    "browser": ("browser",),
-}
-FILES = {
-    "tests/backends/test_vllm.py": ("vllm",), "tests/backends/test_sglang.py": ("sglang",), "tests/workers/test_ray.py": ("ray",),
-    "tests/end_to_end/test_pool_on_ray.py": ("ray",), "tests/compare/test_engines.py": ("vllm", "sglang"),
-}  # fmt: skip
+def pytest_report_header() -> str:
+    return ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "huggingface_hub"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with the engines and programs that it needs, by its file, its fixtures and its parameters."""
+    """Mark the tests that need an engine or another program by their fixtures; whole files say so themselves."""
     for item in items:
-        file = item.path.relative_to(ROOT).as_posix()
-        values = [v for v in getattr(getattr(item, "callspec", None), "params", {}).values() if isinstance(v, str)]
-        uses = {*getattr(item, "fixturenames", ()), *values}
-        for marker, names in NEEDS.items():
-            if marker in FILES.get(file, ()) or uses.intersection(names):
+        fixtures = getattr(item, "fixturenames", ())
+        engine = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+        if engine in ("vllm", "sglang"):
+            item.add_marker(engine)
+        for fixture, marker in (("browser", "browser"), ("the_cluster", "ray")):
+            if fixture in fixtures:
                 item.add_marker(marker)

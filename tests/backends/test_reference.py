@@ -101,7 +101,7 @@ def test_documented_options(name: str, options: dict[str, Any]) -> None:
 
 
 def test_errors_of_the_configuration() -> None:
-    with pytest.raises(ValueError, match="huggingface, vllm, sglang"):
+    with pytest.raises(ValueError, match="huggingface, sglang, vllm"):
         create_backend({"backend_type": "tensorrt", "model_name": "gpt2"})
     with pytest.raises(ValueError, match="no option 'devise'"):
         create_backend({"backend_type": "huggingface", "model_name": "gpt2", "backend_specific": {"devise": "cpu"}})

@@ -20,6 +20,9 @@ from rl_onoff.types import LogprobKind, Request, Response, Sampling, TokenScores
 from tests.backends.conftest import CHUNK, MAX_LEN, TEXT
 from tests.backends.moved_sglang import MovedSGLang
 from tests.conftest import SGLANG_PYTHON
+from tests.running import flipped, ids_of
+
+pytestmark = pytest.mark.sglang
 
 ON = ("sglang",)
 TOLERANCE = 2e-4  # nats, float32 against float32
@@ -167,10 +170,9 @@ def test_a_response_depends_on_its_seed_alone(backend: BaseBackend, text_ids: np
     together = {completion.key: completion for completion in backend.complete(requests)}
     assert len(together) == 12
     for i, request in enumerate(requests):
-        (alone,) = backend.complete(
-            [Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))]
-        )
-        assert np.array_equal(alone.token_ids_T, together[alone.key].token_ids_T)
+        single = Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))
+        alone = ids_of(backend.complete([single]))
+        flipped(alone, {key: together[key].token_ids_T for key in alone})
     assert len({tuple(together["0", sample].token_ids_T) for sample in range(3)}) == 3
     assert len({tuple(together["3", sample].token_ids_T) for sample in range(3)}) == 1
 
@@ -183,10 +185,8 @@ def test_the_same_seed_draws_what_our_own_loop_draws(
     )
     sampling = Sampling(max_new_tokens=12, n=2, temperature=0.9, top_k=50, top_p=0.95, min_p=0.02, seed=3)
     request = Request(id="a", prompt_ids=text_ids[:20], sampling=sampling)
-    ours = {c.key: c for c in backend.complete([request])}
     with huggingface:
-        for theirs in huggingface.complete([request]):
-            assert np.array_equal(theirs.token_ids_T, ours[theirs.key].token_ids_T)
+        flipped(ids_of(backend.complete([request])), ids_of(huggingface.complete([request])))
 
 
 def test_the_engine_survives_an_abandoned_call(backend: BaseBackend, text_ids: np.ndarray) -> None:

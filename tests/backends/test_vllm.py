@@ -23,6 +23,8 @@ from tests.backends.conftest import MAX_LEN, TEXT
 from tests.backends.moved_vllm import GoneVLLM, MovedVLLM, UncappedVLLM
 from tests.conftest import SGLANG_PYTHON
 
+pytestmark = pytest.mark.vllm
+
 ON = ("vllm",)
 TOLERANCE = 2e-4  # nats, float32 against float32
 SAMPLER = Sampling(temperature=0.7, top_k=40, top_p=0.9)

@@ -10,6 +10,8 @@ from rl_onoff.compare import ON_POLICY_K3
 from tests.conftest import SGLANG_PYTHON
 from tests.running import run_in
 
+pytestmark = [pytest.mark.vllm, pytest.mark.sglang]
+
 ENGINES = ("huggingface", "vllm", "sglang")
 
 

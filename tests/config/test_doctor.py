@@ -11,6 +11,8 @@ from rl_onoff.cli import doctor
 from tests.conftest import ROOT, SGLANG_PYTHON
 
 
+@pytest.mark.vllm
+@pytest.mark.sglang
 def test_what_is_here(capsys, monkeypatch) -> None:
     monkeypatch.setenv("RL_ONOFF_SGLANG_PYTHON", SGLANG_PYTHON)
     assert doctor.command([]) == 0
@@ -47,6 +49,7 @@ def test_a_version_that_the_package_was_not_made_for(tmp_path: Path) -> None:
 # -- another interpreter -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sglang
 def test_the_interpreter_of_an_engine(capsys, monkeypatch, tmp_path) -> None:
     (tmp_path / "numpy.py").write_text("a file in the working folder is no package")
     monkeypatch.chdir(tmp_path)

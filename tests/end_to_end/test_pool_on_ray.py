@@ -16,6 +16,8 @@ import pytest
 
 from tests.end_to_end.conftest import COMMAND, FAKE, continue_command, environment, refused, rl_onoff, token_ids
 
+pytestmark = pytest.mark.ray
+
 ROWS = 40
 LONG = (*FAKE, f"data.limit={ROWS}", "sampling.max_new_tokens=150", "tracking.log_every_s=0.05", "experiment=generate")
 ON_RAY = ("pool=ray", "pool.address=local", "backend.dp_size=2")  # not a cluster that happens to run on this machine
