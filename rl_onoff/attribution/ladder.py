@@ -126,7 +126,8 @@ def _target(this: Run) -> str:
     if config.target is not None:
         if config.target not in names:
             raise UsageError(
-                f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one"
+                f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one "
+                "of them"
             )
         return config.target
     gaps = {name: 0.0 for name in names if name != own_scores(folder)} or dict.fromkeys(names, 0.0)
