@@ -458,13 +458,13 @@ def main() -> None:
     try:
         unit = child("real", folder, model)
         print(
-            f"{model}, {unit['tokens']:,} tokens: sampling a token takes {unit['generate'] / unit['score']:.1f} × the time "
-            "of scoring it"
+            f"{model}, {unit['tokens']:,} tokens: sampling a token takes {unit['generate'] / unit['score']:.1f} × the "
+            "time of scoring it"
         )
         show("On disk, real rows", disk(folder), "bytes a token")
         show("Over the wire, real rows", wire(folder), "bytes a token")
         print(
-            f"  the parent decodes TokenScores with top_k=20 in {decoding(folder) / unit['score']:.5f} of the scoring time"
+            f"  the parent decodes TokenScores, top_k=20, in {decoding(folder) / unit['score']:.5f} of the scoring time"
         )
         for size in sizes:
             one_size(folder, size, unit["score"])

@@ -82,8 +82,8 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
     config, folder = this.config.attribute, this.folder
     if not folder.completions.exists() or not folder.score_names():
         raise UsageError(
-            f"{folder.path} has no scored responses to explain: set run_dir to the folder of an earlier experiment=onoff, "
-            "or stages=[generate,score,attribute] to do all of it"
+            f"{folder.path} has no scored responses to explain: set run_dir to the folder of an earlier "
+            "experiment=onoff, or stages=[generate,score,attribute] to do all of it"
         )
     name, own_name = _target(this), own_scores(folder)
     table, record = folder.scores(name), folder.completions.record()
