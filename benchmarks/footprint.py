@@ -100,7 +100,7 @@ def tokens_of(table: Table) -> int:
 
 
 def disk(folder: Path) -> dict[str, float]:
-    """Bytes a response token of each kind of row, real rows; those of narrower settings are written again from the widest."""
+    """Bytes a response token of each kind of row, real rows; rows of narrower settings are cut from the widest."""
     run = RunDir(folder / "real")
     tokens = tokens_of(run.completions)
     found = {"completions": table_bytes(run.completions) / tokens}
@@ -399,8 +399,8 @@ def tracked(folder: Path, tokens: int) -> tuple[int, int]:
             for i in range(tokens // length)
         )
     )
-    options = ["backend=fake", "target=fake", "target.noise=0.1", "data=file", f"data.path={data}", "tracking.mode=offline",
-               f"sampling.max_new_tokens={length}", f"run_dir={path}"]  # fmt: skip
+    options = ["backend=fake", "target=fake", "target.noise=0.1", "data=file", f"data.path={data}", f"run_dir={path}",
+               "tracking.mode=offline", f"sampling.max_new_tokens={length}"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "rl_onoff", "experiment=onoff", *options], check=True, capture_output=True)
     return sum(file.lstat().st_size for file in (path / "wandb").rglob("*") if file.is_file()), (
         path / "report.html"
@@ -458,18 +458,19 @@ def main() -> None:
     try:
         unit = child("real", folder, model)
         print(
-            f"{model}, {unit['tokens']:,} tokens: sampling one takes {unit['generate'] / unit['score']:.1f} × the time of scoring it"
+            f"{model}, {unit['tokens']:,} tokens: sampling a token takes {unit['generate'] / unit['score']:.1f} × the "
+            "time of scoring it"
         )
         show("On disk, real rows", disk(folder), "bytes a token")
         show("Over the wire, real rows", wire(folder), "bytes a token")
         print(
-            f"  the parent decodes TokenScores with top_k=20 in {decoding(folder) / unit['score']:.5f} of the time of scoring"
+            f"  the parent decodes TokenScores, top_k=20, in {decoding(folder) / unit['score']:.5f} of the scoring time"
         )
         for size in sizes:
             one_size(folder, size, unit["score"])
         show("In the parent's memory", child("held", folder), "bytes")
         print(
-            "\nHow busy equally fast replicas are, scoring in windows of 2,048 responses, and of 128 for each if that is more"
+            "\nHow busy equally fast replicas are, scoring in windows of 2,048 responses, and of 128 for each if more"
         )
         for replicas in (1, 8, 64, 512):
             print(
@@ -478,7 +479,7 @@ def main() -> None:
         for tokens in (2_000, 50_000):
             wandb, page = tracked(folder, tokens)
             print(
-                f"\nW&B, offline, fake engine: {wandb:,} bytes at {tokens:,} tokens, its page of {page:,} bytes included"
+                f"\nW&B, offline, fake engine: {wandb:,} bytes at {tokens:,} tokens, the page's {page:,} bytes included"
             )
         print(f"  and {progress_report(folder):.0f} bytes a report of progress, one every 10 s by default")
     finally:

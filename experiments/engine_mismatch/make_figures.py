@@ -35,7 +35,8 @@ def value(cells: Cells, a: str, b: str, name: str) -> float:
 def table(names: list[str], cells: Cells) -> str:
     """Markdown: one row a cell, the diagonal marked as what it is."""
     lines = [
-        "| sampled | scored | k3 KL (95 % interval) | max \\|log p − log q\\| | ESS tokens | ESS sequences | same likeliest token |",
+        "| sampled | scored | k3 KL (95 % interval) | max \\|log p − log q\\| | ESS tokens | ESS sequences "
+        "| same likeliest token |",
         "|---|---|---|---|---|---|---|",
     ]
     for a in names:
@@ -46,9 +47,8 @@ def table(names: list[str], cells: Cells) -> str:
                 for name in ("logprob_diff_max", "ess_token", "ess_seq", "argmax_agreement")
             ]
             scored = f"{b} (noise floor)" if a == b else b
-            lines.append(
-                f"| {a} | {scored} | {k3:.2g} ({lo:.2g} to {hi:.2g}) | {' | '.join('–' if n == 'nan' else n for n in numbers)} |"
-            )
+            shown = " | ".join("–" if n == "nan" else n for n in numbers)
+            lines.append(f"| {a} | {scored} | {k3:.2g} ({lo:.2g} to {hi:.2g}) | {shown} |")
     counts = cells[names[0], names[0]]
     return (
         "\n".join(
@@ -74,12 +74,14 @@ def svg(names: list[str], cells: Cells) -> str:
     side, panel = CELL * len(names), CELL * len(names) + PAD
     width, height = panel * len(PANELS) + 20, side + TOP + 20
     style = (
-        "text{font:13px system-ui,sans-serif;fill:#1c2024}.t{font-weight:600}.own{stroke:#5f6670;stroke-dasharray:4 3;stroke-width:2}"
+        "text{font:13px system-ui,sans-serif;fill:#1c2024}.t{font-weight:600}"
+        ".own{stroke:#5f6670;stroke-dasharray:4 3;stroke-width:2}"
         ".bg{fill:#fff}@media(prefers-color-scheme:dark){text{fill:#e8eaed}.bg{fill:#16181b}.own{stroke:#a2a9b3}}"
     )
     label = "; ".join(f"{a} to {b}: {value(cells, a, b, 'kl_k3'):.2g}" for a in names for b in names)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="k3 KL {html.escape(label)}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="k3 KL {html.escape(label)}">',
         f'<style>{style}</style><rect class="bg" width="{width}" height="{height}"/>',
     ]
     for i, (metric, title, by_order) in enumerate(PANELS):

@@ -29,13 +29,13 @@ def read(sweep_dir: Path) -> dict[float, Point]:
 
 
 def table(points: dict[float, Point]) -> str:
-    head = "| temperature | k3 KL (95 % interval) | exact KL on top tokens (95 % interval) | mean \\|log p − log q\\| | ESS sequences |"
+    head = "| temperature | k3 KL (95 % interval) | exact KL on top tokens (95 % interval) "
+    head += "| mean \\|log p − log q\\| | ESS sequences |"
     rows = [head, "|---|---|---|---|---|"]
     for temperature, of in points.items():
         two = [f"{of[m]['value']:.2g} ({of[m]['lo']:.2g} to {of[m]['hi']:.2g})" for m, _, _ in LINES]
-        rows.append(
-            f"| {temperature} | {' | '.join(two)} | {of['logprob_diff_mean']['value']:.3g} | {of['ess_seq']['value']:.2f} |"
-        )
+        diff, ess = of["logprob_diff_mean"]["value"], of["ess_seq"]["value"]
+        rows.append(f"| {temperature} | {' | '.join(two)} | {diff:.3g} | {ess:.2f} |")
     return "\n".join(rows) + "\n"
 
 
@@ -44,11 +44,8 @@ def svg(points: dict[float, Point]) -> str:
     most = 1.1 * max(of[m]["hi"] for of in points.values() for m, _, _ in LINES)
 
     def x(temperature: float) -> float:
-        return (
-            LEFT
-            + (temperature - temperatures[0]) / (temperatures[-1] - temperatures[0]) * (WIDTH - LEFT - RIGHT - 20)
-            + 10
-        )
+        share = (temperature - temperatures[0]) / (temperatures[-1] - temperatures[0])
+        return LEFT + share * (WIDTH - LEFT - RIGHT - 20) + 10
 
     def y(value: float) -> float:
         return HEIGHT - BOTTOM - value / most * (HEIGHT - BOTTOM - TOP)
@@ -58,7 +55,8 @@ def svg(points: dict[float, Point]) -> str:
         "@media(prefers-color-scheme:dark){text{fill:#e8eaed}.bg{fill:#16181b}}"
     )
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="KL against temperature">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        'aria-label="KL against temperature">',
         f'<style>{style}</style><rect class="bg" width="{WIDTH}" height="{HEIGHT}"/>',
         f'<line class="axis" x1="{LEFT}" y1="{y(0)}" x2="{WIDTH - RIGHT}" y2="{y(0)}"/>',
         f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 12}" text-anchor="middle">sampling temperature</text>',

@@ -82,8 +82,8 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
     config, folder = this.config.attribute, this.folder
     if not folder.completions.exists() or not folder.score_names():
         raise UsageError(
-            f"{folder.path} has no scored responses to explain: set run_dir to the folder of an earlier experiment=onoff, "
-            "or stages=[generate,score,attribute] to do all of it"
+            f"{folder.path} has no scored responses to explain: set run_dir to the folder of an earlier "
+            "experiment=onoff, or stages=[generate,score,attribute] to do all of it"
         )
     name, own_name = _target(this), own_scores(folder)
     table, record = folder.scores(name), folder.completions.record()
@@ -126,7 +126,8 @@ def _target(this: Run) -> str:
     if config.target is not None:
         if config.target not in names:
             raise UsageError(
-                f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one"
+                f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one "
+                "of them"
             )
         return config.target
     gaps = {name: 0.0 for name in names if name != own_scores(folder)} or dict.fromkeys(names, 0.0)

@@ -37,7 +37,7 @@ DISTRIBUTION_METRICS: dict[str, Metric] = family(
     entropy_target_topk=Metric("entropy of the target on the same outcomes; a lower bound", "nats", "none"),
     argmax_agreement=Metric("share of positions where both find the same token most likely", "fraction", "higher",
                             "same likeliest token", 2),
-    topk_jaccard=Metric("common ids over all ids of the two lists of the k most likely tokens (k as stored; 20 from logits)",
+    topk_jaccard=Metric("common ids over all ids of the two lists of top tokens (k as stored; 20 from logits)",
                         "fraction", "higher"),
     rank_behaviour=Metric("rank of the sampled token under the behaviour, 1 = most likely", "rank", "none"),
     rank_target=Metric("rank of the sampled token under the target, 1 = most likely", "rank", "none"),
@@ -60,7 +60,7 @@ def reduce_logits(pair: Pair) -> tuple[Pair, dict[str, np.ndarray]]:
 
 
 def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarray]:
-    """The terms of what else a side knows of the tokens of pairs of one form; no top-k bounds where the exact is known."""
+    """The terms of what else a side knows of the tokens of pairs of one form; no bounds where the exact is known."""
     q, p = pairs[0].behaviour, pairs[0].target
     terms: dict[str, np.ndarray] = {}
     for term, who, array in (

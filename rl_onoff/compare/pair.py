@@ -58,15 +58,15 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
     if not raw or processed_T is None or (kind is LogprobKind.scaled and (sampler is None or mass_T is None)):
         raise UsageError(
             f"the behaviour's logprobs of response {where} are {kind.value} and the target's are {scores.kind.value}: "
-            "score the tokens with score.processed=true, or say what a file's logprobs are in compare.behaviour_kind and "
-            "compare.target_kind"
+            "score the tokens with score.processed=true, or say what a file's logprobs are in compare.behaviour_kind "
+            "and compare.target_kind"
         )
     if kind is LogprobKind.processed:
         return replace(scores, kind=kind, logprobs_T=processed_T)
     if np.isneginf(processed_T).any():
         raise UsageError(
-            f"the scaled logprobs of response {where} are not known, since the target's sampler could not have drawn some "
-            "of its tokens: sample with backend.logprob_kind=raw or processed"
+            f"the scaled logprobs of response {where} are not known, since the target's sampler could not have drawn "
+            "some of its tokens: sample with backend.logprob_kind=raw or processed"
         )
     return replace(scores, kind=kind, logprobs_T=processed_T + np.log(mass_T))
 
@@ -88,8 +88,8 @@ def check_pair(pair: Pair) -> None:
     if differ_T.any():
         t = int(differ_T.argmax())
         raise UsageError(
-            f"response {name} has token id {q.token_ids_T[t]} at position {t} under the behaviour and {p.token_ids_T[t]} "
-            "under the target: score the very token ids that were sampled, with the same tokenizer"
+            f"response {name} has token id {q.token_ids_T[t]} at position {t} under the behaviour and "
+            f"{p.token_ids_T[t]} under the target: score the very token ids that were sampled, with the same tokenizer"
         )
     _check_numbers(q, f"behaviour's {{}} of response {name}")
     _check_numbers(p, f"target's {{}} of response {name}")

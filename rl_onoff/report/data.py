@@ -34,9 +34,9 @@ class ReportResponse:
 class ReportInput:
     """The whole page. `responses` is read once, in order, and never held as a whole.
 
-    A policy is a dict of facts, shown in the order given; the first is the behaviour and all after it are targets, unless
-    `role` ("behaviour" or "target") says otherwise. `name` is what the page calls it; without one, engine, model and dtype.
-    A comparison is `Comparison.to_dict()` of one target; any part of it may be missing. `name` is what the page calls it.
+    A policy is a dict of facts, shown in the order given; the first is the behaviour and all after it are targets,
+    unless `role` ("behaviour" or "target") says otherwise. `name` is what the page calls it; else engine, model, dtype.
+    A comparison is `Comparison.to_dict()` of one target, any part of which may be missing, and its `name`.
     """
 
     title: str

@@ -33,7 +33,7 @@ def _short(value: float) -> Any:
 
 
 class Index:
-    """Columns with one entry per response, and a heap of worst tokens per target: small even for a million responses."""
+    """Columns with one entry per response, a heap of worst tokens per target: small even for a million responses."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}

@@ -25,9 +25,9 @@ td.own { outline: 2px dashed var(--dim); outline-offset: -4px }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 HOW_TO_READ = (
-    "Down the side who sampled, along the top who scored the same token ids. The dashed diagonal is a policy against itself, "
-    "what it said while it sampled against its own scores: the noise floor. In brackets the 95 % interval over responses. "
-    "On-policy pairs have no colour, close ones a little, off-policy ones much."
+    "Down the side who sampled, along the top who scored the same token ids. The dashed diagonal is a policy against "
+    "itself, what it said while it sampled against its own scores: the noise floor. In brackets the 95 % interval over "
+    "responses. On-policy pairs have no colour, close ones a little, off-policy ones much."
 )
 Cells = Mapping[tuple[str, str], Mapping[str, Any]]
 

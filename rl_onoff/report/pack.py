@@ -1,9 +1,9 @@
-"""Responses as small binary chunks that the page inflates when it shows them. Shapes: N tokens of a chunk, K top tokens.
+"""Responses as small binary chunks that the page inflates when it shows them. N tokens of a chunk, K top tokens.
 
-A chunk is a JSON header and columns over all its tokens. Sampled tokens' logprobs are exact (float32); entropies are rounded to
-1/4096 nat and the logprobs in the top lists to 1/1024 nat (0.05 % of a probability). A target's list is written relative to the
-base's (the behaviour's, or the first that has lists), because the two mostly agree and then deflate to almost nothing. Bytes of
-a column are stored plane by plane.
+A chunk is a JSON header and columns over all its tokens. Sampled tokens' logprobs are exact (float32); entropies are
+rounded to 1/4096 nat and the logprobs in the top lists to 1/1024 nat (0.05 % of a probability). A target's list is
+written relative to the base's (the behaviour's, or the first that has lists), because the two mostly agree and then
+deflate to almost nothing. Bytes of a column are stored plane by plane.
 codec.js reads what is written here; change both together.
 """
 

@@ -87,8 +87,9 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
                 sampler = samplers[name]
                 if kind is not LogprobKind.raw and drawn_with and sampler and not _same_transform(drawn_with, sampler):
                     raise UsageError(
-                        f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than the "
-                        "one that drew the tokens: score them again in a new folder, with the options of the run that sampled"
+                        f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than "
+                        "the one that drew the tokens: score them again in a folder of their own, with the sampling "
+                        "options of the run that sampled"
                     )
                 scored[name] = as_kind(scores, kind, sampler)
         yield Joined(rollout=rollout, prompt=row["prompt"] or "", behaviour=behaviour, targets=scored)
