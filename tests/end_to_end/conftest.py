@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from tests.conftest import ROOT
 from tests.end_to_end.forking import Server
 
 COMMAND = [sys.executable, "-m", "rl_onoff"]
@@ -23,8 +24,8 @@ SMALL = (*FAKE, "data.limit=4", "sampling.max_new_tokens=8")
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, with one thread for torch and without what changes how errors look."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("HYDRA_FULL_ERROR", "PYTHONPATH")}
-    return {**kept, "OMP_NUM_THREADS": "1", **changes}
+    kept = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
 
 
 server = Server()
