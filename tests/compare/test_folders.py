@@ -163,7 +163,7 @@ SAMPLER = ("sampling.temperature=0.8", "sampling.top_p=0.7", "sampling.top_k=40"
 
 
 def kept(logits_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(log of the scaled distribution, which tokens the sampler keeps), by sorting each row: not the code under test."""
+    """(log of the scaled distribution, which tokens the sampler keeps), by sorting rows: not the code under test."""
     z_TV = logits_TV.astype(np.float64) / 0.8
     keep_TV = np.zeros(z_TV.shape, bool)
     for t, z_V in enumerate(z_TV):
