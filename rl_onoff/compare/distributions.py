@@ -115,7 +115,7 @@ def distribution_terms(
 def topk_terms(*arrays: np.ndarray) -> dict[str, np.ndarray]:
     """The same on a coarser set of outcomes: the ids in both lists, the sampled token, and one bucket for the rest.
 
-    Arrays: ids and logprobs of the behaviour's list (T, K), those of the target's, and, if their logprobs are of the same
+    Arrays: ids and logprobs of the behaviour's list (T, K), those of the target's, and, where they are of the lists'
     distributions, the sampled ids with their logprobs under both (T,).
 
     An id that only one side stored has an unknown probability on the other, so it belongs to the rest. Merging outcomes
