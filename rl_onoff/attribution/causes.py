@@ -98,8 +98,8 @@ def retokenised(case: Case, state: State) -> list[Candidate] | Row:
     q, total, before = state.q.rows, len(state.q.rows), state.gap()
     if unfit := frozenset(key for key, row in q.items() if len(row.logprobs_T) != len(row.token_ids_T)):
         detail = (
-            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, so the ids are not "
-            "the sampled ones"
+            f"re-tokenised text: {len(unfit)} of {total} responses have not as many logprobs as ids, so the ids are "
+            "not the sampled ones"
         )
         if len(unfit) == total:
             return Row(rung=Rung.retokenised, before=before, share=1.0, verdict=f"the main cause: {detail}")

@@ -97,28 +97,26 @@ def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarra
 
 
 def distribution_terms(
-    behaviour_logits_TV: np.ndarray, target_logits_TV: np.ndarray, token_ids_T: np.ndarray | None = None, k: int = 20
+    logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, k: int = 20
 ) -> dict[str, np.ndarray]:
     """Exact divergences, entropies and agreement from both sides' logits or logprobs (any per-row constant cancels).
 
     With the sampled ids, also their rank: 1 + the number of tokens with a strictly larger logit.
     """
-    if behaviour_logits_TV.shape != target_logits_TV.shape:
+    if logits_q_TV.shape != logits_p_TV.shape:
         raise UsageError(
-            f"the logits of the two sides have shapes {behaviour_logits_TV.shape} and {target_logits_TV.shape}: "
-            "compare models with the same vocabulary on the same tokens"
+            f"the logits of the two sides have shapes {logits_q_TV.shape} and {logits_p_TV.shape}: compare models with "
+            "the same vocabulary on the same tokens"
         )
-    ids_T = np.zeros(len(target_logits_TV), np.int64) if token_ids_T is None else token_ids_T
-    terms = _by_rows(
-        _distribution_terms, behaviour_logits_TV, target_logits_TV, ids_T, k=min(k, target_logits_TV.shape[1])
-    )
-    if token_ids_T is None:
-        del terms["rank_behaviour"], terms["rank_target"]
-    return terms
+    arrays = (logits_q_TV, logits_p_TV) if token_ids_T is None else (logits_q_TV, logits_p_TV, token_ids_T)
+    return _by_rows(_distribution_terms, *arrays, k=min(k, logits_p_TV.shape[1]))
 
 
 def topk_terms(*arrays: np.ndarray) -> dict[str, np.ndarray]:
-    """The same on a coarser set of outcomes: the ids in both lists, the sampled token, and one bucket for all the rest.
+    """The same on a coarser set of outcomes: the ids in both lists, the sampled token, and one bucket for the rest.
+
+    Arrays: ids and logprobs of the behaviour's list (T, K), those of the target's, and, where they are of the lists'
+    distributions, the sampled ids with their logprobs under both (T,).
 
     An id that only one side stored has an unknown probability on the other, so it belongs to the rest. Merging outcomes
     never raises a divergence (data-processing inequality), so each is a lower bound of the exact one. Negative ids are
@@ -165,49 +163,44 @@ def entropy(logq_TA: np.ndarray) -> np.ndarray:
 
 
 def _distribution_terms(
-    behaviour_logits_TV: np.ndarray, target_logits_TV: np.ndarray, token_ids_T: np.ndarray, k: int
+    logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, *, k: int
 ) -> dict[str, np.ndarray]:
-    logq_TV, logp_TV = log_softmax(behaviour_logits_TV), log_softmax(target_logits_TV)
+    logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
     entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
     shared_T = _shared(_top_ids(logq_TV, k), _top_ids(logp_TV, k))[0].sum(axis=1)
-    return divergence_terms(logq_TV, logp_TV) | {
+    terms = divergence_terms(logq_TV, logp_TV) | {
         "entropy_behaviour": entropy_q_T,
         "entropy_target": entropy_p_T,
         "entropy_diff": entropy_p_T - entropy_q_T,
         "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
         "topk_jaccard": shared_T / (2 * k - shared_T),
-        "rank_behaviour": _rank(behaviour_logits_TV, token_ids_T),
-        "rank_target": _rank(target_logits_TV, token_ids_T),
     }
+    if token_ids_T is not None:
+        terms["rank_behaviour"], terms["rank_target"] = (_rank(x, token_ids_T) for x in (logits_q_TV, logits_p_TV))
+    return terms
 
 
 def _topk_terms(
-    behaviour_ids_TK: np.ndarray,
-    behaviour_logprobs_TK: np.ndarray,
-    target_ids_TK: np.ndarray,
-    target_logprobs_TK: np.ndarray,
-    token_ids_T: np.ndarray | None = None,
-    behaviour_logprobs_T: np.ndarray | None = None,
-    target_logprobs_T: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    k = min(behaviour_ids_TK.shape[1], target_ids_TK.shape[1])
-    tiny = 8 * float(np.finfo(np.result_type(behaviour_logprobs_TK, target_logprobs_TK)).eps)  # rounding of 1 − Σ
-    ids_q_TA, logs_q_TA = _with_sampled(behaviour_ids_TK, behaviour_logprobs_TK, token_ids_T, behaviour_logprobs_T)
-    ids_p_TA, logs_p_TA = _with_sampled(target_ids_TK, target_logprobs_TK, token_ids_T, target_logprobs_T)
+    q_ids_TK: np.ndarray, q_logs_TK: np.ndarray, p_ids_TK: np.ndarray, p_logs_TK: np.ndarray,
+    token_ids_T: np.ndarray | None = None, logq_T: np.ndarray | None = None, logp_T: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    k = min(q_ids_TK.shape[1], p_ids_TK.shape[1])
+    tiny = 8 * float(np.finfo(np.result_type(q_logs_TK, p_logs_TK)).eps)  # rounding of 1 − Σ
+    ids_q_TA, logs_q_TA = _with_sampled(q_ids_TK, q_logs_TK, token_ids_T, logq_T)
+    ids_p_TA, logs_p_TA = _with_sampled(p_ids_TK, p_logs_TK, token_ids_T, logp_T)
     shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
     logq_TA = _add_rest(np.where(shared_TA, logs_q_TA, -np.inf), tiny)
     logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
-    either_T = (behaviour_ids_TK[:, :k] >= 0).sum(axis=1) + (target_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
-    likeliest_q_T = _likeliest(behaviour_ids_TK, behaviour_logprobs_TK)
-    likeliest_p_T = _likeliest(target_ids_TK, target_logprobs_TK)
+    either_T = (q_ids_TK[:, :k] >= 0).sum(axis=1) + (p_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
+    same_T = np.equal(_likeliest(q_ids_TK, q_logs_TK), _likeliest(p_ids_TK, p_logs_TK))
     divergences = divergence_terms(logq_TA, logp_TA)
     return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
         "entropy_behaviour_topk": entropy(logq_TA),
         "entropy_target_topk": entropy(logp_TA),
         "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
         "mass_outside_target": np.exp(logp_TA[:, -1]),
-        "argmax_agreement": np.equal(likeliest_q_T, likeliest_p_T).astype(np.float64),
+        "argmax_agreement": same_T.astype(np.float64),
         "topk_jaccard": both_T / np.maximum(either_T, 1),
     }
 

@@ -112,32 +112,31 @@ TOKEN_METRICS: dict[str, Metric] = family(
 )  # fmt: skip
 
 
-def finite_logprobs(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def finite_logprobs(logq_N: np.ndarray, logp_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both in float64, with −inf as the other side's less 20, so that l is ±20; where both are −inf, l is 0."""
-    q_N, p_N = np.asarray(behaviour_logprobs_N, np.float64), np.asarray(target_logprobs_N, np.float64)
-    no_q_N, no_p_N = np.isneginf(q_N), np.isneginf(p_N)
-    finite_q_N = np.where(no_q_N, np.where(no_p_N, 0.0, p_N) - CLAMP, q_N)
-    return finite_q_N, np.where(no_p_N, np.where(no_q_N, 0.0, q_N) - CLAMP, p_N)
+    logq_N, logp_N = np.asarray(logq_N, np.float64), np.asarray(logp_N, np.float64)
+    no_q_N, no_p_N = np.isneginf(logq_N), np.isneginf(logp_N)
+    finite_logq_N = np.where(no_q_N, np.where(no_p_N, 0.0, logp_N) - CLAMP, logq_N)
+    return finite_logq_N, np.where(no_p_N, np.where(no_q_N, 0.0, logq_N) - CLAMP, logp_N)
 
 
-def log_ratios(behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray) -> np.ndarray:
+def log_ratios(logq_N: np.ndarray, logp_N: np.ndarray) -> np.ndarray:
     """l of every token, never infinite."""
-    q_N, p_N = finite_logprobs(behaviour_logprobs_N, target_logprobs_N)
-    return p_N - q_N
+    logq_N, logp_N = finite_logprobs(logq_N, logp_N)
+    return logp_N - logq_N
 
 
 def token_terms(
-    behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray, thresholds: Thresholds = DEFAULT_THRESHOLDS
+    logq_N: np.ndarray, logp_N: np.ndarray, thresholds: Thresholds = DEFAULT_THRESHOLDS
 ) -> dict[str, np.ndarray]:
     """What every token adds to the token-level metrics, (N,) each; their mean over tokens is the metric.
 
-    k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as in verl's rollout_corr, TRL, NeMo-RL and
-    prime-rl.
+    k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as verl's rollout_corr, TRL, NeMo-RL, prime-rl.
     """
-    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N)
+    l_N = log_ratios(logq_N, logp_N)
     excess_N = _expm1(l_N)  # rho − 1
-    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (behaviour_logprobs_N, target_logprobs_N))
-    no_q_N, no_p_N = np.isneginf(behaviour_logprobs_N), np.isneginf(target_logprobs_N)
+    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
+    no_q_N, no_p_N = np.isneginf(logq_N), np.isneginf(logp_N)
     diff_N = np.abs(p_N - q_N)
     return {
         "kl": -l_N,
@@ -162,22 +161,19 @@ def token_terms(
 
 
 def sequence_terms(
-    behaviour_logprobs_N: np.ndarray,
-    target_logprobs_N: np.ndarray,
-    lengths_S: np.ndarray,
-    thresholds: Thresholds = DEFAULT_THRESHOLDS,
+    logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray, thresholds: Thresholds = DEFAULT_THRESHOLDS
 ) -> dict[str, np.ndarray]:
     """What every response adds to the sequence-level metrics, (S,) each; their mean over responses is the metric.
 
     Perplexities, ratios and rejection rules as in verl's rollout_corr_helper. Every length must be at least 1.
     """
-    q_N, p_N = finite_logprobs(behaviour_logprobs_N, target_logprobs_N)
-    sum_S = segment_sums(p_N - q_N, lengths_S)
+    logq_N, logp_N = finite_logprobs(logq_N, logp_N)
+    sum_S = segment_sums(logp_N - logq_N, lengths_S)
     diff_S = -sum_S / lengths_S  # log ppl(p) − log ppl(q)
     log_cap, log_geometric_cap = np.log(thresholds.sequence_cap), np.log(thresholds.geometric_cap)
     return {
-        "ppl_behaviour": _exp(-segment_sums(q_N, lengths_S) / lengths_S),
-        "ppl_target": _exp(-segment_sums(p_N, lengths_S) / lengths_S),
+        "ppl_behaviour": _exp(-segment_sums(logq_N, lengths_S) / lengths_S),
+        "ppl_target": _exp(-segment_sums(logp_N, lengths_S) / lengths_S),
         "log_ppl_diff_mean": diff_S,
         "log_ppl_diff_abs": np.abs(diff_S),
         "ppl_ratio": _exp(diff_S),
@@ -210,15 +206,13 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
     return metrics
 
 
-def order_metrics(
-    behaviour_logprobs_N: np.ndarray, target_logprobs_N: np.ndarray, lengths_S: np.ndarray
-) -> dict[str, float]:
+def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray) -> dict[str, float]:
     """Percentiles (exact, linearly interpolated) and extremes: what cannot be had from sums."""
-    l_N = log_ratios(behaviour_logprobs_N, target_logprobs_N)
+    l_N = log_ratios(logq_N, logp_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
     p50, p95, p99, top = np.percentile(np.abs(l_N), (50, 95, 99, 100))
-    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (behaviour_logprobs_N, target_logprobs_N))
+    q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
     values = {
         "logprob_diff_max": top,
         "logprob_diff_p50": p50,

@@ -55,7 +55,7 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
     if raw and kind is LogprobKind.scaled and sampler and sampler.temperature in (0, 1):
         return replace(scores, kind=kind)
     processed_T, mass_T = scores.processed_logprobs_T, scores.nucleus_mass_T
-    if not raw or processed_T is None or (kind is LogprobKind.scaled and (sampler is None or mass_T is None)):
+    if not raw or processed_T is None or mass_T is None or (kind is LogprobKind.scaled and sampler is None):
         raise UsageError(
             f"the behaviour's logprobs of response {where} are {kind.value} and the target's are {scores.kind.value}: "
             "score the tokens with score.processed=true, or say what a file's logprobs are in compare.behaviour_kind "
@@ -105,8 +105,8 @@ def _check_numbers(scores: TokenScores, what: str) -> None:
             raise UsageError(f"{here} has NaN or +inf in it: that engine's numbers are broken there")
         if name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
             raise UsageError(f"{here} has a position where every token is impossible: that engine's numbers are broken")
-    ids_TK, logprobs_TK = arrays.get("top_ids_TK"), arrays.get("top_logprobs_TK")
-    if np.shape(ids_TK) != np.shape(logprobs_TK):
+    shapes = [array.shape for name, array in arrays.items() if name.startswith("top_")]
+    if len(shapes) == 1 or len(set(shapes)) == 2:
         both = what.format("top ids and top logprobs")
         raise UsageError(f"the {both} have different shapes: the files do not belong together")
     if num_tokens and (most := np.max(scores.logprobs_T)) > 1:

@@ -57,8 +57,8 @@ class Tokens:
                 "sample": self.keys[s][1],
                 "position": int(self.positions_N[n]),
                 "token_id": int(self.columns["token_ids"][n]),
-                "behaviour_logprob": _finite(self.columns["behaviour"][n]),
-                "target_logprob": _finite(self.columns["target"][n]),
+                "behaviour_logprob": _finite(float(self.columns["behaviour"][n])),
+                "target_logprob": _finite(float(self.columns["target"][n])),
                 "l": float(self.l_N[n]),
             }
             for n, s in zip(at_W, responses_W, strict=True)
@@ -107,4 +107,4 @@ def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
 
 
 def _finite(x: float) -> float | None:
-    return float(x) if np.isfinite(x) else None
+    return x if np.isfinite(x) else None

@@ -50,8 +50,8 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
         k3 = comparisons[name]["kl_k3"].value
         return (
             "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
-            f"{k3:.2g} nats a token apart (mean k3 KL). That is the noise floor; set target=… to compare it with another "
-            "policy."
+            f"{k3:.2g} nats a token apart (mean k3 KL). That is the noise floor; set target=… to compare it with "
+            "another policy."
         )
     said = verdict(comparisons[name], noise_floor(own, comparisons)) + _drawn_otherwise(run, comparisons[name].kind)
     return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"

@@ -81,8 +81,8 @@ class Matrix:
         for (a, b), comparison in self.cells.items():
             row: dict[str, Any] = {"sampled": a, "scored": b}
             for metric in headlines(2):
-                ends = {"value": "", "lo": "_lo", "hi": "_hi"}
-                row |= {f"{metric}{ends[end]}": x for end, x in self.numbers(a, b, metric).items()}
+                value, lo, hi = self.numbers(a, b, metric).values()
+                row |= {metric: value, f"{metric}_lo": lo, f"{metric}_hi": hi}
             found.append(row | {name: comparison.overall.counts[name] for name in ("tokens", "responses")})
         return found
 

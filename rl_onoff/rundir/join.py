@@ -69,12 +69,12 @@ class Joined:
 
 
 def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joined]:
-    """Every response of the run. The kind of logprobs is that of the sampled ones: processed are compared with processed.
+    """Every response of the run. The kind of logprobs is that of the sampled ones: processed meet processed.
 
     `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled
     logprobs, and its logprobs in their place where the responses came without.
     """
-    tables = {name: run.scores(name) for name in dict.fromkeys([*targets, *([own] if own else [])])}
+    tables = {name: run.scores(name) for name in (*targets, *([own] if own else []))}
     samplers = {name: sampler_of(table) for name, table in tables.items()}
     drawn_with = run.completions.record().get("config", {}).get("sampling")
     for row, found in Lookup(tables).beside(run.completions.rows()):

@@ -30,8 +30,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, RunDir]:
     rows = [{"request_id": r["request_id"], "sample": r["sample"], "prompt_ids": r["prompt_ids"].tolist(),
              "token_ids": r["token_ids"].tolist()} for r in sampled.completions.rows()]  # fmt: skip
     (path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scored = run_in(path / "scored", "experiment=score", "backend=fake", "backend.noise=0.2", f"score.responses={path / 'given.jsonl'}",
-                    "score.name=noisy")  # fmt: skip
+    noisy = ("backend=fake", "backend.noise=0.2", f"score.responses={path / 'given.jsonl'}", "score.name=noisy")
+    scored = run_in(path / "scored", "experiment=score", *noisy)
     return sampled, scored
 
 
@@ -101,9 +101,12 @@ def test_a_folder_and_one_of_its_scores(folders: tuple[RunDir, RunDir], tmp_path
 
 @pytest.mark.parametrize(
     ("behaviour", "words"),
-    [("nowhere", "compare.behaviour=nowhere does not exist"), ("pyproject.toml", "is neither a run folder nor one of .jsonl, .parquet"),
-     ("docs", "compare.behaviour=docs holds neither responses nor scores")],
-)  # fmt: skip
+    [
+        ("nowhere", "compare.behaviour=nowhere does not exist"),
+        ("pyproject.toml", "is neither a run folder nor one of .jsonl, .parquet"),
+        ("docs", "compare.behaviour=docs holds neither responses nor scores"),
+    ],
+)
 def test_places_that_hold_nothing(behaviour: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     with pytest.raises(UsageError, match=words):
@@ -160,7 +163,7 @@ SAMPLER = ("sampling.temperature=0.8", "sampling.top_p=0.7", "sampling.top_k=40"
 
 
 def kept(logits_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(log of the scaled distribution, which tokens the sampler keeps), by sorting every row: not the code under test."""
+    """(log of the scaled distribution, which tokens the sampler keeps), by sorting rows: not the code under test."""
     z_TV = logits_TV.astype(np.float64) / 0.8
     keep_TV = np.zeros(z_TV.shape, bool)
     for t, z_V in enumerate(z_TV):
@@ -169,15 +172,14 @@ def kept(logits_TV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p /= p.sum()
         nucleus = order[: int(np.searchsorted(np.cumsum(p), 0.7)) + 1]
         keep_TV[t, nucleus[np.exp(z_V[nucleus] - z_V.max()) >= 0.02]] = True
-    return z_TV - np.log(np.exp(z_TV - z_TV.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z_TV.max(
-        -1, keepdims=True
-    ), keep_TV
+    most_T1 = z_TV.max(-1, keepdims=True)
+    return z_TV - np.log(np.exp(z_TV - most_T1).sum(-1, keepdims=True)) - most_T1, keep_TV
 
 
 @pytest.fixture(scope="module")
 def processed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return run_in(tmp_path_factory.mktemp("processed") / "run", "experiment=onoff", *FAKE, *SAMPLER, "backend.logprob_kind=processed",
-                  "target=fake", "target.noise=0.5", "score.full_logits=true")  # fmt: skip
+    target = ("backend.logprob_kind=processed", "target=fake", "target.noise=0.5", "score.full_logits=true")
+    return run_in(tmp_path_factory.mktemp("processed") / "run", "experiment=onoff", *FAKE, *SAMPLER, *target)
 
 
 def test_processed_logprobs_are_compared_with_processed_ones(processed: RunDir) -> None:

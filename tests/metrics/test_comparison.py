@@ -233,16 +233,18 @@ def test_json_round_trip():
 @pytest.mark.parametrize(
     ("pair", "reason"),
     [
-        (joined(make_pair([-1], [-1]), make_pair([-1], [-1], kind=PROCESSED)), "are raw and the target's are processed"),
+        (joined(make_pair([-1], [-1]), make_pair([-1], [-1], kind=PROCESSED)), "raw and the target's are processed"),
         (joined(make_pair([-1, -1], [-1, -1]), make_pair([-1], [-1])), "2 tokens under the behaviour and 1"),
-        (joined(make_pair([-1], [-1]), make_pair([-1], [-1], ids_T=np.array([3]))), "token id 0 at position 0 under the behaviour and 3"),
+        (joined(make_pair([-1], [-1]), make_pair([-1], [-1], ids_T=np.array([3]))),
+         "token id 0 at position 0 under the behaviour and 3"),
         (make_pair([-1.0], [np.nan]), "NaN"),
         (make_pair([0.9, 3.0], [-1.0, -1.0]), "never above 0"),
         (make_pair([-1.0], [-1.0, -1.0], ids_T=np.array([0])), "has 2 rows for 1 tokens"),
         (make_pair([-1.0], [-1.0], logits_TV=np.array([[np.nan, 1.0]])), "NaN"),
         (make_pair([-1.0], [-1.0], entropy_T=np.array([np.inf])), "inf in it"),
         (make_pair([-1.0], [-1.0], logits_TV=np.full((1, 3), -np.inf)), "every token is impossible"),
-        (make_pair([-1.0], [-1.0], top_ids_TK=np.zeros((1, 2), int), top_logprobs_TK=np.zeros((1, 3))), "different shapes"),
+        (make_pair([-1.0], [-1.0], top_ids_TK=np.zeros((1, 2), int), top_logprobs_TK=np.zeros((1, 3))),
+         "different shapes"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_response_and_the_reason(pair, reason):

@@ -17,8 +17,9 @@ def pairs(tokens, k=64, length=500):
         ids_TK = rng.integers(0, 1000, (length, k), dtype=np.int32) + 1000 * np.arange(k, dtype=np.int32)
         logs_TK = np.sort(rng.standard_normal((length, k)).astype(np.float32) - 6)[:, ::-1]
         sides = [
-            TokenScores(request_id=str(i), token_ids_T=ids_TK[:, 0], logprobs_T=logs_TK[:, 0] + shift, top_ids_TK=ids_TK,
-                        top_logprobs_TK=logs_TK + shift, entropy_T=-logs_TK[:, 0], rank_T=np.ones(length, np.int32))
+            TokenScores(request_id=str(i), token_ids_T=ids_TK[:, 0], logprobs_T=logs_TK[:, 0] + shift,
+                        top_ids_TK=ids_TK, top_logprobs_TK=logs_TK + shift, entropy_T=-logs_TK[:, 0],
+                        rank_T=np.ones(length, np.int32))
             for shift in (np.float32(0), np.float32(0.01))
         ]
         yield Pair(behaviour=sides[0], target=sides[1], groups={"level": str(i % 5)})

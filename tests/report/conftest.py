@@ -17,10 +17,14 @@ from rl_onoff.compare import METRICS, Pair, compare, verdict
 from rl_onoff.report import ReportInput, ReportResponse
 from rl_onoff.types import FinishReason, Rollout, TokenScores
 
-QUESTION = "Solve the problem, then give the answer in \\boxed{{}}.\n\n{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
+QUESTION = (
+    "Solve the problem, then give the answer in \\boxed{{}}.\n\n"
+    "{name} has {a} apples and buys {b} more boxes of {c} apples. How many now?"
+)
 ANSWER = (
     "First, count what {name} buys: {b} boxes of {c} apples are {b} * {c} = {bc} apples.\n"
-    "Then add the {a} apples that {name} had before.\n\nSo the total is {a} + {bc} = {total}. The answer is \\boxed{{{total}}}."
+    "Then add the {a} apples that {name} had before.\n\nSo the total is {a} + {bc} = {total}. "
+    "The answer is \\boxed{{{total}}}."
 )
 NAMES = ("Amira", "Jonas", "Mei", "Tomás", "Wanjiru")
 TOP_K = 10
@@ -164,8 +168,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.binary_location = chromium
     profile = tmp_path_factory.mktemp("chromium")
     for flag in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "disable-component-update",
-        "disable-sync", "no-first-run", "proxy-server=127.0.0.1:9", "window-size=1280,900", f"user-data-dir={profile}",
+        "headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking",
+        "disable-component-update", "disable-sync", "no-first-run", "proxy-server=127.0.0.1:9",
+        "window-size=1280,900", f"user-data-dir={profile}",
     ):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "OFF"})

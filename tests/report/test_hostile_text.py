@@ -40,7 +40,9 @@ def report(tmp_path_factory):
     )
     responses = (
         ReportResponse(
-            rollout=Rollout(request_id=attack, sample=0, text="".join(ATTACKS), token_ids_T=np.arange(num), reward=float("nan")),
+            rollout=Rollout(
+                request_id=attack, sample=0, text="".join(ATTACKS), token_ids_T=np.arange(num), reward=float("nan")
+            ),
             prompt=attack, tokens=ATTACKS, behaviour=view, targets=[view], groups={attack: attack},
         )
         for attack in ATTACKS

@@ -15,17 +15,22 @@ NUM_RESPONSES, NUM_TOKENS, TOP_K = 10_000, 200, 10
 
 
 def many_responses(words: list[str]):
-    """10,000 responses of 200 tokens with top-10 under two policies, distributed about as a small model's at temperature 1."""
+    """10,000 responses of 200 tokens with top-10 under two policies, distributed about as a small model's."""
     rng = np.random.default_rng(0)
     kinds = [_random_views(rng, len(words)) for _ in range(64)]
     for i in range(NUM_RESPONSES):
         ids_T, behaviour, target = kinds[i % 64]
         tokens = [words[j] for j in ids_T]
-        rollout = Rollout(request_id=f"q{i // 4}", sample=i % 4, text="".join(tokens), token_ids_T=ids_T, reward=float(i % 3 == 0),
-                          finish_reason=FinishReason.eos)  # fmt: skip
-        yield ReportResponse(
-            rollout=rollout, prompt=f"Question {i // 4}", tokens=tokens, behaviour=behaviour, targets=[target], groups={"level": str(i % 5)}
-        )  # fmt: skip
+        rollout = Rollout(
+            request_id=f"q{i // 4}",
+            sample=i % 4,
+            text="".join(tokens),
+            token_ids_T=ids_T,
+            reward=float(i % 3 == 0),
+            finish_reason=FinishReason.eos,
+        )
+        shown = {"prompt": f"Question {i // 4}", "tokens": tokens, "groups": {"level": str(i % 5)}}
+        yield ReportResponse(rollout=rollout, behaviour=behaviour, targets=[target], **shown)
 
 
 def _random_views(rng: np.random.Generator, num_words: int):

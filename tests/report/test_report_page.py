@@ -65,7 +65,8 @@ def test_verdict_policies_metrics_and_plots_are_shown(page, run, report):
     }
     assert wanted <= set(page.texts("figure h3"))
     assert page.js(
-        "return [...document.querySelectorAll('figure svg')].every((s) => s.getAttribute('aria-label') && s.children.length > 3)"
+        "return [...document.querySelectorAll('figure svg')]"
+        ".every((s) => s.getAttribute('aria-label') && s.children.length > 3)"
     )
     page.tab("metrics")
     row = next(row for row in page.all("#metric-table tr") if row.text.startswith("kl_k3")).text
@@ -239,7 +240,8 @@ def test_roles_and_labels(page, report):
     page.tab("tokens")
     assert page.js("return document.documentElement.lang") == "en"
     unnamed = """return [...document.querySelectorAll("button, select, input")].filter(
-        (e) => !(e.getAttribute("aria-label") || e.closest("label")?.textContent || e.textContent).trim()).map((e) => e.outerHTML)"""
+        (e) => !(e.getAttribute("aria-label") || e.closest("label")?.textContent || e.textContent).trim()
+    ).map((e) => e.outerHTML)"""
     assert page.js(unnamed) == []
     for tab in page.all("[role=tab]"):
         panel = page.find("#" + tab.get_attribute("aria-controls"))
@@ -268,13 +270,16 @@ def test_text_stands_out_in_both_schemes(page, report, scheme):
           for (const c of colours) { canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1); }
           return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
         };
-        const light = (rgb) => rgb.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+        const light = (rgb) => rgb.map((v) => v / 255)
+          .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
           .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
         const contrast = (e) => {
-          const [a, b] = [light(seen([...layers(e), getComputedStyle(e).color])), light(seen(layers(e)))].sort((x, y) => y - x);
+          const ink = light(seen([...layers(e), getComputedStyle(e).color]));
+          const [a, b] = [ink, light(seen(layers(e)))].sort((x, y) => y - x);
           return (a + 0.05) / (b + 0.05);
         };
-        const css = "h1, h3, .note, .token, .chips li, #panel td, #panel th, #panel caption, .ratio strong, .role, select, [role=tab]";
+        const css = "h1, h3, .note, .token, .chips li, #panel td, #panel th, #panel caption, .ratio strong, .role, "
+          + "select, [role=tab]";
         const name = (e) => e.className + " " + e.textContent.slice(0, 20);
         return [...document.querySelectorAll(css)].filter((e) => e.offsetParent).map((e) => [contrast(e), name(e)]);
     """)
@@ -303,8 +308,11 @@ def test_a_worst_token_leads_to_its_place(page, run, report):
     page.tab("tokens")
     page.set("search", "no such words")
     page.tab("worst")
-    ratios = [(abs(float(p) - float(q)), r, t) for r, response in enumerate(run.responses)
-              for t, (p, q) in enumerate(zip(response.targets[0].logprobs_T, response.behaviour.logprobs_T, strict=True))]  # fmt: skip
+    ratios = [
+        (abs(float(p) - float(q)), r, t)
+        for r, response in enumerate(run.responses)
+        for t, (p, q) in enumerate(zip(response.targets[0].logprobs_T, response.behaviour.logprobs_T, strict=True))
+    ]
     size, r, t = sorted(ratios, reverse=True)[2]
     row = page.all("#worst tbody tr")[2]
     assert abs(number(row.find_elements("css selector", "td")[2].text)) == pytest.approx(size, rel=1e-3)
