@@ -31,7 +31,7 @@ from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.rewards import load_reward
 from rl_onoff.rundir.files import content_of
-from rl_onoff.rundir.provenance import claim, landmarks, texts_of
+from rl_onoff.rundir.provenance import changes, landmarks, texts_of
 from rl_onoff.rundir.summary import Summary, as_text, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
@@ -108,7 +108,7 @@ def job_type(config: RunConfig) -> str:
 def generate(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
-    claim(completions, generate_record(config))
+    completions.claim(generate_record(config), changes)
     engine = config.backend
     tokenizer = build(engine).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
@@ -140,7 +140,8 @@ def score(this: Run) -> None:
         file, data = Path(config.score.responses), config.data
         tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
         given = load_responses(config.score.responses, tokenizer, chat_template=data.chat_template, system=data.system)
-        claim(folder.completions, {"responses": str(file.absolute()), "content": content_of(file.expanduser())})
+        made_of = {"responses": str(file.absolute()), "content": content_of(file.expanduser())}
+        folder.completions.claim(made_of, changes)
         stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
     if not folder.completions.exists():
         raise UsageError(
@@ -153,7 +154,7 @@ def score(this: Run) -> None:
 
 def _score(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
     want = wanted(this)
-    claim(table, {"backend": engine.what_it_computes(), "want": asdict(want)})
+    table.claim({"backend": engine.what_it_computes(), "want": asdict(want)}, changes)
     total = stages.unscored(this.folder, table)
     if not total:
         log.info("score: all responses are scored already in %s", table.path)
