@@ -33,7 +33,7 @@ from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.report.text import summary_text
 from rl_onoff.rewards import load_reward
 from rl_onoff.rundir.files import content_of
-from rl_onoff.rundir.provenance import claim, landmarks, sampling_of, texts_of
+from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of
 from rl_onoff.rundir.summary import Summary, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
@@ -108,7 +108,7 @@ def generate(this: Run) -> Steps:
 def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
-    claim(completions, generate_record(config))
+    completions.claim(generate_record(config), changes)
     tokenizer = build(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
@@ -140,7 +140,8 @@ def score(this: Run) -> Steps:
         file, data = Path(config.score.responses), config.data
         tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
         given = load_responses(config.score.responses, tokenizer, chat_template=data.chat_template, system=data.system)
-        claim(folder.completions, {"responses": str(file.absolute()), "content": content_of(file.expanduser())})
+        made_of = {"responses": str(file.absolute()), "content": content_of(file.expanduser())}
+        folder.completions.claim(made_of, changes)
         stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
     if not folder.completions.exists():
         raise UsageError(
@@ -155,7 +156,7 @@ def score(this: Run) -> Steps:
 def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
     """Score with one engine what its table lacks."""
     want = wanted(this)
-    claim(table, {"backend": engine.what_it_computes(), "want": asdict(want)})
+    table.claim({"backend": engine.what_it_computes(), "want": asdict(want)}, changes)
     total = stages.unscored(this.folder, table)
     if not total:
         log.info("score: all responses are scored already in %s", table.path)

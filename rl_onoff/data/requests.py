@@ -86,23 +86,22 @@ class Texts:
         """The ids of a prompt; one that is text goes through the chat template, unless it has been through it."""
         if is_ids(prompt):
             return np.asarray(prompt, np.int32)
-        if self.tokenizer is None:
-            raise UsageError(
-                f"{where} has text as its prompt where token ids are wanted: give column prompt_ids of score.responses"
-                " lists"
-            )
+        self._check("prompt", "prompt_ids", where)
         special = (self.tokenizer.decode([i]) for i in self.tokenizer.all_special_ids)
         chat = is_chat(prompt) or (self.chat_template and not any(token in prompt for token in special))
         return encode_prompt(prompt, self.tokenizer, chat_template=chat, system=self.system, where=where).ids
 
     def of_response(self, text: str, where: str) -> list[int]:
         """The ids of a response, whose text is taken as it is."""
+        self._check("response", "token_ids", where)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    def _check(self, what: str, column: str, where: str) -> None:
         if self.tokenizer is None:
             raise UsageError(
-                f"{where} has text as its response where token ids are wanted: give column token_ids of score.responses"
+                f"{where} has text as its {what} where token ids are wanted: give column {column} of score.responses"
                 " lists"
             )
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
 
 def _messages(prompt: str | Messages, system: str | None) -> Messages:

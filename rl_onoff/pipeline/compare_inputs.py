@@ -17,7 +17,7 @@ from rl_onoff.data.rollouts import RolloutFile, open_rollouts
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.stages import take_in
 from rl_onoff.rundir.files import content_of
-from rl_onoff.rundir.provenance import claim, same_engine
+from rl_onoff.rundir.provenance import changes, same_engine
 from rl_onoff.rundir.table import RunDir, Table, row_of_scores
 from rl_onoff.types import LogprobKind, Rollout, TokenScores
 
@@ -189,7 +189,7 @@ def _claim(table: Table, file: RolloutFile, path: str | None, kind: LogprobKind 
     if "changed" in before:  # made by a version that kept the file's size and time, and knew fewer columns
         facts = {"bytes": where.stat().st_size, "changed": int(where.stat().st_mtime)}
         columns = {role: name for role, name in columns.items() if role in before["columns"]}
-    claim(table, {"file": str(where), **facts, "columns": columns, "kind": None if kind is None else kind.value})
+    table.claim({"file": str(where), **facts, "columns": columns, "kind": kind and kind.value}, changes)
 
 
 def _check_common(run: RunDir, name: str) -> None:

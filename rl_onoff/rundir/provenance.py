@@ -14,7 +14,7 @@ from rl_onoff.backends.registry import build, engine_configs
 from rl_onoff.config import DataConfig
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import MASK, masked
-from rl_onoff.rundir.table import Table, differences
+from rl_onoff.rundir.table import differences
 from rl_onoff.types import LogprobKind, Sampling, Want
 
 log = logging.getLogger(__name__)
@@ -22,11 +22,6 @@ log = logging.getLogger(__name__)
 ALIASES = {"torch_dtype": "dtype", "tensor_parallel_size": "tp_size"}  # second names that an engine's option had
 LANDMARK_GROWTH = 1.25  # ids 0, 1, 2, 3, 4, 5, 7, … : some fifty of any vocabulary
 SAME_TOKENIZER = 0.9  # of the landmarks both know: a special token that was renamed does not make another tokenizer
-
-
-def claim(table: Table, config: Mapping[str, Any]) -> None:
-    """Say what a table's rows depend on; UsageError when rows are there that another config made."""
-    table.claim(config, changes)
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
