@@ -8,12 +8,13 @@ from rl_onoff.errors import UsageError
 
 
 def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
-    """`engine` itself, or what answers for it elsewhere; `in_worker` is the engine's habit where `config.worker` is not set."""
+    """`engine` itself, or what answers for it elsewhere; `in_worker` decides where `config.worker` is not set."""
     backend = type(engine)
     if config.pool.kind is PoolKind.ray:
         if config.worker is False:
             raise UsageError(
-                "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of them"
+                "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of "
+                "them"
             )
         from rl_onoff.workers.pool import Pool
         from rl_onoff.workers.ray import RayCluster
@@ -22,8 +23,8 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
     if (replicas := config.dp_size or 1) > 1:
         if config.worker is False:
             raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of their own: "
-                "drop backend.worker=false, or set backend.dp_size=1"
+                f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of "
+                "their own: drop backend.worker=false, or set backend.dp_size=1"
             )
         from rl_onoff.workers.pool import Pool
 
