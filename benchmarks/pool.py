@@ -2,11 +2,12 @@
 
 What replicas bring and what they cost, on a machine without GPUs.
 
-1. Throughput: HuggingFace with one replica on one core, one on all cores, and two replicas on half of the cores each, in turns
-   (best of `rounds`), in generated tokens a second; and in tokens per CPU second of the busiest worker, which is what it would be
-   if nothing else ran on the machine (set OMP_NUM_THREADS=1 for that: a worker's threads are added up).
-2. The pool's own overhead: CPU seconds of the parent process for 1,000 requests, with the fake backend and one token a response,
-   for one engine in a worker, for a pool of two, and for a pool of two on Ray (a cluster that it starts); best of `rounds`.
+1. Throughput: HuggingFace with one replica on one core, one on all cores, and two replicas on half of the cores each,
+in turns (best of `rounds`), in generated tokens a second; and in tokens per CPU second of the busiest worker, which
+is what it would be if nothing else ran on the machine (set OMP_NUM_THREADS=1 for that: a worker's threads are added
+up). 2. The pool's own overhead: CPU seconds of the parent process for 1,000 requests, with the fake backend and one
+token a response, for one engine in a worker, for a pool of two, and for a pool of two on Ray (a cluster that it
+starts); best of `rounds`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Run: python benchmarks/top_up.py
 
-What topping replicas up while they sample is worth, by simulation of the very class that shares out the work: time with shares that
-are sampled to their end, over time with top-ups. An engine has so many slots, a token takes a slot one step however full the batch is
-(true of decoding on a GPU, where reading the weights is what takes time), and lengths have the long tail of reasoning: log-normal,
-median 2,400 tokens, at most 32,000.
+What topping replicas up while they sample is worth, by simulation of the very class that shares out the work: time
+with shares that are sampled to their end, over time with top-ups. An engine has so many slots, a token takes a slot
+one step however full the batch is (true of decoding on a GPU, where reading the weights is what takes time), and
+lengths have the long tail of reasoning: log-normal, median 2,400 tokens, at most 32,000.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ PYTHON_SECONDS = 60.0  # for an interpreter to start, on a slow disk
 
 
 def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
-    """`engine` itself, or what answers for it elsewhere; `in_worker` is the engine's habit where `config.worker` is not
-    set."""
+    """`engine` itself, or what answers for it elsewhere; `in_worker` decides where `config.worker` is not set."""
     backend = type(engine)
     if config.pool.kind is PoolKind.ray:
         if config.worker is False:
@@ -34,8 +33,7 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
         if config.worker is False:
             raise UsageError(
                 f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of "
-                "their own: "
-                "drop backend.worker=false, or set backend.dp_size=1"
+                "their own: drop backend.worker=false, or set backend.dp_size=1"
             )
         from rl_onoff.workers.pool import Pool
 

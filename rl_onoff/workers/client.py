@@ -1,8 +1,9 @@
 """The parent's side of an engine that runs in a worker process, maybe under another interpreter or on another machine.
 
-A crashed engine is then an exception and not the end of the run, its memory is really freed between jobs, and engines whose
-dependencies clash serve one experiment. `WorkerClient` is a `Core` (`_load`, `_generate`, `_score`, `_close`), like an engine
-in this process. The parent never hangs on a dead engine and is never killed by one: the worker leads its own session.
+A crashed engine is then an exception and not the end of the run, its memory is really freed between jobs, and engines
+whose dependencies clash serve one experiment. `WorkerClient` is a `Core` (`_load`, `_generate`, `_score`, `_close`),
+like an engine in this process. The parent never hangs on a dead engine and is never killed by one: the worker leads
+its own session.
 """
 
 from __future__ import annotations
@@ -43,19 +44,15 @@ class Process(Protocol):
     python: str
     log: Path
     config: EngineConfig  # the worker's
-    channel: wire.Channel
     deadline: float | None  # monotonic time by which the worker must have spoken
 
+    @property
+    def channel(self) -> wire.Channel: ...
     def check(self) -> None: ...
-
     def remember(self) -> None: ...
-
     def wait(self, seconds: float) -> None: ...
-
     def reason(self) -> str: ...
-
     def tail(self) -> str: ...
-
     def close(self, patience: float) -> None: ...
 
 

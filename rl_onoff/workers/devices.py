@@ -7,13 +7,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from rl_onoff.errors import UsageError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +32,9 @@ def places(num_replicas: int, gpus_each: int) -> list[Place]:
     gpus = visible_gpus() if gpus_each else []
     if gpus:
         return [Place(environment={VISIBLE: ",".join(group)}) for group in cut(gpus, num_replicas, gpus_each)]
-    # engines on a CPU start a thread for every core they may run on, and vLLM binds each to its core: two of them on the
-    # same cores crawl
-    return [Place(cores=cores) for cores in cut_cores(_cores(), num_replicas)]
+    # engines on a CPU start a thread for every core they may run on, and vLLM binds each to its core: two of them on
+    # the same cores crawl
+    return [Place(cores=group) for group in cut_cores(cores(), num_replicas)]
 
 
 def cut(gpus: Sequence[str], num_replicas: int, gpus_each: int) -> list[list[str]]:
@@ -45,25 +42,25 @@ def cut(gpus: Sequence[str], num_replicas: int, gpus_each: int) -> list[list[str
     needed = num_replicas * gpus_each
     if needed > len(gpus):
         raise UsageError(
-            f"backend.dp_size={num_replicas} replicas of backend.tp_size={gpus_each} need {needed} GPUs, but {len(gpus)} are visible: "
-            f"set backend.dp_size={max(1, len(gpus) // gpus_each)}"
+            f"backend.dp_size={num_replicas} replicas of backend.tp_size={gpus_each} need {needed} GPUs, but "
+            f"{len(gpus)} are visible: set backend.dp_size={max(1, len(gpus) // gpus_each)}"
         )
     return [list(gpus[i * gpus_each : (i + 1) * gpus_each]) for i in range(num_replicas)]
 
 
-def cut_cores(cores: Sequence[int], num_replicas: int) -> list[tuple[int, ...]]:
+def cut_cores(numbers: Sequence[int], num_replicas: int) -> list[tuple[int, ...]]:
     """Equal groups of neighbours; empty ones, for no limit, where there are fewer cores than replicas."""
-    each = len(cores) // num_replicas
-    return [tuple(cores[i * each : (i + 1) * each]) for i in range(num_replicas)]
+    each = len(numbers) // num_replicas
+    return [tuple(numbers[i * each : (i + 1) * each]) for i in range(num_replicas)]
 
 
 def replicas_that_fit(tp_size: int) -> int:
-    """How many replicas of `tp_size` GPUs use all that are visible; 1 without GPUs. Raises UsageError for a remainder."""
+    """How many replicas of `tp_size` GPUs use all visible ones; 1 without GPUs. Raises UsageError for a remainder."""
     num_gpus = len(visible_gpus())
     if num_gpus % tp_size:
         raise UsageError(
-            f"the {num_gpus} visible GPUs cannot be divided into replicas of backend.tp_size={tp_size}: set backend.tp_size to a divisor "
-            f"of {num_gpus}, or backend.dp_size to the number of replicas"
+            f"the {num_gpus} visible GPUs cannot be divided into replicas of backend.tp_size={tp_size}: set "
+            f"backend.tp_size to a divisor of {num_gpus}, or backend.dp_size to the number of replicas"
         )
     return max(1, num_gpus // tp_size)
 
@@ -77,7 +74,7 @@ def visible_gpus() -> list[str]:
 
 
 def listed(value: str) -> list[str]:
-    """The devices in a value of CUDA_VISIBLE_DEVICES: CUDA ignores what follows the first that is none."""
+    """The devices in a value of CUDA_VISIBLE_DEVICES; CUDA ignores what follows the first entry that names none."""
     devices = []
     for name in map(str.strip, value.split(",")):
         if not name or name.startswith("-"):
@@ -100,5 +97,6 @@ def _count_gpus() -> int:
     return len(done.stdout.splitlines()) if done.returncode == 0 else 0
 
 
-def _cores() -> list[int]:
+def cores() -> list[int]:
+    """The cores this process may run on; empty where the system does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

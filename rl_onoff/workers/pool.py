@@ -1,8 +1,8 @@
-"""Replicas of an engine that share out the work: `backend.dp_size` workers, each with devices of its own, here or on a cluster.
+"""Replicas of an engine that share out the work: `backend.dp_size` workers with their own devices, here or on a cluster.
 
-A pool is a `Core`, like one engine. A response does not depend on the replica that computes it (its seed is its own), so it
-does not matter who takes what: whoever has room takes more, results are handed on as they come, and what a dead replica held
-goes to the others while it starts again.
+A pool is a `Core`, like one engine. A response does not depend on the replica that computes it (its seed is its own),
+so it does not matter who takes what: whoever has room takes more, results are handed on as they come, and what a dead
+replica held goes to the others while it starts again.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class WorkerProcess:
                 ours.close()
                 shutil.rmtree(self._folder)
                 raise UsageError(
-                    f"backend.python={self.python} cannot be run ({e.strerror}): set backend.python to a Python interpreter"
+                    f"backend.python={self.python} cannot be run ({e.strerror}): set backend.python to a Python "
+                    "interpreter"
                 ) from None
         self.pid = self._popen.pid
         if place.cores:
@@ -73,7 +74,7 @@ class WorkerProcess:
         self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid(), self._memory)
 
     def _environment(self, packages: list[Path]) -> dict[str, str]:
-        """The child's environment. It sees these very packages, but not their neighbours: another environment has its own."""
+        """The child's environment. It sees these packages, not their neighbours: another environment has its own."""
         path = self._folder / "path"
         path.mkdir()
         for package in packages:
@@ -139,7 +140,7 @@ class WorkerProcess:
             return ""
 
     def close(self, patience: float) -> None:
-        """Ask the worker to end, then end all that is left of it after `patience` seconds; at once if it never spoke."""
+        """Ask the worker to end, then end what is left after `patience` seconds; at once if the worker never spoke."""
         if self.deadline is None and not self.channel.torn:
             self.remember()
             with suppress(wire.PeerGoneError):

@@ -1,7 +1,7 @@
 """The same workers on a Ray cluster: a replica is an actor in a placement group, and may be on any node.
 
-A node that leaves takes its replica and the work in flight with it, no more: the pool gives that to the others and starts the
-replica again, where and when there is room for one.
+A node that leaves takes its replica and the work in flight with it, no more: the pool gives that to the others and
+starts the replica again, where and when there is room for one.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class RayProcess:
         return self._ask("tail") or ""
 
     def close(self, patience: float) -> None:
-        """Ask the worker to end, and the actor to end all that is left of it after `patience` seconds; then end the actor."""
+        """Ask the worker to end, and its actor to end what is left after `patience` seconds; then end the actor."""
         if self.channel.error is None:  # else the actor is gone, and its worker ends itself
             spoken = self.deadline is None and not self.channel.torn
             self._ask("close", patience if spoken else 0.0, patience=patience)
@@ -171,7 +171,7 @@ class RayProcess:
                     ray.util.remove_placement_group(group)
 
     def _connected(self) -> bool:
-        """Whether the cluster's head is there: without it Ray waits for a minute in most calls, then ends this process."""
+        """Whether the cluster's head is there: without it Ray waits a minute in most calls, then ends this process."""
         import ray
 
         return ray.is_initialized() and (self._address is None or answers(self._address))
@@ -194,8 +194,8 @@ class RayProcess:
         except RayError as error:
             if "ModuleNotFoundError" in str(error) or "ImportError" in str(error):
                 raise UsageError(
-                    "the nodes of the Ray cluster cannot import rl_onoff: install it there, in the same version, or set "
-                    "pool.runtime_env"
+                    "the nodes of the Ray cluster cannot import rl_onoff: install it there, in the same version, or "
+                    "set pool.runtime_env"
                 ) from error
             raise EngineDiedError(
                 f"the {self._config.name} engine died ({_why_gone(error)}): run it again to go on"
@@ -234,7 +234,7 @@ class ActorChannel(wire.Channel):
 
     def __init__(self, actor: Any, check: Callable[[], None]):
         super().__init__(check)
-        self._actor = actor
+        self._actor: Any = actor
         self._numbers = itertools.count()
         self._arrived = memoryview(b"")  # not read yet
         self._poll: Any = actor.poll.remote()  # None once nothing more will come

@@ -1,7 +1,7 @@
 """The actor's side of a pool on Ray: starts a worker process on its node, and relays bytes between it and the driver.
 
-The engine is a child of the actor's process, not in it: what holds for a worker on this machine (`backend.python`, an engine
-that crashes or kills its parent, nothing left behind) holds on a node.
+The engine is a child of the actor's process, not in it: what holds for a worker on this machine (`backend.python`, an
+engine that crashes or kills its parent, nothing left behind) holds on a node.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Relay:
             backend_class = getattr(import_module(module), name)
         except ImportError as error:
             raise UsageError(
-                f"the nodes of the Ray cluster cannot import {module} ({error}): install it there, or set pool.runtime_env"
+                f"the nodes of the Ray cluster cannot import {module} ({error}): install it there, or set "
+                "pool.runtime_env"
             ) from error
         if self._environment and not os.environ.get(VISIBLE):
             # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
@@ -66,7 +67,7 @@ class Relay:
         return Started(pid=self._process.pid, python=self._process.python, log=self._process.log)
 
     def poll(self) -> np.ndarray:
-        """The bytes that the worker sent since the previous call; waits for some. Empty: the worker is gone, and nothing will come."""
+        """The bytes that the worker sent since the previous call; waits for some. Empty: the worker is gone."""
         channel, data, size = self._process.channel, np.empty(MOST_BYTES, np.uint8), 0
         with suppress(wire.PeerGoneError):
             while not channel.readable(wire.PERIOD):
@@ -79,7 +80,7 @@ class Relay:
         return data[:size]
 
     def send(self, number: int, data: Any) -> None:
-        """Send bytes to the worker, in the order of their numbers: Ray does not keep the order in which methods are called."""
+        """Send bytes to the worker, in the order of their numbers: Ray's calls of methods overtake each other."""
         with self._sending:
             self._early[number] = data
             while (data := self._early.pop(self._next, None)) is not None:

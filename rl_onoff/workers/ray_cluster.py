@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.workers.devices import cores
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ Resources = Mapping[str, float]
 class Connection(threading.Thread):
     """Ray in this process, begun and ended in a thread of its own.
 
-    `ray.init` may hang, puts its own handler of SIGTERM where there was ours when it is called in the main thread, and the
-    processes it starts die with the thread that started them: none of this may happen to the caller's thread.
+    `ray.init` may hang, puts its own handler of SIGTERM where there was ours when it is called in the main thread,
+    and the processes it starts die with the thread that started them: none of this may happen to the caller's thread.
     """
 
     _current: ClassVar[Connection | None] = None
@@ -48,9 +49,8 @@ class Connection(threading.Thread):
 
         `num_cpus` is the least that a cluster has which is started here.
         """
-        os.environ.setdefault(
-            "RAY_ENABLE_AUTO_CONNECT", "0"
-        )  # a thread that asks for something after the end must not start Ray again
+        # a thread that asks for something after the end must not start Ray again
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         try:
             import ray
         except ImportError as error:
@@ -60,12 +60,6 @@ class Connection(threading.Thread):
                 if ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
                     return None
                 cls._current = cls._begun(pool, num_cpus)
-            elif pool.address not in (None, "auto", cls._current.address, cls._current._options["address"]):
-                log.warning(
-                    "this process is on the Ray cluster at %s, which is used instead of %s",
-                    cls._current.address,
-                    pool.address,
-                )
             cls._current._users += 1
             return cls._current
 
@@ -84,8 +78,7 @@ class Connection(threading.Thread):
         address = _address(pool)
         options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
         if address == "local":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            options |= {"num_cpus": max(cores, num_cpus), "include_dashboard": False}
+            options |= {"num_cpus": max(len(cores()), num_cpus), "include_dashboard": False}
             log.info("starting a Ray cluster on this machine")
         self = cls(options)
         self.start()
@@ -100,8 +93,8 @@ class Connection(threading.Thread):
         if self._error is not None:
             said = " ".join(str(self._error).split())
             raise EngineError(
-                f"the Ray cluster at {address} cannot be used ({said}): set pool.address to one that can, or RAY_AUTH_MODE=token where it "
-                "wants a token"
+                f"the Ray cluster at {address} cannot be used ({said}): set pool.address to one that can, or "
+                "RAY_AUTH_MODE=token where it wants a token"
             ) from self._error
         return self
 
@@ -110,10 +103,8 @@ class Connection(threading.Thread):
 
         try:
             ray.init(**self._options)
-            named = self._options["address"]
-            self.address = (
-                named.removeprefix("ray://") if named.startswith("ray://") else ray.get_runtime_context().gcs_address
-            )
+            scheme, _, rest = self._options["address"].rpartition("://")
+            self.address = rest if scheme == "ray" else ray.get_runtime_context().gcs_address
         except Exception as error:  # Ray raises what it likes; it is told where it is waited for
             self._error = error
             self._leave.set()
@@ -123,7 +114,7 @@ class Connection(threading.Thread):
 
 
 def _address(pool: PoolConfig) -> str:
-    """What `ray.init` is told: "local" to start a cluster, "auto" for one it finds itself, else where one answers now."""
+    """What `ray.init` is told: "local" to start a cluster, "auto" for one it finds, else where one answers now."""
     named = pool.address or os.environ.get("RAY_ADDRESS")
     if named == "local":
         return named
@@ -202,13 +193,11 @@ def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
     total = sum(map(_gpus, nodes))
     wide = config.across_nodes()
     if wide is None or gpus > total:
-        there = (
-            f"{total} GPUs in all"
-            if wide is not None
-            else f"no node with more than {_gpus(largest)}, and {config.name} needs one"
-        )
+        one_node = f"no node with more than {_gpus(largest)}, and {config.name} needs one"
+        there = one_node if wide is None else f"{total} GPUs in all"
         raise UsageError(
-            f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or less"
+            f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or "
+            "less"
         )
     # the engine's own processes sit beside some of its GPUs, which they must see but not reserve: its Ray workers will
     here = next(name for name in largest if name.startswith("node:") and not name.startswith("node:__"))
@@ -229,7 +218,7 @@ def _gpus(node: Resources) -> int:
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """The resources of the nodes that live."""
+    """The resources of each node that is alive."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -237,6 +226,5 @@ def alive_nodes() -> list[dict[str, float]]:
 
 def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
-    return ", ".join(
-        f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU") if name == "CPU" or resources.get(name)
-    )
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    return f"{cpus:g} CPU, {gpus:g} GPU" if gpus else f"{cpus:g} CPU"

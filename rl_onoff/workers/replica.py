@@ -24,7 +24,7 @@ class Stopped(Exception):
 
 
 class Assignment:
-    """The responses of a call that one replica works on; also the `Supply` from which its worker takes more meanwhile."""
+    """The responses of a call that one replica works on; also the `Supply` from which its worker takes more."""
 
     def __init__(self, work: WorkQueue, first: list[Work]):
         self.held = {one.key: one for one in first}  # whose results have not come
@@ -41,7 +41,7 @@ class Assignment:
 
 
 class Call:
-    """One call to a pool: what is to be done, and the results as they come, few at a time: replicas wait for a slow reader."""
+    """One call to a pool: what is to be done, and its results, few at a time: replicas wait for a slow reader."""
 
     def __init__(
         self,

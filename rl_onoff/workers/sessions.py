@@ -1,7 +1,8 @@
-"""Sessions: finding and ending every process of a worker, the engine's own children included, whatever state they are in.
+"""Finding and ending every process of a worker, the engine's own children included, whatever state they are in.
 
-A worker leads a session of its own, so its whole tree can be found by that session even after the worker itself was killed
-and its children were handed to init. Shared memory that dead processes had mapped is removed too: SIGKILL leaves it behind.
+A worker leads a session of its own, so its whole tree can be found by that session even after the worker itself was
+killed and its children were handed to init. Shared memory that dead processes had mapped is removed too: SIGKILL
+leaves it behind.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def end(
 ) -> None:
     """Kill the processes, and remove the shared memory that they alone had mapped, now or before (`memory`).
 
-    Resource trackers get a moment after the others: they unlink what their dead processes left. `last_act`: this process ends
-    right after, so what it has mapped itself may go too.
+    Resource trackers get a moment after the others: they unlink what their dead processes left. `last_act`: this
+    process ends right after, so what it has mapped itself may go too.
     """
     victims = [process for process in set(processes) if alive(process)]
     shared = {*memory, *shared_memory(victims)}
@@ -88,8 +89,8 @@ def _wait(processes: Iterable[psutil.Process], seconds: float) -> None:
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
     """Files under /dev/shm that the processes have mapped.
 
-    Found by their inodes: a semaphore is mapped under a name that is gone. Engines may end their own processes so that nothing
-    is left to ask, resource trackers included: remember it while they live.
+    Found by their inodes: a semaphore is mapped under a name that is gone. Engines may end their own processes so
+    that nothing is left to ask, resource trackers included: remember it while they live.
     """
     inodes: set[int] = set()
     for process in processes:

@@ -1,7 +1,8 @@
 """What a worker and its parent say to each other, and how it travels: msgpack headers and raw array buffers.
 
-Arrays are never turned into text: small ones ride in the header, big ones are received straight into the memory of the array
-that the caller gets, so full logits are held once and freed with that array. All arrays that arrive can be written to.
+Arrays are never turned into text: small ones ride in the header, big ones are received straight into the memory of
+the array that the caller gets, so full logits are held once and freed with that array. All arrays that arrive can be
+written to.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PERIOD = 0.2  # seconds between two looks at whether the other end is there, whi
 
 
 class Message(msgspec.Struct, kw_only=True, tag=True):
-    """Base of all messages; `call` numbers the calls so that the end of an abandoned one is not taken for the next one's."""
+    """Base of all messages. `call` numbers the calls: the end of an abandoned call must not end the next one."""
 
 
 class Load(Message):
@@ -203,9 +204,9 @@ class Channel(ABC):
 
 
 class SocketChannel(Channel):
-    """A channel over a socket pair, which has no port and no file, tells both ends at once when the other is gone, and lets the
-    kernel hold a worker back that runs ahead of its reader.
+    """A channel over a socket pair, which has no port and no file.
 
+    It tells both ends at once when the other is gone, and the kernel holds a worker back that runs ahead of its reader.
     A parent needs `check` too: a forked grandchild of a dead worker may still hold the worker's end of the socket open.
     """
 
@@ -222,7 +223,7 @@ class SocketChannel(Channel):
         return bool(poll.poll(int(seconds * 1000)))
 
     def read(self, into: memoryview) -> int:
-        """Read what has arrived, waiting for some of it; returns the number of bytes. Raises PeerGoneError at the end."""
+        """Read what has arrived, after a wait; returns the number of bytes. Raises PeerGoneError at the end."""
         while True:
             try:
                 if count := self._sock.recv_into(into):

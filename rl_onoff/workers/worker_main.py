@@ -1,7 +1,8 @@
-"""The worker's side: `python -m rl_onoff.workers.worker_main SOCKET_FD PARENT_PID FOLDER` serves one backend until told to close.
+"""The worker's side: `python -m rl_onoff.workers.worker_main SOCKET_FD PARENT_PID FOLDER` serves one backend.
 
-Started by process.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors travel
-by name; the engine's chatter stays in this process's log file; warnings of rl_onoff itself are handed to the parent.
+Started by process.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors
+travel by name; the engine's chatter stays in this process's log file; warnings of rl_onoff itself are handed to the
+parent.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ DIED = 70  # exit code when a process of the engine died; the file `reason` says
 
 
 class Watchdog(threading.Thread):
-    """Ends this process when its parent is gone, or when a process of the engine is: an engine that lost one may hang."""
+    """Ends this process when its parent, or a process of the engine, is gone: an engine that lost one may hang."""
 
     def __init__(self, parent: int, folder: Path):
         super().__init__(daemon=True, name="watchdog")
@@ -112,8 +113,8 @@ class Warnings(logging.Handler):
 class Inbox(threading.Thread):
     """Takes in what the parent sends, whatever the engine does.
 
-    A parent that sends more requests while its worker sends results waits for the worker to read, as the worker waits for the
-    parent: without this thread neither would ever go on.
+    A parent that sends more requests while its worker sends results waits for the worker to read, as the worker waits
+    for the parent: without this thread neither would ever go on.
     """
 
     def __init__(self, channel: wire.Channel):
