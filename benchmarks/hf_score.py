@@ -27,7 +27,8 @@ if way == "shared":
 else:
     prompts = [ids(256) for _ in range(batch)]
 rollouts = [
-    Rollout(request_id=str(i), sample=0, prompt_ids=prompts[i % len(prompts)], token_ids_T=ids(64)) for i in range(batch)
+    Rollout(request_id=str(i), sample=0, prompt_ids=prompts[i % len(prompts)], token_ids_T=ids(64))
+    for i in range(batch)
 ]
 whole, device = backend._split.whole, backend._split.device
 

@@ -1,4 +1,4 @@
-"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, and models without a split."""
+"""What only the HuggingFace backend does: gradients, padding of every kind of model, memory, models without a split."""
 
 from __future__ import annotations
 

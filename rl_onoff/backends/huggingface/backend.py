@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -70,9 +70,11 @@ class HuggingFaceBackend(BaseBackend):
                 yield from self._on_all_ranks("_sample_batch", batch)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        by_prompt: defaultdict[bytes, list[Rollout]] = defaultdict(list)
+        for rollout in sorted(rollouts, key=lambda rollout: rollout.num_tokens):
+            by_prompt[rollout.prompt_ids.tobytes()].append(rollout)
         alone: list[Rollout] = []
-        for _, group in groupby(sorted(rollouts, key=_prompt_key), key=_prompt_key):
-            members = sorted(group, key=lambda rollout: rollout.num_tokens)
+        for members in by_prompt.values():
             if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
                 alone += members
                 continue
@@ -91,7 +93,7 @@ class HuggingFaceBackend(BaseBackend):
 
     @staticmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        """None: the decoding loop is ours and reads the sampling itself."""
+        """No arguments: the decoding loop is ours and reads the sampling itself."""
         return {}
 
     # -- placement -----------------------------------------------------------------------------------------------------
@@ -213,7 +215,3 @@ class HuggingFaceBackend(BaseBackend):
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
             return [self._whole_logits(rollout).float() for rollout in rollouts]
-
-
-def _prompt_key(rollout: Rollout) -> bytes:
-    return rollout.prompt_ids.tobytes()

@@ -59,7 +59,7 @@ def decode(
 
 
 def _prefill(model: SplitModel, rows: Sequence[Row]) -> tuple[Tensor, Any, Tensor]:
-    """(logits that give the first token (R, V), cache, attention mask (R, L)); each distinct prompt is computed once."""
+    """(logits that give the first token (R, V), cache, attention mask (R, L)); each prompt is computed once."""
     import torch
 
     prompts = {row.request.prompt_ids.tobytes(): row.request.prompt_ids for row in rows}
