@@ -21,15 +21,15 @@ import numpy as np
 
 from rl_onoff.backends.sglang.backend import SGLangBackend
 from rl_onoff.backends.sglang.config import SGLangBackendConfig
-from rl_onoff.types import Response, Want
+from rl_onoff.types import Rollout, Want
 
 
-def work(vocab_size: int, num_prompts: int, num_prompt: int, num_responses: int, num_tokens: int) -> list[Response]:
+def work(vocab_size: int, num_prompts: int, num_prompt: int, num_responses: int, num_tokens: int) -> list[Rollout]:
     rng = np.random.default_rng(0)
     prompts = rng.integers(100, vocab_size - 100, (num_prompts, num_prompt), dtype=np.int32)
     tokens = rng.integers(100, vocab_size - 100, (num_prompts, num_responses, num_tokens), dtype=np.int32)
     return [
-        Response(request_id=str(i), sample=j, prompt_ids=prompts[i], token_ids_T=tokens[i, j])
+        Rollout(request_id=str(i), sample=j, prompt_ids=prompts[i], token_ids_T=tokens[i, j])
         for i in range(num_prompts)
         for j in range(num_responses)
     ]
@@ -38,7 +38,7 @@ def work(vocab_size: int, num_prompts: int, num_prompt: int, num_responses: int,
 class Ways:
     """Ways to run the engine over the same responses."""
 
-    def __init__(self, backend: SGLangBackend, responses: list[Response]):
+    def __init__(self, backend: SGLangBackend, responses: list[Rollout]):
         self._backend, self._engine, self._responses = backend, backend._engine, responses
         self._ids = [np.concatenate([r.prompt_ids, r.token_ids_T]).tolist() for r in responses]
         self._starts = [len(r.prompt_ids) - 1 for r in responses]

@@ -20,12 +20,12 @@ import numpy as np
 from rl_onoff.backends import VLLMBackendConfig
 from rl_onoff.backends.vllm import backend as module
 from rl_onoff.backends.vllm.backend import VLLMBackend, _jobs, _prefix
-from rl_onoff.types import Response, Want
+from rl_onoff.types import Rollout, Want
 
 
 def work(
     vocab_size: int, prompts: int = 2, samples: int = 8, prompt_tokens: int = 256, tokens: int = 64, seed: int = 0
-) -> list[Response]:
+) -> list[Rollout]:
     rng = np.random.default_rng(seed)
 
     def random(count: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def work(
 
     prompt_ids = [random(prompt_tokens) for _ in range(prompts)]
     return [
-        Response(request_id=str(p), sample=sample, prompt_ids=ids, token_ids_T=random(tokens))
+        Rollout(request_id=str(p), sample=sample, prompt_ids=ids, token_ids_T=random(tokens))
         for p, ids in enumerate(prompt_ids)
         for sample in range(samples)
     ]
@@ -52,19 +52,19 @@ def main() -> None:
         engine = backend._engine
         seeds = iter(range(1_000_000))
 
-        def run(responses: list[Response], **params: Any) -> None:
+        def run(responses: list[Rollout], **params: Any) -> None:
             """The whole sequences, nothing cached; one at a time where every number comes back as an object."""
             plain = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
             most = 1 if params.get("prompt_logprobs") == -1 else None
             for _ in engine.run(((None, _prefix(r), SamplingParams(**plain | params)) for r in responses), most):
                 pass
 
-        def in_engine(responses: list[Response], want: Want, cached: bool) -> None:
+        def in_engine(responses: list[Rollout], want: Want, cached: bool) -> None:
             module._jobs = _jobs if cached else lambda r, n, _: _jobs(r, n, True)
             assert sum(1 for _ in backend._stats(responses, want)) == len(responses)
             module._jobs = _jobs
 
-        def fresh() -> list[Response]:
+        def fresh() -> list[Rollout]:
             return work(engine.vocab_size, seed=next(seeds))
 
         warm = fresh()

@@ -7,7 +7,7 @@ import pytest
 
 from rl_onoff.backends import backend_class, create_backend, engine_configs
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Request, Response, Sampling
+from rl_onoff.types import Rollout, Sampling, sample_requests
 
 
 def refused(call, *arguments, **named) -> str:
@@ -182,6 +182,6 @@ def test_requests_of_one_id_are_refused():
     ids = np.array([1, 2], np.int32)
     with create_backend({"backend_type": "fake", "model_name": "fake"}) as backend:
         with pytest.raises(UsageError, match=r"'a' \(sample 0\) is there twice"):
-            list(backend.complete([Request(id="a", prompt_ids=ids, sampling=Sampling(max_new_tokens=1))] * 2))
+            list(backend.complete([sample_requests(id="a", prompt_ids=ids, sampling=Sampling(max_new_tokens=1))] * 2))
         with pytest.raises(UsageError, match=r"'a' \(sample 0\) is there twice"):
-            list(backend.score([Response(request_id="a", sample=0, prompt_ids=ids, token_ids_T=ids)] * 2))
+            list(backend.score([Rollout(request_id="a", sample=0, prompt_ids=ids, token_ids_T=ids)] * 2))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rl_onoff.backends import BaseBackend
-from rl_onoff.backends.engine import Draw, draws_of
+from rl_onoff.backends.engine import Given
 from rl_onoff.errors import EngineError, UsageError
-from rl_onoff.types import Completion, FinishReason, LogprobKind, Request, Response, Sampling, Want
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, Want, sample_requests
 from tests.backends.conftest import TEXT
 from tests.running import flipped, ids_of
 
@@ -35,18 +35,19 @@ def chat_ids(backend: BaseBackend, question: str) -> np.ndarray:
     return np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
 
-def requests_for(backend: BaseBackend, questions: list[str], **sampling: Any) -> list[Request]:
+def requests_for(backend: BaseBackend, questions: list[str], **sampling: Any) -> list[SampleRequest]:
     return [
-        Request(id=str(i), prompt_ids=chat_ids(backend, q), sampling=Sampling(**sampling))
-        for i, q in enumerate(questions)
+        request
+        for i, question in enumerate(questions)
+        for request in sample_requests(id=str(i), prompt_ids=chat_ids(backend, question), sampling=Sampling(**sampling))
     ]
 
 
-def complete(backend: BaseBackend, requests: list[Request]) -> dict[tuple[str, int], Completion]:
+def complete(backend: BaseBackend, requests: list[SampleRequest]) -> dict[tuple[str, int], Rollout]:
     return {completion.key: completion for completion in backend.complete(requests)}
 
 
-def random_responses(backend: BaseBackend, count: int = 64, seed: int = 0, longest: int = 90) -> list[Response]:
+def random_responses(backend: BaseBackend, count: int = 64, seed: int = 0, longest: int = 90) -> list[Rollout]:
     """Prompts and responses of very different lengths, of plain text tokens.
 
     No prompt is a single token: there float32 itself is off by 1e-3 in SmolLM2's entropy, measured against float64.
@@ -59,7 +60,7 @@ def random_responses(backend: BaseBackend, count: int = 64, seed: int = 0, longe
         start = int(rng.integers(0, len(source) - size))
         return source[start : start + size]
 
-    return [Response(request_id=f"r{i}", sample=0, prompt_ids=piece(4), token_ids_T=piece(1)) for i in range(count)]
+    return [Rollout(request_id=f"r{i}", sample=0, prompt_ids=piece(4), token_ids_T=piece(1)) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ class Plain:
 _plain: dict[bytes, Plain] = {}
 
 
-def plain(reference: Any, response: Response) -> Plain:
+def plain(reference: Any, response: Rollout) -> Plain:
     key = response.prompt_ids.tobytes() + b"|" + response.token_ids_T.tobytes()
     if key not in _plain:
         _plain[key] = Plain.of(plain_logits(reference, response), response.token_ids_T)
     return _plain[key]
 
 
-def plain_logits(reference: Any, response: Response) -> np.ndarray:
+def plain_logits(reference: Any, response: Rollout) -> np.ndarray:
     """(T, V) float32 logits of one unpadded sequence, by the model's own forward pass."""
     import torch
 
@@ -122,7 +123,7 @@ def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
 def test_a_response_is_what_was_sampled(backend: BaseBackend) -> None:
     requests = requests_for(backend, CHAT[:6], max_new_tokens=24, seed=1)
     done = complete(backend, requests)
-    assert set(done) == {(r.id, 0) for r in requests}
+    assert set(done) == {r.key for r in requests}
     for completion in done.values():
         assert completion.token_ids_T.dtype == np.int32 and completion.logprobs_T.dtype == np.float32
         assert 1 <= len(completion.token_ids_T) == len(completion.logprobs_T) <= 24
@@ -171,14 +172,14 @@ def test_the_context_ends_a_response(backend: BaseBackend) -> None:
     if backend.info.max_len > 4096:
         return  # HuggingFace has no option that shortens the context: test_huggingface.py does this with a small model
     prompt_ids = np.resize(chat_ids(backend, CHAT[0]), backend.info.max_len - 3)
-    request = Request(id="long", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=50, temperature=0))
-    assert 1 <= len(complete(backend, [request])["long", 0].token_ids_T) <= 3
+    requests = sample_requests(id="long", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=50, temperature=0))
+    assert 1 <= len(complete(backend, requests)["long", 0].token_ids_T) <= 3
 
 
 def test_a_response_does_not_depend_on_its_batch(backend: BaseBackend) -> None:
     sampling = {"max_new_tokens": 12, "temperature": 0.8, "n": 2, "seed": 11}
     together = complete(backend, requests_for(backend, CHAT[:7], **sampling))
-    alone = complete(backend, [requests_for(backend, CHAT[:7], **sampling)[3]])
+    alone = complete(backend, requests_for(backend, CHAT[:7], **sampling)[6:8])
     again = complete(backend, requests_for(backend, CHAT[:7][::-1], **sampling))
     same = {key: together[key] for key in alone}
     others = flipped(ids_of(alone.values()), ids_of(same.values()))
@@ -190,24 +191,23 @@ def test_a_response_does_not_depend_on_its_batch(backend: BaseBackend) -> None:
     )
 
 
-class Trickle:
-    """A supply that gives two draws at a time, the second two only when it is asked again."""
+class Trickle(Given):
+    """A supply that gives two requests at a time, the second two only when it is asked again."""
 
-    def __init__(self, requests: list[Request]) -> None:
-        self._draws = draws_of(requests)
-
-    def take(self, most: int | None = None, *, wait: bool) -> list[Draw]:
-        given, self._draws = self._draws[:2], self._draws[2:]
-        return given
+    def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
+        return super().take(2, wait=wait)
 
 
 def test_work_that_comes_while_it_works(backend: BaseBackend) -> None:
     (long,) = requests_for(backend, CHAT[12:13], max_new_tokens=300, temperature=0)  # which does not end before
-    short = [replace(r, id=str(i)) for i, r in enumerate(requests_for(backend, CHAT[1:5], max_new_tokens=2, seed=3), 1)]
+    short = [
+        replace(r, request_id=str(i))
+        for i, r in enumerate(requests_for(backend, CHAT[1:5], max_new_tokens=2, seed=3), 1)
+    ]
     requests = [long, *short]
     expected = complete(backend, requests)
     core = backend._core
-    came = {completion.key: completion for completion in core._generate_from(Trickle(requests))}  # type: ignore[union-attr]
+    came = {completion.key: completion for completion in core._generate(Trickle(requests))}  # type: ignore[union-attr]
     flipped(ids_of(came.values()), ids_of(expected.values()))
     if backend.name in ("vllm", "sglang"):
         assert next(reversed(came)) == ("0", 0), (
@@ -216,10 +216,11 @@ def test_work_that_comes_while_it_works(backend: BaseBackend) -> None:
 
 
 def test_samples_and_seeds_differ_and_a_sample_can_be_drawn_alone(backend: BaseBackend) -> None:
-    request = requests_for(backend, CHAT[1:2], max_new_tokens=16, n=4, seed=5)[0]
-    done = complete(backend, [request])
+    requests = requests_for(backend, CHAT[1:2], max_new_tokens=16, n=4, seed=5)
+    done = complete(backend, requests)
     assert len({tuple(c.token_ids_T.tolist()) for c in done.values()}) > 1
-    alone = Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(2,))
+    (first, *_) = requests
+    (alone,) = sample_requests(id="0", prompt_ids=first.prompt_ids, sampling=first.sampling, samples=(2,))
     only = complete(backend, [alone])
     assert list(only) == [("0", 2)]
     flipped(ids_of(only.values()), {key: done[key].token_ids_T for key in only})
@@ -268,11 +269,7 @@ def greedy_ids(reference: Any, tiny_llama: str) -> list[list[int]]:
 def test_sampled_logprobs_are_the_scored_ones(backend: BaseBackend) -> None:
     requests = requests_for(backend, CHAT[:5], max_new_tokens=20, temperature=0.8, top_k=30, top_p=0.9, seed=2)
     done = complete(backend, requests)
-    responses = [
-        Response(request_id=r.id, sample=0, prompt_ids=r.prompt_ids, token_ids_T=done[r.id, 0].token_ids_T)
-        for r in requests
-    ]
-    for scores in backend.score(responses):
+    for scores in backend.score(done.values()):
         np.testing.assert_allclose(scores.logprobs_T, done[scores.key].logprobs_T, atol=5e-4)
 
 
@@ -304,8 +301,7 @@ def test_responses_that_share_a_prompt(backend: BaseBackend, reference: Any) -> 
     pieces = random_responses(backend, count=9, seed=4)
     prompt_ids = np.concatenate([pieces[8].prompt_ids, pieces[8].token_ids_T, pieces[7].prompt_ids])
     shared = [
-        Response(request_id="same", sample=i, prompt_ids=prompt_ids, token_ids_T=pieces[i].token_ids_T)
-        for i in range(8)
+        Rollout(request_id="same", sample=i, prompt_ids=prompt_ids, token_ids_T=pieces[i].token_ids_T) for i in range(8)
     ]
     for _ in range(2):  # the second time every engine that caches prompts has this one
         for scores in list(backend.score(shared, Want(top_k=1))):
@@ -425,7 +421,7 @@ def test_wrong_input_is_one_sentence(backend: BaseBackend) -> None:
     with pytest.raises(UsageError, match="context holds"):
         backend.generate(np.ones(backend.info.max_len, np.int32))
     with pytest.raises(UsageError, match="no tokens to score"):
-        list(backend.score([Response(request_id="a", sample=0, prompt_ids=np.ones(2, np.int32), token_ids_T=empty)]))
+        list(backend.score([Rollout(request_id="a", sample=0, prompt_ids=np.ones(2, np.int32), token_ids_T=empty)]))
     with pytest.raises(UsageError, match="1 prompts but 2 responses"):
         backend.get_logits(["a"], ["b", "c"])
     with pytest.raises(ValueError, match="top_p"):

@@ -16,7 +16,7 @@ import pytest
 from rl_onoff.backends import BaseBackend, SGLangBackendConfig, create_backend
 from rl_onoff.backends.sglang.backend import SGLangBackend
 from rl_onoff.errors import EngineDiedError, UsageError
-from rl_onoff.types import LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want, sample_requests
 from tests.backends.conftest import CHUNK, MAX_LEN, TEXT
 from tests.backends.moved_sglang import MovedSGLang
 from tests.conftest import SGLANG_PYTHON
@@ -43,7 +43,7 @@ def pair(tiny_llama: str) -> Iterator[BaseBackend]:
         yield backend
 
 
-def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarray]:
+def plain(reference: Any, response: Rollout, want: Want) -> dict[str, np.ndarray]:
     """The same numbers from a forward pass over the unpadded sequence."""
     import torch
 
@@ -52,12 +52,10 @@ def plain(reference: Any, response: Response, want: Want) -> dict[str, np.ndarra
     sequence = torch.as_tensor(np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int64))[None]
     with torch.no_grad():
         logits_TV = reference(sequence).logits[0, len(response.prompt_ids) - 1 : -1]
-    scores = token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).of(response)
-    arrays = {name: getattr(scores, name) for name in scores.__slots__ if name.endswith(("_T", "_TK", "_TV"))}
-    return {name: values for name, values in arrays.items() if values is not None}
+    return token_stats(logits_TV, torch.as_tensor(response.token_ids_T), want).arrays()
 
 
-def assert_scores(scores: Sequence[TokenScores], responses: Sequence[Response], reference: Any, want: Want) -> None:
+def assert_scores(scores: Sequence[TokenScores], responses: Sequence[Rollout], reference: Any, want: Want) -> None:
     by_key = {score.key: score for score in scores}
     assert len(scores) == len(by_key) == len(responses)
     for response in responses:
@@ -76,9 +74,9 @@ def assert_scores(scores: Sequence[TokenScores], responses: Sequence[Response], 
                 ), name
 
 
-def response(text_ids: np.ndarray, num_prompt: int, num_tokens: int, sample: int = 0, shift: int = 0) -> Response:
+def response(text_ids: np.ndarray, num_prompt: int, num_tokens: int, sample: int = 0, shift: int = 0) -> Rollout:
     token_ids_T = np.roll(text_ids, -shift)[num_prompt : num_prompt + num_tokens]
-    return Response(request_id="r", sample=sample, prompt_ids=text_ids[:num_prompt], token_ids_T=token_ids_T)
+    return Rollout(request_id="r", sample=sample, prompt_ids=text_ids[:num_prompt], token_ids_T=token_ids_T)
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +143,10 @@ def test_two_tensor_parallel_ranks(pair: BaseBackend, reference: Any) -> None:
     assert_scores(list(pair.score(responses, want)), responses, reference, want)
 
     (completion,) = pair.complete(
-        [Request(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))]
+        [sample_requests(id="a", prompt_ids=ids[:12], sampling=Sampling(max_new_tokens=10, temperature=0.7))]
     )
     assert completion.kind is LogprobKind.scaled
-    asked = Response(request_id="a", sample=0, prompt_ids=ids[:12], token_ids_T=completion.token_ids_T)
-    scaled = plain(reference, asked, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
+    scaled = plain(reference, completion, Want(sampler=Sampling(temperature=0.7)))["processed_logprobs_T"]
     assert np.abs(completion.logprobs_T - scaled).max() < TOLERANCE
 
 
@@ -165,13 +162,13 @@ def test_a_response_depends_on_its_seed_alone(backend: BaseBackend, text_ids: np
         base.replace(temperature=0.0),
     ]
     requests = [
-        Request(id=str(i), prompt_ids=text_ids[: 9 + i], sampling=sampling) for i, sampling in enumerate(samplings)
+        sample_requests(id=str(i), prompt_ids=text_ids[: 9 + i], sampling=sampling)
+        for i, sampling in enumerate(samplings)
     ]
     together = {completion.key: completion for completion in backend.complete(requests)}
     assert len(together) == 12
-    for i, request in enumerate(requests):
-        single = Request(id=request.id, prompt_ids=request.prompt_ids, sampling=request.sampling, samples=(i % 3,))
-        alone = ids_of(backend.complete([single]))
+    for i, prompt in enumerate(requests):
+        alone = ids_of(backend.complete([prompt[i % 3]]))
         flipped(alone, {key: together[key].token_ids_T for key in alone})
     assert len({tuple(together["0", sample].token_ids_T) for sample in range(3)}) == 3
     assert len({tuple(together["3", sample].token_ids_T) for sample in range(3)}) == 1
@@ -184,19 +181,25 @@ def test_the_same_seed_draws_what_our_own_loop_draws(
         {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": {"dtype": "float32"}}
     )
     sampling = Sampling(max_new_tokens=12, n=2, temperature=0.9, top_k=50, top_p=0.95, min_p=0.02, seed=3)
-    request = Request(id="a", prompt_ids=text_ids[:20], sampling=sampling)
+    request = sample_requests(id="a", prompt_ids=text_ids[:20], sampling=sampling)
     with huggingface:
         flipped(ids_of(backend.complete([request])), ids_of(huggingface.complete([request])))
 
 
 def test_the_engine_survives_an_abandoned_call(backend: BaseBackend, text_ids: np.ndarray) -> None:
     stream = backend.complete(
-        [Request(id="a", prompt_ids=text_ids[:20], sampling=Sampling(max_new_tokens=300, n=6, stop=[" ", "."]))]
+        [sample_requests(id="a", prompt_ids=text_ids[:20], sampling=Sampling(max_new_tokens=300, n=6, stop=[" ", "."]))]
     )
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert (
-        len(list(backend.complete([Request(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))])))
+        len(
+            list(
+                backend.complete(
+                    [sample_requests(id="b", prompt_ids=text_ids[:9], sampling=Sampling(max_new_tokens=3))]
+                )
+            )
+        )
         == 1
     )
 
@@ -205,7 +208,7 @@ def test_limits_are_named_before_anything_runs(backend: BaseBackend, text_ids: n
     with pytest.raises(UsageError, match="at most 32"):
         list(
             backend.complete(
-                [Request(id="a", prompt_ids=text_ids[:9], sampling=Sampling(stop=[f"s{i}" for i in range(33)]))]
+                [sample_requests(id="a", prompt_ids=text_ids[:9], sampling=Sampling(stop=[f"s{i}" for i in range(33)]))]
             )
         )
     with pytest.raises(UsageError, match=r"backend\.logprob_kind"):
@@ -215,9 +218,11 @@ def test_limits_are_named_before_anything_runs(backend: BaseBackend, text_ids: n
 def test_a_response_may_fill_the_context(backend: BaseBackend, text_ids: np.ndarray, reference: Any) -> None:
     assert backend.info.max_len == MAX_LEN
     prompt_ids = np.resize(text_ids, 510)
-    (completion,) = backend.complete([Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=9))])
+    (completion,) = backend.complete(
+        [sample_requests(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=9))]
+    )
     assert len(completion.token_ids_T) <= 2
-    full = Response(request_id="a", sample=0, prompt_ids=prompt_ids, token_ids_T=text_ids[:2])
+    full = Rollout(request_id="a", sample=0, prompt_ids=prompt_ids, token_ids_T=text_ids[:2])
     assert_scores(list(backend.score([full])), [full], reference, Want())
 
 
@@ -248,8 +253,8 @@ def kill_and_see(backend: BaseBackend, part: str) -> None:
     victim = next(child for child in family if part in " ".join(child.cmdline()))
     prompt_ids = np.arange(100, 110, dtype=np.int32)
     requests = [
-        Request(id="short", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=1)),
-        Request(id="long", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400, n=100)),
+        sample_requests(id="short", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=1)),
+        sample_requests(id="long", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400, n=100)),
     ]
     first, began = None, 0.0
     with pytest.raises(EngineDiedError) as caught:

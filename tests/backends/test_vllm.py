@@ -18,7 +18,16 @@ import pytest
 from rl_onoff.backends import BaseBackend, VLLMBackendConfig, create_backend
 from rl_onoff.backends.vllm.backend import VLLMBackend
 from rl_onoff.errors import EngineDiedError, MissingDependencyError, UsageError
-from rl_onoff.types import FinishReason, LogprobKind, Request, Response, Sampling, TokenScores, Want
+from rl_onoff.types import (
+    FinishReason,
+    LogprobKind,
+    Rollout,
+    SampleRequest,
+    Sampling,
+    TokenScores,
+    Want,
+    sample_requests,
+)
 from tests.backends.conftest import MAX_LEN, TEXT
 from tests.backends.moved_vllm import GoneVLLM, MovedVLLM, UncappedVLLM
 from tests.conftest import SGLANG_PYTHON
@@ -35,7 +44,7 @@ def config(model: str, **options: Any) -> VLLMBackendConfig:
     return VLLMBackendConfig(model_name=model, **{"dtype": "float32", "max_model_len": MAX_LEN} | options)
 
 
-def plain(reference: Any, response: Response, want: Want) -> TokenScores:
+def plain(reference: Any, response: Rollout, want: Want) -> TokenScores:
     """The same numbers from a forward pass over the unpadded sequence."""
     import torch
 
@@ -71,11 +80,11 @@ def texts(backend: BaseBackend, count: int, seed: int = 0) -> list[np.ndarray]:
     return [source[start : start + int(rng.integers(1, 60))] for start in starts]
 
 
-def sharing_a_prompt(backend: BaseBackend, count: int = 8, seed: int = 0) -> list[Response]:
+def sharing_a_prompt(backend: BaseBackend, count: int = 8, seed: int = 0) -> list[Rollout]:
     *pieces, a, b, c = texts(backend, count + 3, seed)
     prompt_ids = np.concatenate([a, b, c, a, b])
     return [
-        Response(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=piece)
+        Rollout(request_id="shared", sample=i, prompt_ids=prompt_ids, token_ids_T=piece)
         for i, piece in enumerate(pieces)
     ]
 
@@ -85,22 +94,18 @@ def sharing_a_prompt(backend: BaseBackend, count: int = 8, seed: int = 0) -> lis
 
 def test_a_response_that_this_engine_has_just_sampled(backend: BaseBackend, reference: Any) -> None:
     prompt_ids = np.concatenate(texts(backend, 6, seed=3))[:40]  # not cut: see vllm_engine.py on seeds
-    request = Request(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=70, temperature=0.9))
-    completions = list(backend.complete([request]))
-    responses = [
-        Response(request_id="a", sample=c.sample, prompt_ids=prompt_ids, token_ids_T=c.token_ids_T) for c in completions
-    ]
-    got = {s.key: s for s in backend.score(responses, Want())}
-    for completion, response in zip(completions, responses, strict=True):
-        check(got[response.key], plain(reference, response, Want()), Want())
-        np.testing.assert_allclose(got[response.key].logprobs_T, completion.logprobs_T, atol=TOLERANCE)
+    sampling = Sampling(max_new_tokens=70, temperature=0.9)
+    (rollout,) = backend.complete(sample_requests(id="a", prompt_ids=prompt_ids, sampling=sampling))
+    (scores,) = backend.score([rollout])
+    check(scores, plain(reference, rollout, Want()), Want())
+    np.testing.assert_allclose(scores.logprobs_T, rollout.logprobs_T, atol=TOLERANCE)
 
 
 def test_the_longest_sequence_and_the_shortest(backend: BaseBackend, reference: Any) -> None:
     ids = np.resize(np.concatenate(texts(backend, 20)), backend.info.max_len)
     responses = [
-        Response(request_id="long", sample=0, prompt_ids=ids[:-40], token_ids_T=ids[-40:]),
-        Response(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[1:2]),
+        Rollout(request_id="long", sample=0, prompt_ids=ids[:-40], token_ids_T=ids[-40:]),
+        Rollout(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[1:2]),
     ]
     for scores, response in zip(
         sorted(backend.score(responses, Want()), key=lambda s: s.request_id), responses, strict=True
@@ -122,16 +127,17 @@ def test_a_vllm_without_the_runner_we_know_degrades_loudly_to_the_public_api(
         )
         ids = np.concatenate(texts(backend, 4))[:60]
         responses = [
-            Response(request_id="long", sample=0, prompt_ids=ids[:20], token_ids_T=ids[20:60]),
-            Response(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[5:6]),
+            Rollout(request_id="long", sample=0, prompt_ids=ids[:20], token_ids_T=ids[20:60]),
+            Rollout(request_id="short", sample=0, prompt_ids=ids[:1], token_ids_T=ids[5:6]),
         ]
         for scores in backend.score(responses, EVERYTHING):
             check(scores, plain(reference, next(r for r in responses if r.key == scores.key), EVERYTHING))
-        request = Request(id="a", prompt_ids=responses[0].prompt_ids, sampling=Sampling(max_new_tokens=5))
+        request = sample_requests(id="a", prompt_ids=responses[0].prompt_ids, sampling=Sampling(max_new_tokens=5))
         (completion,) = backend.complete([request])
         assert completion.kind is LogprobKind.raw
-        sampled = Response(request_id="a", sample=0, prompt_ids=request.prompt_ids, token_ids_T=completion.token_ids_T)
-        np.testing.assert_allclose(completion.logprobs_T, plain(reference, sampled, Want()).logprobs_T, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            completion.logprobs_T, plain(reference, completion, Want()).logprobs_T, atol=TOLERANCE
+        )
 
 
 def test_a_vllm_that_moved_its_insides_degrades_loudly(
@@ -141,7 +147,7 @@ def test_a_vllm_that_moved_its_insides_degrades_loudly(
         assert not backend.info.in_engine_stats
         assert "not computed inside this vLLM (its logprobs are off by" in caplog.text
         ids = np.arange(9, 20, dtype=np.int32)
-        response = Response(request_id="a", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])
+        response = Rollout(request_id="a", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])
         (scores,) = backend.score([response], Want())
         check(scores, plain(reference, response, Want()), Want())
 
@@ -174,31 +180,28 @@ def test_processed_logprobs_are_those_of_the_sampler(tiny_llama: str) -> None:
             "k": Sampling(top_k=5, temperature=0.7), "p": Sampling(top_p=0.5), "m": Sampling(min_p=0.2), "greedy": Sampling(temperature=0),
         }  # fmt: skip
         requests = [
-            Request(id=name, prompt_ids=prompt_ids, sampling=s.replace(max_new_tokens=12, n=2))
+            sample_requests(id=name, prompt_ids=prompt_ids, sampling=s.replace(max_new_tokens=12, n=2))
             for name, s in samplers.items()
         ]
         for completion in list(backend.complete(requests)):
             assert completion.kind is LogprobKind.processed
-            response = Response(request_id="a", sample=0, prompt_ids=prompt_ids, token_ids_T=completion.token_ids_T)
-            (scores,) = backend.score([response], Want(sampler=samplers[completion.request_id]))
+            (scores,) = backend.score([completion], Want(sampler=samplers[completion.request_id]))
             np.testing.assert_allclose(
                 completion.logprobs_T, scores.processed_logprobs_T, atol=1e-3, err_msg=completion.request_id
             )
         (completion,) = backend.complete(
-            [Request(id="eos", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=2000))]
+            [sample_requests(id="eos", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=2000))]
         )
         assert completion.finish_reason in (FinishReason.length, FinishReason.eos)
         assert len(completion.token_ids_T) <= backend.info.max_len - len(prompt_ids)
 
         worker = psutil.Process(backend._core.pid)
-        requests = [
-            Request(id=str(i), prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400)) for i in range(200)
-        ]
+        requests = sample_requests(id="a", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=400, n=200))
         _killed_in_the_middle(backend, requests, worker.pid)
         assert not worker.is_running()
 
 
-def _killed_in_the_middle(backend: BaseBackend, requests: list[Request], pid: int) -> None:
+def _killed_in_the_middle(backend: BaseBackend, requests: list[SampleRequest], pid: int) -> None:
     """Kill `pid` when the first response is there: the error comes in time and names what is missing."""
     got: set[tuple[str, int]] = set()
     began = 0.0
@@ -209,7 +212,7 @@ def _killed_in_the_middle(backend: BaseBackend, requests: list[Request], pid: in
                 began = time.monotonic()
                 os.kill(pid, signal.SIGKILL)
     assert time.monotonic() - began < 10
-    assert set(caught.value.in_flight) == {(r.id, 0) for r in requests} - got
+    assert set(caught.value.in_flight) == {r.key for r in requests} - got
 
 
 def test_two_devices_with_prefill_in_chunks(tiny_llama: str, reference: Any) -> None:
@@ -221,8 +224,11 @@ def test_two_devices_with_prefill_in_chunks(tiny_llama: str, reference: Any) -> 
         prompt_ids = np.arange(20, 60, dtype=np.int32)
         sampling = Sampling(temperature=0)  # a CPU's vLLM cannot draw with a seed from a prompt that it cuts
         requests = [
-            Request(id=str(i), prompt_ids=prompt_ids, sampling=sampling.replace(max_new_tokens=8 + i))
+            request
             for i in range(200)
+            for request in sample_requests(
+                id=str(i), prompt_ids=prompt_ids, sampling=sampling.replace(max_new_tokens=8 + i)
+            )
         ]
         _killed_in_the_middle(backend, requests, ranks[1].pid)
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
@@ -309,7 +315,7 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
     recorder = Recorder(11, keeps=True)
     assert hook(SimpleNamespace(prompt_logprobs_worker=worker), recorder) == "V2"
     responses = {
-        number: Response(
+        number: Rollout(
             request_id="r",
             sample=number,
             prompt_ids=np.arange(size, dtype=np.int32),
@@ -348,8 +354,8 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
             hidden_ND[start : start + 6] @ weight_VD.T, torch.as_tensor(response.token_ids_T), Want(top_k=2)
         )
         assert results[number] is not None
-        np.testing.assert_allclose(results[number].logprobs, expected.logprobs, atol=1e-5)
-        np.testing.assert_array_equal(results[number].top_ids, expected.top_ids)
+        np.testing.assert_allclose(results[number].logprobs_T, expected.logprobs_T, atol=1e-5)
+        np.testing.assert_array_equal(results[number].top_ids_TK, expected.top_ids_TK)
     worker.remove_request("internal-1")
     assert seen == ["internal-2", "internal-3"]
     step([2], [4], [5])  # as if the first blocks had been cached
