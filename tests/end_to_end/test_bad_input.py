@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rl_onoff.errors import UsageError
+from rl_onoff.rundir.provenance import changes
 from rl_onoff.rundir.table import RunDir
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, token_ids
 from tests.running import run_in
@@ -224,11 +225,12 @@ def test_a_changed_option_is_told_once_under_its_first_name(tmp_path):
         UsageError, match=r'config \(backend\.dtype: "float32" -> "bfloat16"; backend\.tp_size: null -> 2\): undo'
     ) as caught:
         claimed.claim(
-            {"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}}
+            {"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}},
+            changes,
         )
     assert "torch_dtype" not in str(caught.value)
-    with pytest.raises(UsageError, match=r'config \(backend\.torch_dtype: "float32" -> "bfloat16"\)'):
-        claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}})
+    with pytest.raises(UsageError, match=r'config \(backend\.dtype: "float32" -> "bfloat16"\)'):
+        claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}}, changes)
 
 
 # -- the disk ----------------------------------------------------------------------------------------------------------
