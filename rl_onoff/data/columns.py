@@ -49,8 +49,9 @@ def find_columns(table: Table) -> dict[str, str]:
     """Role -> the column that plays it, by its name and by the first value in it."""
     found = {}
     for role, names in COLUMNS.items():
-        fitting = (name for name in names if name in table.columns and _fits(role, _first_value(table, name)))
-        if (name := next(fitting, None)) is not None:
+        there = [(name, _first_value(table, name)) for name in names if name in table.columns]
+        there.sort(key=lambda item: item[1] is None)  # a column that is filled before one that is not
+        if (name := next((name for name, value in there if _fits(role, value)), None)) is not None:
             found[role] = name
     return found
 
@@ -63,10 +64,8 @@ def _fits(role: str, value: Any) -> bool:
     """Whether a column can play its role: `responses` is a list of ids in verl and text elsewhere."""
     if role in ("token_ids", "prompt_ids"):
         return isinstance(value, list) and all(isinstance(item, int | float) for item in value)
-    if role == "prompt":
-        return isinstance(value, str | list)
-    if role == "text":
-        return isinstance(value, str)
+    if role in ("prompt", "text"):
+        return value is None or isinstance(value, str | list if role == "prompt" else str)
     return isinstance(value, int | float) if role == "reward" else value is not None
 
 

@@ -205,6 +205,16 @@ def test_another_system_message_is_not_taken_for_the_one_before(tmp_path, write)
         run_in(tmp_path / "run", *command, "data.system=short")
 
 
+def test_a_filled_column_is_taken_before_an_empty_one(write, tokenizer):
+    path = write({"prompt_ids": [1], "prompt": None, "response": None, "token_ids": None, "response_ids": [2]})
+    (given,) = load_responses(path)
+    assert given.token_ids_T.tolist() == [2]
+    with pytest.raises(UsageError, match=r"line 1 of r\.jsonl has an empty prompt"):
+        load_responses(write({"prompt": None, "response": "an answer to nothing"}), tokenizer)
+    with pytest.raises(UsageError, match=r"line 1 of r\.jsonl has no response"):
+        load_responses(write({"prompt_ids": [1], "response": None}), tokenizer)
+
+
 def test_bad_files(write, tmp_path):
     with pytest.raises(UsageError, match=r"score\.responses=.*no\.jsonl does not exist"):
         load_responses(str(tmp_path / "no.jsonl"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rl_onoff.errors import UsageError
+from rl_onoff.rundir.provenance import changes
 from rl_onoff.rundir.table import RunDir
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, token_ids
@@ -253,11 +254,12 @@ def test_a_changed_option_is_told_once_under_its_first_name(tmp_path):
         UsageError, match=r'config \(backend\.dtype: "float32" -> "bfloat16"; backend\.tp_size: null -> 2\): undo'
     ) as caught:
         claimed.claim(
-            {"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}}
+            {"backend": {"dtype": "bfloat16", "torch_dtype": "bfloat16", "tp_size": 2, "tensor_parallel_size": 2}},
+            changes,
         )
     assert "torch_dtype" not in str(caught.value)
-    with pytest.raises(UsageError, match=r'config \(backend\.torch_dtype: "float32" -> "bfloat16"\)'):
-        claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}})
+    with pytest.raises(UsageError, match=r'config \(backend\.dtype: "float32" -> "bfloat16"\)'):
+        claimed.claim({"backend": {**before["backend"], "torch_dtype": "bfloat16"}}, changes)
 
 
 def test_a_sweeps_run_folder_and_other_odd_paths_are_given_back(tmp_path):
