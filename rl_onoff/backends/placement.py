@@ -89,3 +89,10 @@ def _ask(python: str, package: str) -> str:
         return str(error.strerror)
     said = "".join(done.stdout.split()[-1:])  # a sitecustomize may print before
     return said if said in ("True", "False") else "it is no Python interpreter"
+
+
+def replicas_that_fit(num_devices: int) -> int:
+    """How many replicas of so many devices each this machine has GPUs for."""
+    from rl_onoff.workers import devices
+
+    return devices.replicas_that_fit(num_devices)

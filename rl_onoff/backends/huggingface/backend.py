@@ -17,6 +17,7 @@ from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.backends.huggingface.decode import decode
 from rl_onoff.backends.huggingface.model import load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
+from rl_onoff.backends.placement import replicas_that_fit
 from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
@@ -102,8 +103,6 @@ class HuggingFaceBackend(BaseBackend):
         config = self.config
         if config.pool.kind is PoolKind.ray or config.dp_size is not None or config.num_devices == 1:
             return config.dp_size
-        from rl_onoff.workers.devices import replicas_that_fit
-
         return replicas_that_fit(config.num_devices) if config.gpus_per_replica else None
 
     def _hosted_by_default(self) -> bool:
