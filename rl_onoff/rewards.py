@@ -191,7 +191,7 @@ def _load_file(place: str, spec: str) -> Any:
     path = Path(place).expanduser()
     if not path.is_file():
         raise UsageError(
-            f"the file {place} of {spec} does not exist: set reward.function=FILE.py:NAME to one that does"
+            f"the file {place} of reward.function={spec} does not exist: set reward.function=FILE.py:NAME to one that does"
         )
     name = f"rl_onoff_reward_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)

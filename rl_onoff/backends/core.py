@@ -229,11 +229,12 @@ def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
     """Requests or rollouts by (request id, sample), which is all that tells their results apart."""
     found: dict[Key, Any] = {}
     for item in items:
-        if found.setdefault(item.key, item) is not item:
+        if item.key in found:
             raise UsageError(
                 f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request an id of its "
                 "own"
             )
+        found[item.key] = item
     return found
 
 
