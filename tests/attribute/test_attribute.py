@@ -96,7 +96,7 @@ def test_top_p_with_logprobs_that_are_processed_but_called_raw(tmp_path: Path) -
 def sampled(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A tiny model's samples, whose random tokens are seldom what its tokenizer would make of their text."""
     engines = (f"model.name={tiny_llama}", "model.dtype=float32", "+backend@targets.again=huggingface")
-    small = ("data.limit=6", "sampling.max_new_tokens=16", "targets.again.attn_implementation=eager")
+    small = ("data.limit=6", "sampling.max_new_tokens=48", "targets.again.attn_implementation=eager")
     return run_in(tmp_path_factory.mktemp("sampled") / "run", "experiment=onoff", *engines, *small)
 
 
