@@ -146,8 +146,9 @@ def test_a_shared_prompt_and_sampler_are_sent_once():
     sampling = Sampling(stop=["stop here" * 100])
     ids_P = np.arange(1000, dtype=np.int32)
     shared = [SampleRequest(request_id="a", sample=i, seed=i, prompt_ids=ids_P, sampling=sampling) for i in range(100)]
-    channel = wire.SocketChannel(socket.socketpair()[0])
-    assert len(channel._encoder.encode(wire.Requests.pack(shared))) < 7_000
+    one, two = socket.socketpair()
+    with one, two:
+        assert len(wire.SocketChannel(one)._encoder.encode(wire.Requests.pack(shared))) < 7_000
     back = travelled(wire.Generate(call=1, requests=wire.Requests.pack(shared), last=True)).requests.unpack()
     assert [one.key for one in back] == [("a", i) for i in range(100)]
     assert all(one.sampling == sampling and np.array_equal(one.prompt_ids, ids_P) for one in back)
