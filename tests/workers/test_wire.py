@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -81,6 +81,7 @@ def assert_same(one: Any, other: Any) -> None:
             assert mine == theirs and type(mine) is type(theirs), field.name
 
 
+@settings(deadline=None)  # no test depends on how fast the machine is
 @given(st.lists(requests, max_size=4), st.booleans())
 def test_requests_come_back_as_they_went(items, last):
     back = travelled(wire.Generate(call=3, requests=wire.Requests.pack(items), last=last))
@@ -89,6 +90,7 @@ def test_requests_come_back_as_they_went(items, last):
         assert_same(before, after)
 
 
+@settings(deadline=None)  # no test depends on how fast the machine is
 @given(st.lists(rollouts, max_size=4), samplings)
 def test_rollouts_come_back_as_they_went(items, sampling):
     want = Want(top_k=3, sampler=sampling)
@@ -99,6 +101,7 @@ def test_rollouts_come_back_as_they_went(items, sampling):
         assert_same(before, travelled(wire.Completed(call=1, result=before)).result)
 
 
+@settings(deadline=None)  # no test depends on how fast the machine is
 @given(scores)
 def test_scores_come_back_as_they_went(item):
     assert_same(item, travelled(wire.Scored(call=1, result=item)).result)
