@@ -107,7 +107,7 @@ def test_scores_come_back_as_they_went(item):
     assert_same(item, travelled(wire.Scored(call=1, result=item)).result)
 
 
-def extreme_scores(repeat: int) -> TokenScores:
+def extreme_scores(repeat: int) -> Any:
     n = len(EXTREME)
     ids_T = np.array([0, -1, 2**31 - 1, -(2**31), 5, 6], np.int32)
     return TokenScores(
@@ -132,7 +132,7 @@ def test_arrays_that_are_not_contiguous_arrive_whole():
 
 def test_arrays_are_written_to_and_hold_nothing_else_in_memory():
     """Keeping a small array must not keep the full logits that came with it."""
-    item = extreme_scores(wire.INLINE_BYTES)
+    item: Any = extreme_scores(wire.INLINE_BYTES)
     back = travelled(wire.Scored(call=1, result=item)).result
     back.logprobs_T[:] = back.logits_TV[:] = 7
     assert np.array_equal(back.entropy_T, EXTREME, equal_nan=True)
