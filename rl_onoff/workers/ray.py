@@ -24,7 +24,7 @@ from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
 from rl_onoff.workers import wire
 from rl_onoff.workers.client import WorkerClient
 from rl_onoff.workers.ray_actor import Relay, Started
-from rl_onoff.workers.ray_cluster import Berth, Connection, alive_nodes, answers, berth, described, replicas_that_fit
+from rl_onoff.workers.ray_cluster import Berth, Connection, alive_nodes, answers, berth, replicas_that_fit, room
 
 log = logging.getLogger(__name__)
 
@@ -217,13 +217,13 @@ class RayProcess:
             waited = time.monotonic() - began
             if waited >= wait_s:
                 raise EngineError(
-                    f"the Ray cluster has had no room for a replica ({place}) for {wait_s:g} s; {_room()}: set "
+                    f"the Ray cluster has had no room for a replica ({place}) for {wait_s:g} s; {room()}: set "
                     "backend.dp_size or pool.cpus_per_replica lower, or pool.wait_s higher"
                 )
             if not warned and waited >= PATIENT_SECONDS:
                 warned = True
                 name = self._config.name
-                log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", name, place, _room())
+                log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", name, place, room())
 
 
 class ActorChannel(wire.Channel):
@@ -289,12 +289,6 @@ def _why_gone(error: Exception | None) -> str:
     if "node has died" in str(error):
         return "its node left the Ray cluster"
     return f"its actor is gone: {type(error).__name__}" if error else "its actor does not answer"
-
-
-def _room() -> str:
-    import ray
-
-    return f"it has {described(ray.cluster_resources())}, of which {described(ray.available_resources())} are free"
 
 
 def _findable(name: str) -> str:

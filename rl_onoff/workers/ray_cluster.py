@@ -228,3 +228,10 @@ def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     return f"{cpus:g} CPU, {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
+
+
+def room() -> str:
+    """What the cluster has, and how much of that is free; for people."""
+    import ray
+
+    return f"it has {described(ray.cluster_resources())}, of which {described(ray.available_resources())} are free"
