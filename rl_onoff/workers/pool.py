@@ -1,4 +1,4 @@
-"""Replicas of an engine that share out the work: `backend.dp_size` workers with their own devices, here or on a cluster.
+"""Replicas of an engine share out the work: `backend.dp_size` workers with their own devices, here or on a cluster.
 
 A pool is a `Core`, like one engine. A response does not depend on the replica that computes it (its seed is its own),
 so it does not matter who takes what: whoever has room takes more, results are handed on as they come, and what a dead
