@@ -94,7 +94,7 @@ def sampled(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> RunDir
     """A tiny model's samples, whose random tokens are seldom what its tokenizer would make of their text."""
     return run_in(
         tmp_path_factory.mktemp("sampled") / "run", "experiment=onoff", f"model.name={tiny_llama}", "model.dtype=float32",
-        "data.limit=6", "sampling.max_new_tokens=16", "+backend@targets.again=huggingface", "targets.again.attn_implementation=eager",
+        "data.limit=6", "sampling.max_new_tokens=48", "+backend@targets.again=huggingface", "targets.again.attn_implementation=eager",
     )  # fmt: skip
 
 
