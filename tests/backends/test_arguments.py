@@ -89,12 +89,12 @@ def test_the_other_calls(fake):
         ({"model_name": "m", "device": "cpu"}, "options of the engine go under backend_specific"),
         (
             {"backend_type": "hf", "model_name": "m"},
-            "did you mean huggingface? choose one of huggingface, vllm, sglang",
+            "did you mean huggingface? choose one of fake, huggingface, sglang, vllm",
         ),
         ({"backend_type": "VLLM", "model_name": "m"}, "did you mean vllm?"),
         (
             {"backend_type": None, "model_name": "m"},
-            "there is no backend None: choose one of huggingface, vllm, sglang",
+            "there is no backend None: choose one of fake, huggingface, sglang, vllm",
         ),
         ({"backend_type": "huggingface"}, "set model_name to"),
         ({"model_name": 3}, "set model_name to"),

@@ -114,7 +114,7 @@ def folder(tmp_path_factory) -> Path:
         (["backend=vllm", "backend.max_model_len=-1"], "backend.max_model_len is -1", "set backend.max_model_len=4096"),
         (["backend=sglang", "backend.context_length=0"], "backend.context_length is 0", "set backend.context_length=4096"),
         (["tracking.table_rows=-1"], "tracking.table_rows is -1", "set tracking.table_rows=200"),
-        (["backend._target_=os.system"], "may only name a class of rl_onoff.backends", "set backend=huggingface"),
+        (["backend._target_=os.system"], "which is no registered engine", "set backend to one of"),
         (["tracking.mode=x"], "tracking.mode=x is refused", "set tracking.mode to one of auto, online"),
         (["reward.function=nope"], "reward.function=nope names no function", "set reward.function="),
         (["reward.function=mine.py:f"], "the file mine.py of reward.function=mine.py:f does not exist", "set reward.function="),
