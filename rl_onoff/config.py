@@ -1,7 +1,7 @@
 """The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
 
 A default is written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents
-it (docs/configuration.md is made of them). Nothing here imports an engine, so `--help` and a config error are instant.
+it (docs/configuration.md is made of them). Nothing here imports an engine.
 """
 
 from __future__ import annotations
@@ -299,7 +299,6 @@ def register() -> None:
         store.store(name=name, group="schema/backend", node=node)
         if not (CONF / "backend" / f"{name}.yaml").is_file():  # an engine of another package
             of_model = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
-            defaults = [f"/schema/backend/{name}@_here_", "_self_"]
-            node = {"defaults": defaults, "model_name": "${model.name}", **of_model}
-            store.store(name=name, group="backend", node=node)
+            defaults = {"defaults": [f"/schema/backend/{name}@_here_", "_self_"], "model_name": "${model.name}"}
+            store.store(name=name, group="backend", node={**defaults, **of_model})
             store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})
