@@ -26,8 +26,7 @@ _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 def is_secret_key(key: str) -> bool:
     """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
-    snake = re.sub(r"[^a-z0-9]+", "_", snake).strip("_")
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^a-zA-Z0-9]+", "_", key).lower().strip("_")
     return bool(_SECRET_KEY.search(snake)) and not _TOKENIZER_KEY.search(snake)
 
 
