@@ -1,7 +1,7 @@
 """The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
 
 A default is written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents
-it (docs/configuration.md is made of them). Nothing here imports an engine, so `--help` and a config error are instant.
+it (docs/configuration.md is made of them). Nothing here imports an engine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
@@ -22,8 +23,8 @@ from rl_onoff.sampling import LogprobKind, Sampling
 COLUMN_ROLES = (
     "id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward",
 )  # fmt: skip
-HERE = Path(__file__).resolve().parent
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
+PARENTS = Path(__file__).resolve().parents  # the package, which has conf/ in a wheel, then a checkout
+CONF = next(folder / "conf" for folder in PARENTS if (folder / "conf").is_dir())
 
 
 class Stage(Enum):
@@ -151,7 +152,7 @@ class ScoreConfig:
     """Also score under the sampler's transform (temperature, top-k, top-p, min-p): processed logprob and kept mass."""
 
     def __post_init__(self) -> None:
-        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+        if self.name in ("", ".", "..") or "/" in (self.name or ""):
             raise UsageError(f"score.name is {self.name!r} but must be a plain name, of a folder: set score.name=mine")
         at_least(0, "score.top_k", self.top_k, 20)
 
@@ -174,10 +175,9 @@ class CompareConfig:
     """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
 
     def __post_init__(self) -> None:
-        for role in self.columns:
-            if role not in COLUMN_ROLES:
-                fix = f"+compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={self.columns[role]}"
-                raise UsageError(f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set {fix}")
+        for role in self.columns.keys() - set(COLUMN_ROLES):
+            fix = f"+compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={self.columns[role]}"
+            raise UsageError(f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set {fix}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -271,9 +271,8 @@ class RunConfig:
             raise UsageError("stages is empty: set experiment=analyse, or stages=[generate,score,compare]")
         if self.score.responses is not None and Stage.generate in self.stages:
             raise UsageError("score.responses names responses made elsewhere, not to be sampled: set experiment=score")
-        for name in (*self.targets, *self.policies):
-            if not re.fullmatch(r"\w[\w.+-]*", name):
-                raise UsageError(f"an engine is called {name!r}, which cannot be a folder's name: call it mine")
+        if wrong := [name for name in (*self.targets, *self.policies) if not re.fullmatch(r"\w[\w.+-]*", name)]:
+            raise UsageError(f"an engine is called {wrong[0]!r}, which cannot be a folder's name: call it mine")
 
 
 SCHEMAS: dict[tuple[str, str], Any] = {  # by group and choice; the groups but `backend` have one schema each
@@ -284,11 +283,8 @@ SCHEMAS: dict[tuple[str, str], Any] = {  # by group and choice; the groups but `
 
 def register() -> None:
     """Put the schemas into Hydra's ConfigStore: the run as `schema/run`, the engines as `schema/backend/<name>`."""
-    from hydra.core.config_store import ConfigStore
-
     store = ConfigStore.instance()
-    # Hydra copies the store each time it lists a group, which --help and shell completion do a hundred times; what it
-    # takes out of the store it copies anyway.
+    # Hydra copies the store whenever it lists a group, --help a hundred times, and again what it takes out of it
     setattr(ConfigStore, "__deepcopy__", lambda self, memo: self)  # noqa: B010 - pyright knows no such attribute
     store.store(name="run", group="schema", node=RunConfig)
     for name, schema in engine_configs().items():  # the other groups have one schema each, which the run's holds
@@ -298,8 +294,7 @@ def register() -> None:
             node.pool[each.name] = f"${{pool.{each.name}}}"
         store.store(name=name, group="schema/backend", node=node)
         if not (CONF / "backend" / f"{name}.yaml").is_file():  # an engine of another package
-            of_model = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
-            defaults = [f"/schema/backend/{name}@_here_", "_self_"]
-            node = {"defaults": defaults, "model_name": "${model.name}", **of_model}
+            node = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
+            node |= {"defaults": [f"/schema/backend/{name}@_here_", "_self_"], "model_name": "${model.name}"}
             store.store(name=name, group="backend", node=node)
             store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})

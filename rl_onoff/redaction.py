@@ -26,8 +26,7 @@ _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 def is_secret_key(key: str) -> bool:
     """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
-    snake = re.sub(r"[^a-z0-9]+", "_", snake).strip("_")
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^a-zA-Z0-9]+", "_", key).lower().strip("_")
     return bool(_SECRET_KEY.search(snake)) and not _TOKENIZER_KEY.search(snake)
 
 
@@ -47,12 +46,11 @@ def refuse_literals(config: Any, name: str = "") -> None:
     """UsageError for a secret that a config holds as plain text; the message does not quote it."""
     for found, text in secrets_in(config, name, _if_secret(name)):
         if "${" not in text and text != "???":
-            plus = "++" if re.search(r"\b(engine_kwargs|runtime_env)\.", found) else ""
-            variable = re.sub(r"\W", "_", found.rpartition(".")[2]).upper()
             option = found.lstrip("+")
-            raise UsageError(
-                f"{option} is a literal secret: export it and set '{plus}{option}=${{oc.env:{variable}}}', for example"
-            )
+            plus = "++" if re.search(r"\b(engine_kwargs|runtime_env)\.", option) else ""
+            variable = re.sub(r"\W", "_", option.rpartition(".")[2]).upper()
+            fix = f"export it and set '{plus}{option}=${{oc.env:{variable}}}'"
+            raise UsageError(f"{option} is a literal secret: {fix}, for example")
 
 
 def masked(config: Any, key: str = "", secrets: Collection[str] | None = None) -> Any:

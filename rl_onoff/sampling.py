@@ -1,4 +1,4 @@
-"""How responses are drawn. The two types of rl_onoff.types that are config too, apart from it so that `--help` needs no numpy."""
+"""How responses are drawn: two types of rl_onoff.types that are config too, and so must not need numpy."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ class Sampling:
     stop: list[str] = field(default_factory=list)
     """Strings that end a response; the text is cut before the first of them, the token ids keep what was sampled."""
     seed: int = 0
-    """Seed of all sampling; a response depends on (model, prompt, sampling, seed, sample index) alone in float32, but for rare flips: at
-    most 8 per million draws measured (SmolLM2 on a CPU); in 16 bits also on rounding, which differs with the batch."""
+    """Seed of all sampling; a response depends on (model, prompt, sampling, seed, sample index) alone in float32, but for
+    rare flips: at most 8 per million draws measured (SmolLM2 on a CPU); in 16 bits also on rounding, which differs with
+    the batch."""
 
     def __post_init__(self) -> None:
         checks = (
@@ -54,9 +55,7 @@ class Sampling:
         for fine, name, want, example in checks:
             if not fine:
                 value = getattr(self, name)
-                raise UsageError(
-                    f"sampling.{name} is {value!r} but must be {want}: set sampling.{name}={example}, for example"
-                )
+                raise UsageError(f"sampling.{name} is {value!r} but must be {want}: set sampling.{name}={example}")
 
     @property
     def greedy(self) -> bool:

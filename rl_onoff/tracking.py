@@ -17,10 +17,10 @@ from functools import wraps
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from rl_onoff.config import TrackingConfig, TrackingMode
-from rl_onoff.errors import MissingDependencyError, UsageError
+from rl_onoff.errors import UsageError
 from rl_onoff.redaction import masked
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ ARTIFACT_TIMEOUT_S = 1800.0
 
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 
-P = ParamSpec("P")
+Method = TypeVar("Method", bound=Callable[..., None])
 
 
 class Tracker:
@@ -83,21 +83,21 @@ class NoTracker(Tracker):
     """Tracking that is off: every call is accepted and does nothing, so no caller asks whether tracking is on."""
 
 
-def _warns(method: Callable[Concatenate[WandbTracker, P], None]) -> Callable[Concatenate[WandbTracker, P], None]:
+def _warns(method: Method) -> Method:
     """Turn a call's failure into one warning per kind of call; before `start`, the call does nothing."""
 
     @wraps(method)
-    def call(self: WandbTracker, *args: P.args, **kwargs: P.kwargs) -> None:
+    def call(self: WandbTracker, *args: Any, **named: Any) -> None:
         if self._run is None:
             return
         try:
-            method(self, *args, **kwargs)
+            method(self, *args, **named)
         except Exception as error:  # wandb's own, its service's, protobuf's, a socket's: none may end the run
             if method.__name__ not in self._warned:
                 self._warned.add(method.__name__)
                 log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
 
-    return call
+    return cast(Method, call)
 
 
 class WandbTracker(Tracker):
@@ -122,12 +122,8 @@ class WandbTracker(Tracker):
     def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
         # wandb-core otherwise sends its own usage metrics to the server at exit: 10 s more where a firewall drops them.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            import wandb
-        except ImportError as error:
-            raise MissingDependencyError(
-                "tracking=wandb needs the package wandb: pip install wandb, or set tracking=none"
-            ) from error
+        import wandb
+
         self._wandb, self._run_dir = wandb, run_dir.resolve()
         # An agent of `wandb sweep` says by the environment which run of which project it is.
         of_agent = "WANDB_SWEEP_ID" in os.environ
@@ -162,9 +158,8 @@ class WandbTracker(Tracker):
         except UsageError:
             raise
         except Exception as error:  # wandb's, pydantic's, its service's: whichever it is, no run begins untracked
-            raise UsageError(
-                f"W&B did not start ({_one_line(error)}): fix it, or set tracking.mode=offline or tracking=none"
-            ) from error
+            why = f"W&B did not start ({_one_line(error)})"
+            raise UsageError(f"{why}: fix it, or set tracking.mode=offline or tracking=none") from error
 
     @_warns
     def log(self, values: Mapping[str, float]) -> None:
@@ -188,12 +183,10 @@ class WandbTracker(Tracker):
 
     @_warns
     def html(self, name: str, path: Path) -> None:
-        size = path.stat().st_size
-        if size > MAX_HTML_BYTES:
-            most = MAX_HTML_BYTES / 1e6
-            log.warning("W&B: %s is %.0f MB, more than %.0f, and stays on disk only", path, size / 1e6, most)
-            return
-        self._run.log({name: self._wandb.Html(str(path), inject=False)})
+        if path.stat().st_size > MAX_HTML_BYTES:
+            log.warning("W&B: %s is larger than %.0f MB and stays on disk only", path, MAX_HTML_BYTES / 1e6)
+        else:
+            self._run.log({name: self._wandb.Html(str(path), inject=False)})
 
     @_warns
     def artifact(self, run_dir: Path) -> None:
@@ -204,9 +197,7 @@ class WandbTracker(Tracker):
             name = path.relative_to(run_dir)
             # run.log still grows, and a file that changes before it is uploaded spoils the artifact
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
-                artifact.add_file(
-                    str(path), name=name.as_posix(), policy="immutable", skip_cache=True
-                )  # without a copy
+                artifact.add_file(str(path), name.as_posix(), policy="immutable", skip_cache=True)  # without a copy
         with self._staging_in_run_dir():
             self._run.log_artifact(artifact)
 
@@ -221,14 +212,12 @@ class WandbTracker(Tracker):
             raise
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
-        """online, offline or disabled; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
+        """The mode to start in; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
         wanted: str = self.config.mode.value
         if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
             if given not in WANDB_MODES:
-                raise UsageError(
-                    f"WANDB_MODE is {given!r} but must be one of {', '.join(WANDB_MODES)}: unset it or set"
-                    " tracking.mode=offline"
-                )
+                known = ", ".join(WANDB_MODES)
+                raise UsageError(f"WANDB_MODE is {given!r} but must be one of {known}: set tracking.mode=offline")
             wanted = WANDB_MODES[given]
         if wanted == "offline" or wanted == "disabled":
             self._setup(silent=False)
@@ -253,14 +242,13 @@ class WandbTracker(Tracker):
     @contextmanager
     def _staging_in_run_dir(self) -> Iterator[None]:
         """wandb stages tables under ~/.local/share, where an offline run's stay; only the environment moves them."""
-        if "WANDB_DATA_DIR" in os.environ:
-            yield
-            return
-        os.environ["WANDB_DATA_DIR"] = str(self._run_dir / "wandb" / "data")
+        ours = str(self._run_dir / "wandb" / "data")
+        given = os.environ.setdefault("WANDB_DATA_DIR", ours)
         try:
             yield
         finally:
-            del os.environ["WANDB_DATA_DIR"]
+            if given == ours:
+                del os.environ["WANDB_DATA_DIR"]
 
     def _setup(self, *, silent: bool) -> None:
         """Only warnings and errors reach the terminal; wandb reads this from its global settings alone."""
@@ -287,11 +275,8 @@ def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:
     """Columns of one type each: one that mixes numbers and text, which a W&B table refuses, becomes text."""
     columns = []
     for cells in zip(*rows, strict=True):
-        kinds = {_kind(cell) for cell in cells if cell is not None}
+        given = [cell for cell in cells if cell is not None]
+        kinds = {next((kind for kind in (bool, Real, str) if isinstance(cell, kind)), object) for cell in given}
         even = len(kinds) <= 1 and object not in kinds
         columns.append(cells if even else [None if cell is None else str(cell) for cell in cells])
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _kind(cell: Any) -> type:
-    return next((kind for kind in (bool, Real, str) if isinstance(cell, kind)), object)

@@ -46,10 +46,8 @@ def create_backend(config: Mapping[str, Any] | BackendConfig | EngineConfig) -> 
     if isinstance(config, Mapping):
         config = BackendConfig.from_dict(config)
     elif not isinstance(config, BackendConfig | EngineConfig):
-        raise UsageError(
-            f"{config!r} is no backend's config: a config is a mapping with backend_type, model_name and "
-            "backend_specific"
-        )
+        want = "a config is a mapping with backend_type, model_name and backend_specific"
+        raise UsageError(f"{config!r} is no backend's config: {want}")
     engine = config.backend_config if isinstance(config, BackendConfig) else config
     assert engine is not None
     return build(engine)

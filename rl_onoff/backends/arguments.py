@@ -67,7 +67,5 @@ def token_ids_of(ids: Any) -> np.ndarray:
     """A list of token ids as the engines take it."""
     array = np.asarray(ids)
     if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
-        raise UsageError(
-            f"{ids!r} is neither a text nor a list of token ids: pass whole numbers, as backend.encode does"
-        )
+        raise UsageError(f"{ids!r} is neither a text nor a list of token ids: pass those that backend.encode gives")
     return array.astype(np.int32)

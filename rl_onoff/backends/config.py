@@ -33,12 +33,10 @@ class BackendConfig:
 
     def __post_init__(self) -> None:
         schema = schema_of(self.backend_type)
-        if self.backend_config is None:
-            self.backend_config = schema()
+        self.backend_config = schema() if self.backend_config is None else self.backend_config
         if not isinstance(self.backend_config, schema):
-            raise UsageError(
-                f"backend {self.backend_type!r} takes a {schema.__name__}, not a {type(self.backend_config).__name__}"
-            )
+            given = type(self.backend_config).__name__
+            raise UsageError(f"backend {self.backend_type!r} takes a {schema.__name__}, not a {given}")
         if not self.model_name or not isinstance(self.model_name, str):
             raise UsageError("no model was named: set model_name to a hub id, a folder, a .gguf file or smollm2")
         self.backend_config = dataclasses.replace(self.backend_config, model_name=self.model_name)
@@ -47,11 +45,8 @@ class BackendConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> BackendConfig:
         """Build from `{"backend_type": …, "model_name": …, "backend_specific": {…}}`."""
         backend_type = values.get("backend_type", "huggingface")
-        return cls(
-            backend_type=backend_type,
-            model_name=values.get("model_name", ""),
-            backend_config=engine_config(backend_type, values),
-        )
+        config = engine_config(backend_type, values)
+        return cls(backend_type=backend_type, model_name=values.get("model_name", ""), backend_config=config)
 
     @classmethod
     def from_file(cls, path: str | Path) -> BackendConfig:
@@ -80,9 +75,7 @@ def engine_config(backend_type: Any, values: Mapping[str, Any]) -> EngineConfig:
             raise UsageError(f"unknown key {key!r} in the backend's config: {fix}")
     options = values.get("backend_specific") or {}
     if not isinstance(options, Mapping):
-        raise UsageError(
-            f"backend_specific is {options!r} but must be a mapping of the engine's options, such as dtype"
-        )
+        raise UsageError(f"backend_specific is {options!r} but must be a mapping of the engine's options")
     return schema(**_checked(schema, options, known, backend_type, "; others go in engine_kwargs"))
 
 

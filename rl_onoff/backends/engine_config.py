@@ -105,7 +105,7 @@ class EngineConfig:
         device = str(getattr(self, "device", None) or self.engine_kwargs.get("device") or "")
         return 0 if device.startswith(("cpu", "mps")) else self.num_devices
 
-    # The same engine with one thing changed: what the attribution tries.
+    # The same engine with one thing changed: what the attribution tries
 
     def with_dtype(self, dtype: str | None) -> Self:
         return dataclasses.replace(self, dtype=dtype)
@@ -122,7 +122,6 @@ class EngineConfig:
         return None
 
     def with_model_of(self, other: EngineConfig) -> Self:
-        """With the other's weights and tokenizer."""
         names = ("model_name", "revision", "tokenizer", "trust_remote_code")
         return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
 
@@ -131,15 +130,12 @@ class EngineConfig:
         at_least(1, "backend.dp_size", self.dp_size, 1)
         check_dtype("the dtype", self.dtype)
         if self.python is not None and self.worker is False:
-            raise UsageError(
-                "backend.python names another interpreter, which needs a process of its own: drop backend.worker=false"
-            )
+            raise UsageError("backend.python needs a process of its own: drop backend.worker=false")
         for owned in self.owned_kwargs:
             name, _, option = owned.partition("=")
             if name in self.engine_kwargs:
-                raise UsageError(
-                    f"backend.engine_kwargs.{name} is decided elsewhere: set {option or 'backend.' + name} instead"
-                )
+                option = option or f"backend.{name}"
+                raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {option} instead")
 
     def check_context(self, name: str) -> None:
         """Refuse a longest sequence without tokens."""
@@ -153,9 +149,8 @@ class EngineConfig:
         """The value of an option that has two names; an error when both are set and differ."""
         mine, theirs = getattr(self, ours), getattr(self, engines)
         if mine is not None and theirs is not None and mine != theirs:
-            raise UsageError(
-                f"backend.{ours}={mine} and backend.{engines}={theirs} are one option with two values: set one of them"
-            )
+            both = f"backend.{ours}={mine} and backend.{engines}={theirs}"
+            raise UsageError(f"{both} are one option with two values: set one of them")
         return theirs if mine is None else mine
 
 
@@ -165,7 +160,5 @@ def check_dtype(what: str, value: Any) -> None:
         return
     name = str(value).lower().removeprefix("torch.")
     meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
-    raise UsageError(
-        f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: set model.dtype={meant}, or that of backend or"
-        " target where it is set"
-    )
+    fix = f"set model.dtype={meant}, or that of backend or target where it is set"
+    raise UsageError(f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: {fix}")

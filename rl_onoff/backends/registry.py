@@ -28,9 +28,9 @@ def engine_configs() -> dict[str, type[EngineConfig]]:
 def backend_class(target: str) -> Any:
     """The class that a config's `_target_` names; imports no engine. UsageError for one that no engine registered."""
     if target not in {schema()._target_ for schema in engine_configs().values()}:
+        known = ", ".join(engine_configs())
         raise UsageError(
-            f"backend._target_ is {target!r}, which is no registered engine: set backend to one of "
-            f"{', '.join(engine_configs())}"
+            f"backend._target_ is {target!r}, which is no registered engine: set backend to one of {known}"
         )
     module, _, name = target.rpartition(".")
     return getattr(import_module(module), name)

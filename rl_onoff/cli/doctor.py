@@ -54,8 +54,7 @@ class Line:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """`rl-onoff doctor` with what stands after it; returns the exit code: 1 when HuggingFace cannot run here, or
-    no engine under the other interpreter."""
+    """The exit code of `rl-onoff doctor`: 1 when HuggingFace cannot run here, or no engine under `python`."""
     if set(arguments) & {"--help", "-h"}:
         print(HELP)
         return 0
@@ -101,20 +100,26 @@ def findings() -> Iterator[Line]:
     yield _package("pool=ray", "ray", sys.executable, "pip install 'rl-onoff[ray]'")
     gpus = _ask(sys.executable, ENGINE_SECONDS, "torch").get("gpus")
     yield Line(bool(gpus), "gpus", ", ".join(gpus or ()) or "none: engines run on the CPU")
-    yield _wandb()
-    yield _cache()
+    import wandb
+
+    fine = os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False, verify=False)
+    login = "logged in" if fine else "not logged in: runs are kept offline"
+    yield Line(True, "wandb", f"{wandb.__version__}, {login}", "" if fine else "wandb login")
+    folder = cache_dir()
+    there = sorted(path.parent.name for path in folder.glob("[!.]*/config.json"))
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    found = f"{folder}: {', '.join(there) or 'empty'}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
+    writable = os.access(place, os.W_OK)
+    yield Line(writable, "cache", found, "" if writable else "set XDG_CACHE_HOME to a folder you can write to")
 
 
 def findings_of(python: str, option: str = "backend.python") -> Iterator[Line]:
-    """What is looked at of the interpreter that `option` names: that it runs, serves as a worker, and has engines."""
+    """Whether the interpreter that `option` names runs, serves as a worker, and has engines."""
     asked = _ask(python, PYTHON_SECONDS, *WORKER, "rl_onoff.workers.worker_main")
     if "python" not in asked:
-        fix = f"set {option} to a Python interpreter"
-        if Path(python).is_dir():
-            fix = f"set {option} to the interpreter in it, as {Path(python) / 'bin/python'}"
-        elif python.startswith("~/"):
-            fix = f"write {option}=$HOME{python[1:]}"
-        yield Line(False, "python", f"{python} {asked['error']}", fix)
+        home = f", as {option}=$HOME{python[1:]}" if python.startswith("~/") else ""
+        inside = f", as {Path(python) / 'bin/python'}" if Path(python).is_dir() else home
+        yield Line(False, "python", f"{python} {asked['error']}", f"set {option} to a Python interpreter{inside}")
         return
     old = "" if asked["recent"] else "use Python 3.11 or later"
     yield Line(asked["recent"], "python", f"{asked['python']} at {python}", old)
@@ -173,20 +178,3 @@ def _ask(python: str, seconds: float, *modules: str) -> dict:
             return {"error": f"gave no answer in {seconds:.0f} s"}
         except (IndexError, json.JSONDecodeError):
             return {"error": f"is no Python interpreter, or cannot import {modules[0]}"}
-
-
-def _wandb() -> Line:
-    import wandb
-
-    if os.environ.get("WANDB_MODE") != "offline" and wandb.login(prompt=False, verify=False):
-        return Line(True, "wandb", f"{wandb.__version__}, logged in")
-    return Line(True, "wandb", f"{wandb.__version__}, not logged in: runs are kept offline", "wandb login")
-
-
-def _cache() -> Line:
-    folder = cache_dir()
-    there = sorted(path.parent.name for path in folder.glob("[!.]*/config.json"))
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    writable = os.access(place, os.W_OK)
-    found = f"{folder}: {', '.join(there) or 'empty'}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
-    return Line(writable, "cache", found, "" if writable else "set XDG_CACHE_HOME to a folder you can write to")

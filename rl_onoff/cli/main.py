@@ -79,8 +79,8 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
         before = {file: file.read_text(encoding="utf-8") for file in (path / ".hydra").glob("*.yaml")}
         written = {"config": cfg, "hydra": {"hydra": hydra_config}, "overrides": hydra_config.overrides.task}
         try:
-            refuse_literals(_plain(cfg))
-            refuse_literals(_plain(hydra_config), "hydra")
+            for of, name in ((cfg, ""), (hydra_config, "hydra")):
+                refuse_literals(OmegaConf.to_container(of, enum_to_str=True), name)
             for name, node in written.items():  # as Hydra would, but under the lock
                 write_whole(path / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
             config = _checked(cfg)  # before the heavy imports, so that an error is instant
@@ -118,14 +118,8 @@ def _checked(cfg: DictConfig) -> Any:
     try:
         return OmegaConf.to_object(cfg)
     except AttributeError as error:  # a field added with `+`, which the schema does not have
-        raise UsageError(
-            f"an option added with + is not in the schema ({error}): remove it; one of the engine's own is set as"
-            " +backend.engine_kwargs.NAME=VALUE"
-        ) from error
-
-
-def _plain(config: Any) -> Any:
-    return OmegaConf.to_container(config, enum_to_str=True)
+        fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+        raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
 
 
 def _secrets(config: DictConfig) -> set[str]:
@@ -140,9 +134,7 @@ def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
-    os.environ.setdefault(
-        "RAY_DEDUP_LOGS", "0"
-    )  # or Ray's launcher prints a line that several jobs have in common once
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or Ray's launcher prints a line that jobs have in common once
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
     signal.signal(signal.SIGTERM, _interrupt)
     register()
@@ -206,11 +198,9 @@ def _say_how_to_go_on(path: Path, folder: str) -> None:
 
 def _fail(error: Exception, keeps_traceback: bool, before: str = "") -> NoReturn:
     """One sentence on stderr and an exit code; an error nobody foresaw keeps its traceback."""
-    if keeps_traceback and not isinstance(error, JobFailed):
-        raise error
-    if keeps_traceback and isinstance(error, JobFailed) and error.more:
+    if keeps_traceback and isinstance(error, JobFailed):
         print(error.more, file=sys.stderr)
-    if (told := _sentence(error)) is None:
+    if (told := _sentence(error)) is None or (keeps_traceback and not isinstance(error, JobFailed)):
         raise error
     print(f"rl-onoff: {before}{told[0]}", file=sys.stderr)
     sys.exit(told[1])
@@ -236,10 +226,11 @@ def _sentence(error: Exception) -> tuple[str, int] | None:
         return str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
     if start.started is not None and type(error).__module__.partition(".")[0] in launchers.PACKAGES:
         said = next(iter(str(error).strip().splitlines()), "")
-        return (
-            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and the"
-            f" same command with sweep_dir={start.started.folder} does what is missing"
-        ), OnOffError.exit_code
+        fix = f"the same command with sweep_dir={start.started.folder} does what is missing"
+        lost = (
+            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and {fix}"
+        )
+        return lost, OnOffError.exit_code
     return None
 
 

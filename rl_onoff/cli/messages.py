@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 from rl_onoff.backends.config import nearest_engine
 from rl_onoff.cli.overrides import BARE_FLAGS, field_names
@@ -23,9 +22,8 @@ SENTENCES = (  # what Hydra says -> the cause, then the override that fixes it
      r"\1=\2 is refused: set \1 to one of \3"),
     (r"Error merging override (\S+?)=(.*?) Invalid value assigned: \w+ is not a ListConfig.*",
      r"\1=\2 is refused, for \1 is a list: set \1=[\2]"),
-    (r"Error merging override (\S+?)=(.*?) Value .*Integer", r"\1=\2 is refused: set \1 to a whole number"),
-    (r"Error merging override (\S+?)=(.*?) Value .*Float", r"\1=\2 is refused: set \1 to a number"),
-    (r"Error merging override (\S+?)=(.*?) Value .*bool.*", r"\1=\2 is refused: set \1 to true or false"),
+    *((rf"Error merging override (\S+?)=(.*?) Value .*{kind}.*", rf"\1=\2 is refused: set \1 to {fix}")
+      for kind, fix in (("Integer", "a whole number"), ("Float", "a number"), ("bool", "true or false"))),
     (r"Error merging override (\S+?)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)",
      r"\1=\2 is refused: set \1 to a value of its type (\3)"),
     (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
@@ -38,10 +36,7 @@ ELSEWHERE = {  # what an option is called in other programs -> here
     "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n",
     "num_rows": "limit",
 }  # fmt: skip
-ENGINE_GROUPS = {
-    "targets": "target",
-    "policies": "backend",
-}  # where engines have names -> the group to choose them from
+ENGINE_GROUPS = {"targets": "target", "policies": "backend"}  # where engines have names -> the group of the choices
 DATA_FILES = (".jsonl", ".csv", ".parquet", ".json")
 GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
 HYDRA_FLAGS = (
@@ -70,10 +65,9 @@ def config_sentence(error: Exception) -> str:
         words = _no_choice(choice[1], choice[2], choice[3].split())
     elif word := re.fullmatch(r"'(.*)' is not an override: write NAME=VALUE", words):
         words = f"'{word[1]}' is not an override: write {_meant(word[1])}"
-    words += " (rl-onoff --help shows the groups, rl-onoff --cfg job every field)"
-    if re.search(r"hydra/(launcher|sweeper)=|hydra_plugins\.", words):
-        words += ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna"
-    return words
+    plugin = re.search(r"hydra/(launcher|sweeper)=|hydra_plugins\.", words)
+    more = ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna" if plugin else ""
+    return f"{words} (rl-onoff --help shows the groups, rl-onoff --cfg job every field){more}"
 
 
 def target_sentence(error: Exception, arguments: Sequence[str]) -> str | None:
@@ -127,17 +121,11 @@ def _no_option(name: str, error: Exception) -> str:
 
 def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
     """What fixes `targets.NAME.FIELD=…`, or a policy's, where nothing has that name yet; else None."""
-    typed = ""
-    if re.search(
-        r"^\s*full_key: (?:targets|policies)\.[^.\s]+$", str(error.__cause__), re.MULTILINE
-    ):  # not a field of it
-        typed = _typed(error)
-    elif assigned := re.match(
-        r"Error merging override (.*?) Invalid type assigned.*not a subclass of EngineConfig", words
-    ):
-        typed = assigned[1]
-    found = re.match(r"\+{0,2}(targets|policies)\.([^.=]+)(\.\S+?)?=(.*)", typed)
-    if found is None:
+    assigned = re.match(r"Error merging override (.*?) Invalid type assigned.*not a subclass of EngineConfig", words)
+    # the engine itself is not there, rather than a field of it
+    lacks = re.search(r"^\s*full_key: (?:targets|policies)\.[^.\s]+$", str(error.__cause__), re.MULTILINE)
+    typed = assigned[1] if assigned else _typed(error) if lacks else ""
+    if (found := re.match(r"\+{0,2}(targets|policies)\.([^.=]+)(\.\S+?)?=(.*)", typed)) is None:
         return None
     kind, name, field, value = found.groups()
     group = ENGINE_GROUPS[kind]
@@ -159,9 +147,7 @@ def _no_choice(group: str, value: str, choices: Sequence[str]) -> str:
 
 def _meant(word: str) -> str:
     """The override that a word without a = was meant for."""
-    groups, path = _choices(), Path(word)
-    if word in ("help", "version"):
-        return f"--{word}"
+    groups = _choices()
     if word in groups:
         return f"{word}=NAME, one of {' '.join(groups[word])}"
     if word in field_names():
@@ -170,9 +156,7 @@ def _meant(word: str) -> str:
         return f"{group}={word}"
     if word.endswith(DATA_FILES):
         return f"data.path={word}"
-    if (path / ".hydra").is_dir():
-        return f"run_dir={word}"
-    if "/" in word or word.endswith(".gguf") or (path / "config.json").is_file():
+    if "/" in word or word.endswith(".gguf"):
         return f"model={word}"
     near = nearest(word, groups["experiment"], cutoff=0.7)
     return f"experiment={near}" if near else "NAME=VALUE"
@@ -187,24 +171,19 @@ def _choices() -> dict[str, list[str]]:
 
 
 def _nearest(name: str, there: Sequence[str] | None = None) -> str | None:
-    """The field that was meant: one of the same group that is spelt nearly so, else one of another group with the very
-    name, else the only one of the group that begins so. `there`: the fields that the group has, where that is known."""
+    """The field that was meant: one of the group that is spelt nearly so, else the only one that begins so, else one of
+    another group with the very name. `there`: the fields that the group has, where that is known."""
     group, _, last = name.rpartition(".")
     last = ELSEWHERE.get(last, last)
     known = [known.rpartition(".") for known in field_names()]
-    engines = ("backend", "target")
-    if there is None:
-        there = [field for of, _, field in known if of == group]
-    if near := nearest(last, there, cutoff=0.7):
-        return f"{group}.{near}" if group else near
-    of_an_engine = group.startswith(
-        (*engines, "targets.", "policies.")
-    )  # which the options of another engine do not help
-    for of, _, field in known:
-        if field == last and of and not (of_an_engine and of in engines):
-            return f"{of}.{field}"
+    there = [field for of, _, field in known if of == group] if there is None else there
     begun = [field for field in there if field.startswith(last)] if group and len(last) > 1 else []
-    return f"{group}.{begun[0]}" if len(begun) == 1 else None
+    if near := nearest(last, there, cutoff=0.7) or (begun[0] if len(begun) == 1 else None):
+        return f"{group}.{near}".lstrip(".")
+    engines = ("backend", "target", "targets", "policies")
+    of_an_engine = group.partition(".")[0] in engines  # which the options of another engine do not help
+    others = (of for of, _, field in known if field == last and of and not (of_an_engine and of in engines))
+    return next((f"{of}.{last}" for of in others), None)
 
 
 def _fields_there(error: Exception) -> list[str] | None:

@@ -10,7 +10,6 @@ from dataclasses import fields
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
@@ -31,7 +30,10 @@ def understood(arguments: Sequence[str]) -> list[str]:
     sweeping = any(flag in arguments for flag in MULTIRUN)
     arguments = [quoted(argument, sweeping=sweeping) for argument in arguments]
     for argument in arguments:
-        refuse_literals(*_value(argument))
+        key, _, value = argument.partition("=")
+        taken = value if (override := _parsed(argument)) is None else override.value()
+        choices = taken.list if isinstance(taken, ChoiceSweep) else []  # of a sweep
+        refuse_literals([Override._convert_value(each) for each in choices] or taken, key)
     if sweeping:
         names = ",".join(f"'{name}'" for name in fixed_options(arguments))
         arguments = [*arguments, f"{FIXED}=[{names}]"]
@@ -87,14 +89,6 @@ def continue_command(arguments: Sequence[str], folder: str) -> str:
     """The command line with the folder it goes on in, to be pasted into a shell."""
     left_out = tuple(f"{name}=" for name in (*FOLDERS, FIXED))
     return shlex.join(["rl-onoff", *(argument for argument in arguments if not argument.startswith(left_out)), folder])
-
-
-def _value(argument: str) -> tuple[Any, str]:
-    """What an override sets, every choice of a sweep, and the option's name."""
-    key, _, value = argument.partition("=")
-    override = _parsed(argument)
-    taken = value if override is None else override.value()
-    return [Override._convert_value(each) for each in taken.list] if isinstance(taken, ChoiceSweep) else taken, key
 
 
 def _parsed(argument: str) -> Override | None:

@@ -48,8 +48,5 @@ def missing_metric(metric: str, names: Collection[str]) -> UsageError:
     """The error of a job that has no such number; MetricError when no other job will have it."""
     if any(metric in known for known in OF_EVERY_RUN.values()):
         return UsageError(f"metric={metric} is not a finite number in this run, so the sweeper is told that it failed")
-    near = nearest(metric, names) or "onoff/kl_k3"
-    return MetricError(
-        f"metric={metric} is not among the numbers of a run (values in its metrics.json): set metric={near}, for"
-        " example"
-    )
+    fix = f"set metric={nearest(metric, names) or 'onoff/kl_k3'}, for example"
+    return MetricError(f"metric={metric} is not among the numbers of a run (values in its metrics.json): {fix}")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.compare import word_of
 from rl_onoff.rundir.files import read_json, write_whole
 from rl_onoff.sweeps.failures import ERROR, read_failure
 
@@ -111,6 +110,8 @@ def conclude(sweep_dir: Path) -> str:
 
 def _read_job(folder: Path) -> Job:
     import yaml
+
+    from rl_onoff.compare import word_of
 
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
     options = {name: value for name, _, value in (str(override).partition("=") for override in overrides)}

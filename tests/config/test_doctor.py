@@ -91,7 +91,7 @@ def test_an_interpreter_whose_packages_are_broken(tmp_path) -> None:
         ("/nowhere/python", "cannot be run (No such file or directory)", "set backend.python to a Python interpreter"),
         ("/bin/echo", "is no Python interpreter", "set backend.python to a Python interpreter"),
         ("/usr", "is a folder", "as /usr/bin/python"),
-        ("~/venv/bin/python", "cannot be run", "write backend.python=$HOME/venv/bin/python"),
+        ("~/venv/bin/python", "cannot be run", "backend.python=$HOME/venv/bin/python"),
     ],
 )
 def test_what_is_no_interpreter(python, found, fix, capsys) -> None:

@@ -86,7 +86,6 @@ def folder(tmp_path_factory) -> Path:
         (["onof"], "'onof' is not an override", "write experiment=onoff"),
         (["greedy"], "'greedy' is not an override", "write sampling=greedy"),
         (["smollm2"], "'smollm2' is not an override", "write model=smollm2"),
-        (["help"], "'help' is not an override", "write --help"),
         (["+sampling=greedy"], "Multiple values for sampling", "--help shows the groups"),
         (["data.path=~/no/my.jsonl"], "/no/my.jsonl does not exist", "set data.path"),
         (["score.responses=columns.jsonl"], "score.responses names responses made elsewhere", "set experiment=score"),
