@@ -16,8 +16,8 @@ from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from rl_onoff.pipeline.engine_slot import Slot, Steps, Wish
-from rl_onoff.sweeps.job_names import swept
+from rl_onoff.pipeline.engines import Slot, Steps, Wish
+from rl_onoff.sweeps.jobs import swept
 
 log = logging.getLogger(__name__)
 
