@@ -1,4 +1,4 @@
-"""What a model's files say: its tokenizer, facts that engines read alike, sampling defaults, and how two models differ."""
+"""What a model's files say: its tokenizer, its sampling defaults, and which tensors two models do not share."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
 
 
 def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
-    """Names of the tensors in which two local safetensors models differ, each given as (name, revision), without loading
-    a model; empty where that cannot be told (a hub id, other shapes). Bytes are compared: a NaN equals itself, -0 is
+    """Names of the tensors in which two local safetensors models differ, each given as (name, revision); loads
+    no model; empty where that cannot be told (a hub id, other shapes). Bytes are compared: a NaN equals itself, -0 is
     not 0.
     """
     import torch
