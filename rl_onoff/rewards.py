@@ -14,13 +14,16 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from rl_onoff.errors import OnOffError, UsageError, nearest
+from rl_onoff.errors import UsageError, nearest
+from rl_onoff.types import Key
 
 log = logging.getLogger(__name__)
+
+Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 FAILED = "reward_error"  # in a response's meta: why it has no reward though it has an answer to be judged by
 HOPELESS = 32  # failures with nothing but failures before them that are worth a warning of their own
@@ -92,37 +95,15 @@ def _too_large(expression: Any) -> bool:
 # Rewards named in the config
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reward:
-    """A user's function, with its result checked."""
-
-    spec: str
-    function: Callable[[str, str, Mapping[str, Any]], Any]
-
-    def __call__(self, text: str, answer: str, meta: Mapping[str, Any]) -> float:
-        here, otherwise = f"reward.function={self.spec}", "fix it, or set reward=none"
-        try:
-            value = self.function(text, answer, meta)
-        except OnOffError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise UsageError(f"{here} failed with {type(error).__name__} ({error}): {otherwise}") from error
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f"{here} returned {value!r} where a finite number is wanted: {otherwise}")
-        return float(value)
-
-
 class Judge:
     """Rewards of the responses of a run. A reward that fails is left empty: sampling is dear, and one bad function must
     not end it."""
 
-    def __init__(self, reward: Callable[[str, str, Mapping[str, Any]], float] | None):
+    def __init__(self, reward: Reward | None):
         self.reward = reward
         self.judged = self.failed = 0
 
-    def __call__(
-        self, text: str, meta: Mapping[str, Any], response: tuple[str, int]
-    ) -> tuple[float | None, str | None]:
+    def __call__(self, text: str, meta: Mapping[str, Any], response: Key) -> tuple[float | None, str | None]:
         """(reward, why there is none though there should be)."""
         if self.reward is None or meta.get("answer") is None:
             return None, None
@@ -145,28 +126,30 @@ class Judge:
             log.warning(words, self.failed, self.judged)
 
 
-def load_reward(spec: str) -> Reward:
-    """The reward that `package.module:name` or `file.py:name` names; a file is looked for from the current folder."""
-    here = f"reward.function={spec}"
+def load_reward(spec: str | None) -> Reward | None:
+    """The reward that `package.module:name` or `file.py:name` names, with its result checked; a file is looked for from
+    the current folder. None where no reward is named.
+    """
+    if not spec:
+        return None
+    here, otherwise = f"reward.function={spec}", "fix it, or set reward=none"
     place, colon, name = spec.rpartition(":")
     if not (place and colon and name):
-        module, _, last = spec.rpartition(".")
+        module, _, last = spec.strip(":").rpartition(".")
         meant = "package.module:name"
-        if spec.strip(":").endswith(".py"):
-            meant = f"{spec.strip(':')}:NAME"
+        if last == "py":
+            meant = f"{module}.py:NAME"
         elif module and not colon:
             meant = f"{module}.py:{last}" if Path(f"{module}.py").is_file() else f"{module}:{last}"
         raise UsageError(f"{here} names no function: set reward.function={meant} or reward.function=file.py:name")
     try:
-        module = _load_file(place, spec) if place.endswith(".py") else importlib.import_module(place)
-    except UsageError:
-        raise
+        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
+        why = f"{place} of {here} cannot be imported ({type(error).__name__}: {error}): {otherwise}"
         if not place.endswith(".py") and ("/" in place or Path(f"{place}.py").is_file()):
             why = f"{here} names a file without its ending: set reward.function={place}.py:{name}"
-        else:
-            cause = f"{type(error).__name__}: {error}"
-            why = f"{place} of {here} cannot be imported ({cause}): fix it, or set reward.function to another"
+        elif place.endswith(".py") and not Path(place).expanduser().is_file():
+            why = f"the file {place} of {here} does not exist: set reward.function=FILE.py:NAME to one that does"
         raise UsageError(why) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -184,15 +167,21 @@ def load_reward(spec: str) -> Reward:
         raise UsageError(why) from error
     except ValueError:  # a function of C that does not tell its parameters
         pass
-    return Reward(spec=spec, function=function)
+
+    def reward(text: str, answer: str, meta: Mapping[str, Any]) -> float:
+        try:
+            value = function(text, answer, meta)
+        except Exception as error:  # a user's function may raise anything
+            raise UsageError(f"{here} failed with {type(error).__name__} ({error}): {otherwise}") from error
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UsageError(f"{here} returned {value!r} where a finite number is wanted: {otherwise}")
+        return float(value)
+
+    return reward
 
 
-def _load_file(place: str, spec: str) -> Any:
+def _load_file(place: str) -> ModuleType:
     path = Path(place).expanduser()
-    if not path.is_file():
-        raise UsageError(
-            f"the file {place} of reward.function={spec} does not exist: set reward.function=FILE.py:NAME to one that does"
-        )
     name = f"rl_onoff_reward_{path.stem}"
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None and found.loader is not None
@@ -229,9 +218,7 @@ def summarise_rewards(rewards: Mapping[str, Sequence[float]]) -> dict[str, float
         "reward_mean": sum(sum(values) / len(values) for values in judged) / len(judged),
         "accuracy": sum(map(accuracy, judged)) / len(judged),
     }
-    k, fewest = 1, min(map(len, judged))
-    while k <= fewest:
+    for k in (1 << i for i in range(min(map(len, judged)).bit_length())):
         estimates = [pass_at_k(len(values), sum(value >= CORRECT for value in values), k) for values in judged]
         summary[f"pass@{k}"] = sum(estimates) / len(estimates)
-        k *= 2
     return summary

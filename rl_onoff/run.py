@@ -22,13 +22,12 @@ from rl_onoff.data.prompts import Row, load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows
 from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
-from rl_onoff.models.sampling_defaults import model_sampling
+from rl_onoff.models.facts import model_sampling
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare import compare_run, gap_of, verdict_of, write_page
 from rl_onoff.pipeline.compare_inputs import open_sources
 from rl_onoff.pipeline.context import Run
-from rl_onoff.pipeline.engine_slot import ANY, Slot, Steps
-from rl_onoff.pipeline.engines import engines, known_engines, samplers, scorers
+from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.matrix import check_policies, run_matrix
 from rl_onoff.report.text import summary_text
 from rl_onoff.rewards import load_reward
@@ -70,7 +69,7 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
         this = Run(config, rows, RunDir(path), tracker, slot, brief=group is not None)
         del rows
         for stage in config.stages:
-            yield from STAGES[stage](this) or ()
+            yield from STAGES[stage.name](this) or ()
         values = conclude(this)
     except BaseException:  # also when the steps that are left are given up; the engine may be broken
         slot.close()
@@ -88,19 +87,14 @@ def check(config: RunConfig) -> list[Row]:
         check_policies(config)
     for engine in engines(config).values():
         build(engine).check_model()
-    reward_of(config)
+    load_reward(config.reward.function)
     return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
-
-
-def reward_of(config: RunConfig) -> stages.Reward | None:
-    return load_reward(config.reward.function) if config.reward.function else None
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
 
 
 def generate(this: Run) -> Steps:
-    """Let the behaviour sample."""
     yield this.config.backend
     sample(this)
 
@@ -122,7 +116,7 @@ def sample(this: Run) -> None:
     check_lengths(missing, backend.info.max_len)
     completions.describe(engine=asdict(backend.info), tokenizer=landmarks(tokenizer))
     progress = this.progress("generate", total)
-    stages.generate(this.folder, missing, prompts, backend, reward_of(config), progress)
+    stages.generate(this.folder, missing, prompts, backend, load_reward(config.reward.function), progress)
     this.values["generate/tokens_per_s"] = progress.tokens_per_s
 
 
@@ -180,15 +174,14 @@ def compare(this: Run) -> None:
     config = this.config
     this.folder = folder = open_sources(config.compare, this.folder)
     comparisons = compare_run(folder)
-    if not comparisons and Stage.score in config.stages:
-        log.info("compare: the responses came without logprobs, so there is nothing to compare their scores with")
-        return
     if not comparisons:
+        if Stage.score in config.stages:
+            return log.info("compare: the responses came without logprobs, so their scores have nothing to compare to")
         raise UsageError(
             f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to"
             " such a run, or compare.behaviour and compare.target"
         )
-    this.comparisons.update(comparisons)
+    this.comparisons |= comparisons
     records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
     this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
 
@@ -219,8 +212,8 @@ def attribute(this: Run) -> Steps:
         log.warning("no page: %s", error)
 
 
-STAGES: dict[Stage, Callable[[Run], Steps | None]] = {
-    Stage[function.__name__]: function for function in (generate, score, compare, matrix, attribute)
+STAGES: dict[str, Callable[[Run], Steps | None]] = {
+    stage.__name__: stage for stage in (generate, score, compare, matrix, attribute)
 }
 
 
@@ -230,11 +223,11 @@ STAGES: dict[Stage, Callable[[Run], Steps | None]] = {
 def conclude(this: Run) -> dict[str, float]:
     """Gather the run's numbers, then write, log and print what it found."""
     folder, comparisons = this.folder, this.comparisons
-    summary = summarise(folder)
+    summary, said = summarise(folder), {}
     summary.values |= this.values
     for name, comparison in comparisons.items():
-        summary.values |= flat(name, comparison)
-    said = {}
+        estimates = {metric: comparison[metric].value for metric in HEADLINES if metric in comparison}
+        summary.values |= {f"onoff/{name}/{metric}": x for metric, x in estimates.items() if math.isfinite(x)}
     if comparisons:
         summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
         said = {"verdict": verdict_of(folder, comparisons)}
@@ -243,16 +236,10 @@ def conclude(this: Run) -> dict[str, float]:
     track(this, summary)
     in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    texts = [
-        *([] if this.brief else [summary_text(shown)]),
-        *this.texts,
-        *(f"  {sentence}" for sentence in said.values()),
-    ]
-    print("\n\n".join([*texts, f"  run folder  {folder.path}"]))
-    if this.page is not None:
-        print(f"  page        {this.page}")
-    if this.tracker.where:
-        print(f"  W&B         {this.tracker.where}")
+    texts = [] if this.brief else [summary_text(shown)]
+    texts += [*this.texts, *(f"  {sentence}" for sentence in said.values())]
+    where = {"run folder": folder.path, "page": this.page, "W&B": this.tracker.where}
+    print("\n\n".join([*texts, "\n".join(f"  {name:10}  {place}" for name, place in where.items() if place)]))
     return summary.values
 
 
@@ -275,9 +262,10 @@ def track(this: Run, summary: Summary) -> None:
 
 def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> None:
     """What the page shows of a comparison, for W&B: intervals, histograms, and the tokens that differ most."""
-    headlines = {metric: comparison[metric] for metric in HEADLINES if metric in comparison}
-    tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo for metric, estimate in headlines.items()})
-    tracker.summary({f"onoff/{name}/{metric}_hi": estimate.hi for metric, estimate in headlines.items()})
+    for metric in HEADLINES:
+        if metric in comparison:
+            estimate = comparison[metric]
+            tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo, f"onoff/{name}/{metric}_hi": estimate.hi})
     for what in ("l", "abs_l", "entropy_behaviour", "entropy_target"):
         if what in comparison.histograms:
             histogram = comparison.histograms[what]
@@ -289,9 +277,3 @@ def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> Non
 def track_rows(tracker: Tracker, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Log a table, one row or more."""
     tracker.table(name, tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))
-
-
-def flat(name: str, comparison: Comparison) -> dict[str, float]:
-    """The headline metrics of a comparison, as `onoff/<name>/<metric>`."""
-    estimates = {metric: comparison[metric].value for metric in HEADLINES if metric in comparison}
-    return {f"onoff/{name}/{metric}": value for metric, value in estimates.items() if math.isfinite(value)}

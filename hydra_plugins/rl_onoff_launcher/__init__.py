@@ -23,7 +23,5 @@ class SharedEngineLauncher(Launcher):
         return launch(self._context, self._task, self._config, job_overrides, initial_job_idx)
 
 
-TARGET = f"{SharedEngineLauncher.__module__}.{SharedEngineLauncher.__name__}"
-ConfigStore.instance().store(
-    group="hydra/launcher", name="shared_engine", node={"_target_": TARGET}, provider="rl_onoff"
-)
+NODE = {"_target_": f"{__name__}.{SharedEngineLauncher.__name__}"}
+ConfigStore.instance().store(group="hydra/launcher", name="shared_engine", node=NODE, provider="rl_onoff")

@@ -208,7 +208,7 @@ class CoreBackend(ABC):
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _load_tokenizer(self) -> Any:
-        from rl_onoff.models.tokenizer import load_tokenizer
+        from rl_onoff.models.facts import load_tokenizer
 
         config = self.config
         return load_tokenizer(

@@ -18,26 +18,21 @@ PYTHON_SECONDS = 60.0  # for an interpreter to start, on a slow disk
 
 def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
     """`engine` itself, or what answers for it elsewhere; `in_worker` decides where `config.worker` is not set."""
-    backend = type(engine)
-    if config.pool.kind is PoolKind.ray:
+    backend, on_cluster = type(engine), config.pool.kind is PoolKind.ray
+    if on_cluster or (config.dp_size or 1) > 1:
         if config.worker is False:
+            why = "pool=ray runs it on a cluster" if on_cluster else f"backend.dp_size={config.dp_size} needs several"
             raise UsageError(
-                "backend.worker=false keeps the engine in this process, but pool=ray runs it on a cluster: drop one of "
-                "them"
+                f"backend.worker=false keeps the engine in this process, but {why}: drop backend.worker=false, or set"
+                f" {'pool=local' if on_cluster else 'backend.dp_size=1'}"
             )
         from rl_onoff.workers.pool import Pool
+
+        if not on_cluster:
+            return Pool(backend, config)
         from rl_onoff.workers.ray import RayCluster
 
         return Pool(backend, config, cluster=RayCluster(backend, config))
-    if (replicas := config.dp_size or 1) > 1:
-        if config.worker is False:
-            raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but its {replicas} replicas are processes of "
-                "their own: drop backend.worker=false, or set backend.dp_size=1"
-            )
-        from rl_onoff.workers.pool import Pool
-
-        return Pool(backend, config)
     if not (in_worker if config.worker is None else config.worker) and config.python is None:
         return engine
     from rl_onoff.workers.client import WorkerClient
@@ -54,29 +49,25 @@ def check_installed(package: str, config: EngineConfig, option: str) -> None:
         found = importlib.util.find_spec(package)
         if found is None or found.origin is None:  # a folder that is called like it is a spec without an origin
             extras = metadata.metadata("rl-onoff").get_all("Provides-Extra") or []
-            install = f"pip install 'rl-onoff[{package}]'" if package in extras else f"pip install {package}"
-            raise MissingDependencyError(
-                f"{option} is {config.name}, which needs the package {package}: {install}, or {other}"
-            )
+            name = f"'rl-onoff[{package}]'" if package in extras else package
+            why = f"{option} is {config.name}, which needs the package {package}: pip install {name}, or {other}"
+            raise MissingDependencyError(why)
         return
-    said = _ask(config.python, package)
+    said, here = _ask(config.python, package), f"{option}.python={config.python}"
     if said == "False":
         raise MissingDependencyError(
-            f"{option}.python={config.python} lacks the package {package}, which {config.name} needs: "
-            f"{config.python} -m pip install {package}, or {other}"
+            f"{here} lacks the package {package}, which {config.name} needs: {config.python} -m pip install {package},"
+            f" or {other}"
         )
     if said != "True":
-        raise UsageError(
-            f"{option}.python={config.python} cannot be run ({said}): set {option}.python to a Python interpreter"
-        )
+        raise UsageError(f"{here} cannot be run ({said}): set {option}.python to a Python interpreter")
 
 
 @cache
 def _ask(python: str, package: str) -> str:
     """Whether an interpreter has a package: "True" or "False"; else why it cannot tell."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")
-    }
+    ours = ("PYTHONHOME", "__PYVENV_LAUNCHER__")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
     try:
         done = subprocess.run(

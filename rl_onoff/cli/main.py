@@ -29,8 +29,8 @@ from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import refuse_literals, secrets_in, secrets_of_environment
 from rl_onoff.rundir.files import FULL_DISK, disk_error, write_whole
 from rl_onoff.rundir.table import LOCK, RunDir
-from rl_onoff.sweeps import launchers, schedule, start
-from rl_onoff.sweeps.failures import ERROR, JobFailed, failure, new_failures, write_failure
+from rl_onoff.sweeps import schedule, start
+from rl_onoff.sweeps.jobs import ERROR, JobFailed, failure, new_failures, write_failure
 from rl_onoff.sweeps.metric import missing_metric, optimises
 from rl_onoff.sweeps.table import conclude
 
@@ -153,11 +153,11 @@ def main() -> None:
         if sentence := flag_sentence(arguments):  # of what Hydra would answer with its own usage
             raise UsageError(sentence)
         sys.argv[1:] = understood(arguments)
-        with launchers.waited_for():
+        with start.waited_for():
             job()
     except KeyboardInterrupt:
         if (started := start.started) is not None:
-            launchers.stop()
+            start.stop()
             _conclude_sweep()
             _say_how_to_go_on(started.folder, f"sweep_dir={started.folder}")
         sys.exit(130)
@@ -184,7 +184,7 @@ def _conclude_sweep() -> None:
     """Print and write the table of a sweep, whoever ran its jobs, and take note of those that failed."""
     if (started := start.started) is None:
         return
-    launchers.end(started.config.hydra.launcher)
+    start.end(started.config.hydra.launcher)
     _failures.extend(new_failures(started.folder, started.before))
     with suppress(OnOffError):  # a full disk: the jobs have said so
         if table := conclude(started.folder):
@@ -224,7 +224,7 @@ def _sentence(error: Exception) -> tuple[str, int] | None:
         return said, UsageError.exit_code
     if disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # else Hydra could not make its folder
         return str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
-    if start.started is not None and type(error).__module__.partition(".")[0] in launchers.PACKAGES:
+    if start.started is not None and type(error).__module__.partition(".")[0] in start.PACKAGES:
         said = next(iter(str(error).strip().splitlines()), "")
         fix = f"the same command with sweep_dir={start.started.folder} does what is missing"
         lost = (

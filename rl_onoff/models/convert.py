@@ -26,18 +26,8 @@ CONVERSION = 2  # counts changes of what a converted folder holds, so that an ol
 # default; where text is split as by GPT-2; and where every digit is a word besides.
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 GPT2 = {
-    "gpt-2",
-    "phi-2",
-    "mpt",
-    "olmo",
-    "jais",
-    "trillion",
-    "gigachat",
-    "mellum",
-    "exaone4",
-    "a.x-4.0",
-    "granite-docling",
-}
+    "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "mellum", "exaone4", "a.x-4.0", "granite-docling"
+}  # fmt: skip
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a text gives whole
 ROPE = "rope_freqs.weight"
@@ -53,9 +43,8 @@ def convert(file: Path, folder: Path) -> None:
         import transformers
         from gguf import GGUFReader
     except ImportError as error:
-        raise MissingDependencyError(
-            f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
-        ) from error
+        why = f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
+        raise MissingDependencyError(why) from error
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
         try:
@@ -144,9 +133,7 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
     elif pre in GPT2:
         backend.pre_tokenizer = by_words
     elif pre in (None, "default"):
-        log.warning(
-            "the GGUF file names no pre-tokeniser, so GPT-2's is taken: token ids may differ from the original's"
-        )
+        log.warning("the GGUF file names no pre-tokeniser, so GPT-2's is taken: token ids may differ")
     elif isinstance(backend.pre_tokenizer, ByteLevel):  # what transformers leaves there for a name it does not know
         raise UsageError(
             f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff, so its token ids would"
@@ -166,10 +153,9 @@ def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
     state = json.loads(backend.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(tokens)]
     merged = {name for pair in state["model"].get("merges", ()) for name in (*pair, "".join(pair))}
-    whole = (
-        i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED) and backend.token_to_id(tokens[i]) != i
-    )
-    lost = [i for i in whole if backend.id_to_token(i) not in merged]  # Gemma's runs of spaces are made by merges
+    whole = [i for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)]
+    lost = [i for i in whole if backend.token_to_id(tokens[i]) != i]
+    lost = [i for i in lost if backend.id_to_token(i) not in merged]  # Gemma's runs of spaces are made by merges
     for token_id in lost:
         del state["model"]["vocab"][backend.id_to_token(token_id)]
         state["model"]["vocab"][tokens[token_id]] = token_id
@@ -182,22 +168,28 @@ def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
     """The model with the file's weights, in the type that comes nearest to most of them."""
     import torch
     import transformers
+    from gguf import MODEL_ARCH, get_tensor_name_map
 
     sizes = Counter()
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     dtype = {"F32": torch.float32, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.bfloat16)
-    if config.model_type != "llama":
-        # Else transformers keeps the weights packed where it can, and refuses to save a packed model.
-        unpacked = transformers.GgufConfig(dequantize=True)
-        return transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, quantization_config=unpacked)
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == ROPE), None)
-    if factors is not None:
-        _set_rope(config, factors)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict(_llama_weights(reader, config, list(model.state_dict()), dtype), assign=True, strict=False)
-    model.tie_weights()
+    in_file = {tensor.name: tensor for tensor in reader.tensors}
+    if config.model_type == "llama" and ROPE in in_file:
+        _set_rope(config, in_file.pop(ROPE).data)
+    # Unless told, transformers keeps the weights packed where it can, and refuses to save a packed model.
+    options = {**source, "config": config, "dtype": dtype, "output_loading_info": True}
+    unpacked = transformers.GgufConfig(dequantize=True)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(**options, quantization_config=unpacked)
+    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+        raise ValueError(f"it lacks {', '.join(missing[:3])}")
+    if config.model_type == "llama":  # transformers leaves out what it has no place for
+        names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+        for name in model.state_dict():
+            stem, _, end = name.rpartition(".")
+            in_file.pop(f"{names.get_name(stem)}.{end}", None)
+        if in_file:
+            raise ValueError(f"transformers' model has no place for {', '.join(sorted(in_file)[:3])}")
     return model
 
 
@@ -214,29 +206,3 @@ def _set_rope(config: Any, factors_D: Any) -> None:
     frequencies_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
     if not np.allclose(theta ** (-np.arange(len(factors_D)) / len(factors_D)) / frequencies_D, factors_D, rtol=1e-3):
         raise ValueError("its rotary scaling is not Llama 3's")
-
-
-def _llama_weights(reader: Any, config: Any, names: list[str], dtype: Any) -> dict[str, Any]:
-    """The weights of a Llama under transformers' names: the same bits as by transformers, in less time."""
-    import torch
-    from gguf import MODEL_ARCH, dequantize, get_tensor_name_map
-
-    in_file = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    tensors = {tensor.name: tensor for tensor in reader.tensors if tensor.name != ROPE}
-    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    weights = {}
-    for name in names:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        stem, _, end = name.rpartition(".")
-        tensor = tensors.pop(f"{in_file.get_name(stem)}.{end}")
-        values = dequantize(tensor.data, tensor.tensor_type)
-        if heads := rotated.get(
-            stem.rpartition(".")[2]
-        ):  # llama.cpp has the two halves of a rotated pair side by side, transformers half a head apart
-            pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-            values = pairs.swapaxes(1, 2).reshape(values.shape)
-        weights[name] = torch.from_numpy(values.copy()).to(dtype)
-    if tensors:
-        raise ValueError(f"transformers' model has no place for {', '.join(sorted(tensors)[:3])}")
-    return weights

@@ -9,7 +9,7 @@ from typing import Any
 from rl_onoff.compare import Comparison
 from rl_onoff.config import RunConfig
 from rl_onoff.data.prompts import Row
-from rl_onoff.pipeline.engine_slot import Slot
+from rl_onoff.pipeline.engines import Slot
 from rl_onoff.pipeline.progress import Progress
 from rl_onoff.rundir.table import RunDir
 from rl_onoff.tracking import Tracker

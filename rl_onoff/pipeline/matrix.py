@@ -21,7 +21,7 @@ from rl_onoff.compare import METRICS, Comparison, Estimate, headlines, judge
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.compare import compare_run, verdict_of, write_page
-from rl_onoff.pipeline.engine_slot import Wish
+from rl_onoff.pipeline.engines import Wish
 from rl_onoff.report.matrix_page import matrix_page
 from rl_onoff.report.text import aligned, number
 from rl_onoff.rundir.files import write_whole

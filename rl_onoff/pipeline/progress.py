@@ -60,14 +60,7 @@ class Progress:
         self._said = self.responses
         left = (self.total - self.responses) * self.seconds / self.responses
         if self._bar is None:
-            log.info(
-                "%s: %d of %d responses, %.0f tokens/s, %s left",
-                self.stage, self.responses, self.total, self.tokens_per_s, timedelta(seconds=round(left)),
-            )  # fmt: skip
-        self.report(
-            {
-                "progress/responses": self.responses,
-                f"progress/{self.stage}_tokens": self.tokens,
-                f"progress/{self.stage}_tokens_per_s": self.tokens_per_s,
-            }
-        )
+            figures = (self.stage, self.responses, self.total, self.tokens_per_s, timedelta(seconds=round(left)))
+            log.info("%s: %d of %d responses, %.0f tokens/s, %s left", *figures)
+        tokens = f"progress/{self.stage}_tokens"
+        self.report({"progress/responses": self.responses, tokens: self.tokens, f"{tokens}_per_s": self.tokens_per_s})

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -14,13 +13,11 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.data.requests import EncodedPrompt
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.progress import Progress
-from rl_onoff.rewards import FAILED, Judge
+from rl_onoff.rewards import FAILED, Judge, Reward
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_rollout, row_of_scores
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 
 log = logging.getLogger(__name__)
-
-Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 IDS = ("request_id", "sample", "prompt_ids", "token_ids")
 WINDOW = 2048  # responses that are handed to an engine at once: enough to sort by length and to fill any batch

@@ -142,7 +142,7 @@ def texts_of(
 def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]) -> Any:
     """The tokenizer that is named, else that of the first engine that the records name; None where there is none."""
     if tokenizer is not None:
-        from rl_onoff.models.tokenizer import load_tokenizer
+        from rl_onoff.models.facts import load_tokenizer
 
         return load_tokenizer(tokenizer)
     known = list(known)

@@ -7,22 +7,19 @@ done then waits between two steps.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, configure_log, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
-from rl_onoff.pipeline.engine_slot import Slot, Steps, Wish
+from rl_onoff.pipeline.engines import Slot, Steps, Wish
+from rl_onoff.sweeps.jobs import swept
 
 log = logging.getLogger(__name__)
-
-MAX_FOLDER_NAME = 200  # bytes of the name of a job's folder; a file system takes 255
 
 
 @dataclass(slots=True)
@@ -111,24 +108,3 @@ def _visit(job: Job, context: HydraContext, task: TaskFunction, config: DictConf
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     if job.wants is not None:
         log.info("#%d waits for its engine", job.number)
-
-
-def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
-    """The name of a job's folder: its overrides but the `fixed` ones, without slashes, cut where it is too long."""
-    if isinstance(overrides, ListConfig):  # read item by item it would resolve them, an `${oc.env:HF_TOKEN}` too
-        overrides = [str(override) for override in OmegaConf.to_container(overrides) or ()]
-    name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"
-    if len(name.encode()) <= MAX_FOLDER_NAME:
-        return name
-    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
-    return f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
-
-
-def swept(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
-    """A job's overrides but those that are the same for all jobs, sorted."""
-    names = {*fixed, "run_dir", "sweep_dir"}
-    return sorted(override for override in overrides if override.partition("=")[0] not in names)
-
-
-# When imported, for a launcher's own processes name their jobs' folders, too.
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)

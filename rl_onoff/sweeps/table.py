@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.rundir.files import read_json, write_whole
-from rl_onoff.sweeps.failures import ERROR, read_failure
+from rl_onoff.sweeps.jobs import ERROR, read_failure
 
 FILE = "sweep.csv"
 
@@ -78,7 +78,7 @@ def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
 
 def as_text(jobs: Sequence[Job]) -> str:
     """The table for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
-    from rl_onoff.report.text import number
+    from rl_onoff.report.text import aligned, number
 
     options = swept_options(jobs)
     asked = {name: name for job in jobs if (name := job.options.get("metric")) and name not in SHOWN}
@@ -88,11 +88,7 @@ def as_text(jobs: Sequence[Job]) -> str:
         known = [job.options.get(name, "") for name in options]
         numbers = [number(job.values[name]) if name in job.values else "" for name in shown]
         rows.append([*known, *numbers, job.verdict if job.status == "done" else job.status])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<"] * len(options) + [">"] * len(shown) + ["<"]
-    formats = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
-    lines = ("  ".join(format(cell, how) for cell, how in zip(row, formats, strict=True)) for row in rows)
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
+    return "\n".join(aligned(rows, "<" * len(options) + ">" * len(shown) + "<", indent=2))
 
 
 def conclude(sweep_dir: Path) -> str:

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from rl_onoff.backends.registry import engine_configs
 from rl_onoff.cli.main import CONF
 from rl_onoff.config import SCHEMAS, RunConfig, register
-from rl_onoff.sweeps.schedule import MAX_FOLDER_NAME, job_folder
+from rl_onoff.sweeps.jobs import MAX_FOLDER_NAME, job_folder
 from tests.conftest import ROOT
 
 DOCS = runpy.run_path(str(ROOT / "docs/make_configuration.py"))

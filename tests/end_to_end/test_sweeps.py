@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rl_onoff.pipeline.engine_slot import Slot
+from rl_onoff.pipeline.engines import Slot
 from rl_onoff.run import run_steps
 from tests.end_to_end.conftest import FAKE, SMALL, environment, rl_onoff, token_ids
 from tests.running import config_of

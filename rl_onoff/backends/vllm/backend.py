@@ -49,7 +49,7 @@ class VLLMBackend(BaseBackend):
                 f"the vllm backend needs the vllm package ({error}): pip install 'rl-onoff[vllm]'"
             ) from error
         from rl_onoff.backends.vllm.engine import HOOKS, options
-        from rl_onoff.models.tokenizer import end_ids
+        from rl_onoff.models.facts import end_ids
 
         self._in_engine = self.config.in_engine_stats
         if self._in_engine and not options() >= HOOKS:

@@ -1,18 +1,47 @@
-"""Word of the jobs that failed, left in their folders: a launcher that runs them elsewhere may carry nothing home."""
+"""The jobs of a sweep: what their folders are called, and word of the jobs that failed.
+
+That word is left in a job's folder, for a launcher that runs jobs elsewhere may carry nothing home.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from omegaconf import ListConfig, OmegaConf
 
 from rl_onoff.errors import OnOffError
 from rl_onoff.redaction import masked_text
 from rl_onoff.rundir.files import write_whole
 
+MAX_FOLDER_NAME = 200  # bytes; a file system takes 255
 ERROR = "error.txt"  # in a failed job's folder: one sentence, the exit code, and the traceback if there is more to say
 
 Trace = tuple[int, int]  # inode and time of an error.txt: another one when the file is written again
+
+
+def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
+    """The name of a job's folder: its overrides but the `fixed` ones, without slashes, cut where it is too long."""
+    if isinstance(overrides, ListConfig):  # read item by item it would resolve them, an `${oc.env:HF_TOKEN}` too
+        overrides = [str(override) for override in OmegaConf.to_container(overrides) or ()]
+    name = re.sub(r"[/\\]+", "_", ",".join(swept(overrides, fixed))) or "job"
+    if len(name.encode()) <= MAX_FOLDER_NAME:
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[: MAX_FOLDER_NAME - 9].decode(errors='ignore')}-{digest}"
+
+
+def swept(overrides: Iterable[str], fixed: Iterable[str] = ()) -> list[str]:
+    """A job's overrides but those that are the same for all jobs, sorted."""
+    names = {*fixed, "run_dir", "sweep_dir"}
+    return sorted(override for override in overrides if override.partition("=")[0] not in names)
+
+
+# When imported, for a launcher's own processes name their jobs' folders, too.
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 class JobFailed(OnOffError):
