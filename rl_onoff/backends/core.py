@@ -194,8 +194,7 @@ class CoreBackend(ABC):
         if num_tokens + room > self.info.max_len:
             raise UsageError(
                 f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context "
-                "holds "
-                f"{self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
+                f"holds {self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
             )
 
     def get_tokenizer(self) -> Any:
@@ -217,8 +216,8 @@ class CoreBackend(ABC):
                     f"{package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
                 ) from error
             raise MissingDependencyError(
-                f"the {self.name} backend needs the {package} package: pip install 'rl-onoff[{package}]', or set "
-                "backend.python to the interpreter of an environment that has it"
+                f"the {self.name} backend needs the {package} package: set backend.python to the interpreter of an "
+                f"environment that has it, or pip install 'rl-onoff[{package}]'"
             ) from error
 
     def _load_tokenizer(self) -> Any:
@@ -243,11 +242,11 @@ def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
     """Requests or rollouts by (request id, sample), which is all that tells their results apart."""
     found: dict[Key, Any] = {}
     for item in items:
-        if found.setdefault(item.key, item) is not item:
+        if item.key in found:
             raise UsageError(
-                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request an id of its "
-                "own"
+                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request its own id"
             )
+        found[item.key] = item
     return found
 
 

@@ -99,8 +99,7 @@ class VLLMBackend(BaseBackend):
         if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.greedy:
             raise UsageError(
                 f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together mean something else in "
-                "vLLM, which cuts by "
-                "min_p first: set sampling.min_p=0 or sampling.top_p=1"
+                "vLLM, which cuts by min_p first: set sampling.min_p=0 or sampling.top_p=1"
             )
         return {
             # with n above 1 and a seed vLLM would draw sample i from seed + i
