@@ -1,7 +1,7 @@
 """The code of ours that vLLM runs: `StatsExtension` in its workers, `capped_scheduler` in its core.
 
-A request carries its job in `SamplingParams.extra_args`; in each step a Recorder computes the statistics of the jobs from
-vLLM's own hidden states. They are fetched as bytes, full logits through a file that both sides map.
+A request carries its job in `SamplingParams.extra_args`; in each step a Recorder computes the statistics of the jobs
+from vLLM's own hidden states. They are fetched as bytes, full logits through a file that both sides map.
 
 Both of vLLM's model runners are known (0.32): V1, whose `_get_prompt_logprobs_dict` is called after every step, and V2,
 whose `prompt_logprobs_worker` is. These are insides that may move: the backend compares a short sequence with the
