@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends import VLLMBackendConfig
+from rl_onoff.backends.engine import whole
 from rl_onoff.backends.vllm import backend as module
 from rl_onoff.backends.vllm.backend import VLLMBackend, _jobs, _prefix
 from rl_onoff.types import Rollout, Want
@@ -56,7 +57,8 @@ def main() -> None:
             """The whole sequences, nothing cached; one at a time where every number comes back as an object."""
             plain = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
             most = 1 if params.get("prompt_logprobs") == -1 else None
-            for _ in engine.run(((None, _prefix(r), SamplingParams(**plain | params)) for r in responses), most):
+            inputs = ((None, _prefix(r), SamplingParams(**plain | params)) for r in responses)
+            for _ in engine.run(whole(inputs), most):
                 pass
 
         def in_engine(responses: list[Rollout], want: Want, cached: bool) -> None:
@@ -94,25 +96,12 @@ def main() -> None:
             ("one response of 64 tokens to a prompt of 256", 1),
             ("eight that share their prompt", 8),
         ):
-            taken = [
-                clock(
-                    lambda n=samples: in_engine(
-                        work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True
-                    )
-                )
-            ]
-            taken += [
-                clock(
-                    lambda n=samples: in_engine(
-                        work(engine.vocab_size, 1, n, seed=next(seeds)), Want(full_logits=True), True
-                    )
-                )
-            ]
-            public = clock(
-                lambda n=samples: run(
-                    work(engine.vocab_size, 1, n), prompt_logprobs=-1, logprobs=-1, flat_logprobs=True
-                )
-            )
+            taken = []
+            for _ in range(2):
+                responses = work(engine.vocab_size, 1, samples, seed=next(seeds))
+                taken.append(clock(lambda r=responses: in_engine(r, Want(full_logits=True), True)))
+            responses = work(engine.vocab_size, 1, samples)
+            public = clock(lambda r=responses: run(r, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True))
             print(
                 f"full logits, {name}: in-engine {public / min(taken):.0f} times as fast as the flat public path",
                 flush=True,

@@ -129,11 +129,8 @@ class BaseBackend(CoreBackend):
                 f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0, for example"
             )
         logits = self.get_logits(prompts, responses)
-        return (
-            [_softmax(row, temperature) for row in logits]
-            if isinstance(logits, list)
-            else _softmax(logits, temperature)
-        )
+        several = isinstance(logits, list)
+        return [_softmax(row, temperature) for row in logits] if several else _softmax(logits, temperature)
 
     def encode(self, text: str | Sequence[str]) -> Any:
         """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if

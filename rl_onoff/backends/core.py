@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,12 +21,10 @@ from rl_onoff.backends.config import BackendConfig
 from rl_onoff.backends.engine import Core, EngineInfo, Given, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import check_installed, place
-from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
-
-IDS = ("prompt_ids", "token_ids_T")
 
 
 class CoreBackend(ABC):
@@ -178,10 +178,9 @@ class CoreBackend(ABC):
         """
         core, bare = self._loaded(), []
         for rollout in rollouts:  # engines read the ids alone
-            ids = (np.asarray(ids, np.int32) for ids in (rollout.prompt_ids, rollout.token_ids_T))
-            bare.append(
-                Rollout(request_id=rollout.request_id, sample=rollout.sample, **dict(zip(IDS, ids, strict=True)))
-            )
+            prompt_ids, token_ids_T = (np.asarray(ids, np.int32) for ids in (rollout.prompt_ids, rollout.token_ids_T))
+            request_id, sample = rollout.key
+            bare.append(Rollout(request_id=request_id, sample=sample, prompt_ids=prompt_ids, token_ids_T=token_ids_T))
         _by_key(bare)
         for rollout in bare:
             self._check_prompt(rollout.request_id, len(rollout.prompt_ids), room=len(rollout.token_ids_T))
@@ -195,8 +194,7 @@ class CoreBackend(ABC):
         if num_tokens + room > self.info.max_len:
             raise UsageError(
                 f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context "
-                "holds "
-                f"{self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
+                f"holds {self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
             )
 
     def get_tokenizer(self) -> Any:
@@ -206,6 +204,21 @@ class CoreBackend(ABC):
         return self._tokenizer
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _import_engine(self) -> ModuleType:
+        """The engine's package, which may be missing or broken."""
+        package = self.package
+        try:
+            return import_module(package)
+        except ImportError as error:
+            if error.name != package:
+                raise EngineError(
+                    f"{package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
+                ) from error
+            raise MissingDependencyError(
+                f"the {self.name} backend needs the {package} package: set backend.python to the interpreter of an "
+                f"environment that has it, or pip install 'rl-onoff[{package}]'"
+            ) from error
 
     def _load_tokenizer(self) -> Any:
         from rl_onoff.models.facts import load_tokenizer
@@ -231,11 +244,26 @@ def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
     for item in items:
         if item.key in found:
             raise UsageError(
-                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request an id of its "
-                "own"
+                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request its own id"
             )
         found[item.key] = item
     return found
+
+
+def disagreement(
+    vocab_size: int, allowed: float, inside: Callable[[Rollout], np.ndarray], public: Callable[[Rollout], np.ndarray]
+) -> str:
+    """Why statistics computed inside an engine cannot be used, empty where they can: the logprobs of a short response
+    from inside the engine and from its public API may be `allowed` nats apart."""
+    ids = np.arange(1, 13, dtype=np.int32) * 7919 % vocab_size
+    rollout = Rollout(request_id="check", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
+    try:
+        inside_T = inside(rollout)
+    except Exception as error:  # whatever moved inside the engine, its public API is still there
+        log.debug("in-engine statistics failed", exc_info=True)
+        return f"{type(error).__name__}: {error}"
+    worst = float(np.abs(inside_T - public(rollout)).max())
+    return "" if worst <= allowed else f"its logprobs are off by up to {worst:.2g} nats"
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:

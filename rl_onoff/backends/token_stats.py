@@ -7,11 +7,12 @@ the logits are never changed: they may be the engine's own buffer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rl_onoff.types import Sampling, TokenScores, Want
+from rl_onoff.types import Sampling, TokenScores, Want, copy_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +42,7 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
         entropy_R = -torch.where(probs_RV > 0, probs_RV * shifted_RV, 0.0).sum(-1)
         rank_R = (z_RV > chosen_R1).sum(-1) + 1
         top = torch.topk(shifted_RV, min(want.top_k, z_RV.shape[-1]), -1) if want.top_k else None
-        processed_R, mass_R = (
-            _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler is not None else (None, None)
-        )
+        processed_R, mass_R = _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler else (None, None)
         return TokenScores(
             token_ids_T=_numpy(token_ids_R, np.int32),
             logprobs_T=_numpy(chosen_R1[:, 0] - logsumexp_R),
@@ -59,15 +58,64 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
 
 
 def stats_of_hidden(
-    hidden_RD: Tensor, head: Callable[[Tensor], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
+    hidden_RD: Any, head: Callable[[Any], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
 ) -> TokenScores:
-    """Like token_stats, from the last hidden states: runs the LM head over `rows` positions at a time, so that no more
-    than (rows, V) logits are ever held."""
+    """Like token_stats, from the last hidden states, or whatever `head` takes: runs it over `rows` positions at a time,
+    so that no more than (rows, V) logits are ever held."""
     parts = (
         token_stats(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows], want)
         for start in range(0, len(hidden_RD), rows)
     )
     return TokenScores.collect(parts, len(hidden_RD))
+
+
+class PartialScores:
+    """The statistics of one response, filled in by position while an engine computes its prefill in chunks."""
+
+    def __init__(self, num_tokens: int, want: Want, logits_file: Path | None = None):
+        self.want = want
+        self.arrays: dict[str, np.ndarray] = {}
+        self._filled_T = np.zeros(num_tokens, bool)
+        self._logits_file = logits_file  # where full logits go, hundreds of megabytes: `read_logits` maps it
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._filled_T.all())
+
+    def put(self, first: int, scores: TokenScores, logits_RV: Tensor) -> None:
+        """Rows from response position `first` on; those before the response and after it are dropped."""
+        num_tokens = len(self._filled_T)
+        start, end = max(first, 0), min(first + len(logits_RV), num_tokens)
+        if start >= end:
+            return
+        there = slice(start - first, end - first)
+        copy_rows(scores[there], self.arrays, start, num_tokens)
+        if self._logits_file is not None:
+            mode = "r+" if self._logits_file.exists() else "w+"
+            file = np.memmap(self._logits_file, np.float32, mode, shape=(num_tokens, logits_RV.shape[-1]))
+            file[start:end] = _numpy(logits_RV[there].float())
+        self._filled_T[start:end] = True
+
+
+def read_logits(file: Path, num_tokens: int) -> np.ndarray:
+    """Full logits that another process wrote (T, V); the file may be removed while the array lives."""
+    return np.asarray(np.memmap(file, np.float32, "c")).reshape(num_tokens, -1)  # copy on write: private to its reader
+
+
+class Span(NamedTuple):
+    """Rows [begin, end) of an engine's step, which are those of one response from its position `first` on."""
+
+    scores: PartialScores
+    begin: int
+    end: int
+    first: int
+
+    def put(self, at: int, scores: TokenScores, logits_RV: Tensor) -> None:
+        """Rows from number `at` of the step on, of which this response takes its own."""
+        start, end = max(at, self.begin), min(at + len(logits_RV), self.end)
+        if start < end:
+            here = slice(start - at, end - at)
+            self.scores.put(self.first + start - self.begin, scores[here], logits_RV[here])
 
 
 def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:

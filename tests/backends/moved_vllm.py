@@ -12,7 +12,7 @@ class MovedVLLM(VLLMBackend):
     """The hidden states that our hook is given are those of the next position."""
 
     def _load(self) -> EngineInfo:
-        from rl_onoff.backends.vllm.recorder import Recorder
+        from rl_onoff.backends.vllm.hooks import Recorder
 
         honest = Recorder.step
         Recorder.step = lambda self, hidden_ND, head, batch: honest(self, hidden_ND.roll(-1, 0), head, batch)

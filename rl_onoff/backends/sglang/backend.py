@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,15 +19,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
-from rl_onoff.backends.core import cut_at_stop
+from rl_onoff.backends.core import cut_at_stop, disagreement
 from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.sglang.config import SGLangBackendConfig
-from rl_onoff.backends.sglang.job import INFO, Job
-from rl_onoff.backends.sglang.public import PublicScorer, check
+from rl_onoff.backends.sglang.public import PublicScorer
+from rl_onoff.backends.sglang.requests import INFO, Emit, Job, Take, Work, check, run
 from rl_onoff.backends.sglang.setup import MARGIN, engine_args, engine_environment
-from rl_onoff.backends.sglang.streaming import Emit, Take, Work, run
-from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.backends.token_stats import read_logits
+from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
@@ -56,26 +57,14 @@ class SGLangBackend(BaseBackend):
     def _load(self) -> EngineInfo:
         from rl_onoff.models.resolve import hub_errors
 
-        try:
-            import sglang  # noqa: F401
-        except ImportError as error:
-            if error.name != "sglang":
-                raise EngineError(
-                    f"SGLang is installed but cannot be imported ({error}): run `rl-onoff doctor`"
-                ) from error
-            raise MissingDependencyError(
-                "the sglang backend needs the sglang package: pip install 'rl-onoff[sglang]', or set backend.python to "
-                "the interpreter "
-                "of an environment that has it"
-            ) from error
+        self._import_engine()
         version = metadata.version(self.package)
         with hub_errors(self.config.model_name):
             self._start(self.config.in_engine_stats)
-            if self._public is None and (why := self._check_probes()):
+            if self._public is None and (why := self._disagreement()):
                 log.warning(
                     "SGLang %s: statistics inside the engine do not work (%s); they are taken through its public API "
-                    "instead, which is "
-                    "slow: set backend.in_engine_stats=false to do so without this warning", version, why,
+                    "instead, which is slow: set backend.in_engine_stats=false to do so without this warning", version, why,
                 )  # fmt: skip
                 self._close()
                 self._start(False)
@@ -85,11 +74,8 @@ class SGLangBackend(BaseBackend):
             )
         manager = self._engine.tokenizer_manager
         model = manager.model_config
-        eos_ids = {
-            self.get_tokenizer().eos_token_id,
-            manager.tokenizer.eos_token_id,
-            *(model.hf_eos_token_id or ()),
-        } - {None}
+        tokenizers = self.get_tokenizer(), manager.tokenizer
+        eos_ids = {*(tokenizer.eos_token_id for tokenizer in tokenizers), *(model.hf_eos_token_id or ())} - {None}
         self._info = EngineInfo(
             engine=self.name,
             version=version,
@@ -103,36 +89,30 @@ class SGLangBackend(BaseBackend):
         return self._info
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
-        def work(request: SampleRequest) -> Work:
-            async def draw(emit: Emit) -> None:
-                emit(await self._complete(request))
+        def take(most: int, wait: bool) -> Iterator[Work]:
+            for request in supply.take(most, wait=wait):
+                yield 1, partial(self._complete, request)
 
-            return 1, draw
-
-        yield from self._run(lambda most, wait: map(work, supply.take(most, wait=wait)), MAX_IN_FLIGHT)
+        yield from self._run(take, MAX_IN_FLIGHT)
 
     def _score(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         if self._public is not None:
-            yield from self._run(whole((1, self._public.scoring(response, want)) for response in responses), 1)
+            yield from self._run(whole((1, partial(self._public.score, response, want)) for response in responses), 1)
             return
         groups: dict[bytes, list[Rollout]] = {}
         for response in responses:
             groups.setdefault(response.prompt_ids.tobytes(), []).append(response)
 
-        def work(members: list[Rollout]) -> Work:
-            async def one(response: Rollout, emit: Emit) -> None:
-                emit(await self._probe(response, want))
+        async def score(first: Rollout, others: Sequence[Rollout], emit: Emit) -> None:
+            # requests of one step share no prefix: the first leaves the prompt in the cache for the others
+            await self._probe(first, want, emit)
+            await asyncio.gather(*(self._probe(response, want, emit) for response in others))
 
-            async def group(emit: Emit) -> None:
-                # requests of one step share no prefix: the first leaves the prompt in the cache for the others
-                await one(members[0], emit)
-                await asyncio.gather(*(one(response, emit) for response in members[1:]))
-
-            return len(members[0].prompt_ids) + sum(len(response.token_ids_T) for response in members), group
-
-        yield from self._run(
-            whole(map(work, groups.values())), max(1, self._pool // 2)
-        )  # else a prompt is evicted before its turn
+        work = (
+            (len(first.prompt_ids) + sum(len(r.token_ids_T) for r in (first, *others)), partial(score, first, others))
+            for first, *others in groups.values()
+        )
+        yield from self._run(whole(work), max(1, self._pool // 2))  # else a prompt is evicted before its turn
 
     def _close(self) -> None:
         engine, self._engine, self._public = self._engine, None, None
@@ -147,23 +127,12 @@ class SGLangBackend(BaseBackend):
                 "sampling.stop"
             )
         return {
-            "n": 1,
-            "max_new_tokens": sampling.max_new_tokens,
-            "min_new_tokens": 0,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or NO_TOP_K,
-            "min_p": sampling.min_p,
-            "frequency_penalty": 0.0,
-            "presence_penalty": 0.0,
-            "repetition_penalty": 1.0,
-            "stop": list(sampling.stop),
-            "stop_token_ids": list(eos_ids),
-            "ignore_eos": False,
-            "no_stop_trim": True,
+            "n": 1, "sampling_seed": seed, "max_new_tokens": sampling.max_new_tokens, "min_new_tokens": 0,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or NO_TOP_K,
+            "min_p": sampling.min_p, "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
+            "stop": list(sampling.stop), "stop_token_ids": list(eos_ids), "ignore_eos": False, "no_stop_trim": True,
             "skip_special_tokens": True,
-            "sampling_seed": seed,
-        }
+        }  # fmt: skip
 
     # -- starting ------------------------------------------------------------------------------------------------------
 
@@ -176,30 +145,26 @@ class SGLangBackend(BaseBackend):
         self._pool = self._engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         self._public = None if in_engine else PublicScorer(self._engine)
 
-    def _check_probes(self) -> str | None:
-        """Score a short known sequence inside the engine and through its public API; why they differ, None when they
-        agree."""
-        vocab_size = self._engine.tokenizer_manager.model_config.vocab_size
-        ids = np.array([(1009 * i + 7) % vocab_size for i in range(12)], np.int32)
-        response = Rollout(request_id="check", sample=0, prompt_ids=ids[:5], token_ids_T=ids[5:])
-        loop = self._engine.loop
-        try:
-            ours = loop.run_until_complete(self._probe(response, Want())).logprobs_T
-        except EngineError as error:
-            return str(error)
-        output = loop.run_until_complete(
-            self._engine.async_generate(
-                input_ids=ids.tolist(),
+    def _disagreement(self) -> str:
+        engine = self._engine
+        model = engine.tokenizer_manager.model_config
+
+        def inside(rollout: Rollout) -> np.ndarray:
+            (scores,) = self._run(whole([(1, partial(self._probe, rollout, Want()))]), 1)
+            return scores.logprobs_T
+
+        def public(rollout: Rollout) -> np.ndarray:
+            num_prompt = len(rollout.prompt_ids)
+            request = engine.async_generate(
+                input_ids=np.concatenate([rollout.prompt_ids, rollout.token_ids_T]).tolist(),
                 sampling_params={"max_new_tokens": 0, "temperature": 0.0},
-                return_logprob=True,
-                logprob_start_len=4,
-            )
-        )
-        theirs = np.array([entry[0] for entry in output["meta_info"]["input_token_logprobs"][1:]])
-        difference = float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("inf")
+                return_logprob=True, logprob_start_len=num_prompt - 1,
+            )  # fmt: skip
+            entries = engine.loop.run_until_complete(request)["meta_info"]["input_token_logprobs"]
+            return np.array([entry[0] for entry in entries[1:]])
+
         # in 16 bits the two round differently
-        allowed = 1e-3 if "float32" in str(self._engine.tokenizer_manager.model_config.dtype) else 0.1
-        return None if difference <= allowed else f"they differ from the engine's own logprobs by {difference:.2g}"
+        return disagreement(model.vocab_size, 1e-3 if "float32" in str(model.dtype) else 0.1, inside, public)
 
     def _seeds_count(self) -> bool:
         """Whether the same seed gives the same token, where almost every token is as likely as the next."""
@@ -215,7 +180,7 @@ class SGLangBackend(BaseBackend):
 
     # -- one request ---------------------------------------------------------------------------------------------------
 
-    async def _complete(self, request: SampleRequest) -> Rollout:
+    async def _complete(self, request: SampleRequest, emit: Emit) -> None:
         sampling = request.sampling
         room = self.info.max_len - len(request.prompt_ids)
         limited = sampling.replace(max_new_tokens=min(sampling.max_new_tokens, room))
@@ -229,7 +194,7 @@ class SGLangBackend(BaseBackend):
         meta = output["meta_info"]
         check(meta)
         token_ids_T = np.asarray(output["output_ids"], np.int32)
-        return Rollout(
+        rollout = Rollout(
             request_id=request.request_id,
             sample=request.sample,
             token_ids_T=token_ids_T,
@@ -237,6 +202,7 @@ class SGLangBackend(BaseBackend):
             kind=self.config.logprob_kind,
             finish_reason=self._finish(meta["finish_reason"], token_ids_T, sampling.stop),
         )
+        emit(rollout)
 
     def _finish(self, reason: dict[str, Any], token_ids_T: np.ndarray, stop: Sequence[str]) -> FinishReason:
         """Why a response ended. SGLang says `stop` of a token id and of a string alike."""
@@ -247,40 +213,30 @@ class SGLangBackend(BaseBackend):
         text = self.get_tokenizer().decode(token_ids_T.tolist(), skip_special_tokens=True) if stop else ""
         return FinishReason.length if cut_at_stop(text, stop) is None else FinishReason.stop
 
-    async def _probe(self, response: Rollout, want: Want) -> TokenScores:
+    async def _probe(self, response: Rollout, want: Want, emit: Emit) -> None:
         """Statistics of one response, computed inside the engine."""
         num_prompt, num_tokens = len(response.prompt_ids), len(response.token_ids_T)
-        file = None
-        if want.full_logits:
-            handle, path = tempfile.mkstemp(prefix="rl_onoff-logits-")
-            file = Path(path)
-            os.truncate(handle, num_tokens * self._engine.tokenizer_manager.model_config.vocab_size * 4)
-            os.close(handle)
-        name = str(file) if file else None
-        job = Job(
-            prompt_len=num_prompt, num_tokens=num_tokens, top_k=want.top_k, sampler=want.sampler, logits_file=name
-        )
-        try:
+        with tempfile.TemporaryDirectory(prefix="rl_onoff-logits-") as folder:
+            file = Path(folder) / "logits"
+            job = Job(
+                prompt_len=num_prompt, num_tokens=num_tokens, top_k=want.top_k, sampler=want.sampler,
+                logits_file=str(file) if want.full_logits else None,
+            )  # fmt: skip
             output = await self._engine.async_generate(
                 input_ids=np.concatenate([response.prompt_ids, response.token_ids_T]).tolist(),
-                sampling_params={
-                    "max_new_tokens": 1,
-                    "temperature": 0.0,
-                },  # with 0 new tokens the statistics would not come back
+                # with 0 new tokens the statistics would not come back
+                sampling_params={"max_new_tokens": 1, "temperature": 0.0},
                 return_logprob=True,
                 logprob_start_len=num_prompt - 1,
                 rid=job.rid(),
             )
             check(output["meta_info"])
-            columns = (output["meta_info"].get(INFO) or [None])[0]
-            if columns is None:
+            arrays = (output["meta_info"].get(INFO) or [None])[0]
+            if arrays is None:
                 raise EngineError("SGLang sent no statistics back: set backend.in_engine_stats=false")
-            if file is not None:
-                columns["logits_TV"] = np.fromfile(file, np.float32).reshape(num_tokens, -1)
-        finally:
-            if file is not None:
-                file.unlink(missing_ok=True)
-        return TokenScores(**columns).of(response)
+            if want.full_logits:
+                arrays["logits_TV"] = read_logits(file, num_tokens)
+        emit(TokenScores(**arrays).of(response))
 
     def _run(self, take: Take, limit: int) -> Iterator[Any]:
         engine = self._engine

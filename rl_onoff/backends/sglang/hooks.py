@@ -12,19 +12,19 @@ Shapes: R rows of a step, T response tokens, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from rl_onoff.backends.sglang import sampler as sglang_sampler
-from rl_onoff.backends.sglang.job import INFO, Job
-from rl_onoff.backends.token_stats import chunk_rows, token_stats
-from rl_onoff.types import TokenScores, copy_rows
+from rl_onoff.backends.sglang.requests import INFO, Job
+from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, token_stats
+from rl_onoff.types import Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,98 +34,57 @@ log = logging.getLogger(__name__)
 UNFINISHED = 4096  # responses whose rows are kept while they wait for their last chunk; aborted ones drop out of it
 
 
-class Rows:
-    """The statistics of one response, filled in by position as chunks of its prefill are computed."""
-
-    def __init__(self, job: Job):
-        self._job = job
-        self._columns: dict[str, np.ndarray] = {}
-        self._filled = np.zeros(job.num_tokens, bool)
-
-    def put(self, first: int, stats: TokenScores, logits_RV: Tensor) -> None:
-        """Rows from response position `first` on; those before the response and after it are dropped."""
-        start, end = max(first, 0), min(first + len(stats.token_ids_T), self._job.num_tokens)
-        if start >= end:
-            return
-        here, there = slice(start, end), slice(start - first, end - first)
-        copy_rows(stats[there], self._columns, start, self._job.num_tokens)
-        if self._job.logits_file:
-            shape = self._job.num_tokens, logits_RV.shape[-1]
-            file = np.memmap(self._job.logits_file, np.float32, "r+", shape=shape)
-            file[here] = logits_RV[there].float().cpu().numpy()
-        self._filled[here] = True
-
-    @property
-    def complete(self) -> bool:
-        return bool(self._filled.all())
-
-    def columns(self) -> dict[str, np.ndarray]:
-        return self._columns
-
-
 class Step:
     """One forward pass that holds requests to be scored: which rows of it belong to which response."""
 
-    unfinished: ClassVar[OrderedDict[str, Rows]] = (
-        OrderedDict()
-    )  # of this process, by request id: chunks come in several steps
+    # of this process, by request id: chunks come in several steps
+    unfinished: ClassVar[OrderedDict[str, PartialScores]] = OrderedDict()
 
     def __init__(self, batch: Any, reports: bool):
-        self.jobs = [Job.of(rid) for rid in batch.rids]
         self.reports = reports  # False on all but one tensor-parallel rank: they only take part in the LM head
         self.errors: str | None = None
-        self._rids = batch.rids
-        # of each request: rows with a logprob, and the response position of the first
-        self._counts = [
-            n - s for n, s in zip(batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu, strict=True)
-        ]
-        starts = [p + s for p, s in zip(batch.extend_prefix_lens_cpu, batch.extend_logprob_start_lens_cpu, strict=True)]
-        self._first = [start - (job.prompt_len - 1) if job else 0 for start, job in zip(starts, self.jobs, strict=True)]
-        self._ends = list(itertools.accumulate(self._counts))
-        reached = [p + n for p, n in zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)]
-        # a chunk that is not the last gives nothing back, even when the one token after it has no row to wait for
-        self._last = [
-            job is not None and end >= job.prompt_len + job.num_tokens
-            for end, job in zip(reached, self.jobs, strict=True)
-        ]
+        self._requests: list[tuple[str, Job, bool]] = []  # (id, job, this is its last chunk)
+        self._spans: list[Span] = []  # of the rows with a logprob
+        row = 0
+        lens = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu
+        for rid, cached, num_tokens, start in zip(batch.rids, *lens, strict=True):
+            job = Job.of(rid)
+            assert job is not None
+            # a chunk that is not the last gives nothing back, even when the one token after it has no row to wait for
+            self._requests.append((rid, job, cached + num_tokens >= job.prompt_len + job.num_tokens))
+            end = row + num_tokens - start
+            if reports and job.num_tokens:
+                file = Path(job.logits_file) if job.logits_file else None
+                scores = self.unfinished.setdefault(rid, PartialScores(job.num_tokens, job.want, file))
+                self._spans.append(Span(scores, row, end, cached + start - (job.prompt_len - 1)))
+            row = end
+        while len(self.unfinished) > UNFINISHED:
+            self.unfinished.popitem(last=False)
 
-    def add(self, lo: int, hi: int, logits_RV: Tensor, token_ids_R: Tensor) -> np.ndarray:
-        """Take in the logits of logprob rows [lo, hi) of the step; returns the logprobs of their tokens."""
-        # (where a request's rows are kept, what it wants, its rows among the hi - lo, response position of the first)
-        pieces = []
-        for i, (end, count) in enumerate(zip(self._ends, self._counts, strict=True)):
-            start = end - count
-            a, b = max(lo, start), min(hi, end)
-            job = self.jobs[i]
-            if a < b and job is not None and job.num_tokens:
-                pieces.append((self._rows(i, job), job.want, slice(a - lo, b - lo), self._first[i] + a - start))
-        wants = [want for _, want, _, _ in pieces]
-        whole = token_stats(logits_RV, token_ids_R, wants[0]) if all(want == wants[0] for want in wants) else None
-        logprobs_R = np.empty(hi - lo, np.float32)
-        for kept, want, rows, first in pieces:
-            stats = whole[rows] if whole else token_stats(logits_RV[rows], token_ids_R[rows], want)
-            logprobs_R[rows] = stats.logprobs_T
-            kept.put(first, stats, logits_RV[rows])
+    def add(self, at: int, logits_RV: Tensor, token_ids_R: Tensor) -> np.ndarray:
+        """Take in the logits of logprob rows from number `at` of the step on; returns the logprobs of their tokens."""
+        logprobs_R = np.zeros(len(token_ids_R), np.float32)
+        wants: list[Want] = []  # one, but for what is left of a call that was abandoned
+        for span in self._spans:
+            if span.scores.want not in wants:
+                wants.append(span.scores.want)
+        for want in wants:
+            stats = token_stats(logits_RV, token_ids_R, want)
+            logprobs_R = stats.logprobs_T
+            for span in self._spans:
+                if span.scores.want == want:
+                    span.put(at, stats, logits_RV)
         return logprobs_R
-
-    def _rows(self, i: int, job: Job) -> Rows:
-        rid = self._rids[i]
-        if rid not in self.unfinished:
-            self.unfinished[rid] = Rows(job)
-            while len(self.unfinished) > UNFINISHED:
-                self.unfinished.popitem(last=False)
-        return self.unfinished[rid]
 
     def info(self) -> list[dict[str, Any] | None]:
         """What each request of the step gets back: its statistics, with its last chunk."""
         infos: list[dict[str, Any] | None] = []
-        for rid, job, last in zip(self._rids, self.jobs, self._last, strict=True):
-            if self.errors and job and job.num_tokens:
+        for rid, job, last in self._requests:
+            scores = self.unfinished.pop(rid, None) if last or self.errors else None
+            if self.errors and job.num_tokens:
                 infos.append({"error": self.errors})
-                self.unfinished.pop(rid, None)
             else:
-                rows = self.unfinished.pop(rid, None) if last else None
-                infos.append(rows.columns() if rows is not None and rows.complete else None)
+                infos.append(scores.arrays if scores is not None and scores.complete else None)
         return infos
 
 
@@ -137,8 +96,8 @@ def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any
     global _step
     try:
         scores = forward_batch.return_logprob and forward_batch.forward_mode.is_extend()
-        rids = forward_batch.rids or ()
-        if scores and any((job := Job.of(rid)) and job.num_tokens for rid in rids) and all(Job.of(rid) for rid in rids):
+        jobs = [Job.of(rid) for rid in forward_batch.rids or ()]
+        if scores and all(jobs) and any(job and job.num_tokens for job in jobs):
             _step = Step(forward_batch, reports=_rank() == 0)
     except Exception:
         log.error("cannot read SGLang's batch:\n%s", traceback.format_exc())
@@ -158,13 +117,8 @@ def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any
 def around_input_logprobs(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
     """InputLogprobProcessor.forward: instead of one pass of SGLang's and one of ours, the LM head runs once, in chunks."""
     metadata = kwargs.get("logits_metadata")
-    if (
-        _step is None
-        or args
-        or metadata is None
-        or metadata.extend_return_top_logprob
-        or metadata.extend_token_ids_logprob
-    ):
+    asks_more = metadata is None or metadata.extend_return_top_logprob or metadata.extend_token_ids_logprob
+    if _step is None or args or asks_more:
         return original(processor, *args, **kwargs)
     return _input_logprobs(_step, **kwargs)
 
@@ -185,13 +139,9 @@ def _input_logprobs(
 
     sampled, logprobs = [], []
     token_ids_R = logits_metadata.extend_input_logprob_token_ids_gpu
-    of_sample, of_logprob = (
-        np.asarray(logits_metadata.sample_indices_cpu),
-        np.asarray(logits_metadata.input_logprob_indices_cpu),
-    )
-    size = chunk_rows(
-        lm_head.num_embeddings if hasattr(lm_head, "num_embeddings") else 2**17, pruned_states.device.type
-    )
+    of_sample = np.asarray(logits_metadata.sample_indices_cpu)
+    of_logprob = np.asarray(logits_metadata.input_logprob_indices_cpu)
+    size = chunk_rows(getattr(lm_head, "num_embeddings", 2**17), pruned_states.device.type)
     for start in range(0, len(pruned_states), size):
         end = min(start + size, len(pruned_states))
         # on every rank alike and outside the `try`: it is collective, and the rest of the engine needs it
@@ -205,10 +155,8 @@ def _input_logprobs(
             try:
                 rows = of_logprob[lo:hi] - start
                 together = rows[-1] - rows[0] == hi - lo - 1
-                mine_RV = (
-                    logits_RV[rows[0] : rows[-1] + 1] if together else logits_RV[input_logprob_indices[lo:hi] - start]
-                )
-                values = step.add(int(lo), int(hi), mine_RV, token_ids_R[lo:hi])
+                mine = slice(rows[0], rows[-1] + 1) if together else input_logprob_indices[lo:hi] - start
+                values = step.add(int(lo), logits_RV[mine], token_ids_R[lo:hi])
             except Exception:
                 step.errors = traceback.format_exc()
         logprobs.append(torch.from_numpy(values))

@@ -10,16 +10,13 @@ holds for a head that is a plain matrix product, which is checked with every res
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl_onoff.backends.sglang.job import INFO
-from rl_onoff.backends.sglang.streaming import Emit
-from rl_onoff.errors import EngineError
+from rl_onoff.backends.sglang.requests import Emit, check
 from rl_onoff.types import Rollout, TokenScores, Want
 
 if TYPE_CHECKING:
@@ -30,25 +27,6 @@ log = logging.getLogger(__name__)
 MAX_VALUES = 2**22  # log-probabilities asked for at a time; as Python tuples they take a hundred bytes each
 HEADS = ("lm_head.weight", "embed_tokens.weight", "wte.weight")  # names the LM head ends in, the tied ones last
 TOLERANCE = 0.5  # nats by which the logits of two tokens may miss the difference of their log-probabilities
-
-
-def check(meta: dict[str, Any]) -> None:
-    """Raise for a request that SGLang gave up, or that our code inside it failed on."""
-    reason = meta.get("finish_reason") or {}
-    if reason.get("type") == "abort":
-        raise EngineError(f"SGLang gave a request up: {reason.get('message')}")
-    if reason.get("matched") == "NaN happened":
-        raise EngineError(
-            "the model's logits are not numbers (SGLang: NaN happened): set backend.dtype=float32 or another model"
-        )
-    for info in meta.get(INFO) or ():
-        if info and (error := info.get("error") or info.get("sampler_error")):
-            mend = (
-                "set backend.in_engine_stats=false"
-                if "error" in info
-                else "report it with the tail of the worker's log"
-            )
-            raise EngineError(f"our code inside SGLang failed ({error.strip().splitlines()[-1]}): {mend}")
 
 
 class PublicScorer:
@@ -66,17 +44,10 @@ class PublicScorer:
         self._head_VD = None
         log.warning(
             "SGLang's public API gives no logsumexp for this model (%s): logsumexp is NaN, and full logits are "
-            "log-probabilities, "
-            "which differ from logits by a constant in each row", why,
+            "log-probabilities, which differ from logits by a constant in each row", why,
         )  # fmt: skip
 
-    def scoring(self, response: Rollout, want: Want) -> Callable[[Emit], Coroutine[Any, Any, None]]:
-        async def run(emit: Emit) -> None:
-            emit(await self.score(response, want))
-
-        return run
-
-    async def score(self, response: Rollout, want: Want) -> TokenScores:
+    async def score(self, response: Rollout, want: Want, emit: Emit) -> None:
         import torch
 
         from rl_onoff.backends.token_stats import token_stats
@@ -92,7 +63,7 @@ class PublicScorer:
             if logsumexp_R is None:
                 part = replace(part, logsumexp_T=np.full(len(token_ids_R), np.nan, np.float32))
             parts.append(part)
-        return TokenScores.collect(parts, len(response.token_ids_T)).of(response)
+        emit(TokenScores.collect(parts, len(response.token_ids_T)).of(response))
 
     async def _rows(self, response: Rollout, start: int, end: int) -> tuple[Tensor, np.ndarray | None]:
         """Log-probabilities (R, V) and hidden states (R, D) at the positions that give response tokens [start, end)."""
@@ -144,10 +115,8 @@ def lm_head(folder: str, vocab_size: int) -> Tensor | None:
     """The LM head (V, D) among a model folder's safetensors; None when there is none that fits."""
     from safetensors import safe_open
 
-    place = Path(folder)
-    files = sorted(place.glob("*.safetensors"))
     names = {}
-    for file in files:
+    for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             names |= dict.fromkeys(tensors.keys(), file)
     for end in HEADS:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rl_onoff.backends.sampler import pick
-from rl_onoff.backends.sglang.job import INFO, Job
+from rl_onoff.backends.sglang.requests import INFO, Job
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,13 +126,9 @@ def _draw(probs_RV: Tensor, info: Any) -> Tensor:
 
     assert _keys_R is not None
     top_k_R = info.top_ks if info.need_top_k_sampling else None
-    kept_RV = kept_probs(
-        probs_RV,
-        top_k_R,
-        info.top_ps if info.need_top_p_sampling else None,
-        info.min_ps if info.need_min_p_sampling else None,
-        info.max_top_k,
-    )
+    top_p_R = info.top_ps if info.need_top_p_sampling else None
+    min_p_R = info.min_ps if info.need_min_p_sampling else None
+    kept_RV = kept_probs(probs_RV, top_k_R, top_p_R, min_p_R, info.max_top_k)
     token_ids_R = pick(kept_RV, torch.as_tensor(_keys_R).to(probs_RV.device, non_blocking=True))
     if top_k_R is not None:  # SGLang writes greedy as top-1, which two equal logits would make a draw
         token_ids_R = torch.where(top_k_R == 1, probs_RV.argmax(-1), token_ids_R)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import msgspec
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.core import disagreement
 from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.vllm import public as vllm_public
-from rl_onoff.backends.vllm import recorder as probe
+from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
-from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.backends.vllm.hooks import job_of, read
+from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
 
 FULL_LOGITS_BYTES = 2**30  # of full logits in flight
+PREFILL: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "detokenize": False}
 TEMPERATURES = (0.01, 2.0)  # vLLM refuses what is above and raises what is below, 0 (greedy) apart
 
 
@@ -42,12 +44,7 @@ class VLLMBackend(BaseBackend):
     # -- the engine's four calls ---------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        try:
-            import vllm
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"the vllm backend needs the vllm package ({error}): pip install 'rl-onoff[vllm]'"
-            ) from error
+        vllm = self._import_engine()
         from rl_onoff.backends.vllm.engine import HOOKS, options
         from rl_onoff.models.facts import end_ids
 
@@ -102,31 +99,18 @@ class VLLMBackend(BaseBackend):
         if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.greedy:
             raise UsageError(
                 f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together mean something else in "
-                "vLLM, which cuts by "
-                "min_p first: set sampling.min_p=0 or sampling.top_p=1"
+                "vLLM, which cuts by min_p first: set sampling.min_p=0 or sampling.top_p=1"
             )
         return {
-            "n": 1,  # with n above 1 and a seed vLLM would draw sample i from seed + i
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "seed": seed,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": 0,
-            "stop": list(sampling.stop),
-            "stop_token_ids": list(eos_ids),
+            # with n above 1 and a seed vLLM would draw sample i from seed + i
+            "n": 1, "seed": seed, "max_tokens": sampling.max_new_tokens, "min_tokens": 0,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+            "min_p": sampling.min_p, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
             # the tokenizer's and the model's EOS are in stop_token_ids, and nothing else ends a response
-            "ignore_eos": True,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "repetition_penalty": 1.0,
-            "logprobs": 0,  # of the sampled token alone
-            "flat_logprobs": True,
-            "detokenize": bool(sampling.stop),
-            "skip_special_tokens": True,
-            "spaces_between_special_tokens": False,
-        }
+            "stop": list(sampling.stop), "stop_token_ids": list(eos_ids), "ignore_eos": True,
+            "logprobs": 0, "flat_logprobs": True,  # of the sampled token alone
+            "detokenize": bool(sampling.stop), "skip_special_tokens": True, "spaces_between_special_tokens": False,
+        }  # fmt: skip
 
     # -- generation ----------------------------------------------------------------------------------------------------
 
@@ -139,11 +123,7 @@ class VLLMBackend(BaseBackend):
         from rl_onoff.backends.vllm.engine import Engine
 
         if self._engine is not None and self._engine.mode != mode:
-            log.warning(
-                "vLLM is loaded again to report %s: without in-engine statistics it cannot sample and score in one "
-                "life",
-                mode,
-            )
+            log.warning("vLLM is loaded again to report %s: its public API cannot sample and score in one life", mode)
             self._close()
         if self._engine is None:
             self._engine = Engine(self.config, mode, in_engine=self._in_engine)
@@ -182,7 +162,7 @@ class VLLMBackend(BaseBackend):
             longest = max(len(response.token_ids_T) for response in responses)
             most = max(1, FULL_LOGITS_BYTES // (4 * longest * engine.vocab_size))
         with tempfile.TemporaryDirectory() as folder:
-            engine.rpc("rl_onoff_begin", msgspec.msgpack.encode(want), folder)
+            engine.rpc("rl_onoff_begin", pickle.dumps(want), folder)
             try:
                 waiting: Sequence[int] = range(len(responses))
                 for skip_cache in (False, True):
@@ -191,7 +171,7 @@ class VLLMBackend(BaseBackend):
                         numbers = [number for number, _ in finished]
                         found: dict[int, TokenScores | None] = {}
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
-                            found |= probe.read(encoded, Path(folder))
+                            found |= read(encoded, Path(folder))
                         for number in numbers:
                             if (stats := found.pop(number, None)) is None:
                                 incomplete.append(number)
@@ -207,44 +187,45 @@ class VLLMBackend(BaseBackend):
             )
 
     def _public_stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[tuple[Rollout, TokenScores]]:
-        """Through vLLM's public API; one response at a time, for each is gigabytes of Python objects."""
+        """Through vLLM's public API: the whole vocabulary's logits at every position, as Python lists.
+
+        Slow, and only a fallback, for a vLLM whose insides have moved. One response at a time, for each is gigabytes of
+        objects. It is logits, for logprobs have lost their logsumexp.
+        """
         from vllm import SamplingParams
 
         engine = self._running("raw_logits")
-        inputs = ((response, _prefix(response), SamplingParams(**vllm_public.PARAMS)) for response in responses)
+        params = SamplingParams(prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, **PREFILL)
+        inputs = ((response, _prefix(response), params.clone()) for response in responses)
         for finished in engine.run(whole(inputs), most=1):
             for response, output in finished:
-                yield response, vllm_public.stats(output, response, want, engine.vocab_size)
+                yield response, _public_scores(output, response, want, engine.vocab_size)
 
     def _disagreement(self) -> str:
-        """Score a short sequence in the engine and by its public API; why in-engine statistics cannot be used, or
-        nothing."""
         from vllm import SamplingParams
 
         engine = self._engine
-        ids = np.arange(1, 13, dtype=np.int32) * 7919 % engine.vocab_size
-        response = Rollout(request_id="", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
-        try:
+
+        def inside(rollout: Rollout) -> np.ndarray:
             engine.rpc("rl_onoff_install")
-            ((_, stats),) = self._stats([response], Want())
-        except Exception as error:  # whatever moved inside vLLM, its public API is still there
-            log.debug("in-engine statistics failed", exc_info=True)
-            return f"{type(error).__name__}: {error}"
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=0)
-        ((_, output),) = next(engine.run(whole([(None, ids.tolist(), params)])))
-        public_T = np.array([output.prompt_logprobs[i][int(ids[i])].logprob for i in range(4, len(ids))])
-        worst = float(np.abs(stats.logprobs_T - public_T).max())
-        allowed = (
-            2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5
-        )  # logits of half precision are steps of 0.1 apart
-        return "" if worst <= allowed else f"its logprobs are off by up to {worst:.2g} nats"
+            ((_, scores),) = self._stats([rollout], Want())
+            return scores.logprobs_T
+
+        def public(rollout: Rollout) -> np.ndarray:
+            ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids_T.tolist()]
+            ((_, output),) = next(engine.run(whole([(None, ids, SamplingParams(prompt_logprobs=0, **PREFILL))])))
+            first = len(rollout.prompt_ids)
+            return np.array([output.prompt_logprobs[i][ids[i]].logprob for i in range(first, len(ids))])
+
+        # logits of half precision are steps of 0.1 apart
+        allowed = 2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5
+        return disagreement(engine.vocab_size, allowed, inside, public)
 
     def _fall_back(self, why: str) -> None:
         log.warning(
             "token statistics are not computed inside this vLLM (%s): they come through its public API, which is much "
-            "slower",
-            why,
-        )
+            "slower", why,
+        )  # fmt: skip
         self._in_engine = False
 
 
@@ -254,14 +235,33 @@ def _prefix(response: Rollout) -> list[int]:
     return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
 
 
-def _jobs(
-    responses: Sequence[Rollout], numbers: Iterable[int], skip_cache: bool
-) -> Iterator[tuple[int, list[int], Any]]:
+def _jobs(responses: Sequence[Rollout], numbers: Iterable[int], skip_cache: bool) -> Iterator[Any]:
     from vllm import SamplingParams
 
     for number in numbers:
-        job = probe.job_of(number, responses[number])
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, detokenize=False, extra_args=job, skip_reading_prefix_cache=skip_cache
-        )
+        job = job_of(number, responses[number])
+        params = SamplingParams(extra_args=job, skip_reading_prefix_cache=skip_cache, **PREFILL)
         yield number, _prefix(responses[number]), params
+
+
+def _public_scores(output: Any, response: Rollout, want: Want, vocab_size: int) -> TokenScores:
+    """Statistics from the RequestOutput of `prompt + response[:-1]`; the last row is that of the sampled token."""
+    import torch
+
+    prompt, sampled = output.prompt_logprobs, output.outputs[0].logprobs
+    first = len(response.prompt_ids)  # prompt_logprobs[i] tells of token i, given those before it
+    rows = [(prompt, position) for position in range(first, first + len(response.token_ids_T) - 1)] + [(sampled, 0)]
+
+    def logits_V(flat: Any, position: int) -> np.ndarray:
+        entries = slice(flat.start_indices[position], flat.end_indices[position])
+        logits = np.full(vocab_size, -np.inf, np.float32)
+        logits[np.array(flat.token_ids[entries], np.int64)] = np.array(flat.logprobs[entries], np.float32)
+        return logits
+
+    return stats_of_hidden(
+        rows,
+        lambda rows: torch.from_numpy(np.stack([logits_V(*row) for row in rows])),
+        torch.from_numpy(response.token_ids_T),
+        want,
+        rows=chunk_rows(vocab_size, "cpu"),
+    )

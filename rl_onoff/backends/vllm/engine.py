@@ -14,6 +14,7 @@ from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.errors import UsageError
 
 Input = tuple[Any, Sequence[int], Any]  # tag, token ids, params
+Take = Callable[[int, bool], Iterable[Input]]
 
 HOOKS = frozenset(("worker_extension_cls", "scheduler_cls"))  # the options by which statistics get into the engine
 
@@ -82,9 +83,7 @@ class Engine:
         """Most requests that are computed at once."""
         return self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
-    def run(
-        self, take: Callable[[int, bool], Iterable[Input]], most: int | None = None
-    ) -> Iterator[list[tuple[Any, Any]]]:
+    def run(self, take: Take, most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
         """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
 
         `take` gives up to so many inputs, and waits for one where asked to. `most` bounds the requests inside the
@@ -140,19 +139,16 @@ def _set_environment(tensor_parallel: int, on_cpu: bool) -> None:
     """vLLM's settings that are environment variables; what the user has set stays."""
     values = {"VLLM_NO_USAGE_STATS": "1"}
     if tensor_parallel == 1:
-        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # we are in a process of our own already; loads in a fifth of the time
-        )
+        # this process is the engine's own already; loads in a fifth of the time
+        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if on_cpu:
+        memory = psutil.virtual_memory().available
         values["TORCH_COMPILE_DISABLE"] = "1"
-        values["VLLM_CPU_KVCACHE_SPACE"] = str(
-            max(1, min(16, psutil.virtual_memory().available // 2**33))
-        )  # GiB: an eighth
+        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(16, memory // 2**33)))  # GiB: an eighth
         cores = sorted(os.sched_getaffinity(0))
         each = max(1, min(len(cores) // tensor_parallel, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
         ranks = [cores[rank * each : (rank + 1) * each] for rank in range(tensor_parallel)]
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-            ",".join(map(str, rank)) for rank in ranks
-        )  # vLLM would leave one idle
+        # vLLM would leave one idle
+        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
     for name, value in values.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,7 @@
-"""The code of ours that vLLM imports: `StatsExtension` into its workers, `capped_scheduler` into its core.
+"""The code of ours that vLLM runs: `StatsExtension` in its workers, `capped_scheduler` in its core.
+
+A request carries its job in `SamplingParams.extra_args`; in each step a Recorder computes the statistics of the jobs
+from vLLM's own hidden states. They are fetched as bytes, full logits through a file that both sides map.
 
 Both of vLLM's model runners are known (0.32): V1, whose `_get_prompt_logprobs_dict` is called after every step, and V2,
 whose `prompt_logprobs_worker` is. These are insides that may move: the backend compares a short sequence with the
@@ -7,20 +10,51 @@ public API when it loads, and takes the public API where they do not agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+import numpy as np
 
-from rl_onoff.backends.vllm.recorder import JOB, Batch, Head, Recorder
-from rl_onoff.types import Want
+from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, read_logits, token_stats
+from rl_onoff.types import Rollout, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 EXTENSION = f"{__name__}.StatsExtension"
 SCHEDULER = f"{__name__}.capped_scheduler"
+JOB = "rl_onoff"  # the key in extra_args
+Head = Callable[["Tensor"], "Tensor | None"]
+# job, position of its first scheduled token, number of them, their offset
+Batch = Iterator[tuple[Mapping[str, Any], int, int, int]]
+
+
+def job_of(number: int, response: Rollout) -> dict[str, Any]:
+    """extra_args of a request that prefills `prompt + response[:-1]`: row t is the position before response token t."""
+    first = len(response.prompt_ids) - 1
+    return {JOB: {"number": number, "first": first, "ids": np.asarray(response.token_ids_T, np.int32).tobytes()}}
+
+
+def _job_in(params: Any) -> Mapping[str, Any] | None:
+    """The job that SamplingParams carry."""
+    return (params.extra_args or {}).get(JOB) if params is not None else None
+
+
+def read(encoded: bytes, folder: Path) -> dict[int, TokenScores | None]:
+    """What `fetch` sent: statistics by job number, None for a job of which some row was never computed."""
+    results: dict[int, TokenScores | None] = {}
+    for number, arrays in pickle.loads(encoded).items():
+        if arrays is not None and (file := folder / str(number)).exists():
+            arrays["logits_TV"] = read_logits(file, len(arrays["token_ids_T"]))
+            file.unlink()  # the mapping keeps the pages until the array is dropped
+        results[number] = None if arrays is None else TokenScores(**arrays)
+    return results
 
 
 class StatsExtension:
@@ -38,13 +72,75 @@ class StatsExtension:
         return hook(self.model_runner, self._rl_onoff)
 
     def rl_onoff_begin(self, want: bytes, folder: str) -> None:
-        self._rl_onoff.begin(msgspec.msgpack.decode(want, type=Want), Path(folder))
+        self._rl_onoff.begin(pickle.loads(want), Path(folder))
 
     def rl_onoff_fetch(self, numbers: list[int]) -> bytes:
         return self._rl_onoff.fetch(numbers)
 
     def rl_onoff_end(self) -> None:
-        self._rl_onoff.end()
+        self._rl_onoff.begin(None, Path())
+
+
+class Recorder:
+    """Computes the statistics of the jobs in each step's batch. The same on both runners."""
+
+    def __init__(self, vocab_size: int, keeps: bool):
+        self._vocab_size = vocab_size
+        self._keeps = keeps  # the first rank of a tensor parallel group; the others only take part in the LM head
+        self.begin(None, Path())
+
+    def begin(self, want: Want | None, folder: Path) -> None:
+        """Record from now on; with None nothing, and generation pays nothing."""
+        self._want, self._folder, self._error = want, folder, ""
+        self._scores: dict[int, PartialScores] = {}  # by job number; drops what an abandoned call left
+
+    def fetch(self, numbers: list[int]) -> bytes:
+        if self._error:
+            raise RuntimeError(self._error)
+        found = {number: self._scores.pop(number) for number in numbers if number in self._scores}
+        return pickle.dumps({n: scores.arrays if scores.complete else None for n, scores in found.items()})
+
+    def step(self, hidden_ND: Tensor, head: Head, batch: Batch) -> None:
+        """Take in one step: hidden_ND are the last hidden states of the batch's tokens, `head` the LM head."""
+        if self._want is None or self._error:
+            return
+        try:
+            self._step(self._want, hidden_ND, head, batch)
+        except Exception as e:  # the engine must not die of it: the error is raised by `fetch`, on our side
+            log.exception("token statistics failed inside vLLM")
+            self._error = f"{type(e).__name__}: {e}"
+
+    def _step(self, want: Want, hidden_ND: Tensor, head: Head, batch: Batch) -> None:
+        import torch
+
+        spans: list[Span] = []
+        ids: list[np.ndarray] = []
+        hidden: list[Tensor] = []
+        row = 0
+        for job, first, num_tokens, offset in batch:
+            number, before, ids_T = job["number"], job["first"], np.frombuffer(job["ids"], np.int32)
+            start, stop = max(before, first), min(before + len(ids_T), first + num_tokens)
+            if start < stop:
+                if self._keeps:
+                    file = self._folder / str(number) if want.full_logits else None
+                    scores = self._scores.setdefault(number, PartialScores(len(ids_T), want, file))
+                    spans.append(Span(scores, row, row + stop - start, start - before))
+                ids.append(ids_T[start - before : stop - before])
+                hidden.append(hidden_ND[offset + start - first : offset + stop - first])
+                row += stop - start
+        if not ids:
+            return
+        # rows of all requests together: the LM head likes full chunks, and every rank must cut them alike
+        ids_R = torch.from_numpy(np.concatenate(ids)).to(hidden_ND.device)
+        hidden_RD = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+        size = chunk_rows(self._vocab_size, hidden_ND.device.type)
+        with torch.inference_mode():
+            for at in range(0, len(ids_R), size):
+                logits_RV = head(hidden_RD[at : at + size])
+                if self._keeps and logits_RV is not None:
+                    stats = token_stats(logits_RV, ids_R[at : at + size], replace(want, full_logits=False))
+                    for span in spans:
+                        span.put(at, stats, logits_RV)
 
 
 def hook(runner: Any, recorder: Recorder) -> str:
@@ -64,7 +160,7 @@ def _hook_v1(runner: Any, recorder: Recorder) -> None:
     def batch(num_scheduled: Mapping[str, int]) -> Batch:
         for request_id, num_tokens in num_scheduled.items():
             request = runner.requests[request_id]
-            job = (request.sampling_params.extra_args or {}).get(JOB)
+            job = _job_in(request.sampling_params)
             if job is not None:
                 offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
                 yield job, request.num_computed_tokens, num_tokens, offset
@@ -81,7 +177,7 @@ def _hook_v2(worker: Any, recorder: Recorder) -> None:
     jobs: dict[str, Mapping[str, Any]] = {}
 
     def hooked_add(req_id: str, req_idx: int, sampling_params: Any) -> Any:
-        job = (sampling_params.extra_args or {}).get(JOB)
+        job = _job_in(sampling_params)
         if job is not None:
             jobs[req_id] = job
         return add_request(req_id, req_idx, sampling_params)
@@ -100,11 +196,8 @@ def _hook_v2(worker: Any, recorder: Recorder) -> None:
         recorder.step(hidden_states, logits_fn, batch(input_batch))
         return compute(logits_fn, hidden_states, input_batch, *args, **kwargs)
 
-    worker.add_request, worker.remove_request, worker.compute_prompt_logprobs = (
-        hooked_add,
-        hooked_remove,
-        hooked_compute,
-    )
+    worker.add_request, worker.remove_request = hooked_add, hooked_remove
+    worker.compute_prompt_logprobs = hooked_compute
 
 
 def capped_scheduler(**kwargs: Any) -> Any:
@@ -125,7 +218,7 @@ def capped_scheduler(**kwargs: Any) -> Any:
     if manager is not None and original is not None:
 
         def get_computed_blocks(request: Any) -> Any:
-            job = (request.sampling_params.extra_args or {}).get(JOB) if request.sampling_params is not None else None
+            job = _job_in(request.sampling_params)
             return original(request if job is None else _Shorter(request, job["first"] + 1))
 
         manager.get_computed_blocks = get_computed_blocks
