@@ -67,8 +67,7 @@ class Index:
         q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in (behaviour, target))
         with np.errstate(invalid="ignore"):
             shown_T = p_T - q_T if p_T is not None and q_T is not None else q_T if p_T is None else p_T
-        if shown_T is None:
-            raise ValueError(f"response {self.columns['id'][-1]!r} has neither a behaviour nor a target")
+        assert shown_T is not None
         known_T = shown_T[~np.isnan(shown_T)]
         self.mean[i].append(_short(known_T.mean()) if len(known_T) else None)
         self.worst[i].append(_short(np.abs(known_T).max()) if len(known_T) else None)

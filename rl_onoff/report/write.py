@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from rl_onoff.report.data import ReportInput, ReportResponse
 from rl_onoff.report.index import Index, plain
-from rl_onoff.report.pack import TOP_LIMITS, Chunk, pack_json, pack_tokens
+from rl_onoff.report.pack import TOP_LIMITS, pack_json, pack_tokens
 
 CHUNK_RESPONSES = 32
 CHUNK_TOKENS = 8_000
@@ -56,8 +56,13 @@ def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
     title = html.escape(report.title).encode("ascii", "xmlcharrefreplace").decode("ascii")
     head = head.replace("/* script hash */", script_hash).replace("/* style */", _file("page.css"))
     out.write(head.replace("<!-- title -->", title))
-    _write_script(out, "summary", inline_json(_summary(report)), "application/json")
-    packer = _Packer(out, report.token_text, budget_bytes / max(_expected_tokens(report), 1), budget_bytes)
+    known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
+    metrics = {name: asdict(metric) for name, metric in report.metrics.items() if name in known}
+    names = ("title", "verdict", "policies", "comparisons", "attribution")
+    _write_script(out, "summary", {name: getattr(report, name) for name in names} | {"metrics": metrics})
+    counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
+    num_tokens = max(counts.get("tokens", GUESSED_TOKENS), 1)
+    packer = _Packer(out, report.token_text, budget_bytes / num_tokens, budget_bytes)
     for response in report.responses:
         packer.add(response)
         if packer.is_full and report.num_responses is not None:
@@ -73,23 +78,12 @@ def _file(name: str) -> str:
     return text
 
 
-def _write_script(out: IO[str], name: str, text: str, kind: str) -> None:
+def _write_script(out: IO[str], name: str, value: Any) -> None:
+    """A script element of data: packed bytes in base64, all else as JSON."""
+    packed = isinstance(value, bytes)
+    kind = "text/plain" if packed else "application/json"
+    text = base64.b64encode(value).decode("ascii") if packed else inline_json(value)
     out.write(f'<script type="{kind}" id="{name}">{text}</script>\n')
-
-
-def _summary(report: ReportInput) -> dict[str, Any]:
-    """What is worked out before the responses are read; metrics that nobody measured are left out."""
-    known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
-    metrics = {name: asdict(metric) for name, metric in report.metrics.items() if name in known}
-    names = ("title", "verdict", "policies", "comparisons", "attribution")
-    return {**{name: getattr(report, name) for name in names}, "metrics": metrics}
-
-
-def _expected_tokens(report: ReportInput) -> int:
-    if report.num_tokens is not None:
-        return report.num_tokens
-    counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
-    return int(counts.get("tokens", GUESSED_TOKENS))
 
 
 @dataclass
@@ -105,7 +99,7 @@ class _Packer:
     bytes_left: float
     saved: float = 0.0
     level: int = 0
-    levels: list[int] = field(default_factory=list)
+    num_cut: int = 0
     pending: list[ReportResponse] = field(default_factory=list)
     index: Index = field(default_factory=Index)
     texts: dict[int, str] = field(default_factory=dict)
@@ -128,67 +122,49 @@ class _Packer:
     def finish(self) -> None:
         if self.pending:
             self._write_chunk()
-        cut = sum(level > 0 for level in self.levels)
-        index = {**self.index.as_json(), "left_out": self.num_left_out, "cut_chunks": cut}
+        index = {**self.index.as_json(), "left_out": self.num_left_out, "cut_chunks": self.num_cut}
         table = {"ids": list(self.texts), "texts": list(self.texts.values())}
-        _write_script(self.out, "index", inline_json(index), "application/json")
-        _write_script(self.out, "token-table", base64.b64encode(pack_json(table)).decode("ascii"), "text/plain")
+        _write_script(self.out, "index", index)
+        _write_script(self.out, "token-table", pack_json(table))
 
     def _write_chunk(self) -> None:
-        num_tokens = sum(r.num_tokens for r in self.pending)
-        allowance = self.bytes_per_token * num_tokens + self.saved / 4  # a quarter: limits that change slowly
-        if self.saved > self.bytes_per_token * num_tokens:
+        budget = self.bytes_per_token * sum(r.num_tokens for r in self.pending)
+        allowance = budget + self.saved / 4  # a quarter: limits that change slowly
+        if self.saved > budget:
             self.level = max(self.level - 1, 0)
-        texts = pack_json(self._text_rows())
-        chunk = self._packed(allowance - len(texts))
+        texts = pack_json([self._text_row(response) for response in self.pending])
+        chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
+        while len(texts) + len(chunk.data) > allowance and self.level + 1 < len(TOP_LIMITS):
+            self.level += 1
+            chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
         size = len(texts) + len(chunk.data)
-        self.saved += self.bytes_per_token * num_tokens - size
+        self.saved += budget - size
         self.bytes_left -= size
-        self.levels.append(self.level)
+        self.num_cut += self.level > 0
         for response in self.pending:
             self.index.add(response, self.num_chunks)
-        self._learn_texts(chunk.ids.tolist())
-        _write_script(self.out, f"texts-{self.num_chunks}", base64.b64encode(texts).decode("ascii"), "text/plain")
-        _write_script(self.out, f"tokens-{self.num_chunks}", base64.b64encode(chunk.data).decode("ascii"), "text/plain")
+        if self.token_text is not None:
+            for token_id in set(chunk.ids.tolist()) - self.texts.keys():
+                self.texts[token_id] = self.token_text(token_id)
+        _write_script(self.out, f"texts-{self.num_chunks}", texts)
+        _write_script(self.out, f"tokens-{self.num_chunks}", chunk.data)
         self.num_chunks += 1
         self.pending = []
 
-    def _packed(self, allowance: float) -> Chunk:
-        chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
-        while len(chunk.data) > allowance and self.level + 1 < len(TOP_LIMITS):
-            self.level += 1
-            chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
-        return chunk
-
-    def _text_rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for response in self.pending:
-            own = self._own_texts(response.rollout.token_ids_T.tolist(), response.tokens)
-            text = _cut(response.rollout.text, TEXT_CHARS)
-            rows.append({"prompt": _cut(response.prompt, PROMPT_CHARS), "text": text, "own": own})
-        return rows
-
-    def _own_texts(self, ids: Sequence[int], tokens: Sequence[str]) -> dict[int, str]:
-        """The tokens of a response whose text is not the one in the table: parts of a character, for one."""
+    def _text_row(self, response: ReportResponse) -> dict[str, Any]:
+        """A response's texts; `own`: those of its tokens that are not the one in the table (part of a character)."""
+        ids, tokens = response.rollout.token_ids_T.tolist(), response.tokens
         if len(ids) != len(tokens):
             raise ValueError(f"a response has {len(ids)} token ids and {len(tokens)} token texts")
-        if list(map(self.texts.get, ids)) == list(tokens):
-            return {}
         own = {}
-        for t, (token_id, text) in enumerate(zip(ids, tokens, strict=True)):
-            if self._text_of(token_id, text) != text:
-                own[t] = text
-        return own
-
-    def _text_of(self, token_id: int, fallback: str) -> str:
-        if token_id not in self.texts:
-            self.texts[token_id] = fallback if self.token_text is None else self.token_text(token_id)
-        return self.texts[token_id]
-
-    def _learn_texts(self, ids: Sequence[int]) -> None:
-        if self.token_text is not None:
-            for token_id in set(ids) - self.texts.keys():
-                self._text_of(token_id, "")
+        if list(map(self.texts.get, ids)) != list(tokens):
+            for t, (token_id, text) in enumerate(zip(ids, tokens, strict=True)):
+                if token_id not in self.texts:
+                    self.texts[token_id] = text if self.token_text is None else self.token_text(token_id)
+                if self.texts[token_id] != text:
+                    own[t] = text
+        text = _cut(response.rollout.text, TEXT_CHARS)
+        return {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": text, "own": own}
 
 
 def _cut(text: str, limit: int) -> str:
