@@ -6,8 +6,9 @@ own row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import eq
 from typing import Any
 
 from rl_onoff.attribution.result import MOST, ROUNDING, Row
@@ -15,11 +16,13 @@ from rl_onoff.attribution.state import Case, NotTried, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.config import Rung
 from rl_onoff.models.facts import different_tensors
+from rl_onoff.rundir.join import TRANSFORM
 from rl_onoff.rundir.provenance import texts_tokenizer
 from rl_onoff.rundir.table import differences
 from rl_onoff.types import FinishReason, LogprobKind, Sampling
 
 OTHER_WEIGHTS = "the weights: behaviour and target are different models"
+SAME_IDS = "the tokens both sides hold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +82,13 @@ def end_token(case: Case, state: State) -> list[Candidate]:
         if not ends:
             raise NotTried("the sides differ in more than their last tokens")
         detail = f"the last token: {len(ends)} of {len(state.q.rows)} responses have it on one side only"
-        return [_same_ids(state, detail)]
+        return [Candidate(replace(state, same_ids_only=True), SAME_IDS, detail)]
     by_itself = (FinishReason.eos, FinishReason.stop)
     ended = frozenset(key for key, rollout in case.rollouts.items() if rollout.finish_reason in by_itself)
     if not ended:
         raise NotTried("both sides hold the same ids, and no response is known to have ended by itself")
     detail = f"the last token: the gap sits in the end of the {len(ended)} responses that ended by themselves"
     return [Candidate(replace(state, without_last=ended), "their last tokens left out", detail, least=MOST)]
-
-
-def _same_ids(state: State, detail: str) -> Candidate:
-    return Candidate(replace(state, same_ids_only=True), "the tokens both sides hold", detail)
 
 
 @cause("re-tokenised text: the target scored other ids than were sampled", "the text tokenised again")
@@ -109,19 +108,22 @@ def retokenised(case: Case, state: State) -> list[Candidate] | Row:
     tokenizer = texts_tokenizer(records, case.this.config.compare.tokenizer, engines)
     differ = state.ids_differ()
     if tokenizer is None and differ:
-        return [_same_ids(state, f"other ids in {len(differ)} responses")]
+        return [Candidate(replace(state, same_ids_only=True), SAME_IDS, f"other ids in {len(differ)} responses")]
     if tokenizer is None:
         raise NotTried("both sides hold the same ids, and no tokenizer is known: set compare.tokenizer")
     again = {key: encode_again(tokenizer, row.token_ids_T.tolist()) for key, row in q.items()}
     if differ:
-        special = set(tokenizer.all_special_ids)
-        theirs = {key: _without(state.p.rows[key].token_ids_T.tolist(), special) for key in differ}
-        exact = sum(theirs[key] == _without(again[key], special) for key in differ)
+        special, theirs = (
+            set(tokenizer.all_special_ids),
+            {key: state.p.rows[key].token_ids_T.tolist() for key in differ},
+        )
+        plain = [[[i for i in ids[key] if i not in special] for key in differ] for ids in (theirs, again)]
+        exact = sum(map(eq, *plain))
         held = f"{len(differ)} of {total} responses"
         detail = f"re-tokenised text: the target holds other ids in {held}, and {exact} of them are the text's"
         if not exact:
             detail = f"other ids: the target holds them in {held}, and they are not the text tokenised again"
-        return [_same_ids(state, detail)]
+        return [Candidate(replace(state, same_ids_only=True), SAME_IDS, detail)]
     changed = sum(again[key] != row.token_ids_T.tolist() for key, row in q.items())
     said = f"both sides hold the same ids; tokenising the text again would change {changed} of {total} responses"
     return Row(rung=Rung.retokenised, before=before, after=before, share=0.0, verdict=f"not the cause: {said}")
@@ -132,10 +134,6 @@ def encode_again(tokenizer: Any, ids: Sequence[int]) -> list[int]:
     return list(tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False), add_special_tokens=False))
 
 
-def _without(ids: Iterable[int], special: set[int]) -> list[int]:
-    return [i for i in ids if i not in special]
-
-
 @cause("the sampling transform: logprobs of one kind are taken for another", "other kinds of logprobs")
 def transform(case: Case, state: State) -> list[Candidate]:
     sampler = case.sampler
@@ -143,19 +141,12 @@ def transform(case: Case, state: State) -> list[Candidate]:
         raise NotTried(f"at temperature {sampler.temperature:g} with nothing cut off all kinds of logprobs are one")
     known = all(row.processed_logprobs_T is not None for row in state.p.rows.values())
     p = state.p if known else case.rescore(state.target)
+    how = ", ".join(f"{n} {getattr(sampler, n):g}" for n in TRANSFORM if getattr(sampler, n) != getattr(Sampling(), n))
     candidates = []
-    for kind in LogprobKind:
-        if kind is not state.kind:
-            declared = f"logprobs declared {state.kind.value} are {kind.value} ones ({_describe(sampler)})"
-            changed, detail = f"the target's {kind.value} logprobs", f"the sampling transform: {declared}"
-            candidates.append(Candidate(replace(state, kind=kind, p=p), changed, detail))
+    for kind in (kind for kind in LogprobKind if kind is not state.kind):
+        detail = f"the sampling transform: logprobs declared {state.kind.value} are {kind.value} ones ({how})"
+        candidates.append(Candidate(replace(state, kind=kind, p=p), f"the target's {kind.value} logprobs", detail))
     return candidates
-
-
-def _describe(sampler: Sampling) -> str:
-    """The sampler's transform in words."""
-    nothing, names = Sampling(), ("temperature", "top_p", "top_k", "min_p")
-    return ", ".join(f"{n} {getattr(sampler, n):g}" for n in names if getattr(sampler, n) != getattr(nothing, n))
 
 
 @cause(
@@ -187,8 +178,8 @@ def _low(case: Case) -> set[str]:
 
 @cause("the split over several devices", "one device")
 def tensor_parallel(case: Case, state: State) -> list[Candidate]:
-    sides = {"behaviour": state.behaviour, "target": state.target}
-    split = {who for who, engine in sides.items() if engine is not None and engine.num_devices > 1}
+    sides = (("behaviour", state.behaviour), ("target", state.target))
+    split = {who for who, engine in sides if engine is not None and engine.num_devices > 1}
     if not split:
         raise NotTried("no side is split over devices")
     return _each_and_both(case, state, "one device", split, lambda engine: engine.on_one_device())
@@ -198,8 +189,10 @@ def _each_and_both(
     case: Case, state: State, what: str, sides: set[str], change: Callable[[EngineConfig], EngineConfig | None]
 ) -> list[Candidate]:
     """The change on the target, on the behaviour, and on both, as far as `sides` need it and their engines can."""
-    q = change(state.behaviour) if "behaviour" in sides and state.behaviour is not None else None
-    p = change(state.target) if "target" in sides and state.target is not None else None
+    q, p = (
+        change(engine) if who in sides and engine is not None else None
+        for who, engine in (("behaviour", state.behaviour), ("target", state.target))
+    )
     candidates = []
     if p is not None:
         candidates.append(Candidate(replace(state, p=case.rescore(p), target=p), f"{what} in the target"))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rl_onoff.attribution.causes import LADDER, Candidate, Cause
+from rl_onoff.attribution.causes import LADDER, Cause
 from rl_onoff.attribution.result import KEEP, NOTHING_LEFT, ROUNDING, Attribution, Row, tried
 from rl_onoff.attribution.state import Case, NotTried, State, chosen_rollouts, sampled, scored
 from rl_onoff.backends.engine_config import EngineConfig
@@ -29,16 +29,15 @@ def climb(case: Case, state: State, rungs: Sequence[Rung]) -> Attribution:
             continue
         log.info("attribute: %s", cause.rung.value)
         try:
-            if cause.rung is not Rung.noise and whole <= case.floor:
-                raise NotTried("the gap is not above the noise floor")
-            if cause.rung is not Rung.noise and state.gap() <= max(NOTHING_LEFT * whole, ROUNDING):
-                raise NotTried("nothing is left to explain")
+            if cause.rung is not Rung.noise:
+                if whole <= case.floor:
+                    raise NotTried("the gap is not above the noise floor")
+                if state.gap() <= max(NOTHING_LEFT * whole, ROUNDING):
+                    raise NotTried("nothing is left to explain")
             row, state = _try(cause, case, state, whole)
         except NotTried as reason:
             row = Row(rung=cause.rung, verdict=f"not tried: {reason}")
-        except (
-            OnOffError
-        ) as error:  # an engine that is not installed, or cannot do this: later rungs can still be tried
+        except OnOffError as error:  # an engine is not installed, or cannot do this: later rungs can still be tried
             row = Row(rung=cause.rung, verdict=f"not tried: it failed ({error})")
         rows.append(replace(row, changed=row.changed or cause.change))
     return Attribution(
@@ -57,14 +56,8 @@ def _try(cause: Cause, case: Case, state: State, whole: float) -> tuple[Row, Sta
     found = cause.attempt(case, state)
     if isinstance(found, Row):
         return found, state
-    best, after = _best(found)
-    row = tried(cause.rung, best.changed, state.gap(), after, whole, best.detail or cause.words)
-    return row, best.state if (row.share or 0) >= max(KEEP, best.least) else state
-
-
-def _best(candidates: Sequence[Candidate]) -> tuple[Candidate, float]:
     gaps = []
-    for candidate in candidates:
+    for candidate in found:
         try:
             gaps.append((candidate, candidate.state.gap()))
         except UsageError as error:
@@ -74,7 +67,9 @@ def _best(candidates: Sequence[Candidate]) -> tuple[Candidate, float]:
     gaps = [item for item in gaps if not math.isnan(item[1])]
     if not gaps:
         raise NotTried("it would leave no token to compare")
-    return min(gaps, key=lambda item: item[1])
+    best, after = min(gaps, key=lambda item: item[1])
+    row = tried(cause.rung, best.changed, state.gap(), after, whole, best.detail or cause.words)
+    return row, best.state if (row.share or 0) >= max(KEEP, best.least) else state
 
 
 def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:

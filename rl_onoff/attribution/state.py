@@ -90,7 +90,9 @@ class State:
                 del q[key]
                 continue
             if self.same_ids_only:
-                same = common_prefix(q[key].token_ids_T, p[key].token_ids_T)
+                ours, theirs = q[key].token_ids_T, p[key].token_ids_T
+                width = min(len(ours), len(theirs))
+                same = int(np.append(ours[:width] == theirs[:width], False).argmin())  # ids shared from the start
                 q[key], p[key] = q[key][:same], p[key][:same]
             if key in self.without_last:
                 q[key], p[key] = q[key][:-1], p[key][:-1]
@@ -100,13 +102,6 @@ class State:
         """Responses of which the two sides hold different ids."""
         q, p = self.q.rows, self.p.rows
         return [key for key in q.keys() & p.keys() if not np.array_equal(q[key].token_ids_T, p[key].token_ids_T)]
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two lists of ids share from the start."""
-    width = min(len(a), len(b))
-    differ = np.nonzero(a[:width] != b[:width])[0]
-    return int(differ[0]) if len(differ) else width
 
 
 def gap(q: Mapping[Key, TokenScores], p: Mapping[Key, TokenScores]) -> float:
@@ -145,9 +140,7 @@ class Case:
         depend on: any later ladder that asks for the same finds them again.
         """
         if engine is None:
-            raise NotTried(
-                "the engine is not recorded: set target=…, or run the whole of experiment=onoff in this folder"
-            )
+            raise NotTried("the engine is not recorded: set target=…, or run all of experiment=onoff in this folder")
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
@@ -159,14 +152,11 @@ class Case:
         done = table.keys()
         missing = [rollout for key, rollout in self.rollouts.items() if key not in done]
         if missing:
-            self._score(table, engine, want, [[one] for one in reversed(missing)] if alone else [missing])
+            backend = self.this.slot.get(engine)
+            table.describe(engine=asdict(backend.info))
+            with table.writer() as writer, self.this.progress("attribute", len(missing)) as progress:
+                for window in [[one] for one in reversed(missing)] if alone else [missing]:
+                    for scores in backend.score(window, want):
+                        writer.append(row_of_scores(scores))
+                        progress.add(len(scores.token_ids_T))
         return scored(table, self.rollouts.keys())
-
-    def _score(self, table: Table, engine: EngineConfig, want: Want, windows: list[list[Rollout]]) -> None:
-        backend = self.this.slot.get(engine)
-        table.describe(engine=asdict(backend.info))
-        with table.writer() as writer, self.this.progress("attribute", sum(map(len, windows))) as progress:
-            for window in windows:
-                for scores in backend.score(window, want):
-                    writer.append(row_of_scores(scores))
-                    progress.add(len(scores.token_ids_T))

@@ -7,7 +7,7 @@ the rows. So a resample costs one row of a matrix product, and no token is looke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON has no NaN: an undefined metric (a correlation with a constant) is null."""
-        return {name: _finite(getattr(self, name)) for name in ("value", "lo", "hi")}
+        return {name: finite(getattr(self, name)) for name in ("value", "lo", "hi")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,13 @@ class Sums:
         return {name: means_F[..., f] for f, name in enumerate(self.names)}
 
     def _resample(self, num_resamples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        num_rows = len(self.sums_RF)
+        num_rows, parts = len(self.sums_RF), []
         step = max(1, CHUNK // num_rows)
-        parts = []
         for start in range(0, num_resamples, step):
-            weights_BR = _weights(min(step, num_resamples - start), num_rows, rng)
+            shape = (min(step, num_resamples - start), num_rows)
+            drawn_BR = rng.integers(num_rows, size=shape) + np.arange(shape[0])[:, None] * num_rows
+            # how often a resample drew each row
+            weights_BR = np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
             parts.append(metrics_from_means(self._means(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC)))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -86,29 +88,20 @@ class SumTable:
     def finish(self) -> Sums:
         names = tuple(dict.fromkeys(name for sums, _ in self._batches for name in sums))
         columns: dict[tuple[int, ...], int] = {}  # terms with the same count array in every batch share a column
-        keys = {name: tuple(id(counts.get(name)) for _, counts in self._batches) for name in names}
-        column_F = np.array([columns.setdefault(keys[name], len(columns)) for name in names])
-        sharer = {column: name for name, column in zip(reversed(names), reversed(column_F.tolist()), strict=True)}
-        counts_RC = np.column_stack([self._column(sharer[column], 1) for column in range(len(columns))])
-        sums_RF = np.empty((len(counts_RC), len(names)))
-        for f, name in enumerate(names):
-            sums_RF[:, f] = self._column(name, 0)
-        return Sums(names, sums_RF, counts_RC, column_F)
+        keys = (tuple(id(counts.get(name)) for _, counts in self._batches) for name in names)
+        column_F = np.array([columns.setdefault(key, len(columns)) for key in keys])
+        sharers = [names[f] for f in np.unique(column_F, return_index=True)[1]]
+        return Sums(names, self._columns(names, 0), self._columns(sharers, 1), column_F)
 
-    def _column(self, name: str, which: int) -> np.ndarray:
-        """One term over all batches, 0 where a batch has it not."""
-        parts = []
-        for batch in self._batches:
-            num_rows = len(next(iter(batch[0].values())))
-            parts.append(batch[which].get(name, np.zeros(num_rows)))
-        return np.concatenate(parts).astype(np.float64)
-
-
-def _weights(num_resamples: int, num_rows: int, rng: np.random.Generator) -> np.ndarray:
-    """(B, R): how often a resample drew each row."""
-    shape = (num_resamples, num_rows)
-    drawn_BR = rng.integers(num_rows, size=shape) + np.arange(num_resamples)[:, None] * num_rows
-    return np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
+    def _columns(self, names: Sequence[str], which: int) -> np.ndarray:
+        """The terms (R, F) over all batches, one beside the other, 0 where a batch has a term not."""
+        lengths = [len(next(iter(sums.values()))) for sums, _ in self._batches]
+        columns_RF, start = np.zeros((sum(lengths), len(names))), 0
+        for batch, length in zip(self._batches, lengths, strict=True):
+            for f, name in enumerate(names):
+                columns_RF[start : start + length, f] = batch[which].get(name, 0)
+            start += length
+        return columns_RF
 
 
 def _interval(value: float, draws_B: np.ndarray) -> Estimate:
@@ -120,5 +113,5 @@ def _interval(value: float, draws_B: np.ndarray) -> Estimate:
     return Estimate(value, float(lo), float(hi))
 
 
-def _finite(x: float | None) -> float | None:
+def finite(x: float | None) -> float | None:
     return None if x is None or not np.isfinite(x) else float(x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 
 import numpy as np
 
@@ -80,15 +81,10 @@ def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarra
         terms["impossible_fraction"] = np.isneginf(join(pairs, "target", source)).astype(np.float64)
         terms["_tokens_impossible_sampler"] = terms["impossible_fraction"]
     if q.top_ids_TK is not None and p.top_ids_TK is not None and not is_exact:
-        lists = [
-            join(pairs, who, name) for who in ("behaviour", "target") for name in ("top_ids_TK", "top_logprobs_TK")
-        ]
+        arrays = [(who, name) for who in ("behaviour", "target") for name in ("top_ids_TK", "top_logprobs_TK")]
         if q.kind is p.kind is LogprobKind.raw:  # else the sampled tokens' logprobs are of another distribution
-            lists += [
-                join(pairs, "target", "token_ids_T"),
-                *(join(pairs, who, "logprobs_T") for who in ("behaviour", "target")),
-            ]
-        bounds = topk_terms(*lists)
+            arrays += [("target", "token_ids_T"), ("behaviour", "logprobs_T"), ("target", "logprobs_T")]
+        bounds = topk_terms(*(join(pairs, who, name) for who, name in arrays))
         for who, side in (("behaviour", q), ("target", p)):
             if side.entropy_T is not None:
                 del bounds[f"entropy_{who}_topk"]  # the exact one is known
@@ -96,33 +92,89 @@ def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarra
     return terms
 
 
+Terms = Callable[..., dict[str, np.ndarray]]
+
+
+def by_rows(function: Terms) -> Terms:
+    """The function on some rows of its arrays at a time, so that its float64 copies stay small whatever T is."""
+
+    @wraps(function)
+    def in_parts(*arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
+        num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
+        assert all(len(array) == num_rows for array in arrays)
+        step = max(1, CHUNK // max(width, 1))
+        starts = range(0, num_rows, step)
+        parts = [function(*(array[start : start + step] for array in arrays), **options) for start in starts]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return in_parts
+
+
+@by_rows
 def distribution_terms(
-    logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, k: int = 20
+    logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, *, k: int = 20
 ) -> dict[str, np.ndarray]:
     """Exact divergences, entropies and agreement from both sides' logits or logprobs (any per-row constant cancels).
 
     With the sampled ids, also their rank: 1 + the number of tokens with a strictly larger logit.
     """
-    if logits_q_TV.shape != logits_p_TV.shape:
-        raise UsageError(
-            f"the logits of the two sides have shapes {logits_q_TV.shape} and {logits_p_TV.shape}: compare models with "
-            "the same vocabulary on the same tokens"
-        )
-    arrays = (logits_q_TV, logits_p_TV) if token_ids_T is None else (logits_q_TV, logits_p_TV, token_ids_T)
-    return _by_rows(_distribution_terms, *arrays, k=min(k, logits_p_TV.shape[1]))
+    size_q, size_p = logits_q_TV.shape[1], logits_p_TV.shape[1]
+    if size_q != size_p:
+        raise UsageError(f"the logits of the two sides are over {size_q} and {size_p} tokens: compare models with the "
+                         "same vocabulary")  # fmt: skip
+    logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
+    entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
+    k = min(k, size_p)
+    shared_T = _shared(*(np.argpartition(x_TV, -k, axis=1)[:, -k:] for x_TV in (logq_TV, logp_TV)))[0].sum(axis=1)
+    terms = divergence_terms(logq_TV, logp_TV) | {
+        "entropy_behaviour": entropy_q_T,
+        "entropy_target": entropy_p_T,
+        "entropy_diff": entropy_p_T - entropy_q_T,
+        "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
+        "topk_jaccard": shared_T / (2 * k - shared_T),
+    }
+    if token_ids_T is not None:
+        ids_T1 = np.asarray(token_ids_T, np.int64)[:, None]
+        for name, logits_TV in (("rank_behaviour", logits_q_TV), ("rank_target", logits_p_TV)):
+            terms[name] = 1.0 + (logits_TV > np.take_along_axis(logits_TV, ids_T1, axis=1)).sum(axis=1)
+    return terms
 
 
-def topk_terms(*arrays: np.ndarray) -> dict[str, np.ndarray]:
+@by_rows
+def topk_terms(
+    q_ids_TK: np.ndarray, q_logs_TK: np.ndarray, p_ids_TK: np.ndarray, p_logs_TK: np.ndarray,
+    token_ids_T: np.ndarray | None = None, logq_T: np.ndarray | None = None, logp_T: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The same on a coarser set of outcomes: the ids in both lists, the sampled token, and one bucket for the rest.
 
-    Arrays: ids and logprobs of the behaviour's list (T, K), those of the target's, and, where they are of the lists'
-    distributions, the sampled ids with their logprobs under both (T,).
+    The sampled ids come with their logprobs under both sides, where those are of the lists' distributions.
 
     An id that only one side stored has an unknown probability on the other, so it belongs to the rest. Merging outcomes
     never raises a divergence (data-processing inequality), so each is a lower bound of the exact one. Negative ids are
     padding.
     """
-    return _by_rows(_topk_terms, *arrays)
+    k = min(q_ids_TK.shape[1], p_ids_TK.shape[1])
+    tiny = 8 * float(np.finfo(np.result_type(q_logs_TK, p_logs_TK)).eps)  # rounding of 1 − Σ
+    ids_q_TA, logs_q_TA = _with_sampled(q_ids_TK, q_logs_TK, token_ids_T, logq_T)
+    ids_p_TA, logs_p_TA = _with_sampled(p_ids_TK, p_logs_TK, token_ids_T, logp_T)
+    shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
+    logq_TA = _add_rest(np.where(shared_TA, logs_q_TA, -np.inf), tiny)
+    logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
+    both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
+    either_T = (q_ids_TK[:, :k] >= 0).sum(axis=1) + (p_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
+    likeliest_q_T1, likeliest_p_T1 = (
+        np.take_along_axis(ids_TK, logs_TK.argmax(axis=1)[:, None], axis=1)
+        for ids_TK, logs_TK in ((q_ids_TK, q_logs_TK), (p_ids_TK, p_logs_TK))
+    )
+    divergences = divergence_terms(logq_TA, logp_TA)
+    return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
+        "entropy_behaviour_topk": entropy(logq_TA),
+        "entropy_target_topk": entropy(logp_TA),
+        "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
+        "mass_outside_target": np.exp(logp_TA[:, -1]),
+        "argmax_agreement": np.equal(likeliest_q_T1, likeliest_p_T1)[:, 0].astype(np.float64),
+        "topk_jaccard": both_T / np.maximum(either_T, 1),
+    }
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
@@ -162,49 +214,6 @@ def entropy(logq_TA: np.ndarray) -> np.ndarray:
     return -(np.exp(logq_TA) * np.where(np.isneginf(logq_TA), 0.0, logq_TA)).sum(axis=1)
 
 
-def _distribution_terms(
-    logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, *, k: int
-) -> dict[str, np.ndarray]:
-    logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
-    entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
-    shared_T = _shared(_top_ids(logq_TV, k), _top_ids(logp_TV, k))[0].sum(axis=1)
-    terms = divergence_terms(logq_TV, logp_TV) | {
-        "entropy_behaviour": entropy_q_T,
-        "entropy_target": entropy_p_T,
-        "entropy_diff": entropy_p_T - entropy_q_T,
-        "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
-        "topk_jaccard": shared_T / (2 * k - shared_T),
-    }
-    if token_ids_T is not None:
-        terms["rank_behaviour"], terms["rank_target"] = (_rank(x, token_ids_T) for x in (logits_q_TV, logits_p_TV))
-    return terms
-
-
-def _topk_terms(
-    q_ids_TK: np.ndarray, q_logs_TK: np.ndarray, p_ids_TK: np.ndarray, p_logs_TK: np.ndarray,
-    token_ids_T: np.ndarray | None = None, logq_T: np.ndarray | None = None, logp_T: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
-    k = min(q_ids_TK.shape[1], p_ids_TK.shape[1])
-    tiny = 8 * float(np.finfo(np.result_type(q_logs_TK, p_logs_TK)).eps)  # rounding of 1 − Σ
-    ids_q_TA, logs_q_TA = _with_sampled(q_ids_TK, q_logs_TK, token_ids_T, logq_T)
-    ids_p_TA, logs_p_TA = _with_sampled(p_ids_TK, p_logs_TK, token_ids_T, logp_T)
-    shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
-    logq_TA = _add_rest(np.where(shared_TA, logs_q_TA, -np.inf), tiny)
-    logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
-    both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
-    either_T = (q_ids_TK[:, :k] >= 0).sum(axis=1) + (p_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
-    same_T = np.equal(_likeliest(q_ids_TK, q_logs_TK), _likeliest(p_ids_TK, p_logs_TK))
-    divergences = divergence_terms(logq_TA, logp_TA)
-    return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
-        "entropy_behaviour_topk": entropy(logq_TA),
-        "entropy_target_topk": entropy(logp_TA),
-        "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
-        "mass_outside_target": np.exp(logp_TA[:, -1]),
-        "argmax_agreement": same_T.astype(np.float64),
-        "topk_jaccard": both_T / np.maximum(either_T, 1),
-    }
-
-
 def _with_sampled(
     ids_TK: np.ndarray, logprobs_TK: np.ndarray, token_ids_T: np.ndarray | None, logprobs_T: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -240,26 +249,3 @@ def _add_rest(logprobs_TA: np.ndarray, tiny: float) -> np.ndarray:
     """One more column: what the others leave of 1, at least what rounding could have made of 0."""
     rest_T = np.maximum(1 - np.exp(logprobs_TA).sum(axis=1), tiny)
     return np.column_stack([logprobs_TA, np.log(rest_T)])
-
-
-def _likeliest(ids_TK: np.ndarray, logprobs_TK: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(ids_TK, logprobs_TK.argmax(axis=1)[:, None], axis=1)[:, 0]
-
-
-def _top_ids(logprobs_TV: np.ndarray, k: int) -> np.ndarray:
-    return np.argpartition(logprobs_TV, -k, axis=1)[:, -k:]
-
-
-def _rank(logits_TV: np.ndarray, token_ids_T: np.ndarray) -> np.ndarray:
-    own_T1 = np.take_along_axis(logits_TV, np.asarray(token_ids_T, np.int64)[:, None], axis=1)
-    return 1.0 + (logits_TV > own_T1).sum(axis=1)
-
-
-def _by_rows(
-    function: Callable[..., dict[str, np.ndarray]], *arrays: np.ndarray, **options: int
-) -> dict[str, np.ndarray]:
-    """The function on some rows at a time, so that its float64 copies stay small whatever T is."""
-    total, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
-    step = max(1, CHUNK // max(width, 1))
-    parts = [function(*(array[start : start + step] for array in arrays), **options) for start in range(0, total, step)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_onoff.compare.bootstrap import finite
 from rl_onoff.compare.metrics import cumulative_l, log_ratios, order_metrics, segment_starts, segment_sums
 from rl_onoff.types import Key
 
@@ -57,8 +58,8 @@ class Tokens:
                 "sample": self.keys[s][1],
                 "position": int(self.positions_N[n]),
                 "token_id": int(self.columns["token_ids"][n]),
-                "behaviour_logprob": _finite(float(self.columns["behaviour"][n])),
-                "target_logprob": _finite(float(self.columns["target"][n])),
+                "behaviour_logprob": finite(self.columns["behaviour"][n]),
+                "target_logprob": finite(self.columns["target"][n]),
                 "l": float(self.l_N[n]),
             }
             for n, s in zip(at_W, responses_W, strict=True)
@@ -104,7 +105,3 @@ def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
     counts = np.histogram(values_N, edges)[0]
     below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())
     return {"edges": edges.tolist(), "counts": counts.tolist(), "below": below, "above": above}
-
-
-def _finite(x: float) -> float | None:
-    return x if np.isfinite(x) else None

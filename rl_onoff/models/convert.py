@@ -180,7 +180,8 @@ def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
     # Unless told, transformers keeps the weights packed where it can, and refuses to save a packed model.
     options = {**source, "config": config, "dtype": dtype, "output_loading_info": True}
     unpacked = transformers.GgufConfig(dequantize=True)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(**options, quantization_config=unpacked)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(**options, quantization_config=unpacked)
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
         raise ValueError(f"it lacks {', '.join(missing[:3])}")
     if config.model_type == "llama":  # transformers leaves out what it has no place for

@@ -47,10 +47,7 @@ class ReportInput:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     token_text: Callable[[int], str] | None = None  # of a token id; None: ids outside the responses are numbers
     attribution: Mapping[str, Any] | None = None  # Attribution.to_dict(): why the gap is there; None: nobody asked
-    num_tokens: int | None = None  # response tokens to come; None: the first comparison's counts.tokens, else a guess
-    num_responses: int | None = (
-        None  # to come; where it is known, those that the page has no room for are not read at all
-    )
+    num_responses: int | None = None  # to come; where known, those that the page has no room for are not read at all
 
 
 def report_responses(

@@ -137,9 +137,8 @@ def _most_different(logprobs: Sequence[np.ndarray], share: float) -> np.ndarray:
         return np.ones(len(logprobs[0]), bool)
     first, *others = (np.nan_to_num(values_N.astype(np.float64), nan=0.0, neginf=-1e3) for values_N in logprobs)
     compared = others and not np.isnan(logprobs[0]).all()
-    size_N = (
-        np.max(np.abs(np.stack(others) - first), axis=0) if compared else -np.min(np.stack([first, *others]), axis=0)
-    )
+    all_VN = np.stack([first, *others])
+    size_N = np.max(np.abs(all_VN[1:] - first), axis=0) if compared else -np.min(all_VN, axis=0)
     shown_N = np.zeros(len(size_N), bool)
     shown_N[np.argsort(-size_N, kind="stable")[: int(len(size_N) * share)]] = True
     return shown_N

@@ -18,8 +18,7 @@ from rl_onoff.compare import Comparison, Estimate, verdict
 from rl_onoff.compare.metrics import Thresholds
 from rl_onoff.compare.verdict import Summary
 from rl_onoff.errors import UsageError
-from rl_onoff.pipeline.matrix import Matrix
-from rl_onoff.report.matrix_page import matrix_page
+from rl_onoff.report.matrix import Matrix
 from rl_onoff.rundir.table import RunDir
 from rl_onoff.types import LogprobKind
 from tests.conftest import ROOT
@@ -131,7 +130,7 @@ def matrix_of(k3_12: float, k3_21: float, floor: float) -> Matrix:
 
 def shades(matrix: Matrix) -> list[str]:
     """How strong the colour of every cell of the first table is, as the page says."""
-    page = matrix_page(matrix.names, matrix.rows(), matrix.words(), matrix.verdict(), dict.fromkeys(matrix.names, ""))
+    page = matrix.page(dict.fromkeys(matrix.names, ""))
     table = page.partition("<tbody>")[2].partition("</tbody>")[0]
     return [(re.findall(r"var\(--heat\), ([\d.]+)", cell) or ["0"])[0] for cell in table.split("<td")[1:]]
 
@@ -145,6 +144,6 @@ def test_a_cells_colour_is_that_of_its_verdict() -> None:
 
 def test_the_matrix_judges_as_a_run_does() -> None:
     matrix = matrix_of(5e-5, 1e-8, 1e-7)
-    assert matrix.verdict().startswith("Close: ") and matrix.words()["a", "b"] == "Close"
+    assert matrix.verdict().startswith("Close: ") and matrix.word("a", "b") == "Close"
     assert verdict(matrix.cells["a", "b"], matrix.floor).startswith("Close: ")
-    assert matrix.words()["b", "a"] == "On-policy"
+    assert matrix.word("b", "a") == "On-policy"
