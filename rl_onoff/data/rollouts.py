@@ -183,7 +183,8 @@ def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two
     columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
     said = {role: table.column(name, f"+compare.columns.{role}") for role, name in columns.items()}
     found = {**find_columns(table), **said}
-    for what, roles in (("lists of token ids", ("token_ids",)), ("logprobs", ("behaviour", "target"))):
+    sides = {"compare.behaviour": ("behaviour",)}.get(key, ("behaviour", "target"))
+    for what, roles in (("lists of token ids", ("token_ids",)), (f"logprobs of the {' or '.join(sides)}", sides)):
         if not found.keys() & set(roles):
             fix = " or ".join(f"+compare.columns.{role}=NAME" for role in roles)
             raise UsageError(f"{table.name} has no column with {what} but {', '.join(table.columns)}: set {fix}")
