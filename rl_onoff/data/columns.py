@@ -47,17 +47,16 @@ SHOWN = ("input", "output")  # text without its special tokens: for people, and 
 
 def find_columns(table: Table) -> dict[str, str]:
     """Role -> the column that plays it, by its name and by the first value in it."""
+    first = {
+        column: next((value for record in table.records if (value := record.get(column)) is not None), None)
+        for column in table.columns
+    }
     found = {}
     for role, names in COLUMNS.items():
-        there = [(name, _first_value(table, name)) for name in names if name in table.columns]
-        there.sort(key=lambda item: item[1] is None)  # a column that is filled before one that is not
-        if (name := next((name for name, value in there if _fits(role, value)), None)) is not None:
-            found[role] = name
+        there = sorted((name for name in names if name in first), key=lambda name: first[name] is None)
+        if fitting := [name for name in there if _fits(role, first[name])]:  # a filled column before an empty one
+            found[role] = fitting[0]
     return found
-
-
-def _first_value(table: Table, column: str) -> Any:
-    return next((value for record in table.records if (value := record.get(column)) is not None), None)
 
 
 def _fits(role: str, value: Any) -> bool:
