@@ -6,6 +6,7 @@ a wrong file costs a second and not a model's load.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -153,14 +154,8 @@ def _answer(value: Any, where: str) -> str | None:
 
 
 def jsonable(value: Any) -> Any:
-    """A group's value as JSON can hold it."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): jsonable(item) for name, item in value.items()}
-    return [jsonable(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+    """A group's value as JSON can hold it: null for numbers that are not finite, text for what JSON does not know."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def _id_column(table: Table, name: str | None) -> str | None:

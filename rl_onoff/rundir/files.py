@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,26 @@ def disk_error(error: OSError, path: Path) -> OnOffError:
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
 
-def write_whole(file: Path, text: str) -> Path:
-    """Replace a text file in one step, so that a reader never sees half of it."""
+@contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `file`, flushed to the disk, when what is written to it is complete."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs of a sweep side by side write multirun.yaml
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(file)
+        sync(file.parent)
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise disk_error(error, file.parent) from error
+
+
+def write_whole(file: Path, text: str) -> Path:
+    """Replace a text file in one step, so that a reader never sees half of it."""
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
     return file
 
 
@@ -67,21 +75,14 @@ def sync(path: Path) -> None:
 
 
 def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Write rows under a temporary name, flush them to the disk and rename the file."""
+    """Write rows as a shard."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     types = {name: _arrow_type(kind) for name, kind in columns.items()}
     arrays = [pa.array([_lists(row.get(name)) for row in rows], type=kind) for name, kind in types.items()]
-    partial = shard.with_name(f".{shard.name}")
-    try:
+    with whole(shard) as partial:
         pq.write_table(pa.table(arrays, names=list(types)), partial, compression="zstd", row_group_size=GROUP_ROWS)
-        sync(partial)
-        partial.rename(shard)
-        sync(shard.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise disk_error(error, shard.parent) from error
 
 
 def read_shard(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[dict[str, Any]]:
