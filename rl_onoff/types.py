@@ -102,24 +102,28 @@ class Want:
     sampler: Sampling | None = None  # also return the processed logprob and the kept mass under this sampler
 
 
+INT32 = {"dtype": "int32"}  # of an array of TokenScores that is no float32
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenScores:
     """What a policy says about every token of one response; arrays that nobody asked for, or that a file lacks, are
     None.
 
     `entropy_T`, `rank_T` and the top tokens describe the raw distribution (nats); `logsumexp_T` is the normaliser of
-    the raw logits. A token's rank is 1 + the number of tokens with a strictly larger logit.
+    the raw logits. A token's rank is 1 + the number of tokens with a strictly larger logit. Every array is a column of
+    the scores table, in this order (`rundir/table.py`).
     """
 
     request_id: str = ""
     sample: int = 0
-    token_ids_T: np.ndarray  # int32
+    token_ids_T: np.ndarray = field(metadata=INT32)
     logprobs_T: np.ndarray  # float32, -inf where the token is impossible
     kind: LogprobKind = LogprobKind.raw  # of logprobs_T
     entropy_T: np.ndarray | None = None  # float32
     logsumexp_T: np.ndarray | None = None  # float32
-    rank_T: np.ndarray | None = None  # int32
-    top_ids_TK: np.ndarray | None = None  # int32, most likely first
+    rank_T: np.ndarray | None = field(default=None, metadata=INT32)
+    top_ids_TK: np.ndarray | None = field(default=None, metadata=INT32)  # most likely first
     top_logprobs_TK: np.ndarray | None = None  # float32
     processed_logprobs_T: np.ndarray | None = None  # float32, -inf where the sampler could not have drawn the token
     nucleus_mass_T: np.ndarray | None = None  # float32: probability (after temperature) that the sampler kept

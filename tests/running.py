@@ -41,7 +41,7 @@ def rewrite(table: Table, change: Any) -> None:
         shard.unlink()
     with table.writer() as writer:
         for row in rows:
-            writer.append({name: list(v) if getattr(v, "ndim", 1) == 2 else v for name, v in row.items()})
+            writer.append(row)
 
 
 # draws that another batch changes in float32: the most that benchmarks/flips.py measured on any model and CPU

@@ -47,17 +47,16 @@ SHOWN = ("input", "output")  # text without its special tokens: for people, and 
 
 def find_columns(table: Table) -> dict[str, str]:
     """Role -> the column that plays it, by its name and by the first value in it."""
+    first = {
+        column: next((value for record in table.records if (value := record.get(column)) is not None), None)
+        for column in table.columns
+    }
     found = {}
     for role, names in COLUMNS.items():
-        there = [(name, _first_value(table, name)) for name in names if name in table.columns]
-        there.sort(key=lambda item: item[1] is None)  # a column that is filled before one that is not
-        if (name := next((name for name, value in there if _fits(role, value)), None)) is not None:
-            found[role] = name
+        there = sorted((name for name in names if name in first), key=lambda name: first[name] is None)
+        if fitting := [name for name in there if _fits(role, first[name])]:  # a filled column before an empty one
+            found[role] = fitting[0]
     return found
-
-
-def _first_value(table: Table, column: str) -> Any:
-    return next((value for record in table.records if (value := record.get(column)) is not None), None)
 
 
 def _fits(role: str, value: Any) -> bool:
@@ -86,13 +85,13 @@ class Columns:
     def kind(self, record: Row, where: str) -> LogprobKind | None:
         if "logprob_kind" not in self.table.columns:
             return None
-        names, kind = [kind.value for kind in LogprobKind], record.get("logprob_kind")
-        if kind not in names:
-            raise UsageError(
-                f"{where} has logprobs of the unknown kind {kind!r}: say in column logprob_kind of {self.table.key}"
-                f" which they are, {', '.join(names)}"
+        try:
+            return LogprobKind(record.get("logprob_kind"))
+        except ValueError:
+            known = ", ".join(kind.value for kind in LogprobKind)
+            self.refuse(
+                where, f"logprobs of the unknown kind {record.get('logprob_kind')!r}, not {known}", "logprob_kind"
             )
-        return LogprobKind(kind)
 
     def name(self, value: Any, where: str) -> str:
         """The id of a row, which is text or a whole number."""
@@ -118,12 +117,10 @@ class Columns:
         if isinstance(value, list) and set(map(type, value)) <= kinds:
             with suppress(OverflowError):  # a number of JSON may have any number of digits
                 return np.asarray(value, np.float64)
-        self.refuse_numbers(where, role)
-
-    def refuse_numbers(self, where: str, role: str) -> NoReturn:
         self.refuse(where, f"{PER_TOKEN[role]} that are not a list of numbers", role)
 
     def refuse(self, where: str, what: str, role: str) -> NoReturn:
         key, column = self.table.key, self.columns.get(role, role)
-        other = f"set {key} to another file" if key == "score.responses" else f"set +compare.columns.{role}"
+        named = key != "score.responses" and role in COLUMNS
+        other = f"set +compare.columns.{role}" if named else f"set {key} to another file"
         raise UsageError(f"{where} has {what}: fix column {column} of {key}, or {other}")

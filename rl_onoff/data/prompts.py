@@ -6,6 +6,7 @@ a wrong file costs a second and not a model's load.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterable, Mapping
@@ -50,11 +51,14 @@ def load_rows(data: DataConfig) -> list[Row]:
     """The rows that `data` selects, in its order; the ids of rows do not depend on shuffling or the limit."""
     path = str(PROBLEMS) if data.path is None else data.path
     table = read_table(path, key="data.path", format=data.format, split=data.split)
-    prompt_column = table.first(PROMPT_COLUMNS) if data.prompt is None else table.column(data.prompt, "data.prompt")
+    prompt_column = data.prompt
+    if prompt_column is None:
+        prompt_column = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
     if prompt_column is None:
         raise UsageError(
             f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them"
         )
+    table.column(prompt_column, "data.prompt")
     answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
     id_column = _id_column(table, data.id)
     groups = [table.column(name, "data.groups") for name in data.groups]
@@ -83,36 +87,29 @@ def load_rows(data: DataConfig) -> list[Row]:
     return list(rows.values())
 
 
-# Fields of a record
-
-
 def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     """A prompt as text, chat messages or token ids; anything else, and an empty one, is refused."""
-    fix = f"fill column {column} or set {key} to another {'file' if key == 'score.responses' else 'column'}"
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        raise UsageError(f"{where} has an empty prompt: {fix}")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        if all(type(item) is int for item in value):
-            if min(value) < 0:
-                raise UsageError(f"{where} has a negative token id in its prompt: {fix}")
-            if max(value) > MAX_ID:
-                raise UsageError(f"{where} has the token id {max(value)} in its prompt, which no model has: {fix}")
-            return value
-        if all(isinstance(item, dict) and _is_text(item, "role") and _is_text(item, "content") for item in value):
-            messages = [{"role": item["role"], "content": item["content"]} for item in value]
-            if not any(message["content"].strip() for message in messages):
-                raise UsageError(f"{where} has an empty prompt: {fix}")
-            return messages
-    raise UsageError(
-        f"{where} has {kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or"
-        f" a list of token ids is wanted: {fix}"
+    ids = isinstance(value, list) and all(type(item) is int for item in value)
+    chat = isinstance(value, list) and all(
+        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
+        for item in value
     )
-
-
-def _is_text(record: Mapping[str, Any], name: str) -> bool:
-    return isinstance(record.get(name), str)
+    if chat:
+        value = [{"role": item["role"], "content": item["content"]} for item in value]
+    text = "".join(item["content"] for item in value) if chat else value
+    if text is None or (isinstance(text, str) and not text.strip()):
+        what = "an empty prompt"
+    elif ids and (strange := [item for item in value if not 0 <= item <= MAX_ID]):
+        what = f"the token id {strange[0]} in its prompt, which no model has"
+    elif ids or chat or isinstance(value, str):
+        return value
+    else:
+        what = (
+            f"{kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a list"
+            " of token ids is wanted"
+        )
+    other = "file" if key == "score.responses" else "column"
+    raise UsageError(f"{where} has {what}: fill column {column} or set {key} to another {other}")
 
 
 def meta_of(
@@ -127,11 +124,12 @@ def meta_of(
 def question_of(prompt: Prompt, record: Mapping[str, Any]) -> str:
     """What the prompt asks, for people."""
     if is_chat(prompt):
-        asked = [message["content"] for message in prompt if message["role"] == "user"] or [prompt[-1]["content"]]
-        return asked[-1]
-    if isinstance(prompt, str):
-        return prompt
-    return next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+        return next((item["content"] for item in reversed(prompt) if item["role"] == "user"), prompt[-1]["content"])
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+    )
 
 
 def answer_column_of(table: Table) -> str | None:
@@ -142,30 +140,22 @@ def answer_column_of(table: Table) -> str | None:
 
 def _answer(value: Any, where: str) -> str | None:
     """The reference answer as text, from a string, a number, or verl's object with `target`; None if there is none."""
-    fix = "set data.answer to another column"
-    if isinstance(value, Mapping):
-        if "target" not in value:
-            raise UsageError(f"{where} has an object without `target` as its reference answer: {fix}")
-        value = value["target"]
+    value = value.get("target", value) if isinstance(value, Mapping) else value
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
         return str(int(value)) if value == int(value) else str(value)
-    what = "infinity" if isinstance(value, float) else kind_of(value)
-    raise UsageError(f"{where} has {what} as its reference answer where text or a number is wanted: {fix}")
+    raise UsageError(
+        f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted: set data.answer to"
+        " another column"
+    )
 
 
 def jsonable(value: Any) -> Any:
-    """A group's value as JSON can hold it."""
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): jsonable(item) for name, item in value.items()}
-    return [jsonable(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+    """A group's value as JSON can hold it: null for numbers that are not finite, text for what JSON does not know."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def _id_column(table: Table, name: str | None) -> str | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,30 +42,36 @@ class Table:
             return name
         raise UsageError(f"{self.name} has no column {name!r} but {', '.join(self.columns)}: set {key} to one of them")
 
-    def first(self, names: Iterable[str]) -> str | None:
-        return next((name for name in names if name in self.columns), None)
-
 
 def read_table(path: str, *, key: str, format: Format = Format.auto, split: str = "train") -> Table:
     """All records of a file, whatever its layout; a file that is not there, not readable or empty is one sentence."""
     file = Path(path).expanduser()
-    if format is Format.auto:
-        format = _format(path, file, key)
+    format = _format(path, file, key) if format is Format.auto else format
+    records: Any = []
+    numbers: list[int] = []
     if format is Format.datasets:
-        table = _read_datasets(path, file, key, split)
+        name, unit, records = path, "row", _read_datasets(path, file, key, split)
+        columns, numbers = records.column_names, list(range(1, len(records) + 1))
+    elif not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UsageError(f"the file {key}={path} {what}: set {key} to an existing file")
     else:
-        if not file.is_file():
-            what = "is a folder" if file.is_dir() else "does not exist"
-            raise UsageError(f"the file {key}={path} {what}: set {key} to an existing file")
-        read = {Format.jsonl: _read_jsonl, Format.csv: _read_csv, Format.parquet: _read_parquet}[format]
+        (read, language, unit), name, last = READERS[format], file.name, 0
         try:
-            table = read(file, key)
-        except OSError as error:
-            cause = error.strerror or error
-            raise UsageError(f"the file {key}={path} cannot be read ({cause}): set {key} to another file") from error
-    if not len(table.records):
-        raise UsageError(f"{table.name} has no rows: set {key} to a file that has some")
-    return table
+            for last, record in read(file):
+                if record is not None:
+                    records.append(record)
+                    numbers.append(last)
+        except (ValueError, csv.Error, OSError) as error:  # JSON's, UnicodeDecodeError and Arrow's are ValueErrors
+            cause = " ".join(str(error).split())
+            what = "cannot be read" if isinstance(error, OSError) else f"is not valid {language}"
+            raise UsageError(
+                f"{unit} {last + 1} of {name} {what} ({cause}): fix it, or set {key} to another file"
+            ) from error
+        columns = dict.fromkeys(column for record in records for column in record)
+    if not len(records):
+        raise UsageError(f"{name} has no rows: set {key} to a file that has some")
+    return Table(name=name, key=key, unit=unit, columns=tuple(columns), records=records, numbers=numbers)
 
 
 def _format(path: str, file: Path, key: str) -> Format:
@@ -86,96 +93,66 @@ def _format(path: str, file: Path, key: str) -> Format:
     )
 
 
-def _read_jsonl(file: Path, key: str) -> Table:
-    records, numbers, columns = [], [], {}
+# A reader gives every line or row with its number; None stands for one that holds no record.
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise UsageError(
-                    f"line {number} of {file.name} is not valid JSON ({error}): fix it, or set {key} to another file"
-                ) from error
+            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")) if line.strip() else {}
             if not isinstance(record, dict):
-                raise UsageError(
-                    f"line {number} of {file.name} is no JSON object but {kind_of(record)}: write every row as {{…}} on"
-                    f" one line of {key}"
-                )
-            records.append(record)
-            numbers.append(number)
-            columns.update(dict.fromkeys(record))
-    return Table(name=file.name, key=key, unit="line", columns=tuple(columns), records=records, numbers=numbers)
+                raise ValueError(f"{kind_of(record)} where every line is an object {{…}}")
+            yield number, record if line.strip() else None
 
 
-def _read_csv(file: Path, key: str) -> Table:
+def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # prompts may be longer than the default of 128 KiB
-    records, numbers = [], []
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
-        try:
-            columns = tuple(reader.fieldnames or ())
-            for record in reader:
-                if None in record or None in record.values():
-                    raise UsageError(
-                        f"line {reader.line_num} of {file.name} has not {len(columns)} fields like the first line: fix"
-                        f" it, or set {key} to another file"
-                    )
-                records.append(record)
-                numbers.append(reader.line_num)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{file.name} is not valid CSV near line {reader.line_num + 1} ({error}): fix it, or set {key} to"
-                " another file"
-            ) from error
-    return Table(name=file.name, key=key, unit="line", columns=columns, records=records, numbers=numbers)
+        reader = csv.reader(lines, strict=True)
+        columns = next(reader, [])
+        yield reader.line_num, None
+        for row in reader:
+            if row and len(row) != len(columns):
+                raise ValueError(f"{len(row)} fields where the first line has {len(columns)}")
+            yield reader.line_num, dict(zip(columns, row, strict=True)) if row else None
 
 
-def _read_parquet(file: Path, key: str) -> Table:
-    import pyarrow
+def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(file).read()
-    except pyarrow.ArrowInvalid as error:
-        cause = str(error).splitlines()[0]
-        raise UsageError(
-            f"{file.name} is not a Parquet file ({cause}): fix it, or set {key} to another file"
-        ) from error
-    columns, numbers = tuple(table.column_names), range(1, table.num_rows + 1)
-    return Table(name=file.name, key=key, unit="row", columns=columns, records=table.to_pylist(), numbers=numbers)
+    yield from enumerate(pyarrow.parquet.ParquetFile(file).read().to_pylist(), 1)
 
 
-def _read_datasets(path: str, file: Path, key: str, split: str) -> Table:
+READERS = {
+    Format.jsonl: (_read_jsonl, "JSON", "line"), Format.csv: (_read_csv, "CSV", "line"),
+    Format.parquet: (_read_parquet, "Parquet", "row"),
+}  # fmt: skip
+
+
+def _read_datasets(path: str, file: Path, key: str, split: str) -> Any:
     """A folder written by save_to_disk, or an id on the hub, `owner/name` or `owner/name:configuration`."""
     import datasets
 
-    if file.is_dir():
-        if not any((file / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            raise UsageError(
-                f"the folder {key}={path} was not written by save_to_disk: set {key} to a file or to such a folder"
-            )
-        found = datasets.load_from_disk(str(file))
-        if isinstance(found, datasets.DatasetDict):
-            if split not in found:
-                there = ", ".join(map(str, found))
-                raise UsageError(f"{key}={path} has no split {split!r} but {there}: set data.split to one of them")
-            found = found[split]
-    else:
-        repo, _, configuration = path.partition(":")
-        try:
+    repo, _, configuration = path.partition(":")
+    try:
+        if not file.is_dir():
             with models.hub_errors(repo, key):
-                found = datasets.load_dataset(repo, configuration or None, split=split)
-        except ValueError as error:
-            if isinstance(error, UsageError):
-                raise
-            cause = " ".join(str(error).split())  # the library lists the splits or configurations there are
-            raise UsageError(
-                f"{key}={path} cannot be loaded ({cause}): set data.split, or {key}={repo}:CONFIGURATION"
-            ) from error
-    numbers = range(1, len(found) + 1)
-    return Table(name=path, key=key, unit="row", columns=tuple(found.column_names), records=found, numbers=numbers)
+                return datasets.load_dataset(repo, configuration or None, split=split)
+        found = datasets.load_from_disk(str(file))
+    except UsageError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        cause = " ".join(str(error).split()).rstrip(".")  # the library lists the splits or configurations there are
+        raise UsageError(
+            f"{key}={path} cannot be loaded ({cause}): set data.split, {key}={repo}:CONFIGURATION, or {key} to a file"
+            " or a folder written by save_to_disk"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            there = ", ".join(map(str, found))
+            raise UsageError(f"{key}={path} has no split {split!r} but {there}: set data.split to one of them")
+        return found[split]
+    return found
 
 
 def look_up(record: Mapping[str, Any], column: str) -> Any:
@@ -191,5 +168,7 @@ def look_up(record: Mapping[str, Any], column: str) -> Any:
 def kind_of(value: Any) -> str:
     if value is None or value == "":
         return "nothing"
+    if value in (math.inf, -math.inf):
+        return "infinity"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -60,12 +60,19 @@ def encode_prompt(
     if is_ids(prompt):
         return EncodedPrompt(ids=np.asarray(prompt, np.int32), text=tokenizer.decode(prompt))
     assert isinstance(prompt, str) or is_chat(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if chat_template:
-        text = _render(_messages(prompt, system), tokenizer, where)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        text = _render(messages, tokenizer, where)
+    elif len(messages) > 1:
+        raise UsageError(
+            f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent as"
+            " it is: set data.chat_template=true"
+        )
     else:
-        text = _plain_text(prompt, where)
-        ids = tokenizer(text, verbose=False)["input_ids"]
+        text = messages[0]["content"]
+    ids = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"]
     ids = _with_one_bos(ids, tokenizer)
     if not ids:
         raise UsageError(
@@ -86,29 +93,23 @@ class Texts:
         """The ids of a prompt; one that is text goes through the chat template, unless it has been through it."""
         if is_ids(prompt):
             return np.asarray(prompt, np.int32)
-        self._check("prompt", "prompt_ids", where)
-        special = (self.tokenizer.decode([i]) for i in self.tokenizer.all_special_ids)
+        tokenizer = self._tokenizer("prompt", "prompt_ids", where)
+        special = (tokenizer.decode([i]) for i in tokenizer.all_special_ids)
         chat = is_chat(prompt) or (self.chat_template and not any(token in prompt for token in special))
-        return encode_prompt(prompt, self.tokenizer, chat_template=chat, system=self.system, where=where).ids
+        return encode_prompt(prompt, tokenizer, chat_template=chat, system=self.system, where=where).ids
 
     def of_response(self, text: str, where: str) -> list[int]:
         """The ids of a response, whose text is taken as it is."""
-        self._check("response", "token_ids", where)
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        tokenizer = self._tokenizer("response", "token_ids", where)
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
-    def _check(self, what: str, column: str, where: str) -> None:
+    def _tokenizer(self, what: str, column: str, where: str) -> Any:
         if self.tokenizer is None:
             raise UsageError(
                 f"{where} has text as its {what} where token ids are wanted: give column {column} of score.responses"
-                " lists"
+                " lists, or set model.tokenizer"
             )
-
-
-def _messages(prompt: str | Messages, system: str | None) -> Messages:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+        return self.tokenizer
 
 
 def _render(messages: Messages, tokenizer: Any, where: str) -> str:
@@ -126,17 +127,6 @@ def _render(messages: Messages, tokenizer: Any, where: str) -> str:
         fix = "fix the conversation, or set data.chat_template=false"
         fix = "set data.system=null" if messages[0]["role"] == "system" else fix
         raise UsageError(f"the model's chat template refuses the roles {roles} of {where} ({error}): {fix}") from error
-
-
-def _plain_text(prompt: str | Messages, where: str) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) > 1:
-        raise UsageError(
-            f"{where} has {len(prompt)} chat messages, and without a chat template only a single one can be sent as it"
-            " is: set data.chat_template=true"
-        )
-    return prompt[0]["content"]
 
 
 def _with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:

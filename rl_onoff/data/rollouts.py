@@ -83,10 +83,13 @@ class RolloutFile(Columns):
         logprobs = {role: arrays[role][kept_T] for role in ("behaviour", "target") if role in arrays}
         for role, logprobs_T in logprobs.items():
             if np.isnan(logprobs_T[sampled_T[kept_T]]).any():
-                self.refuse_numbers(where, role)
-        logprobs = {role: logprobs_T.astype(np.float32) for role, logprobs_T in logprobs.items()}
+                self.refuse(where, f"{PER_TOKEN[role]} that are not a list of numbers", role)
+            logprobs[role] = logprobs_T.astype(np.float32)
         prompt_ids, meta = self._prompt(row, record, before, where)
-        token_ids_T, reward = ids_T.astype(np.int32), row.get("reward")
+        token_ids_T, reward, text = ids_T.astype(np.int32), row.get("reward"), row.get("text")
+        if not isinstance(text, str):
+            tokenizer = self.texts and self.texts.tokenizer
+            text = tokenizer.decode(token_ids_T.tolist(), skip_special_tokens=True) if tokenizer is not None else ""
         rollout = Rollout(
             request_id="",
             sample=0,
@@ -95,7 +98,7 @@ class RolloutFile(Columns):
             mask_T=None if sampled_T[kept_T].all() else sampled_T[kept_T],
             logprobs_T=logprobs.get("behaviour"),
             kind=self.kind(record, where) if logprobs else None,
-            text=row["text"] if isinstance(row.get("text"), str) else self._decoded(token_ids_T),
+            text=text,
             reward=float(reward) if isinstance(reward, int | float) and abs(reward) <= sys.float_info.max else None,
             meta=meta,
         )
@@ -169,10 +172,6 @@ class RolloutFile(Columns):
             self.refuse(where, "an empty prompt", "prompt_ids")
         return ids, meta
 
-    def _decoded(self, token_ids_T: np.ndarray) -> str:
-        tokenizer = None if self.texts is None else self.texts.tokenizer
-        return "" if tokenizer is None else tokenizer.decode(token_ids_T.tolist(), skip_special_tokens=True)
-
 
 def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> RolloutFile:
     """A .jsonl or .parquet file with logprobs.
@@ -184,16 +183,11 @@ def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two
     columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
     said = {role: table.column(name, f"+compare.columns.{role}") for role, name in columns.items()}
     found = {**find_columns(table), **said}
-    fix = "set +compare.columns"
-    if "token_ids" not in found:
-        raise UsageError(
-            f"{table.name} has no column with lists of token ids but {', '.join(table.columns)}: {fix}.token_ids=NAME"
-        )
-    if "behaviour" not in found and "target" not in found:
-        raise UsageError(
-            f"{table.name} has no column with logprobs but {', '.join(table.columns)}: {fix}.behaviour=NAME or"
-            " +compare.columns.target=NAME"
-        )
+    sides = {"compare.behaviour": ("behaviour",)}.get(key, ("behaviour", "target"))
+    for what, roles in (("lists of token ids", ("token_ids",)), (f"logprobs of the {' or '.join(sides)}", sides)):
+        if not found.keys() & set(roles):
+            fix = " or ".join(f"+compare.columns.{role}=NAME" for role in roles)
+            raise UsageError(f"{table.name} has no column with {what} but {', '.join(table.columns)}: set {fix}")
     return RolloutFile(table=table, columns=found)
 
 
@@ -218,11 +212,6 @@ def load_responses(
                 f"{table.name} has none of the columns {', '.join(names)} but {', '.join(table.columns)}: rename one,"
                 " or set score.responses to another file"
             )
-    if tokenizer is None and not {"prompt_ids", "token_ids"} <= columns.keys():
-        raise UsageError(
-            f"{table.name} has text where token ids are wanted: give columns prompt_ids and token_ids, or a"
-            " model.tokenizer"
-        )
     file = RolloutFile(table=table, columns=columns, texts=Texts(tokenizer, chat_template, system))
     rollouts = [recorded.rollout for recorded in file.rows()]
     found = [rollout for rollout in rollouts if len(rollout.token_ids_T)]

@@ -103,17 +103,15 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
     path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
     folder = _folder(path, "compare.target")
     names = folder.score_names()
-    if chosen and chosen not in names:
+    if not names or (chosen and chosen not in names):
+        which = f" {chosen!r} but {', '.join(names) or 'none'}" if chosen else ""
         raise UsageError(
-            f"{folder.path} has no scores {chosen!r} but {', '.join(names) or 'none'}: set compare.target={path}:NAME"
-        )
-    if not names:
-        raise UsageError(
-            f"{folder.path} has no scores: make some with experiment=score run_dir={folder.path}, or set compare.target"
+            f"{folder.path} has no scores{which}: set compare.target={path}:NAME, or make some with experiment=score"
+            f" run_dir={folder.path}"
         )
     label = folder.path.resolve().name
-    chosen = [chosen] if chosen else names
-    return {name if name not in taken else f"{label}-{name}": folder.scores(name) for name in chosen}
+    names = [chosen] if chosen else names
+    return {name if name not in taken else f"{label}-{name}": folder.scores(name) for name in names}
 
 
 def _is_file(path: str, key: str) -> bool:
@@ -136,15 +134,7 @@ def _folder(path: str, key: str) -> RunDir:
     return folder
 
 
-# -- files made elsewhere ----------------------------------------------------------------------------------------------
-
-
 def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig) -> None:
-    if "behaviour" not in file.columns:
-        raise UsageError(
-            f"{file.table.name} has no column with the behaviour's logprobs but {', '.join(file.table.columns)}: "
-            "set +compare.columns.behaviour=NAME"
-        )
     _claim(here.completions, file, config.behaviour, config.behaviour_kind)
     kind, pieces = config.behaviour_kind, {}
     assumed = kind or file.assumed_kind("behaviour", LogprobKind.raw, "set compare.behaviour_kind")

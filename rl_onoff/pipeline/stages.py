@@ -24,9 +24,6 @@ WINDOW = 2048  # responses that are handed to an engine at once: enough to sort 
 REPLICA_WINDOW = 128  # and to each replica at least, for all of them wait for the last at the window's end
 
 
-# -- generate ----------------------------------------------------------------------------------------------------------
-
-
 def missing_requests(run: RunDir, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> list[SampleRequest]:
     """The requests for `sampling.n` responses to every prompt that are not on disk yet.
 
@@ -75,14 +72,10 @@ def generate(
     judge.conclude()
 
 
-# -- score -------------------------------------------------------------------------------------------------------------
-
-
 def unscored(run: RunDir, table: Table) -> int:
     """How many completions have no scores in `table` yet. An empty response has nothing to score and does not count."""
     done = table.keys()
-    rows = run.completions.rows(["request_id", "sample", "token_ids"])
-    return sum(len(row["token_ids"]) > 0 and (row["request_id"], row["sample"]) not in done for row in rows)
+    return sum(response.key not in done for response in responses(run))
 
 
 def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress: Progress) -> None:
@@ -101,9 +94,6 @@ def responses(run: RunDir) -> Iterator[Rollout]:
     """The run's completions as what `score` takes, those without tokens left out."""
     rollouts = map(rollout_of, run.completions.rows(IDS))
     return (rollout for rollout in rollouts if len(rollout.token_ids_T))
-
-
-# -- responses made elsewhere ------------------------------------------------------------------------------------------
 
 
 def take_in(run: RunDir, given: Iterable[tuple[Rollout, str]]) -> None:

@@ -30,11 +30,10 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     An option that a record does not name is younger than the record and counts as its default. So does the content of a
     file that an older version did not keep; `take_in` compares the rows themselves.
     """
-    before, after = _settled(before), _settled(after)
-    backend = after.get("backend") or {}
-    sampling = asdict(Sampling())
+    before, after = ({**c, "backend": _settled(c["backend"])} if c.get("backend") else c for c in (before, after))
+    schemas, sampling = _schemas(after.get("backend", {}).get("_target_")), asdict(Sampling())
     defaults = {
-        "backend": next((s().what_it_computes() for s in _schemas(backend.get("_target_"))), {}),
+        "backend": schemas[0]().what_it_computes() if schemas else {},
         "data": asdict(DataConfig()),
         "sampling": sampling,
         "want": {**asdict(Want()), "sampler": sampling},
@@ -48,16 +47,10 @@ def same_engine(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) 
     return bool(one and other) and not changes({"backend": one}, {"backend": other})
 
 
-def _settled(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A record's config with every option of an engine under one name."""
-    backend = config.get("backend")
-    if not isinstance(backend, Mapping):
-        return config
-    backend = dict(backend)
-    for alias, name in ALIASES.items():
-        if (value := backend.pop(alias, None)) is not None:
-            backend[name] = value
-    return {**config, "backend": backend}
+def _settled(backend: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine's record with every option under one name."""
+    options = {name: value for name, value in backend.items() if name not in ALIASES}
+    return options | {ALIASES[name]: backend[name] for name in ALIASES if backend.get(name) is not None}
 
 
 def _schemas(target: Any) -> list[type[EngineConfig]]:
@@ -83,7 +76,7 @@ def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> Engin
         raise UsageError(
             f"the engine {computed['_target_']} of {computed.get('model_name')} is not registered here: install it"
         )
-    computed = _settled({"backend": computed})["backend"]
+    computed = _settled(computed)
     values = {f.name: computed[f.name] for f in fields(schemas[0]) if f.name in computed}
     return schemas[0](**{**values, "logprob_kind": LogprobKind(computed["logprob_kind"])})
 
@@ -117,24 +110,16 @@ def check_tokenizers(behaviour: Mapping[str, Any], target: Mapping[str, Any], na
         )
 
 
-def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """Text of one token id, special tokens shown."""
-
-    @cache
-    def text(token_id: int) -> str:
-        return tokenizer.decode([token_id])
-
-    return text
-
-
 def texts_of(
     records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]
 ) -> Callable[[int], str]:
-    """How the page writes tokens out: by the tokenizer, else by the pieces of text beside the ids, else as ids."""
+    """How the page writes tokens out, special tokens shown: by the tokenizer, else by the pieces of text beside the ids,
+    else as ids.
+    """
     records = list(records)
     loaded = texts_tokenizer(records, tokenizer, known)
     if loaded is not None:
-        return token_texts(loaded)
+        return cache(lambda token_id: loaded.decode([token_id]))
     pieces = next((record["pieces"] for record in records if record.get("pieces")), {})
     return lambda token_id: pieces.get(str(token_id), f"⟨{token_id}⟩")
 

@@ -11,31 +11,23 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rl_onoff.errors import UsageError
 from rl_onoff.redaction import masked
-from rl_onoff.rundir.files import disk_error, read_json, write_whole
-from rl_onoff.rundir.shards import num_bytes, read_shard, write_shard
+from rl_onoff.rundir.files import disk_error, read_json, read_shard, write_shard, write_whole
 
 if TYPE_CHECKING:  # the command line imports this module, and answers at once since it imports no numpy
     from rl_onoff.types import Rollout, TokenScores
 
-COLUMNS: dict[str, dict[str, str]] = {
-    "completions": {
-        "request_id": "string", "sample": "int32", "prompt": "string", "prompt_ids": "list<int32>",
-        "token_ids": "list<int32>", "text": "string", "logprobs": "list<float32>", "logprob_kind": "string",
-        "finish_reason": "string", "reward": "float64", "meta": "string",
-    },
-    "scores": {
-        "request_id": "string", "sample": "int32", "token_ids": "list<int32>", "logprobs": "list<float32>",
-        "logprob_kind": "string", "entropy": "list<float32>", "logsumexp": "list<float32>", "rank": "list<int32>",
-        "top_ids": "list<list<int32>>", "top_logprobs": "list<list<float32>>", "processed_logprobs": "list<float32>",
-        "nucleus_mass": "list<float32>", "logits": "list<list<float32>>",
-    },
+COMPLETIONS = {
+    "request_id": "string", "sample": "int32", "prompt": "string", "prompt_ids": "list<int32>",
+    "token_ids": "list<int32>", "text": "string", "logprobs": "list<float32>", "logprob_kind": "string",
+    "finish_reason": "string", "reward": "float64", "meta": "string",
 }  # fmt: skip
-
 RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
 LOCK = ".lock"
 SHARD_BYTES = 64 << 20  # of arrays in a shard before compression: what a writer holds
@@ -74,10 +66,10 @@ class RunDir:
 
     @property
     def completions(self) -> Table:
-        return Table(self.path / "completions", COLUMNS["completions"])
+        return Table(self.path / "completions", COMPLETIONS)
 
     def scores(self, name: str) -> Table:
-        return Table(self.path / "scores" / name, COLUMNS["scores"])
+        return Table(self.path / "scores" / name, score_columns())
 
     def score_names(self) -> list[str]:
         return sorted({shard.parent.name for shard in self.path.glob("scores/*/part-*.parquet")})
@@ -183,7 +175,7 @@ class Writer:
         if not self._rows:
             self._since = time.monotonic()
         self._rows.append(row)
-        self._bytes += sum(num_bytes(value) for value in row.values())
+        self._bytes += sum(getattr(value, "nbytes", 0) for value in row.values())
         full = len(self._rows) >= self.max_rows or self._bytes >= self.max_bytes
         if full or time.monotonic() - self._since >= self.max_seconds:
             self.flush()
@@ -216,9 +208,6 @@ def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -
         one, other = before.get(key, missing), after.get(key, missing)
         found += differences(one, other, default, f"{name}.{key}" if name else key)
     return found
-
-
-# -- rows and the types they hold --------------------------------------------------------------------------------------
 
 
 def row_of_rollout(rollout: Rollout, prompt: str) -> Row:
@@ -258,12 +247,26 @@ def rollout_of(row: Row) -> Rollout:
     )
 
 
+@cache
+def score_columns() -> dict[str, str]:
+    """The columns of a scores table: the fields of `TokenScores`, arrays without their shapes in the names."""
+    from rl_onoff.types import ARRAYS, TokenScores
+
+    columns = {"request_id": "string", "sample": "int32"}
+    for field in fields(TokenScores):
+        if field.name in ARRAYS:
+            name, _, shape = field.name.rpartition("_")
+            depth, dtype = len(shape), field.metadata.get("dtype", "float32")
+            columns[name] = "list<" * depth + dtype + ">" * depth
+        elif field.name == "kind":
+            columns["logprob_kind"] = "string"
+    return columns
+
+
 def row_of_scores(scores: TokenScores) -> Row:
-    """One row of a scores table. Its columns are the arrays of `TokenScores`, without their shapes in the names."""
-    arrays = scores.arrays().items()
-    lists = {name.rpartition("_")[0]: array if array.ndim == 1 else list(array) for name, array in arrays}
-    kind = scores.kind.value
-    return {"request_id": scores.request_id, "sample": scores.sample, "logprob_kind": kind, **lists}
+    """One row of a scores table."""
+    arrays = {name.rpartition("_")[0]: array for name, array in scores.arrays().items()}
+    return {"request_id": scores.request_id, "sample": scores.sample, "logprob_kind": scores.kind.value, **arrays}
 
 
 def scores_of(row: Row) -> TokenScores:

@@ -222,7 +222,7 @@ def test_bad_files(write, tmp_path):
         load_responses(write({"token_ids": [1]}))
     with pytest.raises(UsageError, match=r"none of the columns token_ids, .* but prompt"):
         load_responses(write({"prompt": "a"}))
-    with pytest.raises(UsageError, match="has text where token ids are wanted"):
+    with pytest.raises(UsageError, match="has text as its response where token ids are wanted"):
         load_responses(write({"prompt": "a", "response": "b"}))
 
 

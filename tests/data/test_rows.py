@@ -171,7 +171,7 @@ def test_a_missing_file(tmp_path):
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    assert "was not written by save_to_disk" in refusal(path=str(tmp_path))
+    assert "a folder written by save_to_disk" in refusal(path=str(tmp_path))
 
 
 def test_an_unknown_ending_unless_the_format_is_given(tmp_path):
@@ -184,18 +184,22 @@ def test_bad_json_is_named_by_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": \n')
     assert "line 3 of a.jsonl is not valid JSON" in refusal(path=str(tmp_path / "a.jsonl"))
     (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n["no object"]\n')
-    assert "line 2 of b.jsonl is no JSON object but a list" in refusal(path=str(tmp_path / "b.jsonl"))
+    assert "line 2 of b.jsonl is not valid JSON (a list where every line is an object" in refusal(
+        path=str(tmp_path / "b.jsonl")
+    )
     (tmp_path / "c.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     assert "line 1 of c.jsonl is not valid JSON" in refusal(path=str(tmp_path / "c.jsonl"))
 
 
 def test_bad_csv_and_bad_parquet(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,answer\na,1\nb,2,3\n")
-    assert "line 3 of a.csv has not 2 fields" in refusal(path=str(tmp_path / "a.csv"))
+    assert "line 3 of a.csv is not valid CSV (3 fields where the first line has 2)" in refusal(
+        path=str(tmp_path / "a.csv")
+    )
     (tmp_path / "b.csv").write_text('prompt,answer\n"a,1\n')
-    assert "b.csv is not valid CSV near line" in refusal(path=str(tmp_path / "b.csv"))
+    assert "line 2 of b.csv is not valid CSV" in refusal(path=str(tmp_path / "b.csv"))
     (tmp_path / "a.parquet").write_text("no parquet at all")
-    assert "a.parquet is not a Parquet file" in refusal(path=str(tmp_path / "a.parquet"))
+    assert "row 1 of a.parquet is not valid Parquet" in refusal(path=str(tmp_path / "a.parquet"))
 
 
 def test_no_such_column_lists_those_there_are(tmp_path):
@@ -232,14 +236,14 @@ def test_other_wrong_values(tmp_path):
     def message(**row) -> str:
         return refusal(path=write_lines(tmp_path / "a.jsonl", {"prompt": "p", **row}))
 
-    assert "an object without `target`" in message(answer={"value": 3})
+    assert "an object as its reference answer" in message(answer={"value": 3})
     assert "a list as its reference answer" in message(answer=[1])
     for number in (float("inf"), float("-inf")):  # 1e999 in JSON
         assert "line 1 of a.jsonl has infinity as its reference answer" in message(answer=number)
         assert "infinity as its reference answer" in message(answer={"target": number})
     assert "the token id 2147483648 in its prompt, which no model has" in message(prompt=[2**31])
     assert "as its id in column id" in message(id=None) and "as its id in column id" in message(id=1.5)
-    assert "negative token id" in message(prompt=[-1, 4])
+    assert "the token id -1 in its prompt, which no model has" in message(prompt=[-1, 4])
     assert "ends with the assistant's turn" in message(
         prompt=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     )

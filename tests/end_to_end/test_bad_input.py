@@ -154,7 +154,7 @@ def folder(tmp_path_factory) -> Path:
         (["data.path="], "data.path is empty", "set data.path to a file"),
         (["data.path=bad"], "the file data.path=bad does not exist", "did you mean data.path=bad.jsonl"),
         (["data.path=bad.jsonl"], "line 2 of bad.jsonl is not valid JSON", "set data.path"),
-        (["data.path=list.jsonl"], "line 1 of list.jsonl is no JSON object but a list", "data.path"),
+        (["data.path=list.jsonl"], "line 1 of list.jsonl is not valid JSON (a list where every line is an object", "data.path"),
         (["data.path=columns.jsonl"], "columns.jsonl has no column for the prompt but text, label",
          "set data.prompt to one of them"),
         (["data.path=columns.jsonl", "data.prompt=question"], "columns.jsonl has no column 'question' but text, label",
@@ -162,7 +162,7 @@ def folder(tmp_path_factory) -> Path:
         (["data.path=empty.jsonl"], "empty.jsonl has no rows", "set data.path"),
         (["data.path=types.jsonl"], "line 1 of types.jsonl has a number as its prompt", "set data.prompt"),
         (["data.path=twice.jsonl"], "line 2 of twice.jsonl and line 1 of twice.jsonl share the id '1'", "set data.id"),
-        (["data.path=short.csv"], "line 2 of short.csv has not 2 fields", "set data.path"),
+        (["data.path=short.csv"], "line 2 of short.csv is not valid CSV (1 fields where the first line has 2)", "set data.path"),
         (["data.path=not.parquet"], "not.parquet is not a Parquet file", "set data.path"),
         (["data.limit=0"], "data.limit is 0", "set data.limit=20"),
         # an empty prompt, a prompt longer than the context

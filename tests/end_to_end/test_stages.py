@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 
 from rl_onoff.backends.fake.backend import FakeBackend
-from rl_onoff.rundir.table import COLUMNS
+from rl_onoff.rundir.table import COMPLETIONS, score_columns
 from tests.conftest import ROOT
 from tests.end_to_end.conftest import COMMAND, FAKE, SMALL, environment, refused, rl_onoff, table, token_ids
 from tests.running import run_in
@@ -77,7 +77,7 @@ def test_rows_are_those_asked_for_and_join(done):
 def test_every_column_is_documented(done):
     run_dir, _ = done
     page = (ROOT / "docs/run_folder.md").read_text()
-    for name, columns in COLUMNS.items():
+    for name, columns in (("completions", COMPLETIONS), ("scores", score_columns())):
         section = page.split(f"## {name}")[1].split("\n## ")[0]
         documented = re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, re.MULTILINE)
         assert documented == list(columns.items()), name
