@@ -1,14 +1,16 @@
-"""Run: PYTHONPATH=. python benchmarks/flips.py [--responses 64] [--tokens 16] [--draws 1000] [--models tiny,flat,smollm2]
+"""Run: PYTHONPATH=. python benchmarks/flips.py [--responses 64] [--tokens 16] [--draws 1000] [--models
+tiny,flat,smollm2]
 
-How often the batch changes a draw in float32: draws flipped per million, for batches of 8 and 16 against each response alone, by
-model, sampler and way to draw. The same tokens are given to the model in every batch size, so that one flip makes no second one;
-then for the two rows of logits of a token:
+How often the batch changes a draw in float32: draws flipped per million, for batches of 8 and 16 against each response
+alone, by model, sampler and way to draw. The same tokens are given to the model in every batch size, so that one flip
+makes no second one; then for the two rows of logits of a token:
 
 - inverse: the chance that a uniform number falls where the two cumulative sums pick different tokens, computed exactly
 - gumbel: the share of `--draws` keys with which `rl_onoff.backends.sampler.pick` picks different tokens
 
-On a newer CPU, ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 stands for an older one. The tiny model
-is the tests' own; `flat` is the same with the head of a new model, whose 49,152 tokens are nearly equally likely.
+On a newer CPU, ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 stands for an older one.
+The tiny model is the tests' own; `flat` is the same with the head of a new model, whose 49,152 tokens are nearly
+equally likely.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     print(f"CPU: {cpu()}\ndraws flipped per million")
     print(
-        f"{'model':8} {'sampler':28} {'batch':>5} {'positions':>9} {'largest difference':>18} {'inverse':>9} {'gumbel':>9}"
+        f"{'model':8} {'sampler':28} {'batch':>5} {'positions':>9} {'largest difference':>18} {'inverse':>9} "
+        f"{'gumbel':>9}"
     )
     with tempfile.TemporaryDirectory() as temporary:
         for name, path in models(Path(temporary)):
@@ -125,5 +128,5 @@ if __name__ == "__main__":
                         inverse.append(inverse_flips(a_V, b_V))
                         noise = np.random.Philox(number).random_raw(arguments.draws).view(np.int64)
                         gumbel.append(gumbel_flips(a_V, b_V, torch.as_tensor(noise)))
-                    print(f"{name:8} {label:28} {size:5} {len(inverse):9} {largest:18.1e} {1e6 * np.mean(inverse):9.2f} "
-                          f"{1e6 * np.mean(gumbel):9.2f}", flush=True)  # fmt: skip
+                    rates = f"{1e6 * np.mean(inverse):9.2f} {1e6 * np.mean(gumbel):9.2f}"
+                    print(f"{name:8} {label:28} {size:5} {len(inverse):9} {largest:18.1e} {rates}", flush=True)

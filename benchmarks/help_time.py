@@ -1,8 +1,8 @@
 """Run: python benchmarks/help_time.py [pairs]
 
-How long `rl-onoff --help` and a config error take against a bare Hydra app that imports nothing (its `--help`, and running it), in
-turns: CPU seconds, which other work on the machine changes little. Prints the median of the pairwise ratios, which must stay below
-1.5, and exits with 1 otherwise.
+How long `rl-onoff --help` and a config error take against a bare Hydra app that imports nothing (its `--help`, and
+running it), in turns: CPU seconds, which other work on the machine changes little. Prints the median of the pairwise
+ratios, which must stay below 1.5, and exits with 1 otherwise.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ def throughput(rounds: int, model: str) -> None:
     first = best["1 replica, 1 core"]
     for name, (wall, cpu) in best.items():
         print(
-            f"{name:24} {wall:8.1f} tokens/s {wall / first[0]:5.2f} × {cpu:12.1f} tokens per busiest CPU second {cpu / first[1]:5.2f} ×"
+            f"{name:24} {wall:8.1f} tokens/s {wall / first[0]:5.2f} × {cpu:12.1f} tokens per busiest CPU second "
+            f"{cpu / first[1]:5.2f} ×"
         )
 
 

@@ -2,9 +2,9 @@
 
     bash tests/engines/build_sglang.sh && PYTHONPATH=. .venv-sglang/bin/python benchmarks/sglang_stats.py
 
-Prints ratios, measured side by side in one run, each the median of rounds in which every way has its turn. "Stats" are chosen
-logprob, entropy, logsumexp, rank and top-5. Work: 2 prompts of 256 tokens (--prompts) with 8 responses of 64 tokens each; the
-cache is flushed before every turn.
+Prints ratios, measured side by side in one run, each the median of rounds in which every way has its turn. "Stats" are
+chosen logprob, entropy, logsumexp, rank and top-5. Work: 2 prompts of 256 tokens (--prompts) with 8 responses of 64
+tokens each; the cache is flushed before every turn.
 """
 
 from __future__ import annotations

@@ -64,5 +64,6 @@ if __name__ == "__main__":
     for replicas, slots, responses in SETTINGS:
         whole, topped_up = (steps(replicas, slots, responses, top_up=top_up) for top_up in (False, True))
         print(
-            f"{replicas:3} replicas × {slots:3} slots, {responses:6,} responses: {whole / topped_up:4.1f} × the time without topping up"
+            f"{replicas:3} replicas × {slots:3} slots, {responses:6,} responses: {whole / topped_up:4.1f} × the time "
+            "without topping up"
         )

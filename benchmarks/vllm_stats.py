@@ -2,9 +2,10 @@
 
     python benchmarks/vllm_stats.py [--model smollm2] [--dtype float32] [--rounds 5]
 
-2 prompts of 256 tokens with 8 responses of 64 each. All variants run in one engine, in turn, so that what else the machine
-does falls on all alike; the numbers are ratios of medians. "forward" is the engine with max_tokens=1 on the same sequences.
-Full logits are timed against `prompt_logprobs=-1, flat_logprobs=True, detokenize=False` before its lists are made arrays.
+2 prompts of 256 tokens with 8 responses of 64 each. All variants run in one engine, in turn, so that what else the
+machine does falls on all alike; the numbers are ratios of medians. "forward" is the engine with max_tokens=1 on the
+same sequences. Full logits are timed against `prompt_logprobs=-1, flat_logprobs=True, detokenize=False` before its
+lists are made arrays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run: python docs/make_configuration.py
 
-Writes docs/configuration.md from the schemas: names, types and defaults from the dataclasses, the sentence from below each field.
-A test fails while the committed page differs.
+Writes docs/configuration.md from the schemas: names, types and defaults from the dataclasses, the sentence from below
+each field. A test fails while the committed page differs.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ PAGE = Path(__file__).with_name("configuration.md")
 
 INTRO = """# Configuration
 
-Written by `python docs/make_configuration.py` from the dataclasses in `rl_onoff/config.py`, `rl_onoff/backends/engine_config.py`
-and the `config.py` of each engine.
+Written by `python docs/make_configuration.py` from the dataclasses in `rl_onoff/config.py`,
+`rl_onoff/backends/engine_config.py` and the `config.py` of each engine.
 
-Every field is set on the command line as `group.field=value`; a whole group is chosen as `group=choice`. `model=NAME` is short
-for `model.name=NAME`. Lists are written `'[a,b]'`, a value with spaces or commas as `'data.system="Answer briefly, please."'`;
-`null` is nothing. `rl-onoff --cfg job` shows the composed config, `rl-onoff --help` five commands.
+Every field is set on the command line as `group.field=value`; a whole group is chosen as `group=choice`.
+`model=NAME` is short for `model.name=NAME`. Lists are written `'[a,b]'`, a value with spaces or commas as
+`'data.system="Answer briefly, please."'`; `null` is nothing. `rl-onoff --cfg job` shows the composed config,
+`rl-onoff --help` five commands.
 
 A secret (a field whose name ends with `token`, `api_key`, `password`, …) comes from the environment:
-`'+backend.engine_kwargs.hf_token=${oc.env:HF_TOKEN}'`. A literal one is refused, and its value is written to no file of the run.
-"""
+`'+backend.engine_kwargs.hf_token=${oc.env:HF_TOKEN}'`. A literal one is refused, and its value is written to no
+file of the run."""
 
 ENGINES = """The engine that samples (`backend.dtype=…`), the one that scores (`target.dtype=…`) and those of a matrix
-(`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code` and `dtype` follow the
-group `model` where they are not set here, and `pool` follows the group `pool`, field by field (`target.pool.kind=local`).
+(`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code` and
+`dtype` follow the group `model` where they are not set here, and `pool` follows the group `pool`, field by field
+(`target.pool.kind=local`).
 
 `target` is one engine that scores; `targets` are more, each named by you, and the name is that of its scores:
-`'+target@targets.f32=huggingface' targets.f32.dtype=float32`. All of them score, `target` too; `target=self` (the default) adds none, and
-without any the engine that samples is the one that scores. In a run that samples it scores beside them, unless `score.own=false`. Two
-names of one engine both have scores; a `target` that is the engine that samples adds none. The verdict is about the one
-that is furthest from the sampler."""
+`'+target@targets.f32=huggingface' targets.f32.dtype=float32`. All of them score, `target` too; `target=self` (the
+default) adds none, and without any the engine that samples is the one that scores. In a run that samples it scores
+beside them, unless `score.own=false`. Two names of one engine both have scores; a `target` that is the engine that
+samples adds none. The verdict is about the one that is furthest from the sampler."""
 
 
 def sentences(schema: Any) -> dict[str, str]:

@@ -37,9 +37,9 @@ class Sampling:
     stop: list[str] = field(default_factory=list)
     """Strings that end a response; the text is cut before the first of them, the token ids keep what was sampled."""
     seed: int = 0
-    """Seed of all sampling; a response depends on (model, prompt, sampling, seed, sample index) alone in float32, but for
-    rare flips: at most 8 per million draws measured (SmolLM2 on a CPU); in 16 bits also on rounding, which differs with
-    the batch."""
+    """Seed of all sampling; a response depends on (model, prompt, sampling, seed, sample index) alone in float32, but
+    for rare flips: at most 8 per million draws measured (SmolLM2 on a CPU); in 16 bits also on rounding, which differs
+    with the batch."""
 
     def __post_init__(self) -> None:
         checks = (

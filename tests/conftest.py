@@ -16,7 +16,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin crawl where cores are shared
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# A suite that was started in the background inherits that Ctrl-C is ignored, and so would every run it starts and interrupts.
+# A suite that was started in the background inherits that Ctrl-C is ignored, and so would every run it starts and
+# interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]

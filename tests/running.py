@@ -49,7 +49,8 @@ FLIPS_PER_MILLION = 8
 
 
 def flipped(got: Mapping[Hashable, Sequence[int]], expected: Mapping[Hashable, Sequence[int]]) -> set[Hashable]:
-    """The keys of the responses that rounding changed. Fails where there are more than the measured rate of flips explains.
+    """The keys of the responses that rounding changed. Fails where there are more than the measured rate of flips
+    explains.
 
     A response is equal up to its first flip; the tokens after it follow from another beginning and are not looked at.
     """

@@ -1,9 +1,9 @@
 """The sampler of the engines whose draw is ours (HuggingFace, fake, SGLang): Gumbel-max with noise that depends on the
 response's seed and the token's position alone, so that a response depends neither on its batch nor on the device.
 
-Rounding differs with the batch all the same. What a change of the logits by epsilon flips is a draw whose two best scores
-are epsilon apart; the inverse of a cumulative sum would flip wherever a boundary between two of the V tokens moves over
-its random number, which is a hundred times as often where the distribution is flat (benchmarks/flips.py).
+Rounding differs with the batch all the same. What a change of the logits by epsilon flips is a draw whose two best
+scores are epsilon apart; the inverse of a cumulative sum would flip wherever a boundary between two of the V tokens
+moves over its random number, which is a hundred times as often where the distribution is flat (benchmarks/flips.py).
 
 Shapes: R rows (responses), V vocabulary, B tokens of a block, M blocks.
 """
@@ -53,11 +53,11 @@ def draw(
 
 
 def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
-    """One token per key (R,) with a probability proportional to its weight; a token of weight 0 is never picked. Where all keys
-    share their weights, one row of them (1, V) will do.
+    """One token per key (R,) with a probability proportional to its weight; a token of weight 0 is never picked. Where
+    all keys share their weights, one row of them (1, V) will do.
 
-    Gumbel-max twice: the block with the largest weight over exponential noise, then the token of that block. That is the
-    distribution of the whole, with noise for M + B tokens instead of V.
+    Gumbel-max twice: the block with the largest weight over exponential noise, then the token of that block. That is
+    the distribution of the whole, with noise for M + B tokens instead of V.
     """
     import torch
 
@@ -73,7 +73,8 @@ def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
 
 
 def exponential(keys_R: Tensor, count: int) -> Tensor:
-    """`count` numbers of the standard exponential distribution for every key: (R, count) float64, the same on every device."""
+    """`count` numbers of the standard exponential distribution for every key: (R, count) float64, the same on every
+    device."""
     import torch
 
     counter_N = torch.arange(1, count + 1, device=keys_R.device)
@@ -132,7 +133,8 @@ class Row:
         stop = self.request.sampling.stop
         if not stop:
             return False
-        # a character is at most 4 bytes and a token at least one, so a stop string that ends here lies in this many tokens
+        # a character is at most 4 bytes and a token at least one, so a stop string that ends here lies in this many
+        # tokens
         window = 4 * max(map(len, stop)) + 8
         tail = tokenizer.decode(self.token_ids[-window:], skip_special_tokens=True)
         if not any(string in tail for string in stop):

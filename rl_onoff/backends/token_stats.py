@@ -29,7 +29,8 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
 
 
 def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScores:
-    """Statistics of the tokens `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the logits' device."""
+    """Statistics of the tokens `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the logits'
+    device."""
     import torch
 
     with torch.no_grad():

@@ -158,7 +158,8 @@ def answers(address: str) -> bool:
 
 
 def _in_time(true: Callable[[], bool]) -> bool:
-    """What the function says; False when it says nothing in PROBE_SECONDS: a name server that is silent has no timeout."""
+    """What the function says; False when it says nothing in PROBE_SECONDS: a name server that is silent has no
+    timeout."""
     said: list[bool] = []
     thread = threading.Thread(target=lambda: said.append(true()), daemon=True, name="probe")
     thread.start()

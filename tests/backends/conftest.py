@@ -32,7 +32,8 @@ def options_of(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest, tiny_llama: str) -> Iterator[BaseBackend]:
-    """The backend of that name, loaded once for all tests that use it, with the tiny model (the fake has one of its own)."""
+    """The backend of that name, loaded once for all tests that use it, with the tiny model (the fake has one of its
+    own)."""
     name = request.param
     with create_backend(
         {"backend_type": name, "model_name": tiny_llama, "backend_specific": options_of(name)}
@@ -48,7 +49,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Bring the tests of one engine together, whatever their file, so that it is started once and runs no longer than it must."""
+    """Bring the tests of one engine together, whatever their file, so that it is started once and runs no longer than
+    it must."""
 
     def engine(item: pytest.Item) -> int:
         name = getattr(getattr(item, "callspec", None), "params", {}).get("backend")

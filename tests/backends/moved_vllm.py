@@ -1,4 +1,5 @@
-"""vLLM as it would look to us if a new version had moved what our hooks hold on to, and with a scheduler that caps nothing."""
+"""vLLM as it would look to us if a new version had moved what our hooks hold on to, and with a scheduler that caps
+nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Wrong arguments of the public API, and limits of an engine: a ValueError of one sentence, before anything is loaded."""
+"""Wrong arguments of the public API, and limits of an engine: a ValueError of one sentence, before anything is
+loaded."""
 
 from __future__ import annotations
 

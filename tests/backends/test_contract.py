@@ -1,4 +1,5 @@
-"""What every backend promises, checked on every backend. Real engines are compared with a plain float32 forward pass."""
+"""What every backend promises, checked on every backend. Real engines are compared with a plain float32 forward
+pass."""
 
 from __future__ import annotations
 
@@ -19,12 +20,27 @@ TOLERANCE = 2e-4  # nats, float32 against float32
 NUM_GREEDY = 12
 
 CHAT = [
-    "What is the capital of France?", "Name a colour.", "What is 2 + 3?", "Say hello.", "Who wrote Hamlet?", "What is the opposite of hot?",
-    "Count to five.", "What do bees make?", "Finish the sentence: the sky is", "How many legs has a spider?",
-    "What is the largest planet?", "Give me a rhyme for cat.", "Which season comes after winter?", "What is ice made of?",
-    "Translate 'good morning' into French.", "What is the square of 7?", "What language is spoken in Brazil?", "Name an animal that flies.",
-    "What is the first letter of the alphabet?", "Is water wet?",
-]  # fmt: skip
+    "What is the capital of France?",
+    "Name a colour.",
+    "What is 2 + 3?",
+    "Say hello.",
+    "Who wrote Hamlet?",
+    "What is the opposite of hot?",
+    "Count to five.",
+    "What do bees make?",
+    "Finish the sentence: the sky is",
+    "How many legs has a spider?",
+    "What is the largest planet?",
+    "Give me a rhyme for cat.",
+    "Which season comes after winter?",
+    "What is ice made of?",
+    "Translate 'good morning' into French.",
+    "What is the square of 7?",
+    "What language is spoken in Brazil?",
+    "Name an animal that flies.",
+    "What is the first letter of the alphabet?",
+    "Is water wet?",
+]
 
 
 def chat_ids(backend: BaseBackend, question: str) -> np.ndarray:

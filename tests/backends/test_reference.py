@@ -80,7 +80,8 @@ def test_default_config_files(name: str) -> None:
 def test_a_backend_section_of_an_experiment_config(tmp_path: Path) -> None:
     file = tmp_path / "experiment_config.yaml"
     file.write_text(
-        "backend:\n  backend_type: vllm\n  model_name: gpt2\n  backend_specific:\n    tensor_parallel_size: 2\n    max_model_len: 2048\n"
+        "backend:\n  backend_type: vllm\n  model_name: gpt2\n  backend_specific:\n    tensor_parallel_size: 2\n    "
+        "max_model_len: 2048\n"
     )
     backend = create_backend(yaml.safe_load(file.read_text()).get("backend", {}))
     assert isinstance(backend, VLLMBackend) and backend.config.tensor_parallel == 2

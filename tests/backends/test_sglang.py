@@ -1,4 +1,5 @@
-"""What is SGLang's own: where its scheduler cuts, shares and mixes the work, and what happens when a part of it dies."""
+"""What is SGLang's own: where its scheduler cuts, shares and mixes the work, and what happens when a part of it
+dies."""
 
 from __future__ import annotations
 

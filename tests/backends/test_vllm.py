@@ -1,4 +1,5 @@
-"""What is vLLM's own: where its scheduler cuts, caches and shares the work, its two ways to statistics, and its deaths."""
+"""What is vLLM's own: where its scheduler cuts, caches and shares the work, its two ways to statistics, and its
+deaths."""
 
 from __future__ import annotations
 
@@ -178,8 +179,11 @@ def test_processed_logprobs_are_those_of_the_sampler(tiny_llama: str) -> None:
     prompt_ids = np.arange(20, 40, dtype=np.int32)
     with create_backend(config(tiny_llama, logprob_kind=LogprobKind.processed)) as backend:
         samplers = {
-            "k": Sampling(top_k=5, temperature=0.7), "p": Sampling(top_p=0.5), "m": Sampling(min_p=0.2), "greedy": Sampling(temperature=0),
-        }  # fmt: skip
+            "k": Sampling(top_k=5, temperature=0.7),
+            "p": Sampling(top_p=0.5),
+            "m": Sampling(min_p=0.2),
+            "greedy": Sampling(temperature=0),
+        }
         requests = [
             sample_requests(id=name, prompt_ids=prompt_ids, sampling=s.replace(max_new_tokens=12, n=2))
             for name, s in samplers.items()
@@ -298,7 +302,8 @@ def test_an_environment_without_the_package_is_named(tiny_llama: str) -> None:
 
 
 def test_the_newer_model_runner_is_hooked_too() -> None:
-    """It needs a GPU; this is its interface (vLLM 0.32) over a linear model, in two chunks of which one holds two requests."""
+    """It needs a GPU; this is its interface (vLLM 0.32) over a linear model, in two chunks of which one holds two
+    requests."""
     import torch
 
     from rl_onoff.backends.token_stats import token_stats
@@ -331,9 +336,11 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
     def step(ids: list[int], firsts: list[int], counts: list[int]) -> Any:
         offsets = np.cumsum([0, *counts])
         batch = SimpleNamespace(
-            req_ids=[f"internal-{i}" for i in ids], num_computed_prefill_tokens_np=np.array(firsts), num_scheduled_tokens=np.array(counts),
+            req_ids=[f"internal-{i}" for i in ids],
+            num_computed_prefill_tokens_np=np.array(firsts),
+            num_scheduled_tokens=np.array(counts),
             query_start_loc_np=offsets,
-        )  # fmt: skip
+        )
         # request 1 owns rows 0-7, request 2 rows 8-16 of hidden_ND; request 3 is none of ours
         owned = {1: 0, 2: 8, 3: 0}
         spans = [

@@ -91,5 +91,6 @@ def test_an_installed_wheel_works_from_another_directory(wheel, tmp_path):
     done = subprocess.run(jobs, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), "the launcher is there too"
 
-    rows = "from rl_onoff.config import DataConfig; from rl_onoff.data.prompts import load_rows; print(len(load_rows(DataConfig())))"
+    imports = "from rl_onoff.config import DataConfig; from rl_onoff.data.prompts import load_rows"
+    rows = f"{imports}; print(len(load_rows(DataConfig())))"
     assert int(subprocess.check_output([python, "-c", rows], cwd=elsewhere, env=env, text=True)) >= 100

@@ -59,7 +59,8 @@ def one_sentence(stdout: str, stderr: str) -> str:
 
 @pytest.fixture
 def refused_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
-    """`refused` without a process of its own: the same `main`, for the many commands that end before anything is loaded."""
+    """`refused` without a process of its own: the same `main`, for the many commands that end before anything is
+    loaded."""
     from rl_onoff.cli.main import main
 
     root = logging.getLogger()

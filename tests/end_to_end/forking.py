@@ -1,7 +1,8 @@
-"""Commands in processes of their own that need not import everything first: a server that has imported it forks one for each.
+"""Commands in processes of their own that need not import everything first: a server that has imported it forks one for
+each.
 
-Starting Python with torch and pandas takes two seconds, and the command itself a tenth of one. The forked process gets the
-arguments, working folder and environment of the command, its files as stdout and stderr, and ends as any other.
+Starting Python with torch and pandas takes two seconds, and the command itself a tenth of one. The forked process gets
+the arguments, working folder and environment of the command, its files as stdout and stderr, and ends as any other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ for line in sys.stdin:
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environ"])
-    for name, number, mode in ((os.devnull, 0, os.O_RDONLY), (order["out"], 1, os.O_WRONLY), (order["err"], 2, os.O_WRONLY)):
+    streams = ((os.devnull, 0, os.O_RDONLY), (order["out"], 1, os.O_WRONLY), (order["err"], 2, os.O_WRONLY))
+    for name, number, mode in streams:
         opened = os.open(name, mode)
         os.dup2(opened, number)
         os.close(opened)

@@ -1,4 +1,5 @@
-"""An engine that dies in the middle: the error comes in time, nothing finished is lost, and the same command finishes the rest."""
+"""An engine that dies in the middle: the error comes in time, nothing finished is lost, and the same command finishes
+the rest."""
 
 from __future__ import annotations
 

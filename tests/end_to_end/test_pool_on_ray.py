@@ -67,9 +67,14 @@ def test_a_run_on_ray_is_the_run_and_leaves_no_process(here, tmp_path):
 def test_a_stopped_run_leaves_no_process_and_goes_on_without_ray(how, here, tmp_path):
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [*COMMAND, *LONG, *ON_RAY, "run_dir=run"], cwd=tmp_path, env=environment(**{MARK: mark}), text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*COMMAND, *LONG, *ON_RAY, "run_dir=run"],
+        cwd=tmp_path,
+        env=environment(**{MARK: mark}),
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     said = ""
     while not re.search(r"INFO generate: \d+ of", said):
@@ -89,7 +94,5 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_without_ray(how, here, tmp_
 
 def test_no_cluster_is_one_sentence(tmp_path):
     sentence = refused(*FAKE, "pool=ray", "pool.address=127.0.0.1:9", cwd=tmp_path, code=1)
-    assert (
-        sentence
-        == "no Ray cluster answers at 127.0.0.1:9: set pool.address to one that runs, or to null to start one for this run"
-    )
+    fix = "set pool.address to one that runs, or to null to start one for this run"
+    assert sentence == f"no Ray cluster answers at 127.0.0.1:9: {fix}"

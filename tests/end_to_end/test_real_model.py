@@ -30,9 +30,14 @@ def with_bin() -> dict[str, str]:
 def test_the_demo(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     said = rl_onoff(
-        "experiment=onoff", "model.dtype=bfloat16", "target=huggingface", "target.dtype=float32", "data.limit=3",
-        "sampling.max_new_tokens=16", f"run_dir={run_dir}",
-    )  # fmt: skip
+        "experiment=onoff",
+        "model.dtype=bfloat16",
+        "target=huggingface",
+        "target.dtype=float32",
+        "data.limit=3",
+        "sampling.max_new_tokens=16",
+        f"run_dir={run_dir}",
+    )
     for words in (
         "tokens/s",
         "mean logprob",
@@ -82,11 +87,14 @@ def verl_file(folder: Path, name: str) -> Path:
         return SHARED / name
     rows = [
         {
-            "data_source": "made", "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}], "ability": "math",
-            "reward_model": {"ground_truth": str(2 * i), "style": "rule"}, "extra_info": {"index": i, "split": "test"},
+            "data_source": "made",
+            "prompt": [{"role": "user", "content": f"What is {i} + {i}?"}],
+            "ability": "math",
+            "reward_model": {"ground_truth": str(2 * i), "style": "rule"},
+            "extra_info": {"index": i, "split": "test"},
         }
         for i in range(2)
-    ]  # fmt: skip
+    ]
     pd.DataFrame(rows).to_parquet(folder / name)
     return folder / name
 
@@ -95,9 +103,16 @@ def verl_file(folder: Path, name: str) -> Path:
 def test_real_problems(name: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     said = rl_onoff(
-        "model=smollm2", f"data.path={verl_file(tmp_path, name)}", "sampling.n=4", "sampling.temperature=0.8", "experiment=analyse",
-        "data.limit=2", "sampling.max_new_tokens=12", "tracking=none", f"run_dir={run_dir}",
-    )  # fmt: skip
+        "model=smollm2",
+        f"data.path={verl_file(tmp_path, name)}",
+        "sampling.n=4",
+        "sampling.temperature=0.8",
+        "experiment=analyse",
+        "data.limit=2",
+        "sampling.max_new_tokens=12",
+        "tracking=none",
+        f"run_dir={run_dir}",
+    )
     assert "pass@4" in said
     responses = pd.read_parquet(run_dir / "completions")
     assert len(responses) == 8 and responses["reward"].notna().all()

@@ -15,17 +15,44 @@ def no_other_secrets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key", ["token", "hf_token", "HF_TOKEN", "api_key", "apiKey", "WANDB_API_KEY", "password",
-            "db.password", "client-secret", "+backend.engine_kwargs.hf_token", "AWS_SECRET_ACCESS_KEY", "Authorization", "credentials"],
-)  # fmt: skip
+    "key",
+    [
+        "token",
+        "hf_token",
+        "HF_TOKEN",
+        "api_key",
+        "apiKey",
+        "WANDB_API_KEY",
+        "password",
+        "db.password",
+        "client-secret",
+        "+backend.engine_kwargs.hf_token",
+        "AWS_SECRET_ACCESS_KEY",
+        "Authorization",
+        "credentials",
+    ],
+)
 def test_secret_names(key):
     assert is_secret_key(key)
 
 
 @pytest.mark.parametrize(
-    "key", ["max_new_tokens", "token_ids", "tokenizer", "top_k", "eos_token", "pad_token", "key", "stop_token_ids",
-            "tokens_per_s", "skip_tokenizer_init", "monkey", "trust_remote_code"],
-)  # fmt: skip
+    "key",
+    [
+        "max_new_tokens",
+        "token_ids",
+        "tokenizer",
+        "top_k",
+        "eos_token",
+        "pad_token",
+        "key",
+        "stop_token_ids",
+        "tokens_per_s",
+        "skip_tokenizer_init",
+        "monkey",
+        "trust_remote_code",
+    ],
+)
 def test_names_that_only_look_like_secrets(key):
     assert not is_secret_key(key)
 
@@ -80,11 +107,21 @@ def test_a_literal_is_refused_by_its_name(config, name):
 
 
 def test_what_is_no_literal():
-    refuse_literals({
-        "hf_token": "${oc.env:MINE}", "authorization": "Bearer ${oc.env:MINE}", "password": None,
-        "use_auth_token": True, "api_key": "", "secret": "???", "eos_token": "</s>", "n_token": 3, "at": "me@host",
-        "proxy": "http://proxy:3128", "token": {"n": 3},
-    })  # fmt: skip
+    refuse_literals(
+        {
+            "hf_token": "${oc.env:MINE}",
+            "authorization": "Bearer ${oc.env:MINE}",
+            "password": None,
+            "use_auth_token": True,
+            "api_key": "",
+            "secret": "???",
+            "eos_token": "</s>",
+            "n_token": 3,
+            "at": "me@host",
+            "proxy": "http://proxy:3128",
+            "token": {"n": 3},
+        }
+    )
 
 
 def test_the_environments_secrets_are_taken_out_of_a_text_where_they_are_long_enough_to_be_found_again():

@@ -378,7 +378,8 @@ if __name__ == "__main__":
     with TinyBackend(FakeBackendConfig(model_name="tiny", engine_kwargs={"engine": sys.argv[1]})) as backend:
         print(backend._core.pid, flush=True)
         ids = np.arange(3, dtype=np.int32)
-        for c in generate(backend._core, [sample_requests(id=i, prompt_ids=ids, sampling=Sampling()) for i in ("a", "hang")]):
+        requests = [sample_requests(id=i, prompt_ids=ids, sampling=Sampling()) for i in ("a", "hang")]
+        for c in generate(backend._core, requests):
             print("got", c.request_id, flush=True)
 """
 
@@ -387,9 +388,13 @@ if __name__ == "__main__":
 def test_nothing_outlives_the_parent(engine_file, sign):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(engine_file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        [sys.executable, "-c", PARENT, str(engine_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
         start_new_session=True,
-    )  # fmt: skip
+    )
     worker = int(parent.stdout.readline())
     assert parent.stdout.readline() == "got a\n"
     engine, _ = engine_of(engine_file)

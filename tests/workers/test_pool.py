@@ -268,7 +268,8 @@ def test_replicas_do_not_run_far_ahead_of_the_reader(pool):
 
 
 def test_a_worker_that_sends_takes_in_what_its_parent_sends(pool):
-    """The longest results come last, so that a worker waits to send one while its parent sends more requests than a socket holds."""
+    """The longest results come last, so that a worker waits to send one while its parent sends more requests than a
+    socket holds."""
     one, got = pool(dp_size=1), []
     for completion in generate(
         one, [request(str(i), 1000 * (i + 1), max_new_tokens=10**6 - 2000 * i) for i in range(90)]

@@ -180,7 +180,8 @@ def test_a_slow_reader_slows_the_worker_and_an_abandoned_call_leaves_the_pool_us
 
 
 def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
-    """Methods of an actor overtake each other: a `next` or `cancel` of the call that was left may come after the next one began."""
+    """Methods of an actor overtake each other: a `next` or `cancel` of the call that was left may come after the next
+    one began."""
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.001}, pool=on(cluster))
     site = RayCluster(TinyBackend, config)
     (client,) = site.clients()

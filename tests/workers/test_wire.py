@@ -1,4 +1,5 @@
-"""What travels to and from a worker arrives as it went: every value, shape and type, in memory that can be written to."""
+"""What travels to and from a worker arrives as it went: every value, shape and type, in memory that can be written
+to."""
 
 from __future__ import annotations
 
@@ -32,29 +33,55 @@ def ids(*shape: int):
 
 
 samplings = st.builds(
-    Sampling, temperature=st.floats(0, 1e30), top_p=st.floats(1e-300, 1), seed=st.integers(0, 2**63 - 1),
+    Sampling,
+    temperature=st.floats(0, 1e30),
+    top_p=st.floats(1e-300, 1),
+    seed=st.integers(0, 2**63 - 1),
     stop=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=2),
-)  # fmt: skip
+)
 requests = lengths.flatmap(
     lambda n: st.builds(
-        SampleRequest, request_id=texts, sample=samples, prompt_ids=ids(n), sampling=samplings, seed=st.integers(0, 2**31 - 1)
+        SampleRequest,
+        request_id=texts,
+        sample=samples,
+        prompt_ids=ids(n),
+        sampling=samplings,
+        seed=st.integers(0, 2**31 - 1),
     )
-)  # fmt: skip
+)
 rollouts = lengths.flatmap(
     lambda n: st.builds(
-        Rollout, request_id=texts, sample=samples, prompt_ids=ids(n + 1), token_ids_T=ids(n), text=texts,
-        mask_T=st.none() | arrays(np.bool_, n), logprobs_T=st.none() | floats(n), kind=st.none() | st.sampled_from(LogprobKind),
-        finish_reason=st.none() | st.sampled_from(FinishReason), reward=st.none() | st.floats(allow_nan=False),
+        Rollout,
+        request_id=texts,
+        sample=samples,
+        prompt_ids=ids(n + 1),
+        token_ids_T=ids(n),
+        text=texts,
+        mask_T=st.none() | arrays(np.bool_, n),
+        logprobs_T=st.none() | floats(n),
+        kind=st.none() | st.sampled_from(LogprobKind),
+        finish_reason=st.none() | st.sampled_from(FinishReason),
+        reward=st.none() | st.floats(allow_nan=False),
     )
-)  # fmt: skip
+)
 scores = st.tuples(lengths, lengths, lengths).flatmap(
     lambda s: st.builds(
-        TokenScores, request_id=texts, sample=samples, token_ids_T=ids(s[0]), logprobs_T=floats(s[0]),
-        entropy_T=st.none() | floats(s[0]), logsumexp_T=floats(s[0]), rank_T=ids(s[0]), top_ids_TK=ids(s[0], s[1]),
-        top_logprobs_TK=floats(s[0], s[1]), kind=st.sampled_from(LogprobKind), logits_TV=st.none() | floats(s[0], s[2]),
-        processed_logprobs_T=st.none() | floats(s[0]), nucleus_mass_T=st.none() | floats(s[0]),
+        TokenScores,
+        request_id=texts,
+        sample=samples,
+        token_ids_T=ids(s[0]),
+        logprobs_T=floats(s[0]),
+        entropy_T=st.none() | floats(s[0]),
+        logsumexp_T=floats(s[0]),
+        rank_T=ids(s[0]),
+        top_ids_TK=ids(s[0], s[1]),
+        top_logprobs_TK=floats(s[0], s[1]),
+        kind=st.sampled_from(LogprobKind),
+        logits_TV=st.none() | floats(s[0], s[2]),
+        processed_logprobs_T=st.none() | floats(s[0]),
+        nucleus_mass_T=st.none() | floats(s[0]),
     )
-)  # fmt: skip
+)
 
 
 def travelled(message: Any) -> Any:
@@ -111,10 +138,17 @@ def extreme_scores(repeat: int) -> Any:
     n = len(EXTREME)
     ids_T = np.array([0, -1, 2**31 - 1, -(2**31), 5, 6], np.int32)
     return TokenScores(
-        request_id="ü\0", sample=0, token_ids_T=ids_T, logprobs_T=EXTREME, entropy_T=EXTREME, logsumexp_T=EXTREME, rank_T=ids_T,
-        top_ids_TK=np.zeros((n, 0), np.int32), top_logprobs_TK=np.zeros((n, 0), np.float32),
+        request_id="ü\0",
+        sample=0,
+        token_ids_T=ids_T,
+        logprobs_T=EXTREME,
+        entropy_T=EXTREME,
+        logsumexp_T=EXTREME,
+        rank_T=ids_T,
+        top_ids_TK=np.zeros((n, 0), np.int32),
+        top_logprobs_TK=np.zeros((n, 0), np.float32),
         logits_TV=np.tile(EXTREME, (n, repeat)),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("repeat", [2, wire.INLINE_BYTES], ids=["in the header", "in buffers of their own"])

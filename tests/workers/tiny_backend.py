@@ -85,9 +85,14 @@ class TinyBackend(BaseBackend):
             time.sleep(float(self.config.engine_kwargs.get("seconds", 0)))
             ids = np.asarray(request.prompt_ids) + request.sample
             yield Rollout(
-                request_id=request.request_id, sample=request.sample, token_ids_T=ids, text=str(request.seed),
-                logprobs_T=-ids.astype(np.float32), kind=LogprobKind.raw, finish_reason=FinishReason.length,
-            )  # fmt: skip
+                request_id=request.request_id,
+                sample=request.sample,
+                token_ids_T=ids,
+                text=str(request.seed),
+                logprobs_T=-ids.astype(np.float32),
+                kind=LogprobKind.raw,
+                finish_reason=FinishReason.length,
+            )
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         for rollout in rollouts:
@@ -95,10 +100,17 @@ class TinyBackend(BaseBackend):
             zeros = np.zeros(num_tokens, np.float32)
             logits = np.full((num_tokens, 50_000), rollout.sample, np.float32) if want.full_logits else None
             yield TokenScores(
-                request_id=rollout.request_id, sample=rollout.sample, token_ids_T=rollout.token_ids_T, logprobs_T=zeros, entropy_T=zeros,
-                logsumexp_T=zeros, rank_T=zeros.astype(np.int32), top_ids_TK=np.zeros((num_tokens, want.top_k), np.int32),
-                top_logprobs_TK=np.zeros((num_tokens, want.top_k), np.float32), logits_TV=logits,
-            )  # fmt: skip
+                request_id=rollout.request_id,
+                sample=rollout.sample,
+                token_ids_T=rollout.token_ids_T,
+                logprobs_T=zeros,
+                entropy_T=zeros,
+                logsumexp_T=zeros,
+                rank_T=zeros.astype(np.int32),
+                top_ids_TK=np.zeros((num_tokens, want.top_k), np.int32),
+                top_logprobs_TK=np.zeros((num_tokens, want.top_k), np.float32),
+                logits_TV=logits,
+            )
 
     def _close(self) -> None:
         careless = self.config.engine_kwargs.get("careless")

@@ -64,8 +64,10 @@ class SGLangBackend(BaseBackend):
             if self._public is None and (why := self._disagreement()):
                 log.warning(
                     "SGLang %s: statistics inside the engine do not work (%s); they are taken through its public API "
-                    "instead, which is slow: set backend.in_engine_stats=false to do so without this warning", version, why,
-                )  # fmt: skip
+                    "instead, which is slow: set backend.in_engine_stats=false to do so without this warning",
+                    version,
+                    why,
+                )
                 self._close()
                 self._start(False)
         if not self._seeds_count():

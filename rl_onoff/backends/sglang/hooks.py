@@ -115,7 +115,8 @@ def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any
 
 
 def around_input_logprobs(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
-    """InputLogprobProcessor.forward: instead of one pass of SGLang's and one of ours, the LM head runs once, in chunks."""
+    """InputLogprobProcessor.forward: instead of one pass of SGLang's and one of ours, the LM head runs once, in
+    chunks."""
     metadata = kwargs.get("logits_metadata")
     asks_more = metadata is None or metadata.extend_return_top_logprob or metadata.extend_token_ids_logprob
     if _step is None or args or asks_more:

@@ -1,4 +1,5 @@
-"""vLLM's engine as this project uses it: started with explicit settings, fed request by request, ended without a trace."""
+"""vLLM's engine as this project uses it: started with explicit settings, fed request by request, ended without a
+trace."""
 
 from __future__ import annotations
 

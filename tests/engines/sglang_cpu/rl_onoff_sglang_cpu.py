@@ -1,8 +1,9 @@
-"""Makes `import torchvision` work beside a CPU build of torch; the environment's .pth file imports this in every process.
+"""Makes `import torchvision` work beside a CPU build of torch; the environment's .pth file imports this in every
+process.
 
 torchvision comes as a CUDA build whose compiled half does not load here, and its Python half registers metadata for two
-operators that are then missing. SGLang imports torchvision and uses none of it for text. Declaring the two operators just
-before torchvision is imported is enough. A process that never imports torchvision pays nothing.
+operators that are then missing. SGLang imports torchvision and uses none of it for text. Declaring the two operators
+just before torchvision is imported is enough. A process that never imports torchvision pays nothing.
 """
 
 from __future__ import annotations

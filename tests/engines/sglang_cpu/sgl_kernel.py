@@ -1,8 +1,9 @@
 """Stand-in for SGLang's compiled CPU kernels, which no package index carries.
 
-SGLang imports a few of them by name when it starts and calls none in plain generation and scoring; its torch-native code
-does the work. A kernel that is called after all fails with its name. `torch.ops.sgl_kernel` stays without operators, which
-is how SGLang decides against its AMX kernels (`cpu_has_amx_support`) on a CPU that has AMX: the same code runs everywhere.
+SGLang imports a few of them by name when it starts and calls none in plain generation and scoring; its torch-native
+code does the work. A kernel that is called after all fails with its name. `torch.ops.sgl_kernel` stays without
+operators, which is how SGLang decides against its AMX kernels (`cpu_has_amx_support`) on a CPU that has AMX: the same
+code runs everywhere.
 """
 
 from __future__ import annotations

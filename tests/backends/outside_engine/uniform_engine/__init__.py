@@ -1,4 +1,5 @@
-"""An engine that lives outside rl_onoff: its options. `_target_` names the backend, which is imported when it is built."""
+"""An engine that lives outside rl_onoff: its options. `_target_` names the backend, which is imported when it is
+built."""
 
 from __future__ import annotations
 
