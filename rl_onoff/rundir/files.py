@@ -1,5 +1,5 @@
-"""Files that are there whole or not at all: small texts, and Parquet shards, whose rows hold numbers, texts and arrays of
-one or two axes. One sentence for what a disk can do wrong."""
+"""Files that are there whole or not at all: small texts, and Parquet shards, whose rows hold numbers, texts and arrays
+of one or two axes. One sentence for what a disk can do wrong."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ def check_tokenizers(behaviour: Mapping[str, Any], target: Mapping[str, Any], na
 def texts_of(
     records: Iterable[Mapping[str, Any]], tokenizer: str | None, known: Iterable[EngineConfig]
 ) -> Callable[[int], str]:
-    """How the page writes tokens out, special tokens shown: by the tokenizer, else by the pieces of text beside the ids,
-    else as ids.
+    """How the page writes tokens out, special tokens shown: by the tokenizer, else by the pieces of text beside the
+    ids, else as ids.
     """
     records = list(records)
     loaded = texts_tokenizer(records, tokenizer, known)
