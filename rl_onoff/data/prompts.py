@@ -125,11 +125,9 @@ def question_of(prompt: Prompt, record: Mapping[str, Any]) -> str:
     """What the prompt asks, for people."""
     if is_chat(prompt):
         return next((item["content"] for item in reversed(prompt) if item["role"] == "user"), prompt[-1]["content"])
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
-    )
+    if isinstance(prompt, str):
+        return prompt
+    return next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
 
 
 def answer_column_of(table: Table) -> str | None:

@@ -231,7 +231,7 @@ def folder(tmp_path_factory) -> Path:
             "line 2 of short.csv is not valid CSV (1 fields where the first line has 2)",
             "set data.path",
         ),
-        (["data.path=not.parquet"], "not.parquet is not a Parquet file", "set data.path"),
+        (["data.path=not.parquet"], "row 1 of not.parquet is not valid Parquet", "set data.path"),
         (["data.limit=0"], "data.limit is 0", "set data.limit=20"),
         # an empty prompt, a prompt longer than the context
         (["data.path=blank.jsonl"], "line 2 of blank.jsonl has an empty prompt", "data.prompt"),

@@ -27,10 +27,11 @@ class VLLMBackendConfig(EngineConfig):
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
     owned_kwargs: ClassVar[tuple[str, ...]] = (
-        "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size",
-        "gpu_memory_utilization", "max_model_len", "enforce_eager", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
-        "logprobs_mode=backend.logprob_kind", "max_logprobs=score.top_k",
-        "worker_extension_cls=backend.in_engine_stats", "data_parallel_size=backend.dp_size",
+        "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "max_model_len",
+        "gpu_memory_utilization", "enforce_eager", "revision=model.revision",
+        "trust_remote_code=model.trust_remote_code", "logprobs_mode=backend.logprob_kind",
+        "max_logprobs=score.top_k", "worker_extension_cls=backend.in_engine_stats",
+        "data_parallel_size=backend.dp_size",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
