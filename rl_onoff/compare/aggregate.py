@@ -209,8 +209,8 @@ class Tokens:
                 "sample": self.keys[s][1],
                 "position": int(self.positions_N[n]),
                 "token_id": int(self.columns["token_ids"][n]),
-                "behaviour_logprob": finite(self.columns["behaviour"][n]),
-                "target_logprob": finite(self.columns["target"][n]),
+                "behaviour_logprob": finite(float(self.columns["behaviour"][n])),
+                "target_logprob": finite(float(self.columns["target"][n])),
                 "l": float(self.l_N[n]),
             }
             for n, s in zip(at_W, responses_W, strict=True)
