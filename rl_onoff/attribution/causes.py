@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from operator import eq
 from typing import Any
 
 from rl_onoff.attribution.result import MOST, ROUNDING, Row
@@ -113,12 +112,11 @@ def retokenised(case: Case, state: State) -> list[Candidate] | Row:
         raise NotTried("both sides hold the same ids, and no tokenizer is known: set compare.tokenizer")
     again = {key: encode_again(tokenizer, row.token_ids_T.tolist()) for key, row in q.items()}
     if differ:
-        special, theirs = (
-            set(tokenizer.all_special_ids),
-            {key: state.p.rows[key].token_ids_T.tolist() for key in differ},
-        )
-        plain = [[[i for i in ids[key] if i not in special] for key in differ] for ids in (theirs, again)]
-        exact = sum(map(eq, *plain))
+        special, exact = set(tokenizer.all_special_ids), 0
+        for key in differ:
+            ids = (state.p.rows[key].token_ids_T.tolist(), again[key])
+            theirs, text = ([i for i in side if i not in special] for side in ids)
+            exact += theirs == text
         held = f"{len(differ)} of {total} responses"
         detail = f"re-tokenised text: the target holds other ids in {held}, and {exact} of them are the text's"
         if not exact:
@@ -143,7 +141,7 @@ def transform(case: Case, state: State) -> list[Candidate]:
     p = state.p if known else case.rescore(state.target)
     how = ", ".join(f"{n} {getattr(sampler, n):g}" for n in TRANSFORM if getattr(sampler, n) != getattr(Sampling(), n))
     candidates = []
-    for kind in (kind for kind in LogprobKind if kind is not state.kind):
+    for kind in [kind for kind in LogprobKind if kind is not state.kind]:
         detail = f"the sampling transform: logprobs declared {state.kind.value} are {kind.value} ones ({how})"
         candidates.append(Candidate(replace(state, kind=kind, p=p), f"the target's {kind.value} logprobs", detail))
     return candidates

@@ -2,6 +2,7 @@
 
 Of a response that went by, only its token ids, the two logprobs and entropies of each token (20 bytes a token) and the
 sums of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
+A histogram is {"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too.
 
 Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one for each position bucket
 they reach.
@@ -16,24 +17,28 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.compare.bootstrap import Estimate, Sums, SumTable
+from rl_onoff.compare.bootstrap import Estimate, Sums, SumTable, finite
 from rl_onoff.compare.distributions import optional_terms, reduce_logits
 from rl_onoff.compare.metrics import (
     DEFAULT_THRESHOLDS,
     Thresholds,
     cumulative_l,
+    log_ratios,
+    order_metrics,
     segment_starts,
     segment_sums,
     sequence_terms,
     token_terms,
 )
 from rl_onoff.compare.pair import Pair, check_pair, join
-from rl_onoff.compare.tokens import Tokens
 from rl_onoff.compare.verdict import Comparison, PositionBucket, Summary
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind
 
 BATCH_TOKENS = 16_384
+ABS_EDGES = np.logspace(-8, 2, 81)
+PROB_BINS = 50
+MAX_POSITIONS = 200
 ENTROPIES = ("entropy_behaviour", "entropy_target")
 COLUMNS = ("token_ids", "behaviour", "target", *ENTROPIES, "lengths", "buckets")
 POSITION_TERMS = (
@@ -93,9 +98,7 @@ class Aggregator:
     def result(self) -> Comparison:
         self._flush()
         if not self._keys or self.kind is None:
-            raise UsageError(
-                "there is no response with tokens to compare: check that both sides hold the same request ids"
-            )
+            raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
         columns = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}
         tokens, sums = Tokens(columns, self._keys), self._responses.finish()
         groups = {
@@ -151,9 +154,10 @@ class Aggregator:
     def _summary(self, sums: Sums, tokens: Tokens, chosen_S: np.ndarray, num_empty: int = 0) -> Summary:
         sums = sums.rows(chosen_S)
         metrics = sums.estimates(self.num_resamples, self.seed)
-        metrics |= {name: Estimate(value) for name, value in tokens.order_metrics(chosen_S).items()}
-        num_tokens = int(tokens.lengths_S[chosen_S].sum())
-        counts = {"responses": int(chosen_S.sum()), "responses_empty": num_empty, "tokens": num_tokens}
+        chosen_N, lengths_S = np.repeat(chosen_S, tokens.lengths_S), tokens.lengths_S[chosen_S]
+        q_N, p_N = (tokens.columns[side][chosen_N] for side in ("behaviour", "target"))
+        metrics |= {name: Estimate(value) for name, value in order_metrics(q_N, p_N, lengths_S).items()}
+        counts = {"responses": len(lengths_S), "responses_empty": num_empty, "tokens": int(lengths_S.sum())}
         counted = [name for name in sums.names if name.startswith(("_tokens_", "_responses_"))]
         return Summary(metrics=metrics, counts=counts | {name[1:]: round(sums.total(name)) for name in counted})
 
@@ -162,7 +166,8 @@ class Aggregator:
         longest = int(tokens.lengths_S.max())
         found = []
         for bucket, (start, end) in enumerate(pairwise([*_bucket_edges(longest).tolist(), longest])):
-            rows, abs_l_N = sums.rows(buckets_R == bucket), tokens.abs_l_between(start, end)
+            rows = sums.rows(buckets_R == bucket)
+            abs_l_N = np.abs(tokens.l_N[(tokens.positions_N >= start) & (tokens.positions_N < end)])
             clamped = round(rows.total("_tokens_clamped"))
             counts = {"responses": len(rows.sums_RF), "tokens": len(abs_l_N), "tokens_clamped": clamped}
             percentiles = zip(("p50", "p95", "p99", "max"), np.percentile(abs_l_N, (50, 95, 99, 100)), strict=True)
@@ -170,6 +175,87 @@ class Aggregator:
             metrics |= {f"logprob_diff_{name}": Estimate(float(value)) for name, value in percentiles}
             found.append(PositionBucket(start=start, end=end, summary=Summary(metrics=metrics, counts=counts)))
         return found
+
+
+class Tokens:
+    """The kept columns, one number a token, and the lengths that cut them into responses."""
+
+    def __init__(self, columns: dict[str, np.ndarray], keys: list[Key]) -> None:
+        self.columns, self.keys, self.lengths_S = columns, keys, columns["lengths"]
+        self.starts_S = segment_starts(self.lengths_S)
+        self.l_N = log_ratios(columns["behaviour"], columns["target"])
+        self.positions_N = (np.arange(len(self.l_N)) - np.repeat(self.starts_S, self.lengths_S)).astype(np.int32)
+
+    def histograms(self) -> dict[str, Any]:
+        """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response; ready for JSON."""
+        entropies = {name: self.columns[name] for name in ("entropy_behaviour", "entropy_target")}
+        limit = max(float(np.percentile(np.abs(self.l_N), 99.5)), 1e-6)
+        edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in entropies.values()) or 1.0, 61)
+        return {
+            "l": _histogram(self.l_N, np.linspace(-limit, limit, 102)),
+            "abs_l": _histogram(np.abs(self.l_N), ABS_EDGES),
+            "probabilities": self._probability_grid(),
+            **{name: _histogram(values_N, edges) for name, values_N in entropies.items()},
+            "cumulative_l": self._cumulative_curve(),
+        }
+
+    def worst(self, num: int) -> list[dict[str, Any]]:
+        """The tokens with the largest |l|; a logprob of −inf is null, since JSON has no infinity."""
+        at_W = np.argsort(-np.abs(self.l_N), kind="stable")[:num]
+        responses_W = np.searchsorted(self.starts_S, at_W, side="right") - 1
+        return [
+            {
+                "request_id": self.keys[s][0],
+                "sample": self.keys[s][1],
+                "position": int(self.positions_N[n]),
+                "token_id": int(self.columns["token_ids"][n]),
+                "behaviour_logprob": finite(float(self.columns["behaviour"][n])),
+                "target_logprob": finite(float(self.columns["target"][n])),
+                "l": float(self.l_N[n]),
+            }
+            for n, s in zip(at_W, responses_W, strict=True)
+        ]
+
+    def worst_responses(self, num: int) -> list[dict[str, Any]]:
+        """The responses with the largest mean |l|."""
+        abs_N = np.abs(self.l_N)
+        mean_S = segment_sums(abs_N, self.lengths_S) / self.lengths_S
+        max_S, sum_S = np.maximum.reduceat(abs_N, self.starts_S), segment_sums(self.l_N, self.lengths_S)
+        return [
+            {
+                "request_id": self.keys[s][0],
+                "sample": self.keys[s][1],
+                "tokens": int(self.lengths_S[s]),
+                "mean_abs_l": float(mean_S[s]),
+                "max_abs_l": float(max_S[s]),
+                "sum_l": float(sum_S[s]),
+            }
+            for s in np.argsort(-mean_S, kind="stable")[:num]
+        ]
+
+    def _probability_grid(self) -> dict[str, Any]:
+        """counts[i][j]: tokens whose q lies in bin i and p in bin j of [0, 1]."""
+        logprobs = (np.asarray(self.columns[side], np.float64) for side in ("behaviour", "target"))
+        q_N, p_N = (np.minimum(np.exp(x_N) * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in logprobs)
+        counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
+        return {"edges": np.linspace(0, 1, PROB_BINS + 1).tolist(), "counts": counts.tolist()}
+
+    def _cumulative_curve(self) -> dict[str, Any]:
+        """Mean of Σ_{s≤t} l_s over the `num` responses that reach position t, at no more than 200 positions.
+
+        Long responses are not short ones continued: where `num` falls, the curve changes population.
+        """
+        sum_N = cumulative_l(self.l_N, self.lengths_S)
+        positions = np.unique(np.linspace(0, np.max(self.lengths_S) - 1, MAX_POSITIONS).astype(np.int64))
+        reached = [self.starts_S[self.lengths_S > t] + t for t in positions]
+        means = [float(sum_N[at].mean()) for at in reached]
+        return {"position": positions.tolist(), "mean": means, "num": [len(at) for at in reached]}
+
+
+def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+    counts = np.histogram(values_N, edges)[0]
+    below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "below": below, "above": above}
 
 
 def _bucket_edges(length: int) -> np.ndarray:

@@ -46,9 +46,7 @@ class Metric:
     unit: str
     better: str  # lower, higher, zero, one, or none (it only describes)
     label: str = ""  # in a few words; the name where there is none
-    headline: int = (
-        0  # 0: among all metrics alone; 1: in the summary and on W&B; 2: in a matrix's cells; 3: a table of it
-    )
+    headline: int = 0  # 0: among all metrics alone; 1: in the summary, on W&B; 2: in a matrix's cells; 3: a table of it
     bar: float | None = None  # the value the field accepts, where it has agreed on one
     family: str = ""  # the heading it stands under
 
@@ -211,21 +209,13 @@ def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray)
     l_N = log_ratios(logq_N, logp_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
-    p50, p95, p99, top = np.percentile(np.abs(l_N), (50, 95, 99, 100))
+    top, p50, p95, p99 = np.percentile(np.abs(l_N), (100, 50, 95, 99))
     q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
-    values = {
-        "logprob_diff_max": top,
-        "logprob_diff_p50": p50,
-        "logprob_diff_p95": p95,
-        "logprob_diff_p99": p99,
-        "prob_diff_max": np.abs(p_N - q_N).max(),
-        "log_ppl_diff_min": diff_S.min(),
-        "log_ppl_diff_max": diff_S.max(),
-        "is_ratio_min_token": _exp(l_N.min()),
-        "is_ratio_max_token": _exp(l_N.max()),
-        "is_ratio_min_seq": _exp(sum_S.min()),
-        "is_ratio_max_seq": _exp(sum_S.max()),
-    }
+    values = {"logprob_diff_max": top, "logprob_diff_p50": p50, "logprob_diff_p95": p95, "logprob_diff_p99": p99}
+    values |= {"prob_diff_max": np.abs(p_N - q_N).max()}
+    values |= {"log_ppl_diff_min": diff_S.min(), "log_ppl_diff_max": diff_S.max()}
+    values |= {"is_ratio_min_token": _exp(l_N.min()), "is_ratio_max_token": _exp(l_N.max())}
+    values |= {"is_ratio_min_seq": _exp(sum_S.min()), "is_ratio_max_seq": _exp(sum_S.max())}
     return {name: float(value) for name, value in values.items()}
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind, Sampling, TokenScores
 
+TOP = ("top_ids_TK", "top_logprobs_TK")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
@@ -49,7 +51,7 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
     Scores are raw and, under `sampler`, processed; what the sampler kept of the probability joins the two, so the
     scaled logprobs are the processed ones plus the logarithm of the kept mass.
     """
-    where, raw = _name(scores.key), scores.kind is LogprobKind.raw
+    where, raw = "{}/{}".format(*scores.key), scores.kind is LogprobKind.raw
     if scores.kind is kind:
         return scores
     if raw and kind is LogprobKind.scaled and sampler and sampler.temperature in (0, 1):
@@ -73,24 +75,21 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
 
 def check_pair(pair: Pair) -> None:
     """Refuse, in one sentence, two sides whose difference would not be a number about the policies."""
-    q, p, name = pair.behaviour, pair.target, _name(pair.key)
+    q, p, name = pair.behaviour, pair.target, "{}/{}".format(*pair.key)
     if q.kind is not p.kind:
         raise UsageError(
             f"the behaviour's logprobs of response {name} are {q.kind.value} and the target's are {p.kind.value}: "
             "compare logprobs of one kind (score under the behaviour too, or use the target's processed logprobs)"
         )
+    again = "score the very token ids that were sampled"
     if len(q.token_ids_T) != len(p.token_ids_T):
-        raise UsageError(
-            f"response {name} has {len(q.token_ids_T)} tokens under the behaviour and {len(p.token_ids_T)} under the "
-            "target: score the very token ids that were sampled"
-        )
+        lengths = f"{len(q.token_ids_T)} tokens under the behaviour and {len(p.token_ids_T)}"
+        raise UsageError(f"response {name} has {lengths} under the target: {again}")
     differ_T = np.asarray(q.token_ids_T) != np.asarray(p.token_ids_T)
     if differ_T.any():
         t = int(differ_T.argmax())
-        raise UsageError(
-            f"response {name} has token id {q.token_ids_T[t]} at position {t} under the behaviour and "
-            f"{p.token_ids_T[t]} under the target: score the very token ids that were sampled, with the same tokenizer"
-        )
+        ids = f"token id {q.token_ids_T[t]} at position {t} under the behaviour and {p.token_ids_T[t]}"
+        raise UsageError(f"response {name} has {ids} under the target: {again}, with the same tokenizer")
     _check_numbers(q, f"behaviour's {{}} of response {name}")
     _check_numbers(p, f"target's {{}} of response {name}")
 
@@ -98,22 +97,16 @@ def check_pair(pair: Pair) -> None:
 def _check_numbers(scores: TokenScores, what: str) -> None:
     num_tokens, arrays = len(scores.token_ids_T), scores.arrays()
     for name, array in arrays.items():
-        here = f"the {what.format(name)}"
+        fault = ""
         if len(array) != num_tokens:
-            raise UsageError(f"{here} has {len(array)} rows for {num_tokens} tokens: the files do not belong together")
-        if not np.all(array < np.inf):  # false for NaN as for +inf
-            raise UsageError(f"{here} has NaN or +inf in it: that engine's numbers are broken there")
-        if name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
-            raise UsageError(f"{here} has a position where every token is impossible: that engine's numbers are broken")
-    shapes = [array.shape for name, array in arrays.items() if name.startswith("top_")]
-    if len(shapes) == 1 or len(set(shapes)) == 2:
-        both = what.format("top ids and top logprobs")
-        raise UsageError(f"the {both} have different shapes: the files do not belong together")
-    if num_tokens and (most := np.max(scores.logprobs_T)) > 1:
-        raise UsageError(
-            f"the {what.format('logprobs')} reach {most:.3g}, and a logprob is never above 0: give natural logarithms"
-        )
-
-
-def _name(key: Key) -> str:
-    return f"{key[0]}/{key[1]}"
+            fault = f"has {len(array)} rows for {num_tokens} tokens: the files do not belong together"
+        elif not np.all(array < np.inf):  # false for NaN as for +inf
+            fault = "has NaN or +inf in it: that engine's numbers are broken there"
+        elif name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
+            fault = "has a position where every token is impossible: that engine's numbers are broken"
+        elif name == "logprobs_T" and num_tokens and (most := np.max(array)) > 1:
+            fault = f"reaches {most:.3g}, and a logprob is never above 0: give natural logarithms"
+        elif name.startswith("top_") and any(x is None or x.shape != array.shape for x in map(arrays.get, TOP)):
+            fault = "and the other array of the top tokens have different shapes: the files do not belong together"
+        if fault:
+            raise UsageError(f"the {what.format(name)} {fault}")

@@ -56,17 +56,16 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: no NaN, no infinity."""
-        overall = self.overall.to_dict()
         groups = {key: {value: part.to_dict() for value, part in parts.items()} for key, parts in self.groups.items()}
+        same = {name: getattr(self, name) for name in ("histograms", "worst", "worst_responses")}
+        overall = self.overall.to_dict()
         return {
             "kind": self.kind.value,
             "overall": overall["metrics"],
             "counts": overall["counts"],
             "groups": groups,
             "positions": [{"start": b.start, "end": b.end, **b.summary.to_dict()} for b in self.positions],
-            "histograms": self.histograms,
-            "worst": self.worst,
-            "worst_responses": self.worst_responses,
+            **same,
             "thresholds": asdict(self.thresholds),
             "confidence": CONFIDENCE,
         }
@@ -93,12 +92,10 @@ def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
     above = "" if floor is None else f"above the noise floor of {floor:.2g} and "
     if k3.value >= PRIME_RL_BAR:
         return "Off-policy", f"{above}over prime-rl's bar of {PRIME_RL_BAR}"
+    under = f"under prime-rl's bar of {PRIME_RL_BAR}"
     if hi >= PRIME_RL_BAR:
-        return (
-            "Close, not surely",
-            f"{above}under prime-rl's bar of {PRIME_RL_BAR}, but the interval reaches over the bar",
-        )
-    return "Close", f"{above}under prime-rl's bar of {PRIME_RL_BAR}"
+        return "Close, not surely", f"{above}{under}, but the interval reaches over the bar"
+    return "Close", f"{above}{under}"
 
 
 def word_of(sentence: str) -> str:

@@ -63,12 +63,15 @@ def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
     if record is None or kind is not LogprobKind.raw:
         return ""
     how = [f"{name}={record[name]:g}" for name in TRANSFORM if record[name] != getattr(Sampling(), name)]
-    if not how:
-        return ""
     return (
-        f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut off): a "
-        "distance at these tokens, not the KL of what they were drawn from, which "
-        "backend.logprob_kind=processed compares."
+        ""
+        if not how
+        else (
+            f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut "
+            "off): a "
+            "distance at these tokens, not the KL of what they were drawn from, which "
+            "backend.logprob_kind=processed compares."
+        )
     )
 
 

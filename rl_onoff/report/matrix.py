@@ -88,9 +88,7 @@ class Matrix:
 
     def to_csv(self) -> str:
         rows, out = self.rows(), io.StringIO()
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(out, lineterminator="\n").writerows([list(rows[0]), *(row.values() for row in rows)])
         return out.getvalue()
 
     def as_text(self) -> str:

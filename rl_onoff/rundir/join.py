@@ -6,6 +6,7 @@ Scores are large (top tokens, full logits) and are read a block at a time, so th
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -44,16 +45,16 @@ class Lookup:
         """Each of these rows, with the scores of the same key in every table; None where a table has none."""
         rows, size = iter(rows), max(1, int(BLOCK_BYTES / self._row_bytes))
         while block := list(islice(rows, size)):
-            found = {name: self._found(name, block) for name in self._tables}
-            for row in block:
-                yield row, {name: of.pop((row["request_id"], row["sample"]), None) for name, of in found.items()}
+            keys = [(row["request_id"], row["sample"]) for row in block]
+            found = {name: self._found(name, keys) for name in self._tables}
+            for row, key in zip(block, keys, strict=True):
+                yield row, {name: of.pop(key, None) for name, of in found.items()}
 
-    def _found(self, name: str, block: Sequence[Row]) -> dict[Key, TokenScores]:
-        numbers: dict[Path, list[int]] = {}
-        for row in block:
-            place = self._places[name].get((row["request_id"], row["sample"]))
-            if place is not None:
-                numbers.setdefault(place[0], []).append(place[1])
+    def _found(self, name: str, keys: Sequence[Key]) -> dict[Key, TokenScores]:
+        numbers: dict[Path, list[int]] = defaultdict(list)
+        for key in keys:
+            if place := self._places[name].get(key):
+                numbers[place[0]].append(place[1])
         rows = (scores_of(row) for shard, of in numbers.items() for row in self._tables[name].rows_at(shard, of))
         return {scores.key: scores for scores in rows}
 
@@ -85,7 +86,10 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
         if behaviour is not None:
             for name, scores in scored.items():
                 sampler = samplers[name]
-                if kind is not LogprobKind.raw and drawn_with and sampler and not _same_transform(drawn_with, sampler):
+                drawn_otherwise = (
+                    drawn_with and sampler and any(drawn_with[x] != getattr(sampler, x) for x in TRANSFORM)
+                )
+                if kind is not LogprobKind.raw and drawn_otherwise:
                     raise UsageError(
                         f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than "
                         "the one that drew the tokens: score them again in a folder of their own, with the sampling "
@@ -114,10 +118,6 @@ def sampler_of(table: Table) -> Sampling | None:
     """The sampler whose transform a table's processed logprobs are under."""
     sampler = table.record().get("config", {}).get("want", {}).get("sampler")
     return Sampling(**sampler) if sampler else None
-
-
-def _same_transform(drawn_with: Mapping[str, float], sampler: Sampling) -> bool:
-    return all(drawn_with[name] == getattr(sampler, name) for name in TRANSFORM)
 
 
 def groups_of(rollout: Rollout, columns: Sequence[str]) -> dict[str, str]:

@@ -46,17 +46,13 @@ def _completions(table: Table, summary: Summary) -> None:
             rewards[rollout.request_id].append(rollout.reward)
         failed += rollout.reward is None and FAILED in rollout.meta
     values = summary.values
-    values["generate/responses"] = len(lengths)
-    values["generate/tokens"] = int(sum(lengths))
+    values |= {"generate/responses": len(lengths), "generate/tokens": int(sum(lengths))}
     values["generate/length_mean"] = float(np.mean(lengths))
     for reason in ("eos", "stop", "length") if reasons else ():
         values[f"generate/finish_{reason}"] = reasons[reason] / len(lengths)
     if logprobs.count:
-        values["generate/logprob_mean"] = logprobs.mean
-        values["generate/perplexity"] = float(np.exp(-logprobs.mean))
-        summary.histograms["generate/logprob"] = logprobs.counts, logprobs.edges
-    if rewards:
-        values.update({f"reward/{name}": value for name, value in summarise_rewards(rewards).items()})
+        logprobs.tell("generate", summary)
+    values |= {f"reward/{name}": value for name, value in (summarise_rewards(rewards) if rewards else {}).items()}
     if failed:
         values["reward/failed"] = failed
 
@@ -74,17 +70,14 @@ def _scores(table: Table, prefix: str, summary: Summary) -> None:
         if scores.nucleus_mass_T is not None:
             masses.add(scores.nucleus_mass_T)
     values = summary.values
-    values[f"{prefix}/responses"] = responses
-    values[f"{prefix}/tokens"] = logprobs.count
-    values[f"{prefix}/logprob_mean"] = logprobs.mean
-    values[f"{prefix}/perplexity"] = float(np.exp(-logprobs.mean))
+    values |= {f"{prefix}/responses": responses, f"{prefix}/tokens": logprobs.count}
+    logprobs.tell(prefix, summary)
     if entropies.count:
         values[f"{prefix}/entropy_mean"] = entropies.mean
         values[f"{prefix}/likeliest_fraction"] = first / entropies.count
         summary.histograms[f"{prefix}/entropy"] = entropies.counts, entropies.edges
     if masses.count:
         values[f"{prefix}/nucleus_mass_mean"] = masses.mean
-    summary.histograms[f"{prefix}/logprob"] = logprobs.counts, logprobs.edges
 
 
 class _Histogram:
@@ -102,3 +95,9 @@ class _Histogram:
     @property
     def mean(self) -> float:
         return self._sum / self.count if self.count else float("nan")
+
+    def tell(self, prefix: str, summary: Summary) -> None:
+        """Logprobs, as a summary has them."""
+        summary.values[f"{prefix}/logprob_mean"] = self.mean
+        summary.values[f"{prefix}/perplexity"] = float(np.exp(-self.mean))
+        summary.histograms[f"{prefix}/logprob"] = self.counts, self.edges
