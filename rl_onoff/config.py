@@ -289,12 +289,12 @@ def register() -> None:
     store.store(name="run", group="schema", node=RunConfig)
     for name, schema in engine_configs().items():  # the other groups have one schema each, which the run's holds
         node = OmegaConf.structured(schema)
-        # One by one: a whole group cannot be interpolated where a schema is, nor changed for one engine.
-        for each in fields(PoolConfig):
+        for each in fields(PoolConfig):  # one by one: a whole group could not be changed for one engine
             node.pool[each.name] = f"${{pool.{each.name}}}"
         store.store(name=name, group="schema/backend", node=node)
         if not (CONF / "backend" / f"{name}.yaml").is_file():  # an engine of another package
             node = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
             node |= {"defaults": [f"/schema/backend/{name}@_here_", "_self_"], "model_name": "${model.name}"}
             store.store(name=name, group="backend", node=node)
+        if not (CONF / "target" / f"{name}.yaml").is_file():
             store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})

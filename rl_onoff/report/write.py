@@ -124,7 +124,7 @@ class Index:
         row = (rollout.request_id, rollout.sample, chunk, response.num_tokens, rollout.reward, finish)
         for name, value in zip(COLUMNS, row, strict=True):
             self.columns[name].append(plain(value))
-        for name in {*self.groups, *response.groups}:
+        for name in self.groups | dict(response.groups):
             self.groups.setdefault(name, [None] * self.num_responses).append(response.groups.get(name))
         for i, target in enumerate(response.targets or (None,)):
             self._add_numbers(i, response.behaviour, target)
