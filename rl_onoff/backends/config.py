@@ -108,7 +108,7 @@ def _checked(schema: Any, values: Mapping[str, Any], known: set[str], what: str,
         hint = hints[name]
         if isinstance(hint, EnumType) and isinstance(value, str):
             if value not in hint.__members__:
-                raise UsageError(f"{name} is {value!r} but must be one of {', '.join(hint.__members__)}: correct it")
+                raise UsageError(f"{what} has the {name} {value!r}, which must be one of {', '.join(hint.__members__)}")
             options[name] = hint[value]
         elif hint is PoolConfig and isinstance(value, Mapping):
             fields = {f.name for f in dataclasses.fields(PoolConfig)}

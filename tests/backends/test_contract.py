@@ -208,10 +208,10 @@ def test_a_response_does_not_depend_on_its_batch(backend: BaseBackend) -> None:
 
 
 class Trickle(Given):
-    """A supply that gives two requests at a time, the second two only when it is asked again."""
+    """A supply that gives at most two requests at a time, the second two only when it is asked again."""
 
     def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
-        return super().take(2, wait=wait)
+        return super().take(2 if most is None else min(most, 2), wait=wait)
 
 
 def test_work_that_comes_while_it_works(backend: BaseBackend) -> None:

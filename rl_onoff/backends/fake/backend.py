@@ -79,13 +79,13 @@ class FakeBackend(BaseBackend):
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         kind, tokenizer = self.config.logprob_kind, self.get_tokenizer()
-        while requests := supply.take(1, wait=True):
-            row = Row(requests[0], self.info.max_len)
-            while row.finish is None:
-                logits = self._rows(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
-                token, logprob = draw(logits, [row.request.sampling], np.array([row.key()]), kind)
-                row.append(int(token[0]), float(logprob[0]), tokenizer, frozenset(self.info.eos_ids))
-            yield row.rollout(kind)
+        while requests := supply.take(wait=True):
+            for row in [Row(request, self.info.max_len) for request in requests]:
+                while row.finish is None:
+                    logits = self._rows(np.concatenate([row.request.prompt_ids, row.token_ids])[-2:], 1)
+                    token, logprob = draw(logits, [row.request.sampling], np.array([row.key()]), kind)
+                    row.append(int(token[0]), float(logprob[0]), tokenizer, frozenset(self.info.eos_ids))
+                yield row.rollout(kind)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         import torch
