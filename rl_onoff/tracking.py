@@ -207,8 +207,7 @@ class WandbTracker(Tracker):
             self._run.finish(exit_code=int(failed))
         except Exception:
             # A dead service: else wandb's exit hook prints a traceback, and a sweep's next job finds the same service.
-            with suppress(Exception):
-                self._wandb.teardown()
+            self._end_service()
             raise
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
@@ -231,6 +230,7 @@ class WandbTracker(Tracker):
                 return "online"
         except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
             problem = _one_line(error)
+            self._end_service()
         finally:
             self._setup(silent=False)
         if wanted == "online":
@@ -238,6 +238,18 @@ class WandbTracker(Tracker):
         if problem != "not logged in":
             log.warning("W&B: offline, because there is a login but it does not work now: %s", problem)
         return "offline"
+
+    def _end_service(self) -> None:
+        """End wandb-core by force: one that is told to end while it still answers a request loses that message (0.31),
+        and whoever waits for it, wandb's exit hook too, waits ten minutes."""
+        import psutil
+
+        with suppress(psutil.Error):
+            for process in psutil.Process().children():
+                if process.name().startswith("wandb-core"):
+                    process.kill()
+        with suppress(Exception, SystemExit):  # wandb leaves with the exit code of a service that was killed
+            self._wandb.teardown()
 
     @contextmanager
     def _staging_in_run_dir(self) -> Iterator[None]:
