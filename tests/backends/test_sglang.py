@@ -263,7 +263,7 @@ def kill_and_see(backend: BaseBackend, part: str) -> None:
             if first is None:
                 first, began = completion.key, time.monotonic()
                 os.kill(victim.pid, signal.SIGKILL)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert first not in caught.value.in_flight
     assert len(caught.value.in_flight) > 0
     backend.close()

@@ -216,7 +216,7 @@ def _killed_in_the_middle(backend: BaseBackend, requests: list[SampleRequest], p
             if not began:
                 began = time.monotonic()
                 os.kill(pid, signal.SIGKILL)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert set(caught.value.in_flight) == {r.key for r in requests} - got
 
 

@@ -37,8 +37,8 @@ def test_a_killed_engine_costs_only_what_was_in_flight(tmp_path: Path) -> None:
     (worker,) = psutil.Process(process.pid).children()
     worker.kill()
     killed = time.monotonic()
-    said.append(process.communicate(timeout=60)[0])
-    assert time.monotonic() - killed < 10
+    said.append(process.communicate(timeout=120)[0])
+    assert time.monotonic() - killed < 60
     text = "".join(said)
     assert process.returncode == 1 and "Traceback" not in text
     sentence = next(line for line in text.splitlines() if line.startswith("rl-onoff: "))

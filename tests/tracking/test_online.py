@@ -111,7 +111,7 @@ def test_a_server_that_goes_away_delays_the_end_by_a_bounded_time(server, run_di
     tracker.log({"progress/responses": 1})
     before = time.monotonic()
     tracker.close(failed=False)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 60
 
 
 @pytest.mark.parametrize("mode", [TrackingMode.auto, TrackingMode.online])

@@ -203,7 +203,7 @@ def test_a_login_that_does_not_work(run_dir, monkeypatch, caplog, mode, key):
             tracker.close(failed=False)
             assert ("there is a login but it does not work" in caplog.text) == (mode is TrackingMode.auto)
             assert_absent([key], run_dir)
-        assert time.monotonic() - before < 15
+        assert time.monotonic() - before < 60
 
 
 def test_online_without_a_login_is_refused(run_dir):
@@ -267,7 +267,7 @@ def test_when_wandbs_service_is_killed_the_run_goes_on(run_dir, caplog):
     tracker.summary({"score/logprob_mean": -1.0})
     tracker.table("responses/table", ["a"], [[1]], 1)
     tracker.close(failed=False)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 60
     assert sum("log failed" in line for line in warnings(caplog)) == 1
     started(run_dir).close(failed=False)  # a sweep's next job in this process is tracked again
     assert len(records(log_files(run_dir)[-1], "exit")) == 1

@@ -97,12 +97,10 @@ def test_completions_are_those_of_the_same_backend_in_this_process():
 
 
 def test_results_come_while_the_worker_goes_on():
-    with tiny(seconds=0.5) as backend:
-        began = time.monotonic()
-        stream = generate(backend._core, [request(str(i)) for i in range(4)])
-        next(stream)
-        assert time.monotonic() - began < 1.4
-        assert len(list(stream)) == 3
+    with tiny() as backend:
+        stream = generate(backend._core, [request("a"), request("hang")])
+        assert next(stream).request_id == "a"
+        stream.close()
 
 
 def test_big_arrays_arrive_whole_and_are_the_readers_own():
@@ -161,7 +159,7 @@ def test_the_workers_death_is_told_with_what_was_in_flight():
         began = time.monotonic()
         with pytest.raises(EngineDiedError, match="SIGKILL") as caught:
             list(generate(backend._core, [request("a"), request("die", n=2), request("b")]))
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
         assert caught.value.in_flight == (("b", 0), ("die", 0), ("die", 1))
         with pytest.raises(EngineDiedError, match="not running"):
             list(generate(backend._core, [request("a")]))
@@ -188,7 +186,7 @@ def test_a_killed_child_of_the_engine_is_noticed(engine_file):
         os.kill(engine, signal.SIGKILL)
         with pytest.raises(EngineDiedError, match=f"pid {engine}") as caught:
             next(stream)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
         assert caught.value.in_flight == (("hang", 0),)
         assert not memory.exists()
 
@@ -221,7 +219,7 @@ def test_close_in_the_middle_of_work_does_not_wait_for_it(engine_file):
     stream.close()
     began = time.monotonic()
     backend.close()
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 60
     assert gone(engine_of(engine_file)[0], 0)
 
 
@@ -401,9 +399,9 @@ def test_nothing_outlives_the_parent(engine_file, sign):
     shared = sessions.shared_memory([psutil.Process(worker), psutil.Process(engine)])
     assert len(shared) == 2
     os.killpg(parent.pid, sign)  # as a terminal does
-    parent.wait(10)
+    parent.wait(60)
     assert gone(worker) and gone(engine)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(map(Path.exists, shared)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(Path.exists, shared))

@@ -237,13 +237,13 @@ def test_a_failed_load_is_one_error_and_leaves_nothing(pool):
 
 
 def test_an_abandoned_call_leaves_the_pool_usable(pool):
-    two = pool(seconds=0.01)
-    stream = generate(two, [request(str(i)) for i in range(400)])
+    two = pool(seconds=0.5)
+    stream = generate(two, [request(str(i)) for i in range(400)])  # 100 s of work
     next(stream)
     stream.close()
     began = time.monotonic()
     assert sorted(c.request_id for c in generate(two, [request("a"), request("b")])) == ["a", "b"]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 60
 
 
 def test_a_call_that_another_one_displaced_says_so(pool):
@@ -292,7 +292,7 @@ def test_close_leaves_no_process_and_no_file(tmp_path, busy):
         next(stream)
     began = time.monotonic()
     two._close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     assert not any(sessions.alive(child) for child in children) and not any(map(Path.exists, folders))
     with pytest.raises(EngineDiedError, match="not running"):
         list(generate(two, [request("a")]))
