@@ -32,7 +32,7 @@ import numpy as np
 from rl_onoff.backends.engine import EngineInfo
 from rl_onoff.data.requests import EncodedPrompt
 from rl_onoff.pipeline import stages
-from rl_onoff.pipeline.progress import Progress
+from rl_onoff.pipeline.stages import Progress
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_scores, scores_of
 from rl_onoff.types import (
     FinishReason,
