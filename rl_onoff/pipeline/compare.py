@@ -20,7 +20,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import METRICS, Comparison, compare, verdict
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError
-from rl_onoff.pipeline.compare_inputs import own_scores
+from rl_onoff.pipeline.compare_inputs import Sources, own_scores
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report import ReportInput, ReportResponse, write_report
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 SAMPLER = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")  # what the page says of a sampler
 
 
-def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
+def compare_run(run: RunDir) -> dict[str, Comparison]:
     """Every table of scores against what was sampled, by the table's name; the behaviour's own scores come first."""
-    own, columns, comparisons = own or own_scores(run), group_columns(run), {}
+    own, columns, comparisons = own_scores(run), group_columns(run), {}
     for name in sorted(run.score_names(), key=lambda name: (name != own, name)):
         check_tokenizers(run.completions.record(), run.scores(name).record(), name)
         found = pairs(run, name, own, group_columns=columns)
@@ -64,11 +64,11 @@ def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, floa
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | None = None) -> str:
+def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
     """A sentence about the target that is furthest away, and a second one where raw logprobs are compared of tokens
     that were not drawn from the raw distribution.
     """
-    own = own or own_scores(run)
+    own = own_scores(run)
     name, floor = furthest(own, comparisons)
     if name == own:
         return (
@@ -88,17 +88,15 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | No
     return said if len(comparisons.keys() - {own}) <= 1 else f"{name}: {said}"
 
 
-def write_page(
-    run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str], own: str | None = None
-) -> Path:
+def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str]) -> Path:
     """`report.html`: targets in the order of how far they are, the behaviour's own scores last."""
-    own = own or own_scores(run)
+    own = own_scores(run)
     names = sorted(comparisons, key=lambda name: (name == own, -comparisons[name]["kl_k3"].value))
     behaviour = _facts("behaviour", run.completions.record(), "behaviour")
     counts = [comparison.overall.counts for comparison in comparisons.values()]
     report = ReportInput(
         title=f"{behaviour.get('model', run.path.name)}: how on-policy?",
-        verdict=verdict_of(run, comparisons, own),
+        verdict=verdict_of(run, comparisons),
         policies=[behaviour, *(_facts(name, run.scores(name).record(), "target") for name in names)],
         responses=_responses(run, names, own, token_text),
         comparisons=[{"name": name, **comparisons[name].to_dict()} for name in names],
@@ -178,16 +176,18 @@ def run_matrix(
             score(sub, sub.folder.scores(name), policies[name], name)
     matrix, sentences = Matrix(list(policies), {}), {}
     for a, sub in subs.items():
-        folder, comparisons = sub.folder, compare_run(sub.folder, own=a)
+        completions, scores = sub.folder.completions, {b: sub.folder.scores(b) for b in policies}
+        folder = Sources(sub.folder.path, completions, scores, own=a)
+        comparisons = compare_run(folder)
         if missing := [b for b in policies if b not in comparisons]:
             raise UsageError(
                 f"{folder.path} has no response with tokens to compare with {missing[0]}: change data.path"
             )
-        write_page(folder, comparisons, texts_of([folder.completions.record()], None, policies.values()), own=a)
+        write_page(folder, comparisons, texts_of([completions.record()], None, policies.values()))
         found = {b: comparison.to_dict() for b, comparison in comparisons.items()}
-        folder.write_json("metrics.json", {"values": summarise(folder).values | sub.values, "comparisons": found})
-        matrix.cells.update({(a, b): comparisons[b] for b in policies})
-        sentences[a] = verdict_of(folder, {b: comparisons[b] for b in policies}, own=a)
+        folder.write_json("metrics.json", {"values": summarise(sub.folder).values | sub.values, "comparisons": found})
+        matrix.cells.update({(a, b): comparison for b, comparison in comparisons.items()})
+        sentences[a] = verdict_of(folder, comparisons)
     write_whole(path / "matrix.csv", matrix.to_csv())
     write_whole(path / "matrix.html", matrix.page(sentences))
     return matrix

@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final
 
+from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import build
 from rl_onoff.config import RunConfig, Stage
-
-if TYPE_CHECKING:
-    from rl_onoff.backends.base import BaseBackend
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +26,10 @@ Wish = EngineConfig | str | None  # an engine, ANY, or None for a step that load
 Steps = Generator[Wish, None, Any]  # yields, before each step, what the step wants of the slot
 
 
-class Slot:
+class Slot(AbstractContextManager["Slot"]):
     """Holds the engine that is alive, if any; leaving the `with` block frees it."""
 
-    def __init__(self) -> None:
-        self._backend: BaseBackend | None = None
+    _backend: BaseBackend | None = None
 
     def get(self, config: EngineConfig) -> BaseBackend:
         """The loaded engine of this config; the one alive before, if another, is closed first."""
@@ -51,9 +49,6 @@ class Slot:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -44,11 +44,11 @@ class Progress:
     def __init__(self, stage: str, total: int, report: Callable[[dict[str, float]], None], every_s: float = 10.0):
         self.stage, self.total, self.report, self.every_s = stage, total, report, every_s
         self.responses = self.tokens = self._said = 0
-        self._end: float | None = None
+        self.seconds = 1e-9
         self._bar: Any = None
 
     def __enter__(self) -> Self:
-        self._start = self._last = time.monotonic()
+        self._start, self._next_s = time.monotonic(), self.every_s
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -58,7 +58,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._end = time.monotonic()
+        self.seconds = max(time.monotonic() - self._start, 1e-9)
         if self.responses != self._said:
             self._say()
 
@@ -66,23 +66,21 @@ class Progress:
         """One more response, of so many tokens."""
         self.responses += 1
         self.tokens += num_tokens
+        self.seconds = max(time.monotonic() - self._start, 1e-9)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self.tokens_per_s:.0f} tokens/s", refresh=False)
             self._bar.update()
-        if time.monotonic() - self._last >= self.every_s:
+        if self.seconds >= self._next_s:
             self._say()
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self._seconds()
-
-    def _seconds(self) -> float:
-        return max((self._end or time.monotonic()) - self._start, 1e-9)
+        return self.tokens / self.seconds
 
     def _say(self) -> None:
-        self._said, self._last = self.responses, time.monotonic()
+        self._said, self._next_s = self.responses, self.seconds + self.every_s
         if self._bar is None:
-            left = timedelta(seconds=round((self.total - self.responses) * self._seconds() / self.responses))
+            left = timedelta(seconds=round((self.total - self.responses) * self.seconds / self.responses))
             figures = (self.stage, self.responses, self.total, self.tokens_per_s, left)
             log.info("%s: %d of %d responses, %.0f tokens/s, %s left", *figures)
         tokens = f"progress/{self.stage}_tokens"
