@@ -1,8 +1,5 @@
-"""The compare stage: what a run folder says about its policies, and the page; and the matrix of N policies, all of
-which score what each of them sampled.
-
-A policy's samples are a run folder of their own, `<run_dir>/<policy>/`, so that everything that reads a run folder
-reads it too. Each engine of a matrix is loaded at most twice: once to sample, once to score everybody's samples.
+"""The compare stage: what a run folder says about its policies, and the page. The matrix stage: N policies score what
+each of them sampled into a run folder of its own, `<run_dir>/<policy>/`, that everything reads as any other.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from rl_onoff.pipeline.compare_inputs import Sources, own_scores
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report import ReportInput, ReportResponse, write_report
-from rl_onoff.report.matrix import Matrix
+from rl_onoff.report.tables import Matrix
 from rl_onoff.rundir.files import write_whole
 from rl_onoff.rundir.join import TRANSFORM, group_columns, groups_of, joined, pairs
 from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of
@@ -33,8 +30,6 @@ from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
 
 log = logging.getLogger(__name__)
-
-SAMPLER = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed")  # what the page says of a sampler
 
 
 def compare_run(run: RunDir) -> dict[str, Comparison]:
@@ -98,7 +93,7 @@ def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: C
         title=f"{behaviour.get('model', run.path.name)}: how on-policy?",
         verdict=verdict_of(run, comparisons),
         policies=[behaviour, *(_facts(name, run.scores(name).record(), "target") for name in names)],
-        responses=_responses(run, names, own, token_text),
+        responses=_responses(run, names, token_text),
         comparisons=[{"name": name, **comparisons[name].to_dict()} for name in names],
         metrics=METRICS,
         token_text=token_text,
@@ -112,25 +107,17 @@ def _facts(name: str, record: Mapping[str, Any], role: str) -> dict[str, Any]:
     """What the page says about a policy, from the record beside its rows."""
     engine, config = record.get("engine", {}), record.get("config", {})
     backend, sampling = config.get("backend", {}), config.get("sampling") or {}
-    found = {
-        "role": role,
-        "name": name,
-        "engine": engine.get("engine"),
-        "model": backend.get("model_name"),
-        "dtype": engine.get("dtype"),
-        "version": engine.get("version"),
-        "logprobs": backend.get("logprob_kind"),
-        "sampling": ", ".join(f"{key} {sampling[key]:g}" for key in SAMPLER if key in sampling) or None,
-    }
+    drawn = (f"{key} {sampling[key]:g}" for key in (*TRANSFORM, "max_new_tokens", "seed") if key in sampling)
+    found = {"role": role, "name": name, "engine": engine.get("engine"), "model": backend.get("model_name")}
+    found |= {"dtype": engine.get("dtype"), "version": engine.get("version"), "logprobs": backend.get("logprob_kind")}
+    found["sampling"] = ", ".join(drawn) or None
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _responses(
-    run: RunDir, targets: Sequence[str], own: str | None, token_text: Callable[[int], str]
-) -> Iterator[ReportResponse]:
+def _responses(run: RunDir, targets: Sequence[str], token_text: Callable[[int], str]) -> Iterator[ReportResponse]:
     """Every response that all targets scored, as the page shows it."""
     columns = group_columns(run)
-    for found in joined(run, targets, own):
+    for found in joined(run, targets, own_scores(run)):
         if len(found.targets) == len(targets):
             yield ReportResponse(
                 rollout=found.rollout,
@@ -159,7 +146,9 @@ def check_policies(config: RunConfig) -> None:
 def run_matrix(
     this: Run, sample: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
 ) -> Generator[Wish, None, Matrix]:
-    """Sample and score with every policy, the last to sample first to score since it is still loaded."""
+    """Sample and score with every policy. The last to sample scores first since it is still loaded, and each engine is
+    loaded at most twice: once to sample, once to score everybody's samples.
+    """
     policies, path = this.config.policies, this.folder.path
     subs = {
         name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(path / name), values={})

@@ -1,7 +1,5 @@
-"""What is compared with what: this run folder, other run folders, and files made elsewhere, seen as one run folder.
-
-A folder's rows stay where they are; a file's rows are taken into this run folder first, so that everything after reads
-the disk.
+"""What is compared with what, seen as one run folder: this one, others, whose rows stay where they are, and files made
+elsewhere, whose rows are taken into this run folder first, so that everything after reads the disk.
 """
 
 from __future__ import annotations
@@ -80,21 +78,20 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         if column is not None:
             scores[column] = _take_in_scores(here, file, column, config, here.completions)
     if config.target is not None:
-        scores |= _target(config.target, config, here, behaviour.completions, taken=scores)
+        scores |= _target(config, here, behaviour.completions, taken=scores)
     sources = Sources(here.path, behaviour.completions, scores, own)
     for name in scores:
         _check_common(sources, name)
     return sources
 
 
-def _target(
-    path: str, config: CompareConfig, here: RunDir, completions: Table, taken: Mapping[str, Table]
-) -> dict[str, Table]:
+def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapping[str, Table]) -> dict[str, Table]:
     """The tables of scores that compare.target names, under names that are free."""
-    before, _, chosen = path.rpartition(":")
-    if Path(path).exists() or not before or not Path(before).is_dir():
-        before, chosen = path, ""
-    folder = _folder(before, "compare.target")
+    whole = config.target or ""
+    path, _, chosen = whole.rpartition(":")
+    if Path(whole).exists() or not path or not Path(path).is_dir():
+        path, chosen = whole, ""
+    folder = _folder(path, "compare.target")
     if folder is None:
         name = Path(path).stem
         return {name: _take_in_scores(here, _file(config, "target"), name, config, completions)}
@@ -103,7 +100,7 @@ def _target(
     if not names:
         which = f" {chosen!r} but {', '.join(there) or 'none'}" if chosen else ""
         raise UsageError(
-            f"{folder.path} has no scores{which}: set compare.target={before}:NAME, or make some with experiment=score"
+            f"{folder.path} has no scores{which}: set compare.target={path}:NAME, or make some with experiment=score"
             f" run_dir={folder.path}"
         )
     label = folder.path.resolve().name
@@ -144,7 +141,8 @@ def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig)
 
 def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareConfig, completions: Table) -> Table:
     """A file's logprobs as a table of scores; a file of one policy alone has them in the behaviour's column."""
-    table, side, kind = here.scores(name), "target" if "target" in file.columns else "behaviour", config.target_kind
+    table, kind = here.scores(name), config.target_kind
+    side = "target" if "target" in file.columns else "behaviour"
     _claim(table, file, config.target or config.behaviour, kind)
     behaviours = LogprobKind(next(completions.rows(["logprob_kind"]), {}).get("logprob_kind") or "raw")
     assumed = kind or file.assumed_kind("target", behaviours, "set compare.target_kind")

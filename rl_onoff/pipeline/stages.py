@@ -1,6 +1,4 @@
-"""The steps of a run, and what they share. Each step reads a run folder and adds to it; running one again does only
-what is missing.
-"""
+"""The steps of a run: each reads a run folder and adds what is missing there. Beside them what the steps share."""
 
 from __future__ import annotations
 
@@ -36,8 +34,7 @@ REPLICA_WINDOW = 128  # and to each replica at least, for all of them wait for t
 
 
 class Progress:
-    """How far a stage is: a bar with rate and time left on a terminal, a log line every `every_s` seconds elsewhere.
-
+    """How far a stage is: a bar with rate and time left on a terminal, a log line every `every_s` seconds elsewhere;
     `report` is called with the figures as often.
     """
 
@@ -108,9 +105,8 @@ class Run:
 
 
 def missing_requests(run: RunDir, prompts: Sequence[EncodedPrompt], sampling: Sampling) -> list[SampleRequest]:
-    """The requests for `sampling.n` responses to every prompt that are not on disk yet.
-
-    Raises UsageError when a row on disk has the id of a prompt but other token ids.
+    """The requests for `sampling.n` responses to every prompt that are not on disk yet; rows of other prompts under the
+    same ids are refused.
     """
     by_id = {prompt.id: prompt for prompt in prompts}
     done: dict[str, set[int]] = {}
@@ -157,17 +153,15 @@ def generate(
 
 def unscored(run: RunDir, table: Table) -> int:
     """How many completions have no scores in `table` yet. An empty response has nothing to score and does not count."""
-    done = table.keys()
-    return sum(response.key not in done for response in responses(run))
+    return len({response.key for response in responses(run)} - table.keys())
 
 
 def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress: Progress) -> None:
     """Score every completion of the run that `table` lacks, and append each to it as it is done."""
     done = table.keys()
     waiting = (response for response in responses(run) if response.key not in done)
-    size = max(WINDOW, REPLICA_WINDOW * backend.info.replicas)
     with table.writer() as writer, progress:
-        while window := list(islice(waiting, size)):
+        while window := list(islice(waiting, max(WINDOW, REPLICA_WINDOW * backend.info.replicas))):
             for scores in backend.score(window, want):
                 writer.append(row_of_scores(scores))
                 progress.add(len(scores.token_ids_T))
@@ -180,10 +174,9 @@ def responses(run: RunDir) -> Iterator[Rollout]:
 
 
 def take_in(run: RunDir, given: Iterable[tuple[Rollout, str]]) -> None:
-    """Put responses made elsewhere, each with its prompt's text, into the run, as if it had sampled them.
-
-    Raises UsageError when the run holds other token ids under a response's name: another tokenizer or chat template
-    made them, or the file was another one when an older version read it.
+    """Put responses made elsewhere, each with its prompt's text, into the run, as if it had sampled them. Other token
+    ids under a response's name are refused: another tokenizer or chat template made those in the run, or the file was
+    another one when an older version read it.
     """
     done = {(row["request_id"], row["sample"]): _digest(rollout_of(row)) for row in run.completions.rows(IDS)}
     with run.completions.writer() as writer:

@@ -53,10 +53,6 @@ class ReportResponse:
     targets: Sequence[TokenScores] = ()  # one per comparison, in the same order
     groups: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.rollout.token_ids_T)
-
 
 def pack_json(value: Any) -> bytes:
     """Deflated JSON in ASCII, so that lone surrogates and U+2028 in model text survive."""
@@ -64,12 +60,11 @@ def pack_json(value: Any) -> bytes:
 
 
 def pack_tokens(responses: Sequence[ReportResponse], limit: TopLimit) -> tuple[bytes, np.ndarray]:
-    """The numbers of some responses under one limit on the top lists, and the token ids in them.
-
-    Policy 0 is the behaviour, 1 the first target.
+    """The numbers of some responses under one limit on the top lists, and the token ids in them. Policy 0 is the
+    behaviour, 1 the first target.
     """
     ids_N = np.concatenate([r.rollout.token_ids_T for r in responses]).astype(np.int64)
-    lengths = [r.num_tokens for r in responses]
+    lengths = [len(r.tokens) for r in responses]
     views = list(zip_longest(*([r.behaviour, *r.targets] for r in responses)))
     logprobs = [_column(view, lengths, "logprobs_T", np.float32, np.nan) for view in views]
     shown_N = _most_different(logprobs, limit.share)
@@ -137,10 +132,9 @@ def _most_different(logprobs: Sequence[np.ndarray], share: float) -> np.ndarray:
     """Which tokens have the largest |l| under any target, or the lowest logprob where nothing is compared."""
     if share >= 1:
         return np.ones(len(logprobs[0]), bool)
-    first, *others = (np.nan_to_num(values_N.astype(np.float64), nan=0.0, neginf=-1e3) for values_N in logprobs)
-    compared = others and not np.isnan(logprobs[0]).all()
-    all_VN = np.stack([first, *others])
-    size_N = np.max(np.abs(all_VN[1:] - first), axis=0) if compared else -np.min(all_VN, axis=0)
+    all_VN = np.nan_to_num(np.stack(logprobs).astype(np.float64), nan=0.0, neginf=-1e3)
+    compared = len(all_VN) > 1 and not np.isnan(logprobs[0]).all()
+    size_N = np.abs(all_VN[1:] - all_VN[0]).max(axis=0) if compared else -all_VN.min(axis=0)
     shown_N = np.zeros(len(size_N), bool)
     shown_N[np.argsort(-size_N, kind="stable")[: int(len(size_N) * share)]] = True
     return shown_N

@@ -7,7 +7,6 @@ import hashlib
 import html
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -61,10 +60,8 @@ class ReportInput:
 
 def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = BUDGET_BYTES) -> Path:
     """Write the page and return its path. The file appears whole or not at all."""
-    script = "\n".join(page_file(name) for name in SCRIPTS)
-    script = f'(() => {{\n"use strict";\n{script}\n}})();'
+    script = "\n".join(["(() => {", '"use strict";', *map(page_file, SCRIPTS), "})();"])
     script_hash = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
-    title = html.escape(report.title).encode("ascii", "xmlcharrefreplace").decode("ascii")
     head, tail = page_file("page.html").split("<!-- data -->")
     head = head.replace("/* script hash */", script_hash).replace("/* style */", page_file("page.css"))
     known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
@@ -72,17 +69,16 @@ def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = B
     names = ("title", "verdict", "policies", "comparisons", "attribution")
     counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
     bytes_per_token = budget_bytes / max(counts.get("tokens", GUESSED_TOKENS), 1)
-    with whole(Path(path)) as part, part.open("w", encoding="ascii", newline="\n") as out:
-        out.write(head.replace("<!-- title -->", title))
+    with whole(Path(path)) as part, part.open("w", encoding="ascii", errors="xmlcharrefreplace", newline="\n") as out:
+        out.write(head.replace("<!-- title -->", html.escape(report.title)))
         _write_script(out, "summary", {name: getattr(report, name) for name in names} | {"metrics": metrics})
         chunks = _Chunks(out, report.token_text, bytes_per_token, budget_bytes)
         responses, left_out = iter(report.responses), 0
         for batch in _batches(responses):
             chunks.write(batch)
             if chunks.bytes_left <= 0:
-                shown = len(chunks.rows)
-                more = sum(1 for _ in responses) if report.num_responses is None else report.num_responses - shown
-                left_out = max(more, 0)
+                total = report.num_responses
+                left_out = sum(1 for _ in responses) if total is None else max(total - len(chunks.rows), 0)
                 break
         _write_script(out, "index", chunks.index() | {"left_out": left_out, "cut_chunks": chunks.num_cut})
         table = {"ids": list(chunks.texts), "texts": list(chunks.texts.values())}
@@ -92,7 +88,6 @@ def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = B
 
 
 def page_file(name: str) -> str:
-    """The text of a file in `page/`."""
     text = resources.files("rl_onoff.report").joinpath("page", name).read_text(encoding="utf-8")
     assert text.isascii(), f"{name} must be ASCII, so that no server's charset can break the page"
     return text
@@ -126,7 +121,7 @@ def _batches(responses: Iterable[ReportResponse]) -> Iterator[list[ReportRespons
     batch: list[ReportResponse] = []
     for response in responses:
         batch.append(response)
-        if len(batch) >= CHUNK_RESPONSES or sum(r.num_tokens for r in batch) >= CHUNK_TOKENS:
+        if len(batch) >= CHUNK_RESPONSES or sum(len(r.tokens) for r in batch) >= CHUNK_TOKENS:
             yield batch
             batch.clear()
     if batch:
@@ -150,18 +145,17 @@ class _Chunks:
     num_cut: int = 0
     texts: dict[int, str] = field(default_factory=dict)  # of token ids
     rows: list[tuple[Any, ...]] = field(default_factory=list)  # COLUMNS of every response
-    worst_tokens: dict[int, list[tuple[float, int, int, float, float]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # of each target: size, minus the response's and the token's number, log q, log p
+    # of each target: size, minus the numbers of the response and the token, log q, log p
+    worst_tokens: dict[int, list[tuple[float, ...]]] = field(default_factory=dict)
     has_behaviour: bool = False
     has_targets: bool = False
 
     def write(self, responses: Sequence[ReportResponse]) -> None:
-        budget = self.bytes_per_token * sum(r.num_tokens for r in responses)
+        budget = self.bytes_per_token * sum(len(r.tokens) for r in responses)
         allowance = budget + self.saved / 4  # a quarter: limits that change slowly
         if self.saved > budget:
             self.level = max(self.level - 1, 0)
-        texts = pack_json([self._text_row(response) for response in responses])
+        texts = pack_json([self._add(response) for response in responses])
         data, ids = pack_tokens(responses, TOP_LIMITS[self.level])
         while len(texts) + len(data) > allowance and self.level + 1 < len(TOP_LIMITS):
             self.level += 1
@@ -170,8 +164,6 @@ class _Chunks:
         self.saved += budget - size
         self.bytes_left -= size
         self.num_cut += self.level > 0
-        for response in responses:
-            self._add(response)
         if self.token_text is not None:
             for token_id in set(ids.tolist()) - self.texts.keys():
                 self.texts[token_id] = self.token_text(token_id)
@@ -179,9 +171,12 @@ class _Chunks:
         _write_script(self.out, f"tokens-{self.num_chunks}", data)
         self.num_chunks += 1
 
-    def _text_row(self, response: ReportResponse) -> dict[str, Any]:
-        """A response's texts; `own`: those of its tokens that are not the one in the table (part of a character)."""
-        ids, own = response.rollout.token_ids_T.tolist(), {}
+    def _add(self, response: ReportResponse) -> dict[str, Any]:
+        """Put a response into the index; returns its texts, `own` those of its tokens that are not the one in the table
+        (part of a character).
+        """
+        rollout, finish, own = response.rollout, response.rollout.finish_reason, {}
+        ids = rollout.token_ids_T.tolist()
         if len(ids) != len(response.tokens):
             raise ValueError(f"a response has {len(ids)} token ids and {len(response.tokens)} token texts")
         for t, (token_id, text) in enumerate(zip(ids, response.tokens, strict=True)):
@@ -189,28 +184,22 @@ class _Chunks:
                 self.texts[token_id] = text if self.token_text is None else self.token_text(token_id)
             if self.texts[token_id] != text:
                 own[t] = text
-        text = _cut(response.rollout.text, TEXT_CHARS)
-        return {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": text, "own": own}
-
-    def _add(self, response: ReportResponse) -> None:
-        rollout, finish = response.rollout, response.rollout.finish_reason
         targets = enumerate(response.targets or (None,))
         means, worst = zip(*(self._numbers(i, response.behaviour, target) for i, target in targets), strict=True)
-        named = (rollout.request_id, rollout.sample, self.num_chunks, response.num_tokens, rollout.reward)
+        named = (rollout.request_id, rollout.sample, self.num_chunks, len(ids), rollout.reward)
         self.rows.append((*named, "" if finish is None else finish.value, response.groups, means, worst))
         self.has_behaviour |= response.behaviour is not None
         self.has_targets |= bool(response.targets)
+        return {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(rollout.text, TEXT_CHARS), "own": own}
 
-    def _numbers(
-        self, i: int, behaviour: TokenScores | None, target: TokenScores | None
-    ) -> tuple[float | None, float | None]:
-        """A response's mean and worst number under target i, whose worst tokens are kept."""
-        q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in (behaviour, target))
+    def _numbers(self, i: int, *sides: TokenScores | None) -> tuple[float | None, float | None]:
+        """A response's mean and worst number between behaviour and target i, whose worst tokens are kept."""
+        q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in sides)
         with np.errstate(invalid="ignore"):
             shown_T = p_T - q_T if p_T is not None and q_T is not None else q_T if p_T is None else p_T
         assert shown_T is not None
         size_T = np.nan_to_num(np.abs(shown_T), nan=-1.0, posinf=1e9)
-        worst = self.worst_tokens[i]
+        worst = self.worst_tokens.setdefault(i, [])
         least = worst[-1][0] if len(worst) == NUM_WORST else 0.0
         for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > least).sum()))]:
             q, p = (math.nan if side_T is None else float(side_T[t]) for side_T in (q_T, p_T))

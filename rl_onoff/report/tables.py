@@ -1,21 +1,59 @@
-"""Every policy against every other: the numbers, a table for a terminal, and a page without script or network."""
+"""Tables: numbers in columns for a terminal; every policy against every other, also as a page without a script."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from string import Template
 from typing import Any
 
 from rl_onoff.compare import METRICS, Comparison, Estimate, headlines, judge
-from rl_onoff.report.text import aligned, number
 from rl_onoff.report.write import page_file
 
+LABELS = {
+    "tokens": "response tokens", "tokens_per_s": "tokens/s", "length_mean": "mean length (tokens)",
+    "finish_eos": "ended by EOS", "finish_stop": "ended by a stop string", "finish_length": "ended by length",
+    "logprob_mean": "mean logprob (nats)", "entropy_mean": "mean entropy (nats)",
+    "likeliest_fraction": "sampled the likeliest token", "nucleus_mass_mean": "mass the sampler kept",
+    "num_prompts": "prompts judged", "num_responses": "responses judged", "failed": "reward failed",
+    "reward_mean": "mean reward", **{name: metric.label for name, metric in METRICS.items() if metric.label},
+}  # fmt: skip
 SHADES = {"On-policy": 0.0, "Close": 0.15, "Off-policy": 0.6}  # how strong a cell's colour is, by its verdict
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """With so many significant digits; whole numbers with all of theirs, None as nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str, indent: int = 4) -> list[str]:
+    """Rows of cells as lines; `sides` has a < or > for each column."""
+    if not rows:
+        return []
+    widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    layout = " " * indent + "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [layout.format(*row).rstrip() for row in rows]
+
+
+def summary_text(values: Mapping[str, float]) -> str:
+    """A run's numbers, named `section/…/name`: one block a section, one line a number, tokens/s first."""
+    names = [name.rpartition("/") for name in values]
+    order = list(dict.fromkeys(section for section, _, _ in names))
+    names.sort(key=lambda name: (order.index(name[0]), name[2] != "tokens_per_s"))
+    cells = [(LABELS.get(last, last), number(values[f"{section}{slash}{last}"])) for section, slash, last in names]
+    lines, blocks = iter(aligned(cells, "<>")), []
+    for section, of in groupby(names, key=lambda name: name[0]):
+        blocks.append("\n".join([f"  {section}", *(next(lines) for _ in of)]))
+    return "\n\n".join(blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +61,7 @@ class Matrix:
     """A comparison for every (who sampled, who scored); the diagonal, an engine against itself, is the noise floor."""
 
     names: list[str]
-    cells: Mapping[tuple[str, str], Comparison]
+    cells: dict[tuple[str, str], Comparison]
 
     @property
     def floor(self) -> float:
