@@ -49,7 +49,7 @@ def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> tuple[st
     """
     others = [name for name in comparisons if name != own]
     name = max(others or comparisons, key=lambda name: comparisons[name]["kl_k3"].value)
-    return name, comparisons[own]["kl_k3"].value if own in comparisons and others else None
+    return name, comparisons[own]["kl_k3"].value if own and own in comparisons and others else None
 
 
 def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, float]:
