@@ -32,7 +32,7 @@ import numpy as np
 from rl_onoff.backends.engine import EngineInfo
 from rl_onoff.data.requests import EncodedPrompt
 from rl_onoff.pipeline import stages
-from rl_onoff.pipeline.progress import Progress
+from rl_onoff.pipeline.stages import Progress
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_scores, scores_of
 from rl_onoff.types import (
     FinishReason,
@@ -290,14 +290,22 @@ def _summarise(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
 def _compare(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
     from rl_onoff.pipeline.compare import compare_run
 
-    return lambda: (run.path / "comparisons.pickle").write_bytes(pickle.dumps(compare_run(run, own="own")))
+    sources = _sources(run)
+    return lambda: (run.path / "comparisons.pickle").write_bytes(pickle.dumps(compare_run(sources)))
 
 
 def _page(run: RunDir, folder: Path, size: int) -> Callable[[], Any]:
     from rl_onoff.pipeline.compare import write_page
 
     comparisons = pickle.loads((run.path / "comparisons.pickle").read_bytes())
-    return lambda: write_page(run, comparisons, lambda i: f" t{i}", own="own")
+    sources = _sources(run)
+    return lambda: write_page(sources, comparisons, lambda i: f" t{i}")
+
+
+def _sources(run: RunDir) -> RunDir:
+    from rl_onoff.pipeline.compare_inputs import Sources
+
+    return Sources(run.path, run.completions, {name: run.scores(name) for name in run.score_names()}, own="own")
 
 
 STEPS: dict[str, Callable[[RunDir, Path, int], Callable[[], Any]]] = {

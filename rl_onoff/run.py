@@ -24,12 +24,11 @@ from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
 from rl_onoff.models.facts import model_sampling
 from rl_onoff.pipeline import stages
-from rl_onoff.pipeline.compare import compare_run, gap_of, verdict_of, write_page
+from rl_onoff.pipeline.compare import check_policies, compare_run, gap_of, run_matrix, verdict_of, write_page
 from rl_onoff.pipeline.compare_inputs import open_sources
-from rl_onoff.pipeline.context import Run
 from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, samplers, scorers
-from rl_onoff.pipeline.matrix import check_policies, run_matrix
-from rl_onoff.report.text import summary_text
+from rl_onoff.pipeline.stages import Run
+from rl_onoff.report.tables import summary_text
 from rl_onoff.rewards import load_reward
 from rl_onoff.rundir.files import content_of
 from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of

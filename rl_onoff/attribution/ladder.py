@@ -14,7 +14,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.pipeline.compare_inputs import own_scores
-from rl_onoff.pipeline.context import Run
+from rl_onoff.pipeline.stages import Run
 from rl_onoff.rundir.provenance import engine_of, sampling_of
 from rl_onoff.types import LogprobKind
 

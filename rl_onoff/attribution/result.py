@@ -15,7 +15,7 @@ import numpy as np
 
 from rl_onoff.compare import ON_POLICY_K3
 from rl_onoff.config import Rung
-from rl_onoff.report.text import aligned, number
+from rl_onoff.report.tables import aligned, number
 
 KEEP = 0.1  # least share of the gap for which a change is kept, and called part of the cause
 MOST = 0.5  # least share that is called the main cause

@@ -13,7 +13,7 @@ import numpy as np
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import as_kind
 from rl_onoff.compare.metrics import token_terms
-from rl_onoff.pipeline.context import Run
+from rl_onoff.pipeline.stages import Run
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import sampler_of
 from rl_onoff.rundir.table import Table, rollout_of, row_of_scores, scores_of

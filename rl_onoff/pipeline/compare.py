@@ -1,101 +1,99 @@
-"""The compare stage: what a run folder says about its policies, and the page. Needs no engine."""
+"""The compare stage: what a run folder says about its policies, and the page. The matrix stage: N policies score what
+each of them sampled into a run folder of its own, `<run_dir>/<policy>/`, that everything reads as any other.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import METRICS, Comparison, compare, verdict
-from rl_onoff.pipeline.compare_inputs import own_scores
-from rl_onoff.report import ReportInput, write_report
-from rl_onoff.report.data import facts, report_responses
-from rl_onoff.rundir.join import TRANSFORM, group_columns, pairs
-from rl_onoff.rundir.provenance import check_tokenizers
-from rl_onoff.rundir.table import RunDir
+from rl_onoff.config import RunConfig
+from rl_onoff.errors import UsageError
+from rl_onoff.pipeline.compare_inputs import Sources, own_scores
+from rl_onoff.pipeline.engines import Wish
+from rl_onoff.pipeline.stages import Run
+from rl_onoff.report import ReportInput, ReportResponse, write_report
+from rl_onoff.report.tables import Matrix
+from rl_onoff.rundir.files import write_whole
+from rl_onoff.rundir.join import TRANSFORM, group_columns, groups_of, joined, pairs
+from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of
+from rl_onoff.rundir.summary import summarise
+from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
 
+log = logging.getLogger(__name__)
 
-def compare_run(run: RunDir, own: str | None = None) -> dict[str, Comparison]:
+
+def compare_run(run: RunDir) -> dict[str, Comparison]:
     """Every table of scores against what was sampled, by the table's name; the behaviour's own scores come first."""
-    own, columns = own or own_scores(run), group_columns(run)
-    names = sorted(run.score_names(), key=lambda name: (name != own, name))
-    comparisons = {}
-    for name in names:
+    own, columns, comparisons = own_scores(run), group_columns(run), {}
+    for name in sorted(run.score_names(), key=lambda name: (name != own, name)):
         check_tokenizers(run.completions.record(), run.scores(name).record(), name)
-        joined = pairs(run, name, own, group_columns=columns)
-        first = next(joined, None)
-        if first is not None:
-            comparisons[name] = compare(chain([first], joined))
+        found = pairs(run, name, own, group_columns=columns)
+        if (first := next(found, None)) is not None:
+            comparisons[name] = compare(chain([first], found))
     return comparisons
 
 
-def noise_floor(own: str | None, comparisons: Mapping[str, Comparison]) -> float | None:
-    """Mean k3 KL between what the engine said while it sampled and when it scored; None when not measured."""
-    return comparisons[own]["kl_k3"].value if own is not None and own in comparisons and len(comparisons) > 1 else None
-
-
-def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> str:
-    """Name of the target with the largest mean k3 KL; the behaviour's own scores only where there is no other."""
-    others = {name: c for name, c in comparisons.items() if name != own} or comparisons
-    return max(others, key=lambda name: others[name]["kl_k3"].value)
-
-
-def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison], own: str | None = None) -> str:
-    """One sentence about the target that is furthest away."""
-    own = own or own_scores(run)
-    name = furthest(own, comparisons)
-    if name == own:
-        k3 = comparisons[name]["kl_k3"].value
-        return (
-            "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
-            f"{k3:.2g} nats a token apart (mean k3 KL). That is the noise floor; set target=… to compare it with "
-            "another policy."
-        )
-    said = verdict(comparisons[name], noise_floor(own, comparisons)) + _drawn_otherwise(run, comparisons[name].kind)
-    return said if len(set(comparisons) - {own}) <= 1 else f"{name}: {said}"
-
-
-def _drawn_otherwise(run: RunDir, kind: LogprobKind) -> str:
-    """A second sentence where raw logprobs are compared of tokens that were not drawn from the raw distribution."""
-    record = run.completions.record().get("config", {}).get("sampling")
-    if record is None or kind is not LogprobKind.raw:
-        return ""
-    how = [f"{name}={record[name]:g}" for name in TRANSFORM if record[name] != getattr(Sampling(), name)]
-    return (
-        ""
-        if not how
-        else (
-            f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut "
-            "off): a "
-            "distance at these tokens, not the KL of what they were drawn from, which "
-            "backend.logprob_kind=processed compares."
-        )
-    )
+def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> tuple[str, float | None]:
+    """The target with the largest mean k3 KL (the behaviour's own scores only where there is no other), and the noise
+    floor: the mean k3 KL between what the engine said while it sampled and when it scored, None when not measured.
+    """
+    others = [name for name in comparisons if name != own]
+    name = max(others or comparisons, key=lambda name: comparisons[name]["kl_k3"].value)
+    return name, comparisons[own]["kl_k3"].value if own and own in comparisons and others else None
 
 
 def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, float]:
     """The verdict's numbers, by names that no target's name is part of: what sweeps are looked at and optimised by."""
+    name, floor = furthest(own_scores(run), comparisons)
+    found = {"kl_k3": comparisons[name]["kl_k3"].value, "kl_k3_floor": math.nan if floor is None else floor}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
+    """A sentence about the target that is furthest away, and a second one where raw logprobs are compared of tokens
+    that were not drawn from the raw distribution.
+    """
     own = own_scores(run)
-    floor = noise_floor(own, comparisons)
-    found = {"kl_k3": comparisons[furthest(own, comparisons)]["kl_k3"].value, "kl_k3_floor": floor}
-    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+    name, floor = furthest(own, comparisons)
+    if name == own:
+        return (
+            "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
+            f"{comparisons[name]['kl_k3'].value:.2g} nats a token apart (mean k3 KL). That is the noise floor; set "
+            "target=… to compare it with another policy."
+        )
+    said = verdict(comparisons[name], floor)
+    drawn, default = sampling_of(run.completions.record()) or Sampling(), Sampling()
+    how = [f"{x}={getattr(drawn, x):g}" for x in TRANSFORM if getattr(drawn, x) != getattr(default, x)]
+    if how and comparisons[name].kind is LogprobKind.raw:
+        said += (
+            f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut "
+            "off): a distance at these tokens, not the KL of what they were drawn from, which "
+            "backend.logprob_kind=processed compares."
+        )
+    return said if len(comparisons.keys() - {own}) <= 1 else f"{name}: {said}"
 
 
-def write_page(
-    run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str], own: str | None = None
-) -> Path:
+def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str]) -> Path:
     """`report.html`: targets in the order of how far they are, the behaviour's own scores last."""
-    own = own or own_scores(run)
+    own = own_scores(run)
     names = sorted(comparisons, key=lambda name: (name == own, -comparisons[name]["kl_k3"].value))
-    behaviour = facts("behaviour", run.completions.record(), "behaviour")
+    behaviour = _facts("behaviour", run.completions.record(), "behaviour")
     counts = [comparison.overall.counts for comparison in comparisons.values()]
     report = ReportInput(
         title=f"{behaviour.get('model', run.path.name)}: how on-policy?",
-        verdict=verdict_of(run, comparisons, own),
-        policies=[behaviour, *(facts(name, run.scores(name).record(), "target") for name in names)],
-        responses=report_responses(run, names, own, token_text, group_columns(run)),
+        verdict=verdict_of(run, comparisons),
+        policies=[behaviour, *(_facts(name, run.scores(name).record(), "target") for name in names)],
+        responses=_responses(run, names, token_text),
         comparisons=[{"name": name, **comparisons[name].to_dict()} for name in names],
         metrics=METRICS,
         token_text=token_text,
@@ -103,3 +101,82 @@ def write_page(
         num_responses=min(c["responses"] + c["responses_empty"] for c in counts),
     )
     return write_report(run.path / "report.html", report)
+
+
+def _facts(name: str, record: Mapping[str, Any], role: str) -> dict[str, Any]:
+    """What the page says about a policy, from the record beside its rows."""
+    engine, config = record.get("engine", {}), record.get("config", {})
+    backend, sampling = config.get("backend", {}), config.get("sampling") or {}
+    drawn = (f"{key} {sampling[key]:g}" for key in (*TRANSFORM, "max_new_tokens", "seed") if key in sampling)
+    found = {"role": role, "name": name, "engine": engine.get("engine"), "model": backend.get("model_name")}
+    found |= {"dtype": engine.get("dtype"), "version": engine.get("version"), "logprobs": backend.get("logprob_kind")}
+    found["sampling"] = ", ".join(drawn) or None
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _responses(run: RunDir, targets: Sequence[str], token_text: Callable[[int], str]) -> Iterator[ReportResponse]:
+    """Every response that all targets scored, as the page shows it."""
+    columns = group_columns(run)
+    for found in joined(run, targets, own_scores(run)):
+        if len(found.targets) == len(targets):
+            yield ReportResponse(
+                rollout=found.rollout,
+                prompt=found.prompt,
+                tokens=[token_text(i) for i in found.rollout.token_ids_T.tolist()],
+                behaviour=found.behaviour,
+                targets=[found.targets[name] for name in targets],
+                groups=groups_of(found.rollout, columns),
+            )
+
+
+def check_policies(config: RunConfig) -> None:
+    """What is wrong with the policies, before anything is loaded."""
+    if len(config.policies) < 2:
+        raise UsageError(
+            f"experiment=matrix needs two policies or more and has {len(config.policies)}: set policies=engines, "
+            "policies=dtypes, or +backend@policies.NAME=huggingface once for each"
+        )
+    for name in config.policies:
+        if not re.fullmatch(r"[\w.-]+", name) or name in ("completions", "scores", ".hydra", ".", ".."):
+            raise UsageError(
+                f"the policy {name!r} cannot be the name of a folder: use letters, digits, '-' and '.' in policies"
+            )
+
+
+def run_matrix(
+    this: Run, sample: Callable[[Run], None], score: Callable[[Run, Table, EngineConfig, str], None]
+) -> Generator[Wish, None, Matrix]:
+    """Sample and score with every policy. The last to sample scores first since it is still loaded, and each engine is
+    loaded at most twice: once to sample, once to score everybody's samples.
+    """
+    policies, path = this.config.policies, this.folder.path
+    subs = {
+        name: replace(this, config=replace(this.config, backend=engine), folder=RunDir(path / name), values={})
+        for name, engine in policies.items()
+    }
+    for name, sub in subs.items():
+        yield policies[name]
+        log.info("matrix: %s samples", name)
+        sample(sub)
+    for name in reversed(policies):
+        yield policies[name]
+        for sampled, sub in subs.items():
+            log.info("matrix: %s scores what %s sampled", name, sampled)
+            score(sub, sub.folder.scores(name), policies[name], name)
+    matrix, sentences = Matrix(list(policies), {}), {}
+    for a, sub in subs.items():
+        completions, scores = sub.folder.completions, {b: sub.folder.scores(b) for b in policies}
+        folder = Sources(sub.folder.path, completions, scores, own=a)
+        comparisons = compare_run(folder)
+        if missing := [b for b in policies if b not in comparisons]:
+            raise UsageError(
+                f"{folder.path} has no response with tokens to compare with {missing[0]}: change data.path"
+            )
+        write_page(folder, comparisons, texts_of([completions.record()], None, policies.values()))
+        found = {b: comparison.to_dict() for b, comparison in comparisons.items()}
+        folder.write_json("metrics.json", {"values": summarise(sub.folder).values | sub.values, "comparisons": found})
+        matrix.cells.update({(a, b): comparison for b, comparison in comparisons.items()})
+        sentences[a] = verdict_of(folder, comparisons)
+    write_whole(path / "matrix.csv", matrix.to_csv())
+    write_whole(path / "matrix.html", matrix.page(sentences))
+    return matrix

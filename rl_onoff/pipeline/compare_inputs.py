@@ -1,7 +1,5 @@
-"""What is compared with what: this run folder, other run folders, and files made elsewhere, seen as one run folder.
-
-A folder's rows stay where they are; a file's rows are taken into this run folder first, so that everything after reads
-the disk.
+"""What is compared with what, seen as one run folder: this one, others, whose rows stay where they are, and files made
+elsewhere, whose rows are taken into this run folder first, so that everything after reads the disk.
 """
 
 from __future__ import annotations
@@ -26,12 +24,12 @@ log = logging.getLogger(__name__)
 FILES = (".jsonl", ".parquet")
 
 
-class Joined(RunDir):
+class Sources(RunDir):
     """A run folder whose completions and scores may lie in other folders; what is written goes to its own."""
 
     def __init__(self, path: Path, completions: Table, scores: Mapping[str, Table], own: str | None):
         super().__init__(path)
-        self._completions, self._scores, self.own = completions, dict(scores), own
+        self._completions, self._scores, self.own = completions, scores, own
 
     @property
     def completions(self) -> Table:
@@ -46,37 +44,21 @@ class Joined(RunDir):
 
 def own_scores(run: RunDir) -> str | None:
     """The scores made by the engine and weights that sampled, if the run has them."""
-    if isinstance(run, Joined):
+    if isinstance(run, Sources):
         return run.own
-    engines = {name: _engine(run.scores(name)) for name in run.score_names()}
-    sampled_by = _engine(run.completions)
-    return next((name for name, engine in engines.items() if same_engine(sampled_by, engine)), None)
-
-
-def _engine(table: Table) -> Mapping[str, Any] | None:
-    return table.record().get("config", {}).get("backend")
+    names = run.score_names()
+    tables = (run.completions, *map(run.scores, names))
+    sampled_by, *scored_by = (table.record().get("config", {}).get("backend") for table in tables)
+    return next((name for name, engine in zip(names, scored_by, strict=True) if same_engine(sampled_by, engine)), None)
 
 
 def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
     """The run folder that `config` describes: `here` itself where it names nothing."""
-    if isinstance(here, Joined) or (config.behaviour is None and config.target is None):
+    if isinstance(here, Sources) or (config.behaviour is None and config.target is None):
         return here
-    scores: dict[str, Table] = {}
-    if config.behaviour is not None and _is_file(config.behaviour, "compare.behaviour"):
-        alone = config.target is None
-        file = open_rollouts(config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=not alone)
-        target = file.columns.get("target")
-        if alone and target is None:
-            raise UsageError(
-                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
-                " what it is compared with, or +compare.columns.target to another column"
-            )
-        _take_in_completions(here, file, config)
-        behaviour, own = here, None
-        if alone and target is not None:
-            scores[target] = _take_in_scores(here, file, target, config, here.completions)
-    else:
-        behaviour = here if config.behaviour is None else _folder(config.behaviour, "compare.behaviour")
+    behaviour = here if config.behaviour is None else _folder(config.behaviour, "compare.behaviour")
+    scores, own = {}, None
+    if behaviour is not None:
         if not behaviour.completions.exists():
             raise UsageError(
                 f"{behaviour.path} has no responses: set compare.behaviour to a run folder that sampled, or to a file"
@@ -84,54 +66,62 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         own = own_scores(behaviour)
         names = [name for name in behaviour.score_names() if config.target is None or name == own]
         scores = {name: behaviour.scores(name) for name in names}
+    else:
+        behaviour, file = here, _file(config, "behaviour")
+        column = file.columns.get("target") if config.target is None else None
+        if config.target is None and column is None:
+            raise UsageError(
+                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
+                " what it is compared with, or +compare.columns.target to another column"
+            )
+        _take_in_completions(here, file, config)
+        if column is not None:
+            scores[column] = _take_in_scores(here, file, column, config, here.completions)
     if config.target is not None:
         scores |= _target(config, here, behaviour.completions, taken=scores)
-    joined = Joined(here.path, behaviour.completions, scores, own)
+    sources = Sources(here.path, behaviour.completions, scores, own)
     for name in scores:
-        _check_common(joined, name)
-    return joined
+        _check_common(sources, name)
+    return sources
 
 
 def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapping[str, Table]) -> dict[str, Table]:
     """The tables of scores that compare.target names, under names that are free."""
-    assert config.target is not None
-    if _is_file(config.target, "compare.target"):
-        one_of_two = config.behaviour is not None
-        file = open_rollouts(config.target, key="compare.target", columns=config.columns, one_of_two=one_of_two)
-        name = Path(config.target).stem
-        return {name: _take_in_scores(here, file, name, config, completions)}
-    path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
+    whole = config.target or ""
+    path, _, chosen = whole.rpartition(":")
+    if Path(whole).exists() or not path or not Path(path).is_dir():
+        path, chosen = whole, ""
     folder = _folder(path, "compare.target")
-    names = folder.score_names()
-    if not names or (chosen and chosen not in names):
-        which = f" {chosen!r} but {', '.join(names) or 'none'}" if chosen else ""
+    if folder is None:
+        name = Path(path).stem
+        return {name: _take_in_scores(here, _file(config, "target"), name, config, completions)}
+    there = folder.score_names()
+    names = [name for name in there if chosen in ("", name)]
+    if not names:
+        which = f" {chosen!r} but {', '.join(there) or 'none'}" if chosen else ""
         raise UsageError(
             f"{folder.path} has no scores{which}: set compare.target={path}:NAME, or make some with experiment=score"
             f" run_dir={folder.path}"
         )
     label = folder.path.resolve().name
-    names = [chosen] if chosen else names
     return {name if name not in taken else f"{label}-{name}": folder.scores(name) for name in names}
 
 
-def _is_file(path: str, key: str) -> bool:
-    folder = path.rpartition(":")[0]
-    if Path(path).is_dir() or (not Path(path).is_file() and folder and Path(folder).is_dir()):
-        return False
-    if Path(path).suffix in FILES:
-        return True
-    what = f"is neither a run folder nor one of {', '.join(FILES)}" if Path(path).exists() else "does not exist"
+def _folder(path: str, key: str) -> RunDir | None:
+    """The run folder at a path; None for a file."""
+    folder = RunDir(path)
+    if folder.path.is_dir() or folder.path.suffix in FILES:
+        return folder if folder.path.is_dir() else None
+    what = f"is neither a run folder nor one of {', '.join(FILES)}" if folder.path.exists() else "does not exist"
     raise UsageError(
         f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)}"
         " file"
     )
 
 
-def _folder(path: str, key: str) -> RunDir:
-    folder = RunDir(path)
-    if not (folder.completions.exists() or folder.score_names()):
-        raise UsageError(f"{key}={path} holds neither responses nor scores: set it to a run folder")
-    return folder
+def _file(config: CompareConfig, side: str) -> RolloutFile:
+    both = config.behaviour is not None and config.target is not None
+    return open_rollouts(getattr(config, side), key=f"compare.{side}", columns=config.columns, one_of_two=both)
 
 
 def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig) -> None:
@@ -151,7 +141,8 @@ def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig)
 
 def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareConfig, completions: Table) -> Table:
     """A file's logprobs as a table of scores; a file of one policy alone has them in the behaviour's column."""
-    table, side, kind = here.scores(name), "target" if "target" in file.columns else "behaviour", config.target_kind
+    table, kind = here.scores(name), config.target_kind
+    side = "target" if "target" in file.columns else "behaviour"
     _claim(table, file, config.target or config.behaviour, kind)
     behaviours = LogprobKind(next(completions.rows(["logprob_kind"]), {}).get("logprob_kind") or "raw")
     assumed = kind or file.assumed_kind("target", behaviours, "set compare.target_kind")

@@ -1,7 +1,6 @@
 """The engines of a run: who samples and who scores, by the names their rows have, and the one that is alive.
 
-One engine is alive at a time: whoever wants another closes the one that is there first. A run says before each step
-which engine the step uses, so that a sweep's jobs can share a slot (sweeps/schedule.py).
+A run says before each step which engine the step uses, so that a sweep's jobs can share a slot (sweeps/schedule.py).
 """
 
 from __future__ import annotations
@@ -9,15 +8,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final
 
+from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import build
 from rl_onoff.config import RunConfig, Stage
-
-if TYPE_CHECKING:
-    from rl_onoff.backends.base import BaseBackend
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +25,10 @@ Wish = EngineConfig | str | None  # an engine, ANY, or None for a step that load
 Steps = Generator[Wish, None, Any]  # yields, before each step, what the step wants of the slot
 
 
-class Slot:
+class Slot(AbstractContextManager["Slot"]):
     """Holds the engine that is alive, if any; leaving the `with` block frees it."""
 
-    def __init__(self) -> None:
-        self._backend: BaseBackend | None = None
+    _backend: BaseBackend | None = None
 
     def get(self, config: EngineConfig) -> BaseBackend:
         """The loaded engine of this config; the one alive before, if another, is closed first."""
@@ -47,13 +44,9 @@ class Slot:
         return backend
 
     def close(self) -> None:
-        """Free the engine."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -83,8 +76,8 @@ def samplers(config: RunConfig) -> list[EngineConfig]:
 def scorers(config: RunConfig) -> dict[str, EngineConfig]:
     """Name of the scores -> the engine that makes them; the engine that sampled comes first.
 
-    Every name the user gave has scores of its own, also where two names have one config: the engine scores again under
-    the second, which shows its noise. Only a `target` without a name that is the engine that sampled adds nothing.
+    Two names of one config both get scores, which shows the engine's noise; only a `target` without a name that is the
+    engine that sampled adds nothing.
     """
     asked, targets = config.score.name, list(config.targets.items())
     if config.target is not None:
@@ -103,8 +96,7 @@ def scorers(config: RunConfig) -> dict[str, EngineConfig]:
 
 def default_name(engine: EngineConfig) -> str:
     """A folder name made of engine, model and dtype."""
-    model = Path(engine.model_name).name.removesuffix(".gguf")
-    return f"{engine.name}-{model}-{engine.weights_dtype}"
+    return f"{engine.name}-{Path(engine.model_name).name.removesuffix('.gguf')}-{engine.weights_dtype}"
 
 
 def known_engines(config: RunConfig) -> list[EngineConfig]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import heapq
 import html
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from rl_onoff.report.data import ReportInput, ReportResponse
-from rl_onoff.report.pack import TOP_LIMITS, pack_json, pack_tokens
+from rl_onoff.compare import Metric
+from rl_onoff.report.pack import TOP_LIMITS, ReportResponse, pack_json, pack_tokens
+from rl_onoff.rundir.files import whole
 from rl_onoff.types import TokenScores
 
 CHUNK_RESPONSES = 32
@@ -28,24 +28,69 @@ NUM_WORST = 100  # worst tokens kept per target
 GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
-COLUMNS = ("id", "sample", "chunk", "length", "reward", "finish")
+# `mean` and `worst` are, per target, the mean l and the largest |l|, or with nothing to compare the behaviour's mean
+# logprob and minus its lowest.
+COLUMNS = ("id", "sample", "chunk", "length", "reward", "finish", "groups", "mean", "worst")
+SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # none could end <script> or open a comment
 SCRIPTS = (
     "base.js", "codec.js", "plots.js", "metrics.js", "attribution.js", "plots_page.js", "colours.js", "filters.js",
     "responses.js", "panel.js", "worst.js", "main.js",
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportInput:
+    """The whole page. `responses` is read once, in order, and never held as a whole.
+
+    A policy is a dict of facts, shown in the order given; the first is the behaviour and all after it are targets,
+    unless `role` ("behaviour" or "target") says otherwise. `name` is what the page calls it; else engine, model, dtype.
+    A comparison is `Comparison.to_dict()` of one target, any part of which may be missing, and its `name`.
+    """
+
+    title: str
+    verdict: str
+    policies: Sequence[Mapping[str, Any]]
+    responses: Iterable[ReportResponse]
+    comparisons: Sequence[Mapping[str, Any]] = ()
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    token_text: Callable[[int], str] | None = None  # of a token id; None: ids outside the responses are numbers
+    attribution: Mapping[str, Any] | None = None  # Attribution.to_dict(): why the gap is there; None: nobody asked
+    num_responses: int | None = None  # to come; where known, those that the page has no room for are not read at all
+
+
 def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = BUDGET_BYTES) -> Path:
     """Write the page and return its path. The file appears whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="ascii", newline="\n") as out:
-            _write_page(out, report, budget_bytes)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    script = "\n".join(["(() => {", '"use strict";', *map(page_file, SCRIPTS), "})();"])
+    script_hash = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
+    head, tail = page_file("page.html").split("<!-- data -->")
+    head = head.replace("/* script hash */", script_hash).replace("/* style */", page_file("page.css"))
+    known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
+    metrics = {name: asdict(metric) for name, metric in report.metrics.items() if name in known}
+    names = ("title", "verdict", "policies", "comparisons", "attribution")
+    counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
+    bytes_per_token = budget_bytes / max(counts.get("tokens", GUESSED_TOKENS), 1)
+    with whole(Path(path)) as part, part.open("w", encoding="ascii", errors="xmlcharrefreplace", newline="\n") as out:
+        out.write(head.replace("<!-- title -->", html.escape(report.title)))
+        _write_script(out, "summary", {name: getattr(report, name) for name in names} | {"metrics": metrics})
+        chunks = _Chunks(out, report.token_text, bytes_per_token, budget_bytes)
+        responses, left_out = iter(report.responses), 0
+        for batch in _batches(responses):
+            chunks.write(batch)
+            if chunks.bytes_left <= 0:
+                total = report.num_responses
+                left_out = sum(1 for _ in responses) if total is None else max(total - len(chunks.rows), 0)
+                break
+        _write_script(out, "index", chunks.index() | {"left_out": left_out, "cut_chunks": chunks.num_cut})
+        table = {"ids": list(chunks.texts), "texts": list(chunks.texts.values())}
+        _write_script(out, "token-table", pack_json(table))
+        out.write(tail.replace("/* script */", script))
+    return Path(path)
+
+
+def page_file(name: str) -> str:
+    text = resources.files("rl_onoff.report").joinpath("page", name).read_text(encoding="utf-8")
+    assert text.isascii(), f"{name} must be ASCII, so that no server's charset can break the page"
+    return text
 
 
 def plain(value: Any) -> Any:
@@ -61,118 +106,31 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def inline_json(value: Any) -> str:
-    """JSON that is safe inside <script>: ASCII, and no `<` that could end the element or open a comment."""
-    text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _write_page(out: IO[str], report: ReportInput, budget_bytes: int) -> None:
-    head, tail = _file("page.html").split("<!-- data -->")
-    script = "\n".join(_file(name) for name in SCRIPTS)
-    script = f'(() => {{\n"use strict";\n{script}\n}})();'
-    script_hash = base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode("ascii")
-    title = html.escape(report.title).encode("ascii", "xmlcharrefreplace").decode("ascii")
-    head = head.replace("/* script hash */", script_hash).replace("/* style */", _file("page.css"))
-    out.write(head.replace("<!-- title -->", title))
-    known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
-    metrics = {name: asdict(metric) for name, metric in report.metrics.items() if name in known}
-    names = ("title", "verdict", "policies", "comparisons", "attribution")
-    _write_script(out, "summary", {name: getattr(report, name) for name in names} | {"metrics": metrics})
-    counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
-    num_tokens = max(counts.get("tokens", GUESSED_TOKENS), 1)
-    packer = _Packer(out, report.token_text, budget_bytes / num_tokens, budget_bytes)
-    for response in report.responses:
-        packer.add(response)
-        if packer.is_full and report.num_responses is not None:
-            packer.num_left_out = max(report.num_responses - packer.index.num_responses, 0)
-            break
-    packer.finish()
-    out.write(tail.replace("/* script */", script))
-
-
-def _file(name: str) -> str:
-    text = resources.files("rl_onoff.report").joinpath("page", name).read_text(encoding="utf-8")
-    assert text.isascii(), f"{name} must be ASCII, so that no server's charset can break the page"
-    return text
-
-
 def _write_script(out: IO[str], name: str, value: Any) -> None:
     """A script element of data: packed bytes in base64, all else as JSON."""
-    packed = isinstance(value, bytes)
-    kind = "text/plain" if packed else "application/json"
-    text = base64.b64encode(value).decode("ascii") if packed else inline_json(value)
+    if isinstance(value, bytes):
+        kind, text = "text/plain", base64.b64encode(value).decode("ascii")
+    else:
+        text = json.dumps(plain(value), separators=(",", ":"), allow_nan=False).translate(SAFE)
+        kind = "application/json"
     out.write(f'<script type="{kind}" id="{name}">{text}</script>\n')
 
 
-class Index:
-    """Columns with one entry per response, a heap of worst tokens per target: small even for a million responses."""
-
-    def __init__(self) -> None:
-        self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        self.groups: dict[str, list[str | None]] = {}
-        # Per target (or for the behaviour, where nothing is compared): mean l, or mean logprob
-        self.mean: list[list[Any]] = []
-        self.worst: list[list[Any]] = []  # max |l|, or minus the lowest logprob
-        self.heaps: list[list[tuple[float, int, int, float, float]]] = []
-        self.num_responses = 0
-        self.has_behaviour = self.has_targets = False
-
-    def add(self, response: ReportResponse, chunk: int) -> None:
-        rollout = response.rollout
-        finish = "" if rollout.finish_reason is None else rollout.finish_reason.value
-        row = (rollout.request_id, rollout.sample, chunk, response.num_tokens, rollout.reward, finish)
-        for name, value in zip(COLUMNS, row, strict=True):
-            self.columns[name].append(plain(value))
-        for name in self.groups | dict(response.groups):
-            self.groups.setdefault(name, [None] * self.num_responses).append(response.groups.get(name))
-        for i, target in enumerate(response.targets or (None,)):
-            self._add_numbers(i, response.behaviour, target)
-        self.has_behaviour |= response.behaviour is not None
-        self.has_targets |= bool(response.targets)
-        self.num_responses += 1
-
-    def _add_numbers(self, i: int, behaviour: TokenScores | None, target: TokenScores | None) -> None:
-        while len(self.mean) <= i:
-            self.mean.append([None] * self.num_responses)
-            self.worst.append([None] * self.num_responses)
-            self.heaps.append([])
-        q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in (behaviour, target))
-        with np.errstate(invalid="ignore"):
-            shown_T = p_T - q_T if p_T is not None and q_T is not None else q_T if p_T is None else p_T
-        assert shown_T is not None
-        known_T = shown_T[~np.isnan(shown_T)]
-        for column, short in ((self.mean, np.mean), (self.worst, lambda x_T: np.abs(x_T).max())):
-            column[i].append(plain(float(f"{short(known_T):.6g}")) if len(known_T) else None)
-        size_T = np.nan_to_num(np.abs(shown_T), nan=-1.0, posinf=1e9)
-        heap = self.heaps[i]
-        least = heap[0][0] if len(heap) == NUM_WORST else 0.0
-        for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > least).sum()))]:
-            q, p = (math.nan if side_T is None else float(side_T[t]) for side_T in (q_T, p_T))
-            item = float(size_T[t]), -self.num_responses, -int(t), q, p
-            if len(heap) < NUM_WORST:
-                heapq.heappush(heap, item)
-            elif item > heap[0]:
-                heapq.heapreplace(heap, item)
-
-    def as_json(self) -> dict[str, Any]:
-        worst_tokens = [
-            [[-r, -t, plain(q), plain(p)] for _, r, t, q, p in sorted(heap, key=lambda item: item[:3], reverse=True)]
-            for heap in self.heaps
-        ]
-        groups = {}
-        for name, values in self.groups.items():
-            names = sorted({v for v in values if v is not None})
-            code = {v: i for i, v in enumerate(names)}
-            groups[name] = {"values": names, "codes": [-1 if v is None else code[v] for v in values]}
-        numbers = {"mean": self.mean, "worst": self.worst, "worst_tokens": worst_tokens}
-        has = {"has_behaviour": self.has_behaviour, "has_targets": self.has_targets}
-        return {**self.columns, "groups": groups, **numbers, **has}
+def _batches(responses: Iterable[ReportResponse]) -> Iterator[list[ReportResponse]]:
+    """The responses of one chunk at a time, in a list that is emptied after use."""
+    batch: list[ReportResponse] = []
+    for response in responses:
+        batch.append(response)
+        if len(batch) >= CHUNK_RESPONSES or sum(len(r.tokens) for r in batch) >= CHUNK_TOKENS:
+            yield batch
+            batch.clear()
+    if batch:
+        yield batch
 
 
 @dataclass
-class _Packer:
-    """Gathers responses into chunks and writes them, cutting top lists where a run would make the file too large.
+class _Chunks:
+    """Writes chunks, cutting top lists where a run would make the file too large, and collects their index.
 
     Every chunk may use its tokens' share of the budget and what earlier ones saved; the limit tightens until it fits.
     """
@@ -183,72 +141,88 @@ class _Packer:
     bytes_left: float
     saved: float = 0.0
     level: int = 0
-    num_cut: int = 0
-    pending: list[ReportResponse] = field(default_factory=list)
-    index: Index = field(default_factory=Index)
-    texts: dict[int, str] = field(default_factory=dict)
     num_chunks: int = 0
-    num_left_out: int = 0
+    num_cut: int = 0
+    texts: dict[int, str] = field(default_factory=dict)  # of token ids
+    rows: list[tuple[Any, ...]] = field(default_factory=list)  # COLUMNS of every response
+    # of each target: size, minus the numbers of the response and the token, log q, log p
+    worst_tokens: dict[int, list[tuple[float, ...]]] = field(default_factory=dict)
+    has_behaviour: bool = False
+    has_targets: bool = False
 
-    @property
-    def is_full(self) -> bool:
-        return self.bytes_left <= 0
-
-    def add(self, response: ReportResponse) -> None:
-        if self.is_full:
-            self.num_left_out += 1
-            return
-        self.pending.append(response)
-        num_tokens = sum(r.num_tokens for r in self.pending)
-        if len(self.pending) >= CHUNK_RESPONSES or num_tokens >= CHUNK_TOKENS:
-            self._write_chunk()
-
-    def finish(self) -> None:
-        if self.pending:
-            self._write_chunk()
-        index = {**self.index.as_json(), "left_out": self.num_left_out, "cut_chunks": self.num_cut}
-        table = {"ids": list(self.texts), "texts": list(self.texts.values())}
-        _write_script(self.out, "index", index)
-        _write_script(self.out, "token-table", pack_json(table))
-
-    def _write_chunk(self) -> None:
-        budget = self.bytes_per_token * sum(r.num_tokens for r in self.pending)
+    def write(self, responses: Sequence[ReportResponse]) -> None:
+        budget = self.bytes_per_token * sum(len(r.tokens) for r in responses)
         allowance = budget + self.saved / 4  # a quarter: limits that change slowly
         if self.saved > budget:
             self.level = max(self.level - 1, 0)
-        texts = pack_json([self._text_row(response) for response in self.pending])
-        chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
-        while len(texts) + len(chunk.data) > allowance and self.level + 1 < len(TOP_LIMITS):
+        texts = pack_json([self._add(response) for response in responses])
+        data, ids = pack_tokens(responses, TOP_LIMITS[self.level])
+        while len(texts) + len(data) > allowance and self.level + 1 < len(TOP_LIMITS):
             self.level += 1
-            chunk = pack_tokens(self.pending, TOP_LIMITS[self.level])
-        size = len(texts) + len(chunk.data)
+            data, ids = pack_tokens(responses, TOP_LIMITS[self.level])
+        size = len(texts) + len(data)
         self.saved += budget - size
         self.bytes_left -= size
         self.num_cut += self.level > 0
-        for response in self.pending:
-            self.index.add(response, self.num_chunks)
         if self.token_text is not None:
-            for token_id in set(chunk.ids.tolist()) - self.texts.keys():
+            for token_id in set(ids.tolist()) - self.texts.keys():
                 self.texts[token_id] = self.token_text(token_id)
         _write_script(self.out, f"texts-{self.num_chunks}", texts)
-        _write_script(self.out, f"tokens-{self.num_chunks}", chunk.data)
+        _write_script(self.out, f"tokens-{self.num_chunks}", data)
         self.num_chunks += 1
-        self.pending = []
 
-    def _text_row(self, response: ReportResponse) -> dict[str, Any]:
-        """A response's texts; `own`: those of its tokens that are not the one in the table (part of a character)."""
-        ids, tokens = response.rollout.token_ids_T.tolist(), response.tokens
-        if len(ids) != len(tokens):
-            raise ValueError(f"a response has {len(ids)} token ids and {len(tokens)} token texts")
-        own = {}
-        if list(map(self.texts.get, ids)) != list(tokens):
-            for t, (token_id, text) in enumerate(zip(ids, tokens, strict=True)):
-                if token_id not in self.texts:
-                    self.texts[token_id] = text if self.token_text is None else self.token_text(token_id)
-                if self.texts[token_id] != text:
-                    own[t] = text
-        text = _cut(response.rollout.text, TEXT_CHARS)
-        return {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": text, "own": own}
+    def _add(self, response: ReportResponse) -> dict[str, Any]:
+        """Put a response into the index; returns its texts, `own` those of its tokens that are not the one in the table
+        (part of a character).
+        """
+        rollout, finish, own = response.rollout, response.rollout.finish_reason, {}
+        ids = rollout.token_ids_T.tolist()
+        if len(ids) != len(response.tokens):
+            raise ValueError(f"a response has {len(ids)} token ids and {len(response.tokens)} token texts")
+        for t, (token_id, text) in enumerate(zip(ids, response.tokens, strict=True)):
+            if token_id not in self.texts:
+                self.texts[token_id] = text if self.token_text is None else self.token_text(token_id)
+            if self.texts[token_id] != text:
+                own[t] = text
+        targets = enumerate(response.targets or (None,))
+        means, worst = zip(*(self._numbers(i, response.behaviour, target) for i, target in targets), strict=True)
+        named = (rollout.request_id, rollout.sample, self.num_chunks, len(ids), rollout.reward)
+        self.rows.append((*named, "" if finish is None else finish.value, response.groups, means, worst))
+        self.has_behaviour |= response.behaviour is not None
+        self.has_targets |= bool(response.targets)
+        return {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(rollout.text, TEXT_CHARS), "own": own}
+
+    def _numbers(self, i: int, *sides: TokenScores | None) -> tuple[float | None, float | None]:
+        """A response's mean and worst number between behaviour and target i, whose worst tokens are kept."""
+        q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in sides)
+        with np.errstate(invalid="ignore"):
+            shown_T = p_T - q_T if p_T is not None and q_T is not None else q_T if p_T is None else p_T
+        assert shown_T is not None
+        size_T = np.nan_to_num(np.abs(shown_T), nan=-1.0, posinf=1e9)
+        worst = self.worst_tokens.setdefault(i, [])
+        least = worst[-1][0] if len(worst) == NUM_WORST else 0.0
+        for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > least).sum()))]:
+            q, p = (math.nan if side_T is None else float(side_T[t]) for side_T in (q_T, p_T))
+            worst.append((float(size_T[t]), -len(self.rows), -int(t), q, p))
+        worst.sort(reverse=True)
+        del worst[NUM_WORST:]
+        known_T = shown_T[~np.isnan(shown_T)]
+        if not len(known_T):
+            return None, None
+        return float(f"{known_T.mean():.6g}"), float(f"{np.abs(known_T).max():.6g}")
+
+    def index(self) -> dict[str, Any]:
+        """Columns with one entry per response, and the worst tokens of every target."""
+        found: dict[str, Any] = {name: [row[i] for row in self.rows] for i, name in enumerate(COLUMNS)}
+        groups = {}
+        for name in dict.fromkeys(name for of in found["groups"] for name in of):
+            values = [of.get(name) for of in found["groups"]]
+            names = sorted({value for value in values if value is not None})
+            code = {None: -1, **{value: i for i, value in enumerate(names)}}
+            groups[name] = {"values": names, "codes": [code[value] for value in values]}
+        found |= {"groups": groups} | {name: list(zip_longest(*found[name])) for name in ("mean", "worst")}
+        found["worst_tokens"] = [[[-r, -t, q, p] for _, r, t, q, p in worst] for worst in self.worst_tokens.values()]
+        return found | {"has_behaviour": self.has_behaviour, "has_targets": self.has_targets}
 
 
 def _cut(text: str, limit: int) -> str:

@@ -39,9 +39,10 @@ def whole(file: Path) -> Iterator[Path]:
         partial.replace(file)
         sync(file.parent)
     except OSError as error:
+        raise disk_error(error, file.parent) from error
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise disk_error(error, file.parent) from error
 
 
 def write_whole(file: Path, text: str) -> Path:

@@ -78,7 +78,7 @@ def write_csv(sweep_dir: Path, jobs: Sequence[Job]) -> Path:
 
 def as_text(jobs: Sequence[Job]) -> str:
     """The table for a terminal: the numbers that are looked at first, and the one that a sweeper is given."""
-    from rl_onoff.report.text import aligned, number
+    from rl_onoff.report.tables import aligned, number
 
     options = swept_options(jobs)
     asked = {name: name for job in jobs if (name := job.options.get("metric")) and name not in SHOWN}

@@ -104,7 +104,7 @@ def test_a_folder_and_one_of_its_scores(folders: tuple[RunDir, RunDir], tmp_path
     [
         ("nowhere", "compare.behaviour=nowhere does not exist"),
         ("pyproject.toml", "is neither a run folder nor one of .jsonl, .parquet"),
-        ("docs", "compare.behaviour=docs holds neither responses nor scores"),
+        ("docs", "docs has no responses: set compare.behaviour to a run folder that sampled"),
     ],
 )
 def test_places_that_hold_nothing(behaviour: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from rl_onoff.compare import Comparison, Estimate, verdict
 from rl_onoff.compare.metrics import Thresholds
 from rl_onoff.compare.verdict import Summary
 from rl_onoff.errors import UsageError
-from rl_onoff.report.matrix import Matrix
+from rl_onoff.report.tables import Matrix
 from rl_onoff.rundir.table import RunDir
 from rl_onoff.types import LogprobKind
 from tests.conftest import ROOT

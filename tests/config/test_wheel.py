@@ -34,6 +34,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_config_tree(wheel):
         "conf/config.yaml",
         "data/problems.jsonl",
         "report/page/page.html",
+        "report/page/matrix.html",
         "backends/configs/vllm_default.yaml",
     ):
         assert f"rl_onoff/{name}" in names

@@ -119,7 +119,7 @@ def test_lists_of_the_tokens_that_differ_most_are_kept_longest(sample_run):
     kept_N = pack._most_different([q_N, p_N], limit.share)
     assert kept_N.sum() == len(q_N) // 8
     assert np.abs(p_N - q_N)[kept_N].min() >= np.abs(p_N - q_N)[~kept_N].max()
-    assert len(pack_tokens(run.responses, limit).data) < len(pack_tokens(run.responses, TOP_LIMITS[0]).data) / 2
+    assert len(pack_tokens(run.responses, limit)[0]) < len(pack_tokens(run.responses, TOP_LIMITS[0])[0]) / 2
 
 
 def test_responses_are_read_one_at_a_time(sample_run, tmp_path):

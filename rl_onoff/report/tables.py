@@ -1,38 +1,59 @@
-"""Every policy against every other: the numbers, a table for a terminal, and a page without script or network."""
+"""Tables: numbers in columns for a terminal; every policy against every other, also as a page without a script."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
+from string import Template
 from typing import Any
 
 from rl_onoff.compare import METRICS, Comparison, Estimate, headlines, judge
-from rl_onoff.report.text import aligned, number
+from rl_onoff.report.write import page_file
 
+LABELS = {
+    "tokens": "response tokens", "tokens_per_s": "tokens/s", "length_mean": "mean length (tokens)",
+    "finish_eos": "ended by EOS", "finish_stop": "ended by a stop string", "finish_length": "ended by length",
+    "logprob_mean": "mean logprob (nats)", "entropy_mean": "mean entropy (nats)",
+    "likeliest_fraction": "sampled the likeliest token", "nucleus_mass_mean": "mass the sampler kept",
+    "num_prompts": "prompts judged", "num_responses": "responses judged", "failed": "reward failed",
+    "reward_mean": "mean reward", **{name: metric.label for name, metric in METRICS.items() if metric.label},
+}  # fmt: skip
 SHADES = {"On-policy": 0.0, "Close": 0.15, "Off-policy": 0.6}  # how strong a cell's colour is, by its verdict
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --line: #d4d8dd; --dim: #5f6670; --heat: 214, 110, 20 }
-@media (prefers-color-scheme: dark) { :root {
-  --ink: #e8eaed; --paper: #16181b; --line: #3a3f46; --dim: #a2a9b3; --heat: 240, 140, 50
-} }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
-body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.3rem } h2 { font-size: 1.05rem; margin: 2rem 0 0 } p.note { color: var(--dim); margin: 0 0 .5rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse } a { color: inherit }
-th, td { border: 1px solid var(--line); padding: .4rem .8rem } th { text-align: left; font-weight: 600 }
-td { text-align: right; font-variant-numeric: tabular-nums } td small { display: block; color: var(--dim) }
-td.own { outline: 2px dashed var(--dim); outline-offset: -4px }
-"""
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-HOW_TO_READ = (
-    "Down the side who sampled, along the top who scored the same token ids. The dashed diagonal is a policy against "
-    "itself, what it said while it sampled against its own scores: the noise floor. In brackets the 95 % interval over "
-    "responses. On-policy pairs have no colour, close ones a little, off-policy ones much."
-)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """With so many significant digits; whole numbers with all of theirs, None as nothing."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str, indent: int = 4) -> list[str]:
+    """Rows of cells as lines; `sides` has a < or > for each column."""
+    if not rows:
+        return []
+    widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    layout = " " * indent + "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [layout.format(*row).rstrip() for row in rows]
+
+
+def summary_text(values: Mapping[str, float]) -> str:
+    """A run's numbers, named `section/…/name`: one block a section, one line a number, tokens/s first."""
+    names = [name.rpartition("/") for name in values]
+    order = list(dict.fromkeys(section for section, _, _ in names))
+    names.sort(key=lambda name: (order.index(name[0]), name[2] != "tokens_per_s"))
+    cells = [(LABELS.get(last, last), number(values[f"{section}{slash}{last}"])) for section, slash, last in names]
+    lines, blocks = iter(aligned(cells, "<>")), []
+    for section, of in groupby(names, key=lambda name: name[0]):
+        blocks.append("\n".join([f"  {section}", *(next(lines) for _ in of)]))
+    return "\n\n".join(blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +61,7 @@ class Matrix:
     """A comparison for every (who sampled, who scored); the diagonal, an engine against itself, is the noise floor."""
 
     names: list[str]
-    cells: Mapping[tuple[str, str], Comparison]
+    cells: dict[tuple[str, str], Comparison]
 
     @property
     def floor(self) -> float:
@@ -103,40 +124,31 @@ class Matrix:
 
     def page(self, sentences: Mapping[str, str]) -> str:
         """The whole page, with a link to each policy's own report; `sentences`: a verdict for each as the sampler."""
-        links = (
-            f'<li><a href="{escape(a)}/report.html">{escape(a)}</a>: {escape(sentences[a])}</li>' for a in self.names
+        links = ((escape(a), escape(sentences[a])) for a in self.names)
+        return Template(page_file("matrix.html")).substitute(
+            title=f"{len(self.names)} policies, each against each",
+            verdict=escape(self.verdict()),
+            tables="\n".join(map(self._table, headlines(3))),
+            links="".join(f'<li><a href="{a}/report.html">{a}</a>: {sentence}</li>' for a, sentence in links),
+            num_responses=f"{self.cells[self.names[0], self.names[0]].overall.counts['responses']:,}",
         )
-        num_responses = self.cells[self.names[0], self.names[0]].overall.counts["responses"]
-        parts = [
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">',
-            f"<title>{len(self.names)} policies, each against each</title><style>{STYLE}</style></head><body><main>",
-            f'<h1>{escape(self.verdict())}</h1><p class="note">{HOW_TO_READ}</p>',
-            *map(self._table, headlines(3)),
-            f"<h2>Each policy's own samples</h2><ul>{''.join(links)}</ul>",
-            f'<p class="note">{num_responses:,} responses of each policy; the same numbers are in matrix.csv.</p>',
-            "</main></body></html>\n",
-        ]
-        return "\n".join(parts)
 
     def _table(self, metric: str) -> str:
         told = METRICS[metric]
         bar = "" if told.bar is None else f"; the field's bar is {told.bar}"
         heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("sampled \\ scored", *self.names))
-        body = []
+        body = ""
         for a in self.names:
-            row = "".join(self._cell(a, b, metric) for b in self.names)
-            body.append(f'<tr><th scope="row">{escape(a)}</th>{row}</tr>')
+            body += f'<tr><th scope="row">{escape(a)}</th>'
+            for b in self.names:
+                value, lo, hi = self.numbers(a, b, metric).values()
+                interval = "" if lo is None or hi is None else f"<small>[{lo:.2g}, {hi:.2g}]</small>"
+                shade, mark = SHADES[self.word(a, b)], ' class="own"' if a == b else ""
+                colour = f' style="background: rgba(var(--heat), {shade})"' if shade else ""
+                body += f"<td{mark}{colour}>{number(value, 3) or '–'}{interval}</td>"
+            body += "</tr>"
         return (
             f'<h2>{escape(told.label)}</h2><p class="note">{escape(told.description)}, {told.unit}{bar}</p>'
             f'<div class="scroll"><table><caption hidden>{escape(metric)}</caption><thead><tr>{heads}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table></div>"
+            f"<tbody>{body}</tbody></table></div>"
         )
-
-    def _cell(self, a: str, b: str, metric: str) -> str:
-        value, lo, hi = self.numbers(a, b, metric).values()
-        interval = "" if lo is None or hi is None else f"<small>[{lo:.2g}, {hi:.2g}]</small>"
-        shade, mark = SHADES[self.word(a, b)], ' class="own"' if a == b else ""
-        colour = f' style="background: rgba(var(--heat), {shade})"' if shade else ""
-        return f"<td{mark}{colour}>{number(value, 3) or '–'}{interval}</td>"
