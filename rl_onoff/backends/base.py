@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from rl_onoff.backends.arguments import as_batch, check_arguments, is_number, token_ids_of
+from rl_onoff import sampling as sampler
 from rl_onoff.backends.core import CoreBackend
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Rollout, Sampling, Want, sample_requests
 
-Text = str | Sequence[int]  # a prompt or response: text, or token ids
+NAMES = {"max_new_tokens": "max_length", "stop": "stop_strings"}  # fields of Sampling as arguments of `generate`
 
 
 class BaseBackend(CoreBackend):
@@ -56,28 +57,23 @@ class BaseBackend(CoreBackend):
             The text; or, when any of the last three is asked for, a dict with `text`, `token_ids`, `logprobs`,
             `finish_reason` and what was asked for. A list of them for a list of prompts.
         """
-        check_arguments(max_length, temperature if do_sample else 0.0, top_k, top_p, stop_strings, seed)
-        sampling = Sampling(
-            max_new_tokens=max_length,
-            temperature=temperature if do_sample else 0.0,
-            top_k=top_k or 0,
-            top_p=1.0 if top_p is None else top_p,
-            stop=list(stop_strings or ()),
-            seed=seed,
-        )
+        values = {
+            "max_new_tokens": max_length, "temperature": temperature if do_sample else 0.0, "n": 1, "min_p": 0.0,
+            "top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p,
+            "stop": [] if stop_strings is None else stop_strings, "seed": seed,
+        }  # fmt: skip
+        sampler.check(values, NAMES)
+        sampling = Sampling(**values | {"stop": list(values["stop"])})
         self.check_sampling(sampling)
         if compute_gradients:
             self._check_gradients()
         batch, single = as_batch(prompts, "prompts")
-        requests = [
-            sample_requests(id=str(i), prompt_ids=self._ids(prompt), sampling=sampling)
-            for i, prompt in enumerate(batch)
-        ]
+        ids = [self._ids(prompt) for prompt in batch]
+        requests = [sample_requests(id=str(i), prompt_ids=ids[i], sampling=sampling) for i in range(len(ids))]
         done = {rollout.request_id: rollout for rollout in self.complete(requests)}
-        rollouts = [done[str(i)] for i in range(len(batch))]
+        rollouts = [done[str(i)] for i in range(len(ids))]
         if not (return_logits or return_probs or compute_gradients):
-            texts = [rollout.text for rollout in rollouts]
-            return texts[0] if single else texts
+            return rollouts[0].text if single else [rollout.text for rollout in rollouts]
         logits = self._logits(rollouts, compute_gradients)
         results = []
         for rollout, logits_TV in zip(rollouts, logits, strict=True):
@@ -108,10 +104,8 @@ class BaseBackend(CoreBackend):
         prompt_batch, single = as_batch(prompts, "prompts")
         response_batch, single_response = as_batch(responses, "responses")
         if single != single_response or len(prompt_batch) != len(response_batch):
-            raise UsageError(
-                f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses: give one response per "
-                "prompt"
-            )
+            counts = f"{len(prompt_batch)} prompts but {len(response_batch)} responses"
+            raise UsageError(f"there are {counts}: give one response per prompt")
         rollouts = [
             Rollout(request_id=str(i), sample=0, prompt_ids=self._ids(p), token_ids_T=self._ids(r, special=False))
             for i, (p, r) in enumerate(zip(prompt_batch, response_batch, strict=True))
@@ -124,10 +118,8 @@ class BaseBackend(CoreBackend):
     ) -> Any:
         """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for
         lists."""
-        if not is_number(temperature) or not 0 < temperature < math.inf:
-            raise UsageError(
-                f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0, for example"
-            )
+        if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
+            raise UsageError(f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0")
         logits = self.get_logits(prompts, responses)
         several = isinstance(logits, list)
         return [_softmax(row, temperature) for row in logits] if several else _softmax(logits, temperature)
@@ -147,10 +139,13 @@ class BaseBackend(CoreBackend):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _ids(self, text: Text, special: bool = True) -> np.ndarray:
-        if isinstance(text, str):
-            text = self.get_tokenizer().encode(text, add_special_tokens=special)
-        return token_ids_of(text)
+    def _ids(self, text: str | Sequence[int], special: bool = True) -> np.ndarray:
+        """Token ids as the engines take them, of a text or of a list of token ids."""
+        ids = self.get_tokenizer().encode(text, add_special_tokens=special) if isinstance(text, str) else text
+        array = np.asarray(ids)
+        if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+            raise UsageError(f"{ids!r} is neither a text nor a list of token ids: pass those that backend.encode gives")
+        return array.astype(np.int32)
 
     def _check_gradients(self) -> None:
         if not self.supports_gradients:
@@ -165,6 +160,22 @@ class BaseBackend(CoreBackend):
 
     def _logits_with_gradients(self, rollouts: Sequence[Rollout]) -> list[Any]:
         raise NotImplementedError
+
+
+def as_batch(value: Any, name: str) -> tuple[list[Any], bool]:
+    """(list of items, whether a single one was given); an item is a text or a list of token ids."""
+    if isinstance(value, str):
+        return [value], True
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    is_list = isinstance(value, Sequence) and not isinstance(value, bytes)
+    items = list(value) if is_list else [value]
+    if is_list and items and all(isinstance(item, Integral) and not isinstance(item, bool) for item in items):
+        return [items], True
+    for item in items:
+        if not (isinstance(item, Sequence) or hasattr(item, "tolist")) or isinstance(item, bytes | Mapping):
+            raise UsageError(f"{name} holds {item!r}: pass a text, a list of token ids, or a list of these")
+    return items, False
 
 
 def _softmax(logits_TV: Any, temperature: float) -> Any:

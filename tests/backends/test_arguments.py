@@ -35,7 +35,7 @@ def fake():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"max_length": 0}, "max_length is 0 but must be a whole number from 1 on: pass max_length=100"),
+        ({"max_length": 0}, "max_length is 0 but must be a whole number from 1 on: pass max_length=512"),
         ({"max_length": "9"}, "max_length is '9'"),
         ({"stop_strings": "END"}, r"stop_strings is 'END' but must be a list of non-empty strings"),
         ({"stop_strings": [""]}, "stop_strings is ['']"),
