@@ -1,14 +1,13 @@
 """The core of every backend: token ids in and out, and everything about it that is not an engine call.
 
 `complete(requests)` streams Rollouts as they finish, `score(rollouts, want)` streams TokenScores. An engine's folder
-implements `_load`, `_generate`, `_score`, `_close` and a pure `sampling_args`. Where the engine runs (here, in a worker
+implements the four calls of `Core` and a pure `sampling_args`. Where the engine runs (here, in a worker
 process, in a pool of workers) is decided by placement.py and is not the engine's business.
 """
 
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from rl_onoff.backends.config import BackendConfig
-from rl_onoff.backends.engine import Core, EngineInfo, Given, Supply
+from rl_onoff.backends.engine import Core, EngineInfo, Given
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import check_installed, place
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
@@ -27,8 +26,8 @@ from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest, Sampling, T
 log = logging.getLogger(__name__)
 
 
-class CoreBackend(ABC):
-    """One language model behind one inference engine, token ids in and out."""
+class CoreBackend(Core):
+    """One language model behind one inference engine, token ids in and out. An engine adds the four calls of `Core`."""
 
     name: ClassVar[str]  # the config group's name
     package: ClassVar[str]  # what must be importable, and the extra that brings it
@@ -38,48 +37,29 @@ class CoreBackend(ABC):
     worker_by_default: ClassVar[bool] = False
 
     def __init__(self, config: EngineConfig | BackendConfig):
-        if isinstance(config, BackendConfig):
-            assert config.backend_config is not None
-            config = config.backend_config
+        config = config.backend_config if isinstance(config, BackendConfig) else config
         if not isinstance(config, self.config_class):
+            takes = f"{type(self).__name__} takes a {self.config_class.__name__}"
+            raise UsageError(f"{takes}, not a {type(config).__name__}")
+        if not config.model_name or not isinstance(config.model_name, str):
             raise UsageError(
-                f"{type(self).__name__} takes a {self.config_class.__name__}, not a {type(config).__name__}"
+                "no model was named: set model_name to (on the command line, model.name=) a hub id, a folder, a .gguf "
+                "file or smollm2"
             )
-        if not config.model_name:
-            raise UsageError("no model was named: set model.name to a hub id, a folder, a .gguf file or smollm2")
         if config.logprob_kind not in self.logprob_kinds:
             kinds = ", ".join(kind.value for kind in LogprobKind if kind in self.logprob_kinds)
-            raise UsageError(
-                f"{self.name} cannot report {config.logprob_kind.value} logprobs: set backend.logprob_kind to one of "
-                f"{kinds}"
-            )
+            what = f"{self.name} cannot report {config.logprob_kind.value} logprobs"
+            raise UsageError(f"{what}: set backend.logprob_kind to one of {kinds}")
         self.config = config
         self._core: Core | None = None
         self._info: EngineInfo | None = None
         self._tokenizer: Any = None
 
-    # -- what an engine's file implements ------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _load(self) -> EngineInfo:
-        """Load the weights in this process."""
-
-    @abstractmethod
-    def _generate(self, supply: Supply) -> Iterator[Rollout]:
-        """Sample what the supply gives, while it gives; a rollout's prompt and text may be left to `complete`."""
-
-    @abstractmethod
-    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        """Score given token ids; no response is empty or longer than the context."""
-
-    @abstractmethod
-    def _close(self) -> None:
-        """Free what `_load` took; must be safe to call twice."""
-
     @staticmethod
-    @abstractmethod
     def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        """The engine's own sampling arguments, every one explicit: nothing comes from the model's generation config."""
+        """The engine's own sampling arguments, every one explicit: nothing comes from the model's generation config.
+        Refuses a sampler that the engine does not have. None where the draw is ours and reads the sampling itself."""
+        return {}
 
     # -- checks that load nothing --------------------------------------------------------------------------------------
 
@@ -106,7 +86,7 @@ class CoreBackend(ABC):
         """
         if self._core is not None:
             return
-        self._tokenizer = self._tokenizer or self._load_tokenizer()
+        self.get_tokenizer()
         core = self._place()
         try:
             self._info = core._load()
@@ -117,13 +97,7 @@ class CoreBackend(ABC):
 
     def _place(self) -> Core:
         """Where the engine runs: this object itself, a worker process, or a pool of them."""
-        return place(self, replace(self.config, dp_size=self._num_replicas()), in_worker=self._hosted_by_default())
-
-    def _num_replicas(self) -> int | None:
-        return self.config.dp_size
-
-    def _hosted_by_default(self) -> bool:
-        return self.worker_by_default
+        return place(self, self.config, in_worker=self.worker_by_default)
 
     def close(self) -> None:
         """Free the model, and every process, file and port the engine took."""
@@ -168,8 +142,10 @@ class CoreBackend(ABC):
             self._check_prompt(request.request_id, len(request.prompt_ids), room=1)
         for rollout in core._generate(Given(asked)) if asked else ():
             request = by_key[rollout.key]
-            text = self._text(rollout.token_ids_T, request.sampling.stop)
-            yield replace(rollout, prompt_ids=request.prompt_ids, text=text)
+            # the text is the same for every engine: no special tokens, cut before the first stop string
+            text = self.get_tokenizer().decode(rollout.token_ids_T.tolist(), skip_special_tokens=True)
+            cut = cut_at_stop(text, request.sampling.stop)
+            yield replace(rollout, prompt_ids=request.prompt_ids, text=text if cut is None else cut)
 
     def score(self, rollouts: Iterable[Rollout], want: Want | None = None) -> Iterator[TokenScores]:
         """Score given responses by prefill; yields each as it is done, in any order.
@@ -212,9 +188,8 @@ class CoreBackend(ABC):
             return import_module(package)
         except ImportError as error:
             if error.name != package:
-                raise EngineError(
-                    f"{package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
-                ) from error
+                why = f"{package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
+                raise EngineError(why) from error
             raise MissingDependencyError(
                 f"the {self.name} backend needs the {package} package: set backend.python to the interpreter of an "
                 f"environment that has it, or pip install 'rl-onoff[{package}]'"
@@ -223,19 +198,8 @@ class CoreBackend(ABC):
     def _load_tokenizer(self) -> Any:
         from rl_onoff.models.facts import load_tokenizer
 
-        config = self.config
-        return load_tokenizer(
-            config.model_name,
-            tokenizer=config.tokenizer,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-
-    def _text(self, token_ids_T: np.ndarray, stop: Sequence[str]) -> str:
-        """The text of a response, the same for every engine: no special tokens, cut before the first stop string."""
-        text = self.get_tokenizer().decode(token_ids_T.tolist(), skip_special_tokens=True)
-        cut = cut_at_stop(text, stop)
-        return text if cut is None else cut
+        options = {name: getattr(self.config, name) for name in ("tokenizer", "revision", "trust_remote_code")}
+        return load_tokenizer(self.config.model_name, **options)
 
 
 def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
@@ -243,9 +207,8 @@ def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
     found: dict[Key, Any] = {}
     for item in items:
         if item.key in found:
-            raise UsageError(
-                f"request {item.request_id!r} (sample {item.sample}) is there twice: give every request its own id"
-            )
+            twice = f"request {item.request_id!r} (sample {item.sample}) is there twice"
+            raise UsageError(f"{twice}: give every request its own id")
         found[item.key] = item
     return found
 

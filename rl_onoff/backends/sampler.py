@@ -35,7 +35,7 @@ def draw(
     tokens, logprobs = np.empty(len(samplings), np.int32), np.empty(len(samplings), np.float32)
     for sampling in _distinct(samplings):
         rows = [i for i, other in enumerate(samplings) if other == sampling]
-        z_RV = logits_RV[rows].float()
+        z_RV = logits_RV[rows].detach().float()
         kept_RV = process_logits(z_RV, sampling)
         if sampling.greedy:
             chosen_R = z_RV.argmax(-1)

@@ -12,8 +12,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.registry import build
 from rl_onoff.config import RunConfig, Stage
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Slot:
         if self._backend is not None and self._backend.config == config:
             return self._backend
         self.close()
-        backend, start = build(config), time.monotonic()
+        backend, start = create_backend(config), time.monotonic()
         log.info("loading %s with %s", config.name, config.model_name)
         backend.load()
         info, seconds = backend.info, time.monotonic() - start

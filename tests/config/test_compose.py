@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rl_onoff.backends.registry import engine_configs
+from rl_onoff.backends import engine_configs
 from rl_onoff.cli.main import CONF
 from rl_onoff.config import SCHEMAS, RunConfig, register
 from rl_onoff.sweeps.jobs import MAX_FOLDER_NAME, job_folder

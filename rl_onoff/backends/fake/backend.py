@@ -18,7 +18,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.fake.config import FakeBackendConfig
 from rl_onoff.backends.sampler import Row, draw
 from rl_onoff.backends.token_stats import token_stats
-from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, TokenScores, Want
 
 END = 256
 
@@ -98,10 +98,6 @@ class FakeBackend(BaseBackend):
 
     def check_model(self) -> None:
         """Any name will do: it seeds the table."""
-
-    @staticmethod
-    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        return {}
 
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -17,12 +18,12 @@ from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.backends.huggingface.decode import decode
 from rl_onoff.backends.huggingface.model import load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
-from rl_onoff.backends.placement import replicas_that_fit
+from rl_onoff.backends.placement import place, replicas_that_fit
 from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.models.facts import context_length, end_ids
-from rl_onoff.types import LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,34 +93,21 @@ class HuggingFaceBackend(BaseBackend):
 
             torch.cuda.empty_cache()
 
-    @staticmethod
-    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        """No arguments: the decoding loop is ours and reads the sampling itself."""
-        return {}
-
-    # -- placement -----------------------------------------------------------------------------------------------------
-
-    def _num_replicas(self) -> int | None:
-        config = self.config
-        if config.pool.kind is PoolKind.ray or config.dp_size is not None or config.num_devices == 1:
-            return config.dp_size
-        return replicas_that_fit(config.num_devices) if config.gpus_per_replica else None
-
-    def _hosted_by_default(self) -> bool:
-        return self.config.num_devices > 1  # whose ranks are one process each
-
     def _place(self) -> Core:
-        if self.config.num_devices > 1:
-            tensor_parallel.check(self.config)
-            if self.config.worker is not False and self.config.pool.kind is PoolKind.local:
-                tensor_parallel.announce(self._num_replicas() or 1, self.config.num_devices)
-        return super()._place()
+        config, splits = self.config, self.config.num_devices > 1
+        dp_size, on_ray = config.dp_size, config.pool.kind is PoolKind.ray
+        if splits and dp_size is None and config.gpus_per_replica and not on_ray:
+            dp_size = replicas_that_fit(config.num_devices)
+        if splits:
+            tensor_parallel.check(config)
+            if config.worker is not False and not on_ray:
+                tensor_parallel.announce(dp_size or 1, config.num_devices)
+        return place(self, replace(config, dp_size=dp_size), in_worker=splits)  # each of its ranks is a process
 
     def _check_gradients(self) -> None:
         if self.config.num_devices > 1:
-            raise UsageError(
-                f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1"
-            )
+            why = f"there are no gradients with backend.tp_size={self.config.tp_size}"
+            raise UsageError(f"{why}: set backend.tp_size=1")
 
     # -- batches -------------------------------------------------------------------------------------------------------
 

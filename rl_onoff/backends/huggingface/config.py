@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig, check_dtype
 from rl_onoff.errors import UsageError
@@ -20,8 +20,8 @@ class HuggingFaceBackendConfig(EngineConfig):
     """cpu, cuda, cuda:0, mps, …; null is cuda where there is one, else cpu."""
     torch_dtype: str | None = None
     """The engine's own name for dtype."""
-    device_map: str | None = None
-    """auto, balanced, …: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is
+    device_map: Any = None
+    """auto, balanced, … or a mapping: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is
     auto."""
     head_dtype: str | None = None
     """Type the LM head computes in: float32, or null for the weights' own."""
