@@ -21,8 +21,8 @@ class HuggingFaceBackendConfig(EngineConfig):
     torch_dtype: str | None = None
     """The engine's own name for dtype."""
     device_map: Any = None
-    """auto, balanced, … or a mapping: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is
-    auto."""
+    """auto, balanced, … or a mapping: split the layers over the GPUs; overrides device. Null with several GPUs and no
+    tp_size is auto."""
     head_dtype: str | None = None
     """Type the LM head computes in: float32, or null for the weights' own."""
     attn_implementation: str | None = None
