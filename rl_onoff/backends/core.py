@@ -119,14 +119,9 @@ class CoreBackend(Core):
     @property
     def info(self) -> EngineInfo:
         """What the engine says about itself; only once loaded."""
-        self._loaded()
-        assert self._info is not None
-        return self._info
-
-    def _loaded(self) -> Core:
-        if self._core is None:
+        if self._info is None:
             raise EngineError("the backend is not loaded: call backend.load() first")
-        return self._core
+        return self._info
 
     # -- the core: token ids -------------------------------------------------------------------------------------------
 
@@ -135,12 +130,10 @@ class CoreBackend(Core):
 
         What `sample_requests` makes of one prompt, a list of requests, may stand in place of a request.
         """
-        core = self._loaded()
         asked = [one for request in requests for one in ([request] if isinstance(request, SampleRequest) else request)]
-        by_key = _by_key(asked)
-        for request in asked:
-            self._check_prompt(request.request_id, len(request.prompt_ids), room=1)
-        for rollout in core._generate(Given(asked)) if asked else ():
+        by_key = self._by_key(asked)
+        assert self._core is not None
+        for rollout in self._core._generate(Given(asked)) if asked else ():
             request = by_key[rollout.key]
             # the text is the same for every engine: no special tokens, cut before the first stop string
             text = self.get_tokenizer().decode(rollout.token_ids_T.tolist(), skip_special_tokens=True)
@@ -152,34 +145,41 @@ class CoreBackend(Core):
 
         Row t describes response token t, whose distribution is that of a plain forward pass over the unpadded sequence.
         """
-        core, bare = self._loaded(), []
+        bare = []
         for rollout in rollouts:  # engines read the ids alone
             prompt_ids, token_ids_T = (np.asarray(ids, np.int32) for ids in (rollout.prompt_ids, rollout.token_ids_T))
             request_id, sample = rollout.key
             bare.append(Rollout(request_id=request_id, sample=sample, prompt_ids=prompt_ids, token_ids_T=token_ids_T))
-        _by_key(bare)
-        for rollout in bare:
-            self._check_prompt(rollout.request_id, len(rollout.prompt_ids), room=len(rollout.token_ids_T))
-            if len(rollout.token_ids_T) == 0:
-                raise UsageError(f"response {rollout.sample} to request {rollout.request_id!r} has no tokens to score")
-        yield from core._score(bare, want or Want()) if bare else ()
+        self._by_key(bare)
+        assert self._core is not None
+        yield from self._core._score(bare, want or Want()) if bare else ()
 
-    def _check_prompt(self, request_id: str, num_tokens: int, room: int) -> None:
-        if num_tokens == 0:
-            raise UsageError(f"the prompt of request {request_id!r} is empty: give it at least one token")
-        if num_tokens + room > self.info.max_len:
-            raise UsageError(
-                f"the prompt of request {request_id!r} has {num_tokens} tokens and needs {room} more, but the context "
-                f"holds {self.info.max_len}: shorten it, leave the row out, or raise the engine's context length"
-            )
+    def _by_key(self, items: Iterable[Any]) -> dict[Key, Any]:
+        """Requests or rollouts by (request id, sample), which is all that tells their results apart; each must fit."""
+        found: dict[Key, Any] = {}
+        max_len = self.info.max_len
+        for item in items:
+            request, num_prompt = f"request {item.request_id!r}", len(item.prompt_ids)
+            room = len(item.token_ids_T) if isinstance(item, Rollout) else 1
+            if item.key in found:
+                raise UsageError(f"{request} (sample {item.sample}) is there twice: give every request its own id")
+            if num_prompt == 0:
+                raise UsageError(f"the prompt of {request} is empty: give it at least one token")
+            if room == 0:
+                raise UsageError(f"response {item.sample} to {request} has no tokens to score")
+            if num_prompt + room > max_len:
+                raise UsageError(
+                    f"the prompt of {request} has {num_prompt} tokens and needs {room} more, but the context holds "
+                    f"{max_len}: shorten it, leave the row out, or raise the engine's context length"
+                )
+            found[item.key] = item
+        return found
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer of the model; pads on the left."""
         if self._tokenizer is None:
             self._tokenizer = self._load_tokenizer()
         return self._tokenizer
-
-    # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _import_engine(self) -> ModuleType:
         """The engine's package, which may be missing or broken."""
@@ -200,17 +200,6 @@ class CoreBackend(Core):
 
         options = {name: getattr(self.config, name) for name in ("tokenizer", "revision", "trust_remote_code")}
         return load_tokenizer(self.config.model_name, **options)
-
-
-def _by_key(items: Iterable[Any]) -> dict[Key, Any]:
-    """Requests or rollouts by (request id, sample), which is all that tells their results apart."""
-    found: dict[Key, Any] = {}
-    for item in items:
-        if item.key in found:
-            twice = f"request {item.request_id!r} (sample {item.sample}) is there twice"
-            raise UsageError(f"{twice}: give every request its own id")
-        found[item.key] = item
-    return found
 
 
 def disagreement(

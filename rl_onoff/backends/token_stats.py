@@ -41,21 +41,18 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
         shifted_RV = z_RV - logsumexp_R[:, None]
         probs_RV = shifted_RV.exp()
         entropy_R = -torch.where(probs_RV > 0, probs_RV * shifted_RV, 0.0).sum(-1)
-        rank_R = (z_RV > chosen_R1).sum(-1) + 1
-        top = torch.topk(shifted_RV, min(want.top_k, z_RV.shape[-1]), -1) if want.top_k else None
-        processed_R, mass_R = _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler else (None, None)
-        return TokenScores(
-            token_ids_T=_numpy(token_ids_R, np.int32),
-            logprobs_T=_numpy(chosen_R1[:, 0] - logsumexp_R),
-            entropy_T=_numpy(entropy_R),
-            logsumexp_T=_numpy(logsumexp_R),
-            rank_T=_numpy(rank_R, np.int32),
-            top_ids_TK=None if top is None else _numpy(top.indices, np.int32),
-            top_logprobs_TK=None if top is None else _numpy(top.values),
-            processed_logprobs_T=None if processed_R is None else _numpy(processed_R),
-            nucleus_mass_T=None if mass_R is None else _numpy(mass_R),
-            logits_TV=_numpy(z_RV) if want.full_logits else None,
-        )
+        found = {
+            "token_ids_T": token_ids_R, "logprobs_T": chosen_R1[:, 0] - logsumexp_R, "entropy_T": entropy_R,
+            "logsumexp_T": logsumexp_R, "rank_T": (z_RV > chosen_R1).sum(-1) + 1,
+        }  # fmt: skip
+        if want.top_k:
+            found["top_logprobs_TK"], found["top_ids_TK"] = shifted_RV.topk(min(want.top_k, z_RV.shape[-1]), -1)
+        if want.sampler:
+            processed_R, found["nucleus_mass_T"] = _under_sampler(z_RV, token_ids_R, want.sampler)
+            found["processed_logprobs_T"] = processed_R
+        if want.full_logits:
+            found["logits_TV"] = z_RV
+        return TokenScores(**{name: _numpy(tensor) for name, tensor in found.items()})
 
 
 def stats_of_hidden(
@@ -179,5 +176,6 @@ def _under_sampler(z_RV: Tensor, token_ids_R: Tensor, sampling: Sampling) -> tup
     return chosen_R - kept_lse_R, (kept_lse_R - all_lse_R).exp()
 
 
-def _numpy(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
+def _numpy(tensor: Tensor) -> Any:
+    dtype = np.float32 if tensor.is_floating_point() else np.int32
     return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=dtype)
