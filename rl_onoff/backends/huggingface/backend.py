@@ -15,8 +15,7 @@ from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface import tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
-from rl_onoff.backends.huggingface.decode import decode
-from rl_onoff.backends.huggingface.model import load
+from rl_onoff.backends.huggingface.model import decode, load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.placement import place, replicas_that_fit
 from rl_onoff.backends.sampler import Row
@@ -142,7 +141,9 @@ class HuggingFaceBackend(BaseBackend):
 
         with torch.no_grad():
             if not self._split.splits:
-                return [self._score_whole(rollout, want) for rollout in batch]
+                pairs = ((torch.as_tensor(r.token_ids_T), self._whole_logits(r)) for r in batch)
+                parts = [token_stats(logits_TV, ids_T.to(logits_TV.device), want) for ids_T, logits_TV in pairs]
+                return [part.of(rollout) for part, rollout in zip(parts, batch, strict=True)]
             hidden_RD = self._hidden(batch, shares_prompt)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
             if not self._ranks.leads:
@@ -179,13 +180,6 @@ class HuggingFaceBackend(BaseBackend):
             hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
         return torch.cat([hidden_BLD[i, at : at + len(batch[i].token_ids_T)] for i, at in enumerate(starts)])
 
-    def _score_whole(self, rollout: Rollout, want: Want) -> TokenScores:
-        """For a model that cannot be split: its own logits of one sequence."""
-        import torch
-
-        logits_TV = self._whole_logits(rollout)
-        return token_stats(logits_TV, torch.as_tensor(rollout.token_ids_T, device=logits_TV.device), want).of(rollout)
-
     def _whole_logits(self, rollout: Rollout) -> Tensor:
         """(T, V) logits of one unpadded sequence, by the model's own forward pass."""
         ids_BL, _ = self._split.padded([np.concatenate([rollout.prompt_ids, rollout.token_ids_T])])
@@ -196,9 +190,8 @@ class HuggingFaceBackend(BaseBackend):
         import torch
 
         if self._split is None:
-            raise EngineError(
-                "gradients need the model in this process: set worker to false and leave dp_size and python alone"
-            )
+            fix = "set worker to false and leave dp_size and python alone"
+            raise EngineError(f"gradients need the model in this process: {fix}")
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
             return [self._whole_logits(rollout).float() for rollout in rollouts]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig, check_dtype
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,19 +41,13 @@ class HuggingFaceBackendConfig(EngineConfig):
         check_dtype("backend.torch_dtype", self.torch_dtype)
         self.same("dtype", "torch_dtype")
         if self.head_dtype not in (None, "float32"):
-            raise UsageError(
-                f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32"
-            )
+            what = f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null"
+            raise UsageError(f"{what}: set backend.head_dtype=float32")
         if ":" in (self.device or "") and (self.dp_size or self.tp_size or 1) > 1:
-            raise UsageError(
-                f"backend.device={self.device} names one device, but replicas and their parts share out all: "
-                "set backend.device=cuda"
-            )
-        for name in ("batch_size", "max_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(
-                    f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16"
-                )
+            what = f"backend.device={self.device} names one device, but replicas and their parts share out all"
+            raise UsageError(f"{what}: set backend.device=cuda")
+        at_least(1, "backend.batch_size", self.batch_size, 16)
+        at_least(1, "backend.max_batch_tokens", self.max_batch_tokens, 16384)
 
     @property
     def weights_dtype(self) -> str:

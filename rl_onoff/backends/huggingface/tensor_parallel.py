@@ -51,10 +51,8 @@ class Ranks:
         """Start the other ranks, and make this process rank 0 of their group."""
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         if spec is None or spec.name != "rl_onoff.workers.worker_main":
-            raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but backend.tp_size={config.tp_size} wants "
-                f"{config.tp_size} processes: drop it"
-            )
+            wants = f"backend.tp_size={config.tp_size} wants {config.tp_size} processes"
+            raise UsageError(f"backend.worker=false keeps the engine in this process, but {wants}: drop it")
         ranks = cls()
         store = f"{tempfile.mkdtemp(prefix='ranks-')}/store"  # in the worker's folder, and removed with it
         for rank in range(1, config.num_devices):
@@ -195,10 +193,7 @@ def announce(num_replicas: int, tp_size: int) -> None:
         f"  Tensor parallel size: {mesh.tp_size}\n"
         f"  Total GPUs: {mesh.total_size}"
     )
-    if log.isEnabledFor(logging.INFO):
-        log.info(text)
-    else:
-        print(text, flush=True)
+    (log.info if log.isEnabledFor(logging.INFO) else print)(text)
 
 
 def check(config: HuggingFaceBackendConfig) -> None:
@@ -206,26 +201,18 @@ def check(config: HuggingFaceBackendConfig) -> None:
     import torch
     from transformers import AutoConfig
 
-    size = config.num_devices
+    size, option = config.num_devices, f"backend.tp_size={config.tp_size}"
     if config.device_map is not None:
-        raise UsageError(
-            f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one to null"
-        )
+        raise UsageError(f"backend.device_map={config.device_map} and {option} both split the model: set one to null")
     if (config.device or "").startswith("cpu") and torch.cuda.is_available():
-        raise UsageError(
-            "backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing"
-        )
+        raise UsageError(f"backend.device=cpu with {option} needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing")
     files = resolve(config.model_name, revision=config.revision)
     options = {"revision": files.revision or "main", "trust_remote_code": config.trust_remote_code}
     with hub_errors(config.model_name):
         model = AutoConfig.from_pretrained(files.path, **options).get_text_config()
     if not getattr(model, "base_model_tp_plan", None):
-        raise UsageError(
-            f"Transformers cannot split a {model.model_type} model this way: set backend.device_map=auto, not tp_size"
-        )
+        what = f"Transformers cannot split a {model.model_type} model this way"
+        raise UsageError(f"{what}: set backend.device_map=auto, not tp_size")
     for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
-        value = getattr(model, name, None)
-        if value is not None and value % size:
-            raise UsageError(
-                f"the model's {name} is {value}, which backend.tp_size={size} does not divide: change backend.tp_size"
-            )
+        if (value := getattr(model, name, None) or 0) % size:
+            raise UsageError(f"the model's {name} is {value}, which {option} does not divide: change backend.tp_size")
