@@ -49,7 +49,7 @@ class BaseBackend(CoreBackend):
             do_sample: False decodes greedily.
             stop_strings: end a response and are cut from its text.
             return_logits, return_probs: also give `logits` and `probs`, float32 (num_tokens, vocab_size); the
-                probabilities are after `temperature`.
+                probabilities are after `temperature`, those of greedy decoding after 1.
             compute_gradients: give `logits` as a torch tensor that `.backward()` can be called on (HuggingFace alone).
             seed: the same seed gives the same responses.
 
@@ -75,29 +75,26 @@ class BaseBackend(CoreBackend):
         if not (return_logits or return_probs or compute_gradients):
             return rollouts[0].text if single else [rollout.text for rollout in rollouts]
         logits = self._logits(rollouts, compute_gradients)
-        results = []
+        results: list[dict[str, Any]] = []
         for rollout, logits_TV in zip(rollouts, logits, strict=True):
-            result: dict[str, Any] = {
-                "text": rollout.text,
-                "token_ids": rollout.token_ids_T.tolist(),
-                "logprobs": rollout.logprobs_T,
-                "finish_reason": rollout.finish_reason and rollout.finish_reason.value,
-            }
+            reason = rollout.finish_reason and rollout.finish_reason.value
+            ids, logprobs = rollout.token_ids_T.tolist(), rollout.logprobs_T
+            result = {"text": rollout.text, "token_ids": ids, "logprobs": logprobs, "finish_reason": reason}
             if return_logits or compute_gradients:
                 result["logits"] = logits_TV
             if return_probs:
-                result["probs"] = _softmax(logits_TV, temperature if do_sample else 1.0)
+                result["probs"] = _softmax(logits_TV, sampling.temperature or 1.0)
             results.append(result)
         return results[0] if single else results
 
     def get_logits(
         self, prompts: str | Sequence[Any], responses: str | Sequence[Any], compute_gradients: bool = False
     ) -> Any:
-        """Raw logits of every response token given its prompt: float32 (num_response_tokens, vocab_size), a list for
-        lists.
+        """Raw logits of every response token given its prompt: float32 (num_response_tokens, vocab_size).
 
-        Prompts and responses are text or lists of token ids; a text response is encoded without special tokens. With
-        `compute_gradients` a torch tensor comes back whose `.backward()` reaches the weights (HuggingFace alone).
+        Lists give a list. Prompts and responses are text or lists of token ids; a text response is encoded without
+        special tokens. With `compute_gradients` a torch tensor comes back whose `.backward()` reaches the weights
+        (HuggingFace alone).
         """
         if compute_gradients:
             self._check_gradients()
@@ -116,8 +113,7 @@ class BaseBackend(CoreBackend):
     def get_probabilities(
         self, prompts: str | Sequence[Any], responses: str | Sequence[Any], temperature: float = 1.0
     ) -> Any:
-        """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size), a list for
-        lists."""
+        """softmax(logits / temperature) of every response token: float32 (num_response_tokens, vocab_size)."""
         if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
             raise UsageError(f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0")
         logits = self.get_logits(prompts, responses)
@@ -125,8 +121,7 @@ class BaseBackend(CoreBackend):
         return [_softmax(row, temperature) for row in logits] if several else _softmax(logits, temperature)
 
     def encode(self, text: str | Sequence[str]) -> Any:
-        """Token ids of a text, or a list of them for a list of texts, with the special tokens the tokenizer adds (if
-        any)."""
+        """Token ids of a text, with the special tokens that the tokenizer adds; a list of them for a list of texts."""
         batch, single = as_batch(text, "text")
         ids = [self.get_tokenizer().encode(item) for item in batch]
         return ids[0] if single else ids
@@ -136,8 +131,6 @@ class BaseBackend(CoreBackend):
         batch, single = as_batch(token_ids, "token_ids")
         texts = [self.get_tokenizer().decode(ids, skip_special_tokens=True) for ids in batch]
         return texts[0] if single else texts
-
-    # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str | Sequence[int], special: bool = True) -> np.ndarray:
         """Token ids as the engines take them, of a text or of a list of token ids."""

@@ -74,6 +74,14 @@ def test_prompts_in_every_form(prompts, fake):
     fake.generate(prompts, max_length=2)
 
 
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"do_sample": False}], ids=str)
+def test_probabilities_of_greedy_decoding(greedy, fake):
+    result = fake.generate("x", max_length=3, return_probs=True, **greedy)
+    np.testing.assert_allclose(result["probs"].sum(-1), 1, atol=1e-5)
+    assert result["probs"].argmax(-1).tolist() == result["token_ids"]
+    assert 0 < result["probs"].max() < 0.999, "of temperature 1"
+
+
 def test_the_other_calls(fake):
     assert "temperature is 0 but" in refused(fake.get_probabilities, "a", "b", temperature=0)
     assert "temperature is 'x' but" in refused(fake.get_probabilities, "a", "b", temperature="x")

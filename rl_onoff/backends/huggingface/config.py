@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from rl_onoff.backends.engine_config import EngineConfig, check_dtype
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import UsageError, at_least
 
 
@@ -31,6 +31,7 @@ class HuggingFaceBackendConfig(EngineConfig):
     """Most responses computed at once."""
     max_batch_tokens: int = 16384
     """Most tokens (prompts and responses, padding included) computed at once; a longer response runs alone."""
+    second_names: ClassVar[dict[str, str]] = {"dtype": "torch_dtype"}
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "dtype", "torch_dtype", "device_map", "attn_implementation", "revision=model.revision",
         "trust_remote_code=model.trust_remote_code",
@@ -38,8 +39,6 @@ class HuggingFaceBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        check_dtype("backend.torch_dtype", self.torch_dtype)
-        self.same("dtype", "torch_dtype")
         if self.head_dtype not in (None, "float32"):
             what = f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null"
             raise UsageError(f"{what}: set backend.head_dtype=float32")
@@ -48,13 +47,6 @@ class HuggingFaceBackendConfig(EngineConfig):
             raise UsageError(f"{what}: set backend.device=cuda")
         at_least(1, "backend.batch_size", self.batch_size, 16)
         at_least(1, "backend.max_batch_tokens", self.max_batch_tokens, 16384)
-
-    @property
-    def weights_dtype(self) -> str:
-        return self.same("dtype", "torch_dtype") or "auto"
-
-    def with_dtype(self, dtype: str | None) -> Self:
-        return dataclasses.replace(self, dtype=dtype, torch_dtype=dtype)
 
     def with_float32_head(self) -> Self:
         return dataclasses.replace(self, head_dtype="float32")

@@ -26,6 +26,7 @@ class VLLMBackendConfig(EngineConfig):
     """Skip compilation and CUDA graphs: starts faster, runs slower."""
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    second_names: ClassVar[dict[str, str]] = {"tp_size": "tensor_parallel_size"}
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "max_model_len",
         "gpu_memory_utilization", "enforce_eager", "revision=model.revision",
@@ -36,7 +37,6 @@ class VLLMBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        self.same("tp_size", "tensor_parallel_size")
         self.check_context("max_model_len")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(
@@ -45,15 +45,8 @@ class VLLMBackendConfig(EngineConfig):
             )
 
     @property
-    def num_devices(self) -> int:
-        return self.tensor_parallel
-
-    @property
     def tensor_parallel(self) -> int:
-        return self.same("tp_size", "tensor_parallel_size") or 1
-
-    def on_one_device(self) -> Self:
-        return dataclasses.replace(self, tp_size=1, tensor_parallel_size=1)
+        return self.num_devices
 
     def across_nodes(self) -> Self:
         # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from
