@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from rl_onoff.attribution.ladder import run_attribute
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import check_installed
 from rl_onoff.compare import HEADLINES, Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import Row, load_rows
@@ -60,7 +61,7 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
     for engine in samplers(config):
         create_backend(engine).check_sampling(config.sampling)
     for option, engine in engines(config).items():
-        create_backend(engine).check_engine(option)
+        check_installed(create_backend(engine).package, engine, option)
     yield next(iter(engines(config).values()), None)
     tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
     job_type = "+".join(stage.value for stage in config.stages)

@@ -19,7 +19,7 @@ import numpy as np
 from rl_onoff.backends.config import BackendConfig
 from rl_onoff.backends.engine import Core, EngineInfo, Given
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.placement import check_installed, place
+from rl_onoff.backends.placement import place
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
@@ -68,10 +68,6 @@ class CoreBackend(Core):
         from rl_onoff.models.resolve import check_name
 
         check_name(self.config.model_name, revision=self.config.revision)
-
-    def check_engine(self, option: str = "backend") -> None:
-        """Refuse an engine that is not installed where it shall run; `option` is the option that chose the engine."""
-        check_installed(self.package, self.config, option)
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Refuse a sampler this engine does not have."""

@@ -125,11 +125,9 @@ class Row:
         return all(any(string in text for string in stop) for text in texts)
 
     def rollout(self, kind: LogprobKind) -> Rollout:
+        ids_T, logprobs_T = np.asarray(self.token_ids, np.int32), np.asarray(self.logprobs, np.float32)
+        request_id, sample = self.request.key
         return Rollout(
-            request_id=self.request.request_id,
-            sample=self.request.sample,
-            token_ids_T=np.asarray(self.token_ids, np.int32),
-            logprobs_T=np.asarray(self.logprobs, np.float32),
-            kind=kind,
+            request_id=request_id, sample=sample, token_ids_T=ids_T, logprobs_T=logprobs_T, kind=kind,
             finish_reason=self.finish,
-        )
+        )  # fmt: skip

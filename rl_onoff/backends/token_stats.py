@@ -71,7 +71,7 @@ class PartialScores:
     """The statistics of one response, filled in by position while an engine computes its prefill in chunks."""
 
     def __init__(self, num_tokens: int, want: Want, logits_file: Path | None = None):
-        self.want = want
+        self.want, self.num_tokens = want, num_tokens
         self.arrays: dict[str, np.ndarray] = {}
         self._filled_T = np.zeros(num_tokens, bool)
         self._logits_file = logits_file  # where full logits go, hundreds of megabytes: `read_logits` maps it
@@ -80,18 +80,14 @@ class PartialScores:
     def complete(self) -> bool:
         return bool(self._filled_T.all())
 
-    def put(self, first: int, scores: TokenScores, logits_RV: Tensor) -> None:
-        """Rows from response position `first` on; those before the response and after it are dropped."""
-        num_tokens = len(self._filled_T)
-        start, end = max(first, 0), min(first + len(logits_RV), num_tokens)
-        if start >= end:
-            return
-        there = slice(start - first, end - first)
-        copy_rows(scores[there], self.arrays, start, num_tokens)
+    def fill(self, start: int, scores: TokenScores, logits_RV: Tensor) -> None:
+        """Take in the rows from response position `start` on."""
+        end = start + len(logits_RV)
+        copy_rows(scores, self.arrays, start, self.num_tokens)
         if self._logits_file is not None:
             mode = "r+" if self._logits_file.exists() else "w+"
-            file = np.memmap(self._logits_file, np.float32, mode, shape=(num_tokens, logits_RV.shape[-1]))
-            file[start:end] = _numpy(logits_RV[there].float())
+            file = np.memmap(self._logits_file, np.float32, mode, shape=(self.num_tokens, logits_RV.shape[-1]))
+            file[start:end] = _numpy(logits_RV.float())
         self._filled_T[start:end] = True
 
 
@@ -109,11 +105,13 @@ class Span(NamedTuple):
     first: int
 
     def put(self, at: int, scores: TokenScores, logits_RV: Tensor) -> None:
-        """Rows from number `at` of the step on, of which this response takes its own."""
-        start, end = max(at, self.begin), min(at + len(logits_RV), self.end)
+        """Rows from number `at` of the step on, of which this response takes its own: none before it or after it."""
+        zero = self.begin - self.first  # the row of the response's first position
+        start = max(at, self.begin, zero)
+        end = min(at + len(logits_RV), self.end, zero + self.scores.num_tokens)
         if start < end:
             here = slice(start - at, end - at)
-            self.scores.put(self.first + start - self.begin, scores[here], logits_RV[here])
+            self.scores.fill(start - zero, scores[here], logits_RV[here])
 
 
 def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:

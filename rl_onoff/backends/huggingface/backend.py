@@ -45,8 +45,6 @@ class HuggingFaceBackend(BaseBackend):
     _split: Any = None
     _ranks = Ranks()  # the processes that compute with this one; none, unless tp_size is above 1
 
-    # -- the engine's four calls ---------------------------------------------------------------------------------------
-
     def _load(self) -> EngineInfo:
         import transformers
 
@@ -55,14 +53,10 @@ class HuggingFaceBackend(BaseBackend):
         self._split = load(self.config)
         model = self._split.whole
         return EngineInfo(
-            engine=self.name,
-            version=transformers.__version__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=model.get_output_embeddings().weight.shape[0],
-            max_len=context_length(model.config),
-            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
-            batch=self.config.batch_size,
-        )
+            engine=self.name, version=transformers.__version__, dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.get_output_embeddings().weight.shape[0], max_len=context_length(model.config),
+            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()), batch=self.config.batch_size,
+        )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         while requests := supply.take(wait=True):
@@ -105,10 +99,8 @@ class HuggingFaceBackend(BaseBackend):
 
     def _check_gradients(self) -> None:
         if self.config.num_devices > 1:
-            why = f"there are no gradients with backend.tp_size={self.config.tp_size}"
-            raise UsageError(f"{why}: set backend.tp_size=1")
-
-    # -- batches -------------------------------------------------------------------------------------------------------
+            tp_size = f"backend.tp_size={self.config.tp_size}"
+            raise UsageError(f"there are no gradients with {tp_size}: set backend.tp_size=1")
 
     def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
         """Neighbours together, as many as the limits on size allow; the longest sets the padding."""

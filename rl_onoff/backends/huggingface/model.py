@@ -51,21 +51,16 @@ def load(config: HuggingFaceBackendConfig) -> SplitModel:
     with load_errors(config.model_name, options=alternatives):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(files.path, **options, **config.engine_kwargs)
     if options["device_map"] is None and config.num_devices == 1:
-        model = model.to(_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            why = f"backend.device is {name!r}, which torch does not know: set backend.device=cuda or cpu"
+            raise UsageError(why) from error
+        if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+            raise UsageError(f"backend.device is {name}, but torch sees {count} CUDA devices: set backend.device=cpu")
+        model = model.to(device)
     return SplitModel(model.eval().requires_grad_(False), float32_head=config.head_dtype == "float32")
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        why = f"backend.device is {name!r}, which torch does not know: set backend.device=cuda or cpu"
-        raise UsageError(why) from error
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise UsageError(f"backend.device is {name}, but torch sees {count} CUDA devices: set backend.device=cpu")
-    return device
 
 
 class SplitModel:
@@ -77,6 +72,7 @@ class SplitModel:
 
     def __init__(self, model: Any, *, float32_head: bool = False):
         self.whole = model
+        self.device = model.get_input_embeddings().weight.device  # where input ids go
         self.body = model.base_model
         self._lm_head = model.get_output_embeddings()
         self._head_weights: dict[str, Tensor] = {}  # in place of the LM head's own
@@ -96,18 +92,9 @@ class SplitModel:
             # a copy of the weights: they may be the embedding's too
             self._head_weights = {name: weight.float() for name, weight in self._lm_head.named_parameters()}
             self._head_dtype = next(iter(self._head_weights.values())).dtype
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Whether a prompt's cache can be repeated for several responses: plain attention caches can."""
-        config = self.whole.config.get_text_config()
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        return self.splits and layers == {"full_attention"} and getattr(config, "sliding_window", None) is None
-
-    @property
-    def device(self) -> Any:
-        """Where input ids go."""
-        return self.whole.get_input_embeddings().weight.device
+        # whether a prompt's cache can be repeated for several responses: plain attention caches can
+        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        self.shares_prompts = self.splits and plain and getattr(config, "sliding_window", None) is None
 
     def padded(self, rows: Sequence[np.ndarray], *, left: bool = False) -> tuple[Tensor, Tensor]:
         """Sequences of token ids as (ids, attention mask), both int64 (B, L)."""

@@ -39,11 +39,12 @@ class CallerLeft(Exception):
 
 
 class Ranks:
-    """The ranks of one replica, as rank 0 sees them; itself alone, unless others were started."""
+    """The ranks of one replica, as one of them sees them: rank 0 leads, alone unless `start` gave it others; any other
+    rank agrees to what it hears from rank 0."""
 
-    leads = True
-
-    def __init__(self) -> None:
+    def __init__(self, heard: queue.SimpleQueue[Any] | None = None) -> None:
+        self.leads = heard is None
+        self._heard = heard
         self._others: list[subprocess.Popen[bytes]] = []
 
     @classmethod
@@ -78,7 +79,11 @@ class Ranks:
             raise
 
     def agreed(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Rank 0's value, on every rank. Raises CallerLeft where rank 0 says so."""
+        if self._heard is not None:
+            if (value := self._heard.get()) == LEFT:
+                raise CallerLeft
+            return value
         try:
             for process in self._others:
                 _say(process, value)
@@ -115,46 +120,32 @@ class Ranks:
             os._exit(1)
 
 
-class Follower(Ranks):
-    """The ranks of one replica, as any other rank sees them: it agrees to what rank 0 says."""
-
-    leads = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def agreed(self, value: Any) -> Any:
-        if (value := self._heard.get()) == LEFT:
-            raise CallerLeft
-        return value
-
-    def _listen(self) -> None:
-        """Take in what rank 0 says, and end with it, also from within a collective operation."""
-        with suppress(EOFError, pickle.UnpicklingError):  # rank 0 ended, maybe in the middle of a word
-            while True:
-                self._heard.put(pickle.load(sys.stdin.buffer))
-        os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
-
-
 def follow() -> None:
     """Be a rank other than 0: load its part of the model, and compute every batch that rank 0 names."""
     try:
         backend_class, config, rank, store = pickle.load(sys.stdin.buffer)
-        ranks = Follower()
+        heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(heard,), daemon=True).start()
         _join(rank, config.num_devices, store)
         backend = backend_class(config)
-        backend._ranks = ranks
+        backend._ranks = Ranks(heard)
         backend.load()
         while True:
             with suppress(CallerLeft):
-                method, args = ranks.agreed(None)
+                method, args = backend._ranks.agreed(None)
                 for _ in getattr(backend, method)(*args):
                     pass
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # at once: the interpreter's end would wait for the group
+
+
+def _listen(heard: queue.SimpleQueue[Any]) -> None:
+    """Take in what rank 0 says, and end with it, also from within a collective operation."""
+    with suppress(EOFError, pickle.UnpicklingError):  # rank 0 ended, maybe in the middle of a word
+        while True:
+            heard.put(pickle.load(sys.stdin.buffer))
+    os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
 
 
 def _say(process: subprocess.Popen[bytes], value: Any) -> None:
