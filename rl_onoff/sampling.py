@@ -34,8 +34,7 @@ RULES = (  # name, type, test, what a value must be, example
 
 
 def check(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
-    """Refuse values that nothing can sample with; `names` are those of a Python call's arguments, in place of the
-    options'."""
+    """Refuse values that nothing can sample with; `names` of a call's arguments stand in place of the options'."""
     for field_name, kind, fits, want, example in RULES:
         value = values[field_name]
         if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):

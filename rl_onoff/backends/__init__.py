@@ -25,14 +25,10 @@ __getattr__ = lazily(__name__, BaseBackend="base", EngineInfo="engine")
 
 
 def create_backend(config: Mapping[str, Any] | BackendConfig | EngineConfig) -> BaseBackend:
-    """Build the backend a config names, without loading it.
+    """Build the backend a config names, without loading it; ValueError for an unknown type or option, or a wrong value.
 
-    Args:
-        config: `{"backend_type": "huggingface" | "vllm" | "sglang", "model_name": …, "backend_specific": {…}}`, a
-            BackendConfig, or one engine's config.
-
-    Raises:
-        ValueError: unknown backend type or option, wrong value.
+    The config is `{"backend_type": "huggingface" | "vllm" | "sglang", "model_name": …, "backend_specific": {…}}`, a
+    BackendConfig, or one engine's config.
     """
     if not isinstance(config, EngineConfig):
         nested = config if isinstance(config, BackendConfig) else BackendConfig.from_dict(config)

@@ -42,10 +42,8 @@ class CoreBackend(Core):
             takes = f"{type(self).__name__} takes a {self.config_class.__name__}"
             raise UsageError(f"{takes}, not a {type(config).__name__}")
         if not config.model_name or not isinstance(config.model_name, str):
-            raise UsageError(
-                "no model was named: set model_name to (on the command line, model.name=) a hub id, a folder, a .gguf "
-                "file or smollm2"
-            )
+            names = "model_name to (on the command line, model.name=) a hub id, a folder, a .gguf file or smollm2"
+            raise UsageError(f"no model was named: set {names}")
         if config.logprob_kind not in self.logprob_kinds:
             kinds = ", ".join(kind.value for kind in LogprobKind if kind in self.logprob_kinds)
             what = f"{self.name} cannot report {config.logprob_kind.value} logprobs"
@@ -61,8 +59,6 @@ class CoreBackend(Core):
         Refuses a sampler that the engine does not have. None where the draw is ours and reads the sampling itself."""
         return {}
 
-    # -- checks that load nothing --------------------------------------------------------------------------------------
-
     def check_model(self) -> None:
         """Refuse a model that cannot be there."""
         from rl_onoff.models.resolve import check_name
@@ -72,8 +68,6 @@ class CoreBackend(Core):
     def check_sampling(self, sampling: Sampling) -> None:
         """Refuse a sampler this engine does not have."""
         self.sampling_args(sampling, (), sampling.seed)
-
-    # -- life ----------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Load the model and tokenizer. Loading twice is loading once.
@@ -119,13 +113,9 @@ class CoreBackend(Core):
             raise EngineError("the backend is not loaded: call backend.load() first")
         return self._info
 
-    # -- the core: token ids -------------------------------------------------------------------------------------------
-
     def complete(self, requests: Iterable[SampleRequest | Sequence[SampleRequest]]) -> Iterator[Rollout]:
-        """Sample one response to every request; yields each as it finishes, in any order.
-
-        What `sample_requests` makes of one prompt, a list of requests, may stand in place of a request.
-        """
+        """Sample one response to every request, or to all of a list in its place (as `sample_requests` gives); yields
+        each as it finishes, in any order."""
         asked = [one for request in requests for one in ([request] if isinstance(request, SampleRequest) else request)]
         by_key = self._by_key(asked)
         assert self._core is not None
@@ -186,10 +176,9 @@ class CoreBackend(Core):
             if error.name != package:
                 why = f"{package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
                 raise EngineError(why) from error
-            raise MissingDependencyError(
-                f"the {self.name} backend needs the {package} package: set backend.python to the interpreter of an "
-                f"environment that has it, or pip install 'rl-onoff[{package}]'"
-            ) from error
+            fix = "set backend.python to the interpreter of an environment that has it, or pip install"
+            why = f"the {self.name} backend needs the {package} package: {fix} 'rl-onoff[{package}]'"
+            raise MissingDependencyError(why) from error
 
     def _load_tokenizer(self) -> Any:
         from rl_onoff.models.facts import load_tokenizer
@@ -216,5 +205,5 @@ def disagreement(
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
     """`text` before the first stop string in it; None when there is none."""
-    hits = [at for at in (text.find(string) for string in stop) if at >= 0]
+    hits = [text.index(string) for string in stop if string in text]
     return text[: min(hits)] if hits else None

@@ -33,8 +33,7 @@ class Supply(Protocol):
     """Where an engine gets the responses that it samples."""
 
     def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
-        """Up to `most` requests (None: all that are there). Empty: none is there now; after a `wait`, none will
-        come."""
+        """Up to `most` requests (None: all there are). Empty: none is there now; after a `wait`, none will come."""
         ...
 
 

@@ -153,7 +153,3 @@ class EngineConfig:
             if name in self.engine_kwargs:
                 instead = option or f"backend.{name}"
                 raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {instead} instead")
-
-    def check_context(self, name: str) -> None:
-        """Refuse a longest sequence without tokens."""
-        at_least(1, f"backend.{name}", getattr(self, name), "4096, or null for the model's own")

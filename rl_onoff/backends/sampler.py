@@ -70,8 +70,7 @@ def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
 
 
 def exponential(keys_R: Tensor, count: int) -> Tensor:
-    """`count` numbers of the standard exponential distribution for every key: (R, count) float64, the same on every
-    device."""
+    """`count` standard exponential numbers for every key: (R, count) float64, the same on every device."""
     import torch
 
     counter_N = torch.arange(1, count + 1, device=keys_R.device)

@@ -29,8 +29,7 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
 
 
 def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScores:
-    """Statistics of the tokens `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the logits'
-    device."""
+    """Statistics of `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the device of the logits."""
     import torch
 
     with torch.no_grad():

@@ -50,9 +50,7 @@ class ByteTokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i]) for i in ids]
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any
-    ):
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, add_generation_prompt: bool = False, **_: Any):
         text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: " * add_generation_prompt
         return self.encode(text) if tokenize else text
 

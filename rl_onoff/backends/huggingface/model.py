@@ -171,12 +171,10 @@ def decode(
                     cache.batch_select_indices(keep)
                     mask_RL = mask_RL[keep]
                 mask_RL = torch.nn.functional.pad(mask_RL, (0, 1), value=1)
-                logits_RV, cache = model.last_logits(
-                    input_ids=torch.as_tensor(tokens_R[going, None], dtype=torch.long, device=model.device),
-                    attention_mask=mask_RL,
-                    position_ids=mask_RL.sum(-1, keepdim=True) - 1,
-                    past_key_values=cache,
-                )
+                input_ids = torch.as_tensor(tokens_R[going, None], dtype=torch.long, device=model.device)
+                positions_R1 = mask_RL.sum(-1, keepdim=True) - 1
+                step = {"input_ids": input_ids, "attention_mask": mask_RL, "position_ids": positions_R1}
+                logits_RV, cache = model.last_logits(**step, past_key_values=cache)
         rows = [rows[i] for i in going]
         # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or batch
         yield from done

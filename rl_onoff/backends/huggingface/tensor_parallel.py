@@ -45,7 +45,7 @@ class Ranks:
     def __init__(self, heard: queue.SimpleQueue[Any] | None = None) -> None:
         self.leads = heard is None
         self._heard = heard
-        self._others: list[subprocess.Popen[bytes]] = []
+        self._others: list[Any] = []  # their Popen objects
 
     @classmethod
     def start(cls, backend_class: type, config: HuggingFaceBackendConfig) -> Ranks:
@@ -103,7 +103,7 @@ class Ranks:
         others, self._others = self._others, []
         for process in others:
             with suppress(OSError):
-                process.stdin.close()  # type: ignore[union-attr]
+                process.stdin.close()
         until = time.monotonic() + patience
         for process in others:
             with suppress(subprocess.TimeoutExpired):
@@ -148,8 +148,7 @@ def _listen(heard: queue.SimpleQueue[Any]) -> None:
     os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
 
 
-def _say(process: subprocess.Popen[bytes], value: Any) -> None:
-    assert process.stdin is not None
+def _say(process: Any, value: Any) -> None:
     pickle.dump(value, process.stdin)
     process.stdin.flush()
 
@@ -178,13 +177,10 @@ def announce(num_replicas: int, tp_size: int) -> None:
     from accelerate import ParallelismConfig
 
     mesh = ParallelismConfig(dp_shard_size=num_replicas, tp_size=tp_size)
-    text = (
-        "Setting up hybrid (data + tensor) using Accelerate\n"
-        f"  Data parallel shards: {mesh.dp_shard_size}\n"
-        f"  Tensor parallel size: {mesh.tp_size}\n"
-        f"  Total GPUs: {mesh.total_size}"
-    )
-    (log.info if log.isEnabledFor(logging.INFO) else print)(text)
+    counts = {"Data parallel shards": num_replicas, "Tensor parallel size": tp_size, "Total GPUs": mesh.total_size}
+    lines = ["Setting up hybrid (data + tensor) using Accelerate", *(f"  {what}: {n}" for what, n in counts.items())]
+    say = log.info if log.isEnabledFor(logging.INFO) else print
+    say("\n".join(lines))
 
 
 def check(config: HuggingFaceBackendConfig) -> None:

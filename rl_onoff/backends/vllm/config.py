@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,7 +37,7 @@ class VLLMBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        self.check_context("max_model_len")
+        at_least(1, "backend.max_model_len", self.max_model_len, "4096, or null for the model's own")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(
                 f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
