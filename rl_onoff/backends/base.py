@@ -101,8 +101,8 @@ class BaseBackend(CoreBackend):
         prompt_batch, single = as_batch(prompts, "prompts")
         response_batch, single_response = as_batch(responses, "responses")
         if single != single_response or len(prompt_batch) != len(response_batch):
-            counts = f"{len(prompt_batch)} prompts but {len(response_batch)} responses"
-            raise UsageError(f"there are {counts}: give one response per prompt")
+            there = f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses"
+            raise UsageError(f"{there}: give one response per prompt")
         rollouts = [
             Rollout(request_id=str(i), sample=0, prompt_ids=self._ids(p), token_ids_T=self._ids(r, special=False))
             for i, (p, r) in enumerate(zip(prompt_batch, response_batch, strict=True))

@@ -45,10 +45,8 @@ def backend_class(target: str) -> Any:
 
 
 def lazily(package: str, **modules: str) -> Callable[[str], Any]:
-    """A package's `__getattr__`: names, each of a module of the package that is imported once the name is asked for.
-
-    So the schemas alone, which `--help` needs, do without numpy.
-    """
+    """A package's `__getattr__`: names, each of a module of the package that is imported once the name is asked for, so
+    that the schemas alone, which `--help` needs, do without numpy."""
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -161,16 +161,13 @@ def _under_sampler(z_RV: Tensor, token_ids_R: Tensor, sampling: Sampling) -> tup
     """(processed logprob of the chosen token, probability after temperature that the sampler kept)."""
     import torch
 
-    if not sampling.greedy and not sampling.truncates:
-        scaled_RV = z_RV / sampling.temperature if sampling.temperature != 1 else z_RV
-        chosen_R = scaled_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]
-        return chosen_R - scaled_RV.logsumexp(-1), torch.ones_like(chosen_R)
     kept_RV = process_logits(z_RV, sampling)
-    kept_lse_R = torch.logsumexp(kept_RV, -1)
-    chosen_R = kept_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]
-    temperature = 1.0 if sampling.greedy else sampling.temperature
-    all_lse_R = torch.logsumexp(z_RV / temperature, -1)
-    return chosen_R - kept_lse_R, (kept_lse_R - all_lse_R).exp()
+    kept_lse_R = kept_RV.logsumexp(-1)
+    processed_R = kept_RV.gather(-1, token_ids_R.long()[:, None])[:, 0] - kept_lse_R
+    if not sampling.greedy and not sampling.truncates:
+        return processed_R, torch.ones_like(processed_R)
+    all_lse_R = (z_RV / (sampling.temperature or 1.0)).logsumexp(-1)
+    return processed_R, (kept_lse_R - all_lse_R).exp()
 
 
 def _numpy(tensor: Tensor) -> Any:

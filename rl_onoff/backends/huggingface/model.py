@@ -151,8 +151,16 @@ def decode(
     """Sample one batch to the end; yields each response as it finishes, one step later."""
     import torch
 
+    prompts = {row.request.prompt_ids.tobytes(): row.request.prompt_ids for row in rows}  # each is computed once
+    place = {key: i for i, key in enumerate(prompts)}
+    of_row = torch.tensor([place[row.request.prompt_ids.tobytes()] for row in rows], device=model.device)
     with torch.no_grad():  # not inference_mode: it would stay on between two steps of this generator
-        logits_RV, cache, mask_RL = _prefill(model, rows)
+        input_ids, mask_BL = model.padded(list(prompts.values()), left=True)
+        positions_BL = (mask_BL.cumsum(-1) - 1).clamp_(min=0)
+        logits_BV, cache = model.last_logits(input_ids=input_ids, attention_mask=mask_BL, position_ids=positions_BL)
+        if len(of_row) != len(prompts):
+            cache.batch_select_indices(of_row)
+        logits_RV, mask_RL = logits_BV[of_row.to(logits_BV.device)], mask_BL[of_row]
     while rows:
         with torch.no_grad():
             keys_R = np.array([row.key() for row in rows])
@@ -178,18 +186,3 @@ def decode(
         rows = [rows[i] for i in going]
         # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or batch
         yield from done
-
-
-def _prefill(model: SplitModel, rows: Sequence[Row]) -> tuple[Tensor, Any, Tensor]:
-    """(logits that give the first token (R, V), cache, attention mask (R, L)); each prompt is computed once."""
-    import torch
-
-    prompts = {row.request.prompt_ids.tobytes(): row.request.prompt_ids for row in rows}
-    place = {key: i for i, key in enumerate(prompts)}
-    input_ids, mask_BL = model.padded(list(prompts.values()), left=True)
-    positions_BL = (mask_BL.cumsum(-1) - 1).clamp_(min=0)
-    logits_BV, cache = model.last_logits(input_ids=input_ids, attention_mask=mask_BL, position_ids=positions_BL)
-    of_row = torch.tensor([place[row.request.prompt_ids.tobytes()] for row in rows], device=model.device)
-    if len(of_row) != len(prompts):
-        cache.batch_select_indices(of_row)
-    return logits_BV[of_row.to(logits_BV.device)], cache, mask_BL[of_row]

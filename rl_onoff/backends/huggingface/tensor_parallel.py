@@ -31,11 +31,10 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds
 FOLLOW = "from rl_onoff.backends.huggingface.tensor_parallel import follow; follow()"
-LEFT = "left"  # said by rank 0 when its caller wants no more of a batch
 
 
 class CallerLeft(Exception):
-    """Rank 0's caller wants no more of the batch."""
+    """Rank 0's caller wants no more of the batch: rank 0 says so in place of a value, and the other ranks raise it."""
 
 
 class Ranks:
@@ -72,17 +71,17 @@ class Ranks:
             yield
         except GeneratorExit:
             with suppress(EngineError):
-                self.agreed(LEFT)
+                self.agreed(CallerLeft())
             raise
         except BaseException:
             self._end(0)  # the other ranks may wait for ever in a collective operation that this one left
             raise
 
     def agreed(self, value: Any) -> Any:
-        """Rank 0's value, on every rank. Raises CallerLeft where rank 0 says so."""
+        """Rank 0's value, on every rank."""
         if self._heard is not None:
-            if (value := self._heard.get()) == LEFT:
-                raise CallerLeft
+            if isinstance(value := self._heard.get(), CallerLeft):
+                raise value
             return value
         try:
             for process in self._others:
