@@ -58,10 +58,8 @@ def lazily(package: str, **modules: str) -> Callable[[str], Any]:
 
 @dataclass(kw_only=True, slots=True)
 class BackendConfig:
-    """The nested form of the public API: `backend_type`, `model_name`, and the engine's own options.
-
-    Raises ValueError for an unknown backend or option, and for a config of another engine.
-    """
+    """The nested form of the public API: `backend_type`, `model_name`, and the engine's own options. ValueError for an
+    unknown backend or option, and for a config of another engine."""
 
     backend_type: str
     model_name: str

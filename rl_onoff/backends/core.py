@@ -39,8 +39,8 @@ class CoreBackend(Core):
     def __init__(self, config: EngineConfig | BackendConfig):
         config = config.backend_config if isinstance(config, BackendConfig) else config
         if not isinstance(config, self.config_class):
-            takes = f"{type(self).__name__} takes a {self.config_class.__name__}"
-            raise UsageError(f"{takes}, not a {type(config).__name__}")
+            want, got = self.config_class.__name__, type(config).__name__
+            raise UsageError(f"{type(self).__name__} takes a {want}, not a {got}")
         if not config.model_name or not isinstance(config.model_name, str):
             names = "model_name to (on the command line, model.name=) a hub id, a folder, a .gguf file or smollm2"
             raise UsageError(f"no model was named: set {names}")
@@ -133,9 +133,8 @@ class CoreBackend(Core):
         """
         bare = []
         for rollout in rollouts:  # engines read the ids alone
-            prompt_ids, token_ids_T = (np.asarray(ids, np.int32) for ids in (rollout.prompt_ids, rollout.token_ids_T))
-            request_id, sample = rollout.key
-            bare.append(Rollout(request_id=request_id, sample=sample, prompt_ids=prompt_ids, token_ids_T=token_ids_T))
+            ids = {name: np.asarray(getattr(rollout, name), np.int32) for name in ("prompt_ids", "token_ids_T")}
+            bare.append(Rollout(request_id=rollout.request_id, sample=rollout.sample, **ids))
         self._by_key(bare)
         assert self._core is not None
         yield from self._core._score(bare, want or Want()) if bare else ()
@@ -169,15 +168,14 @@ class CoreBackend(Core):
 
     def _import_engine(self) -> ModuleType:
         """The engine's package, which may be missing or broken."""
-        package = self.package
         try:
-            return import_module(package)
+            return import_module(self.package)
         except ImportError as error:
-            if error.name != package:
-                why = f"{package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
+            if error.name != self.package:
+                why = f"{self.package} is installed but cannot be imported ({error}): run `rl-onoff doctor`"
                 raise EngineError(why) from error
             fix = "set backend.python to the interpreter of an environment that has it, or pip install"
-            why = f"the {self.name} backend needs the {package} package: {fix} 'rl-onoff[{package}]'"
+            why = f"the {self.name} backend needs the {self.package} package: {fix} 'rl-onoff[{self.package}]'"
             raise MissingDependencyError(why) from error
 
     def _load_tokenizer(self) -> Any:

@@ -60,8 +60,8 @@ def test_every_engine_has_a_group_choice_and_a_file_of_the_public_api():
 
 
 def test_an_engines_own_name_and_ours_are_one_option():
-    assert composed("backend=vllm", "backend.tp_size=2").backend.tensor_parallel == 2
-    assert composed("backend=vllm", "backend.tensor_parallel_size=2").backend.tensor_parallel == 2
+    assert composed("backend=vllm", "backend.tp_size=2").backend.num_devices == 2
+    assert composed("backend=vllm", "backend.tensor_parallel_size=2").backend.num_devices == 2
     assert composed("backend=huggingface", "backend.torch_dtype=bfloat16").backend.weights_dtype == "bfloat16"
 
 

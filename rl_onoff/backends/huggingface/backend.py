@@ -99,8 +99,8 @@ class HuggingFaceBackend(BaseBackend):
 
     def _check_gradients(self) -> None:
         if self.config.num_devices > 1:
-            tp_size = f"backend.tp_size={self.config.tp_size}"
-            raise UsageError(f"there are no gradients with {tp_size}: set backend.tp_size=1")
+            split = f"backend.tp_size={self.config.tp_size}"
+            raise UsageError(f"there are no gradients with {split}: set backend.tp_size=1")
 
     def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
         """Neighbours together, as many as the limits on size allow; the longest sets the padding."""
@@ -133,9 +133,9 @@ class HuggingFaceBackend(BaseBackend):
 
         with torch.no_grad():
             if not self._split.splits:
-                pairs = ((torch.as_tensor(r.token_ids_T), self._whole_logits(r)) for r in batch)
-                parts = [token_stats(logits_TV, ids_T.to(logits_TV.device), want) for ids_T, logits_TV in pairs]
-                return [part.of(rollout) for part, rollout in zip(parts, batch, strict=True)]
+                pairs = ((r, self._whole_logits(r)) for r in batch)
+                return [token_stats(z_TV, torch.as_tensor(r.token_ids_T, device=z_TV.device), want).of(r)
+                        for r, z_TV in pairs]  # fmt: skip
             hidden_RD = self._hidden(batch, shares_prompt)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
             if not self._ranks.leads:

@@ -44,10 +44,6 @@ class VLLMBackendConfig(EngineConfig):
                 "set backend.gpu_memory_utilization=0.9"
             )
 
-    @property
-    def tensor_parallel(self) -> int:
-        return self.num_devices
-
     def across_nodes(self) -> Self:
         # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from
         # vLLM 0.32's source and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
