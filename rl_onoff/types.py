@@ -61,7 +61,7 @@ def sample_requests(
     for sample in range(sampling.n) if samples is None else samples:
         text = f"{sampling.seed} {sample} ".encode() + prompt_ids.tobytes()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") >> 1
-        named = {"request_id": id, "sample": sample, "prompt_ids": prompt_ids}
+        named: Any = {"request_id": id, "sample": sample, "prompt_ids": prompt_ids}
         requests.append(SampleRequest(**named, sampling=sampling, seed=seed))
     return requests
 

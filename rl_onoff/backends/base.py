@@ -57,21 +57,22 @@ class BaseBackend(CoreBackend):
             The text; or, when any of the last three is asked for, a dict with `text`, `token_ids`, `logprobs`,
             `finish_reason` and what was asked for. A list of them for a list of prompts.
         """
-        values = {
+        values: dict[str, Any] = {
             "max_new_tokens": max_length, "temperature": temperature if do_sample else 0.0, "n": 1, "min_p": 0.0,
             "top_k": 0 if top_k is None else top_k, "top_p": 1.0 if top_p is None else top_p,
             "stop": [] if stop_strings is None else stop_strings, "seed": seed,
         }  # fmt: skip
         sampler.check(values, NAMES)
-        sampling = Sampling(**values | {"stop": list(values["stop"])})
+        values["stop"] = list(values["stop"])
+        sampling = Sampling(**values)
         self.check_sampling(sampling)
         if compute_gradients:
             self._check_gradients()
         batch, single = as_batch(prompts, "prompts")
-        ids = [self._ids(prompt) for prompt in batch]
-        requests = [sample_requests(id=str(i), prompt_ids=ids[i], sampling=sampling) for i in range(len(ids))]
+        numbered = [(str(i), self._ids(prompt)) for i, prompt in enumerate(batch)]
+        requests = [sample_requests(id=id, prompt_ids=ids, sampling=sampling) for id, ids in numbered]
         done = {rollout.request_id: rollout for rollout in self.complete(requests)}
-        rollouts = [done[str(i)] for i in range(len(ids))]
+        rollouts = [done[id] for id, _ in numbered]
         if not (return_logits or return_probs or compute_gradients):
             return rollouts[0].text if single else [rollout.text for rollout in rollouts]
         logits = self._logits(rollouts, compute_gradients)

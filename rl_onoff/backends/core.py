@@ -133,7 +133,8 @@ class CoreBackend(Core):
         """
         bare = []
         for rollout in rollouts:  # engines read the ids alone
-            ids = {name: np.asarray(getattr(rollout, name), np.int32) for name in ("prompt_ids", "token_ids_T")}
+            names = ("prompt_ids", "token_ids_T")
+            ids: Any = {name: np.asarray(getattr(rollout, name), np.int32) for name in names}
             bare.append(Rollout(request_id=rollout.request_id, sample=rollout.sample, **ids))
         self._by_key(bare)
         assert self._core is not None

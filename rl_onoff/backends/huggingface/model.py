@@ -89,8 +89,8 @@ class SplitModel:
             if not self.splits:
                 why = "the LM head of this model cannot be taken apart from its body"
                 raise UsageError(f"{why}: set backend.head_dtype=null")
-            # a copy of the weights: they may be the embedding's too
-            self._head_weights = {name: weight.float() for name, weight in self._lm_head.named_parameters()}
+            weights = model.get_output_embeddings().named_parameters()
+            self._head_weights = {name: weight.float() for name, weight in weights}  # a copy: embeddings may share them
             self._head_dtype = next(iter(self._head_weights.values())).dtype
         # whether a prompt's cache can be repeated for several responses: plain attention caches can
         plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
