@@ -145,11 +145,9 @@ class TokenScores:
 
     @classmethod
     def collect(cls, parts: Iterable[TokenScores], num_rows: int) -> TokenScores:
-        """The rows of all parts, in order; each part may be made when it is asked for, and is dropped before the next.
-
-        A small array kept from every chunk would lie between the chunks' large buffers and keep them from being used
-        again: that grew the heap by gigabytes.
-        """
+        """The rows of all parts, in order; each part may be made when asked for, and is dropped before the next."""
+        # a small array kept from every chunk would lie between the chunks' large buffers and keep them from being used
+        # again: that grew the heap by gigabytes
         whole: dict[str, Any] = {}
         at = 0
         for part in parts:

@@ -118,8 +118,9 @@ class BaseBackend(CoreBackend):
         if not isinstance(temperature, Real) or isinstance(temperature, bool) or not 0 < temperature < math.inf:
             raise UsageError(f"temperature is {temperature!r} but must be a number above 0: pass temperature=1.0")
         logits = self.get_logits(prompts, responses)
-        several = isinstance(logits, list)
-        return [_softmax(row, temperature) for row in logits] if several else _softmax(logits, temperature)
+        if isinstance(logits, list):
+            return [_softmax(row, temperature) for row in logits]
+        return _softmax(logits, temperature)
 
     def encode(self, text: str | Sequence[str]) -> Any:
         """Token ids of a text, with the special tokens that the tokenizer adds; a list of them for a list of texts."""

@@ -36,10 +36,8 @@ def engine_configs() -> dict[str, type[EngineConfig]]:
 def backend_class(target: str) -> Any:
     """The class that a config's `_target_` names; imports no engine. UsageError for one that no engine registered."""
     if target not in {schema()._target_ for schema in engine_configs().values()}:
-        known = ", ".join(engine_configs())
-        raise UsageError(
-            f"backend._target_ is {target!r}, which is no registered engine: set backend to one of {known}"
-        )
+        what = f"backend._target_ is {target!r}, which is no registered engine"
+        raise UsageError(f"{what}: set backend to one of {', '.join(engine_configs())}")
     module, _, name = target.rpartition(".")
     return getattr(import_module(module), name)
 
@@ -81,7 +79,7 @@ class BackendConfig:
         schema = _schema_of(backend_type)
         for key in values:
             if key not in KEYS:
-                near = None if hasattr(schema, str(key)) else nearest(str(key), KEYS, cutoff=0.5)
+                near = None if key in [f.name for f in dataclasses.fields(schema)] else nearest(str(key), KEYS, 0.5)
                 fix = f"did you mean {near}?" if near else "options of the engine go under backend_specific"
                 raise UsageError(f"unknown key {key!r} in the backend's config: {fix}")
         options = values.get("backend_specific") or {}

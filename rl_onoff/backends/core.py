@@ -1,8 +1,8 @@
 """The core of every backend: token ids in and out, and everything about it that is not an engine call.
 
 `complete(requests)` streams Rollouts as they finish, `score(rollouts, want)` streams TokenScores. An engine's folder
-implements the four calls of `Core` and a pure `sampling_args`. Where the engine runs (here, in a worker
-process, in a pool of workers) is decided by placement.py and is not the engine's business.
+implements the four calls of `Core` and a pure `sampling_args`. Where the engine runs (here, in a worker process, in a
+pool of workers) is decided by placement.py and is not the engine's business.
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ class CoreBackend(Core):
         self.sampling_args(sampling, (), sampling.seed)
 
     def load(self) -> None:
-        """Load the model and tokenizer. Loading twice is loading once.
-
-        Raises ImportError when the engine is not installed, ValueError for a model that is not there.
-        """
+        """Load the model and tokenizer; loading twice is loading once. ImportError when the engine is not installed,
+        ValueError for a model that is not there."""
         if self._core is not None:
             return
         self.get_tokenizer()
@@ -127,14 +125,11 @@ class CoreBackend(Core):
             yield replace(rollout, prompt_ids=request.prompt_ids, text=text if cut is None else cut)
 
     def score(self, rollouts: Iterable[Rollout], want: Want | None = None) -> Iterator[TokenScores]:
-        """Score given responses by prefill; yields each as it is done, in any order.
-
-        Row t describes response token t, whose distribution is that of a plain forward pass over the unpadded sequence.
-        """
+        """Score given responses by prefill; yields each as it is done, in any order. Row t describes response token t,
+        whose distribution is that of a plain forward pass over the unpadded sequence."""
         bare = []
         for rollout in rollouts:  # engines read the ids alone
-            names = ("prompt_ids", "token_ids_T")
-            ids: Any = {name: np.asarray(getattr(rollout, name), np.int32) for name in names}
+            ids: Any = {name: np.asarray(getattr(rollout, name), np.int32) for name in ("prompt_ids", "token_ids_T")}
             bare.append(Rollout(request_id=rollout.request_id, sample=rollout.sample, **ids))
         self._by_key(bare)
         assert self._core is not None
@@ -154,10 +149,9 @@ class CoreBackend(Core):
             if room == 0:
                 raise UsageError(f"response {item.sample} to {request} has no tokens to score")
             if num_prompt + room > max_len:
-                raise UsageError(
-                    f"the prompt of {request} has {num_prompt} tokens and needs {room} more, but the context holds "
-                    f"{max_len}: shorten it, leave the row out, or raise the engine's context length"
-                )
+                what = f"the prompt of {request} has {num_prompt} tokens and needs {room} more"
+                fix = "shorten it, leave the row out, or raise the engine's context length"
+                raise UsageError(f"{what}, but the context holds {max_len}: {fix}")
             found[item.key] = item
         return found
 

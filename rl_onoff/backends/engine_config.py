@@ -141,7 +141,7 @@ class EngineConfig:
         at_least(1, "backend.tp_size", self.option("tp_size"), 1)
         at_least(1, "backend.dp_size", self.dp_size, 1)
         if (dtype := self.option("dtype")) not in (None, *DTYPES):
-            what = f"backend.{'dtype' if self.dtype else self.second_names['dtype']} is {dtype!r}"
+            what = f"backend.{self.second_names['dtype'] if self.dtype is None else 'dtype'} is {dtype!r}"
             name = str(dtype).lower().removeprefix("torch.")
             meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
             fix = f"set model.dtype={meant}, or that of backend or target where it is set"

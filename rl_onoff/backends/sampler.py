@@ -125,8 +125,7 @@ class Row:
 
     def rollout(self, kind: LogprobKind) -> Rollout:
         ids_T, logprobs_T = np.asarray(self.token_ids, np.int32), np.asarray(self.logprobs, np.float32)
-        request_id, sample = self.request.key
         return Rollout(
-            request_id=request_id, sample=sample, token_ids_T=ids_T, logprobs_T=logprobs_T, kind=kind,
-            finish_reason=self.finish,
+            request_id=self.request.request_id, sample=self.request.sample, token_ids_T=ids_T, logprobs_T=logprobs_T,
+            kind=kind, finish_reason=self.finish,
         )  # fmt: skip

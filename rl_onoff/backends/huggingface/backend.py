@@ -182,8 +182,7 @@ class HuggingFaceBackend(BaseBackend):
         import torch
 
         if self._split is None:
-            fix = "set worker to false and leave dp_size and python alone"
-            raise EngineError(f"gradients need the model in this process: {fix}")
+            raise EngineError("gradients need the model in this process: set worker=false, dp_size=1 and python=null")
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
             return [self._whole_logits(rollout).float() for rollout in rollouts]
