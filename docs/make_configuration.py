@@ -18,8 +18,8 @@ from omegaconf import MISSING
 
 from rl_onoff import config
 from rl_onoff.backends import engine_config as engines
+from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.registry import engine_configs
 from rl_onoff.cli.main import CONF
 from rl_onoff.config import SCHEMAS, RunConfig
 

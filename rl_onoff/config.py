@@ -15,8 +15,8 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
-from rl_onoff.backends.registry import engine_configs
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind, Sampling
 

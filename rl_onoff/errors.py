@@ -34,10 +34,7 @@ class EngineError(OnOffError, RuntimeError):
 
 
 class EngineDiedError(EngineError):
-    """An engine's process, or a child of it, ended while work was in flight.
-
-    `in_flight` holds the (request id, sample) pairs that had not come back.
-    """
+    """An engine's process, or a child of it, ended; `in_flight`: the (request id, sample) that had not come back."""
 
     def __init__(self, message: str, in_flight: tuple[tuple[str, int], ...] = ()):
         super().__init__(message)

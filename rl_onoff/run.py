@@ -14,8 +14,9 @@ import numpy as np
 from hydra.utils import instantiate
 
 from rl_onoff.attribution.ladder import run_attribute
-from rl_onoff.backends import build
+from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import check_installed
 from rl_onoff.compare import HEADLINES, Comparison
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import Row, load_rows
@@ -57,9 +58,9 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend.model_name, config.backend.revision)
     for engine in samplers(config):
-        build(engine).check_sampling(config.sampling)
+        create_backend(engine).check_sampling(config.sampling)
     for option, engine in engines(config).items():
-        build(engine).check_engine(option)
+        check_installed(create_backend(engine).package, engine, option)
     yield next(iter(engines(config).values()), None)
     tracker: Tracker = instantiate({"_target_": config.tracking._target_}, config.tracking)
     job_type = "+".join(stage.value for stage in config.stages)
@@ -85,7 +86,7 @@ def check(config: RunConfig) -> list[Row]:
     if Stage.matrix in config.stages:
         check_policies(config)
     for engine in engines(config).values():
-        build(engine).check_model()
+        create_backend(engine).check_model()
     load_reward(config.reward.function)
     return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
 
@@ -102,7 +103,7 @@ def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
     completions.claim(generate_record(config), changes)
-    tokenizer = build(config.backend).get_tokenizer()
+    tokenizer = create_backend(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
     missing = stages.missing_requests(this.folder, prompts, config.sampling)
@@ -131,7 +132,7 @@ def score(this: Run) -> Steps:
     config, folder = this.config, this.folder
     if config.score.responses is not None:
         file, data = Path(config.score.responses), config.data
-        tokenizer = build(next(iter(scorers(config).values()))).get_tokenizer()
+        tokenizer = create_backend(next(iter(scorers(config).values()))).get_tokenizer()
         given = load_responses(config.score.responses, tokenizer, chat_template=data.chat_template, system=data.system)
         made_of = {"responses": str(file.absolute()), "content": content_of(file.expanduser())}
         folder.completions.claim(made_of, changes)

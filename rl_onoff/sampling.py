@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from numbers import Integral, Real
 from typing import Any
 
 from rl_onoff.errors import UsageError
@@ -16,6 +18,29 @@ class LogprobKind(Enum):
     raw = "raw"  # log_softmax of the model's logits: temperature 1, nothing cut off
     scaled = "scaled"  # after temperature
     processed = "processed"  # after temperature, top-k, top-p and min-p, renormalised: what the sampler drew from
+
+
+RULES = (  # name, type, test, what a value must be, example
+    ("max_new_tokens", Integral, lambda n: n >= 1, "a whole number from 1 on", 512),
+    ("temperature", Real, lambda t: 0 <= t < math.inf, "a number from 0 (greedy) on", 1),
+    ("top_p", Real, lambda p: 0 < p <= 1, "above 0 and at most 1 (which keeps every token)", 1),
+    ("top_k", Integral, lambda k: k >= 0, "a whole number from 0 (which keeps every token) on", 0),
+    ("min_p", Real, lambda p: 0 <= p <= 1, "from 0 (which keeps every token) to 1", 0),
+    ("n", Integral, lambda n: n >= 1, "a whole number from 1 on", 1),
+    ("stop", list | tuple, lambda texts: all(isinstance(text, str) and text for text in texts),
+     "a list of non-empty strings", []),
+    ("seed", Integral, lambda seed: 0 <= seed < 2**63, "a whole number from 0 to 2^63 - 1", 0),
+)  # fmt: skip
+
+
+def check(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+    """Refuse values that nothing can sample with; `names` of a call's arguments stand in place of the options'."""
+    for field_name, kind, fits, want, example in RULES:
+        value = values[field_name]
+        if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
+            name = f"sampling.{field_name}" if names is None else names.get(field_name, field_name)
+            how = "set" if names is None else "pass"
+            raise UsageError(f"{name} is {value!r} but must be {want}: {how} {name}={example}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,20 +67,7 @@ class Sampling:
     with the batch."""
 
     def __post_init__(self) -> None:
-        checks = (
-            (self.max_new_tokens >= 1, "max_new_tokens", "at least 1", 512),
-            (0 <= self.temperature < math.inf, "temperature", "a number from 0 (greedy) on", 1),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (which keeps every token)", 1),
-            (self.top_k >= 0, "top_k", "0 (which keeps every token) or larger", 0),
-            (0 <= self.min_p <= 1, "min_p", "from 0 (which keeps every token) to 1", 0),
-            (self.n >= 1, "n", "at least 1", 1),
-            (all(self.stop), "stop", "a list of strings, none of them empty", "[]"),
-            (0 <= self.seed < 2**63, "seed", "from 0 to 2^63 - 1", 0),
-        )
-        for fine, name, want, example in checks:
-            if not fine:
-                value = getattr(self, name)
-                raise UsageError(f"sampling.{name} is {value!r} but must be {want}: set sampling.{name}={example}")
+        check(asdict(self))
 
     @property
     def greedy(self) -> bool:

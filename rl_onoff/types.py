@@ -61,9 +61,8 @@ def sample_requests(
     for sample in range(sampling.n) if samples is None else samples:
         text = f"{sampling.seed} {sample} ".encode() + prompt_ids.tobytes()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little") >> 1
-        requests.append(
-            SampleRequest(request_id=id, sample=sample, prompt_ids=prompt_ids, sampling=sampling, seed=seed)
-        )
+        named: Any = {"request_id": id, "sample": sample, "prompt_ids": prompt_ids}
+        requests.append(SampleRequest(**named, sampling=sampling, seed=seed))
     return requests
 
 
@@ -146,15 +145,14 @@ class TokenScores:
 
     @classmethod
     def collect(cls, parts: Iterable[TokenScores], num_rows: int) -> TokenScores:
-        """The rows of all parts, in order; each part may be made when it is asked for, and is dropped before the next.
-
-        A small array kept from every chunk would lie between the chunks' large buffers and keep them from being used
-        again: that grew the heap by gigabytes.
-        """
+        """The rows of all parts, in order; each part may be made when asked for, and is dropped before the next."""
+        # a small array kept from every chunk would lie between the chunks' large buffers and keep them from being used
+        # again: that grew the heap by gigabytes
         whole: dict[str, Any] = {}
         at = 0
         for part in parts:
-            at += copy_rows(part, whole, at, num_rows)
+            copy_rows(part, whole, at, num_rows)
+            at += len(part.token_ids_T)
         assert at == num_rows
         return cls(**whole)
 
@@ -162,13 +160,12 @@ class TokenScores:
 ARRAYS: Sequence[str] = tuple(name for name in TokenScores.__slots__ if name.endswith(("_T", "_TK", "_TV")))
 
 
-def copy_rows(scores: TokenScores, whole: dict[str, np.ndarray], at: int, num_rows: int) -> int:
-    """Copy the rows of `scores` into arrays of `num_rows` rows, from row `at`; returns how many rows they are."""
+def copy_rows(scores: TokenScores, whole: dict[str, np.ndarray], at: int, num_rows: int) -> None:
+    """Copy the rows of `scores` into arrays of `num_rows` rows, from row `at`."""
     for name, values in scores.arrays().items():
         if name not in whole:
             whole[name] = np.empty((num_rows, *values.shape[1:]), values.dtype)
         whole[name][at : at + len(values)] = values
-    return len(scores.token_ids_T)
 
 
 # Names of earlier versions.

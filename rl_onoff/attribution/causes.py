@@ -163,7 +163,7 @@ def lm_head(case: Case, state: State) -> list[Candidate]:
 
 @cause("the precision of weights and arithmetic", "float32")
 def dtype(case: Case, state: State) -> list[Candidate]:
-    return _each_and_both(case, state, "float32", _low(case), lambda engine: engine.with_dtype("float32"))
+    return _each_and_both(case, state, "float32", _low(case), lambda engine: engine.with_option("dtype", "float32"))
 
 
 def _low(case: Case) -> set[str]:
@@ -180,7 +180,7 @@ def tensor_parallel(case: Case, state: State) -> list[Candidate]:
     split = {who for who, engine in sides if engine is not None and engine.num_devices > 1}
     if not split:
         raise NotTried("no side is split over devices")
-    return _each_and_both(case, state, "one device", split, lambda engine: engine.on_one_device())
+    return _each_and_both(case, state, "one device", split, lambda engine: engine.with_option("tp_size", 1))
 
 
 def _each_and_both(
@@ -210,7 +210,7 @@ def engine(case: Case, state: State) -> list[Candidate]:
     if state.behaviour is None or state.target is None:
         raise NotTried("an engine is not recorded")
     dtype = None if state.target.weights_dtype == "auto" else state.target.weights_dtype
-    here = state.behaviour.with_model_of(state.target).with_dtype(dtype)
+    here = state.behaviour.with_model_of(state.target).with_option("dtype", dtype)
     here = replace(here, logprob_kind=state.target.logprob_kind)
     options = differences(state.target.what_it_computes(), here.what_it_computes())
     if not options:

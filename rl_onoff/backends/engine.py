@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,21 +33,28 @@ class Supply(Protocol):
     """Where an engine gets the responses that it samples."""
 
     def take(self, most: int | None = None, *, wait: bool) -> list[SampleRequest]:
-        """Up to `most` requests (None: all that are there). Empty: none is there now; after a `wait`, none will
-        come."""
+        """Up to `most` requests (None: all there are). Empty: none is there now; after a `wait`, none will come."""
         ...
 
 
 class Core(Protocol):
     """The four calls an engine answers, wherever it runs. One call at a time; results come in any order."""
 
-    def _load(self) -> EngineInfo: ...
+    @abstractmethod
+    def _load(self) -> EngineInfo:
+        """Load the weights in this process."""
 
-    def _generate(self, supply: Supply) -> Iterator[Rollout]: ...
+    @abstractmethod
+    def _generate(self, supply: Supply) -> Iterator[Rollout]:
+        """Sample what the supply gives, while it gives; a rollout's prompt and text may be left to `complete`."""
 
-    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]: ...
+    @abstractmethod
+    def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        """Score given token ids; no response is empty or longer than the context."""
 
-    def _close(self) -> None: ...
+    @abstractmethod
+    def _close(self) -> None:
+        """Free what `_load` took; must be safe to call twice."""
 
 
 class Given:

@@ -83,6 +83,7 @@ class EngineConfig:
     """Further options, passed to the engine as they are."""
 
     name: ClassVar[str] = ""  # the backend's name: huggingface, vllm, …
+    second_names: ClassVar[dict[str, str]] = {}  # of an option above -> the engine's own name for it
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
         ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens",
@@ -94,10 +95,15 @@ class EngineConfig:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.placement}
         return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
+    def option(self, name: str) -> Any:
+        """The value of an option, which may be set under the engine's own name."""
+        own = getattr(self, self.second_names.get(name, name))
+        return getattr(self, name) if own is None else own
+
     @property
     def num_devices(self) -> int:
         """Devices that one replica is split over."""
-        return self.tp_size or 1
+        return self.option("tp_size") or 1
 
     @property
     def gpus_per_replica(self) -> int:
@@ -105,17 +111,18 @@ class EngineConfig:
         device = str(getattr(self, "device", None) or self.engine_kwargs.get("device") or "")
         return 0 if device.startswith(("cpu", "mps")) else self.num_devices
 
+    @property
+    def weights_dtype(self) -> str:
+        return self.option("dtype") or "auto"
+
     # The same engine with one thing changed: what the attribution tries
 
-    def with_dtype(self, dtype: str | None) -> Self:
-        return dataclasses.replace(self, dtype=dtype)
+    def with_option(self, name: str, value: Any) -> Self:
+        return dataclasses.replace(self, **{name: value, self.second_names.get(name, name): value})
 
     def with_float32_head(self) -> Self | None:
         """With the LM head in float32; None where the engine cannot do that."""
         return None
-
-    def on_one_device(self) -> Self:
-        return dataclasses.replace(self, tp_size=1)
 
     def across_nodes(self) -> Self | None:
         """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
@@ -126,39 +133,23 @@ class EngineConfig:
         return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
 
     def __post_init__(self) -> None:
-        at_least(1, "backend.tp_size", self.tp_size, 1)
+        for ours, own in self.second_names.items():
+            one, other = getattr(self, ours), getattr(self, own)
+            if one is not None and other is not None and one != other:
+                both = f"backend.{ours}={one} and backend.{own}={other}"
+                raise UsageError(f"{both} are one option with two values: set one of them")
+        at_least(1, "backend.tp_size", self.option("tp_size"), 1)
         at_least(1, "backend.dp_size", self.dp_size, 1)
-        check_dtype("the dtype", self.dtype)
+        if (dtype := self.option("dtype")) not in (None, *DTYPES):
+            what = f"backend.{self.second_names['dtype'] if self.dtype is None else 'dtype'} is {dtype!r}"
+            name = str(dtype).lower().removeprefix("torch.")
+            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
+            fix = f"set model.dtype={meant}, or that of backend or target where it is set"
+            raise UsageError(f"{what} but must be one of {', '.join(DTYPES)}: {fix}")
         if self.python is not None and self.worker is False:
             raise UsageError("backend.python needs a process of its own: drop backend.worker=false")
         for owned in self.owned_kwargs:
             name, _, option = owned.partition("=")
             if name in self.engine_kwargs:
-                option = option or f"backend.{name}"
-                raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {option} instead")
-
-    def check_context(self, name: str) -> None:
-        """Refuse a longest sequence without tokens."""
-        at_least(1, f"backend.{name}", getattr(self, name), "4096, or null for the model's own")
-
-    @property
-    def weights_dtype(self) -> str:
-        return self.dtype or "auto"
-
-    def same(self, ours: str, engines: str) -> Any:
-        """The value of an option that has two names; an error when both are set and differ."""
-        mine, theirs = getattr(self, ours), getattr(self, engines)
-        if mine is not None and theirs is not None and mine != theirs:
-            both = f"backend.{ours}={mine} and backend.{engines}={theirs}"
-            raise UsageError(f"{both} are one option with two values: set one of them")
-        return theirs if mine is None else mine
-
-
-def check_dtype(what: str, value: Any) -> None:
-    """Refuse a type of weights that no engine has; `what` is the option's name."""
-    if value in (None, *DTYPES):
-        return
-    name = str(value).lower().removeprefix("torch.")
-    meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
-    fix = f"set model.dtype={meant}, or that of backend or target where it is set"
-    raise UsageError(f"{what} is {value!r} but must be one of {', '.join(DTYPES)}: {fix}")
+                instead = option or f"backend.{name}"
+                raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {instead} instead")

@@ -33,20 +33,17 @@ def draw(
     import torch
 
     tokens, logprobs = np.empty(len(samplings), np.int32), np.empty(len(samplings), np.float32)
-    for sampling in _distinct(samplings):
+    for sampling in (one for i, one in enumerate(samplings) if one not in samplings[:i]):
         rows = [i for i, other in enumerate(samplings) if other == sampling]
-        z_RV = logits_RV[rows].float()
+        z_RV = logits_RV[rows].detach().float()
         kept_RV = process_logits(z_RV, sampling)
         if sampling.greedy:
             chosen_R = z_RV.argmax(-1)
         else:
             chosen_R = pick(kept_RV.softmax(-1, dtype=torch.float64), torch.as_tensor(keys_R[rows], device=z_RV.device))
-        if kind is LogprobKind.raw:
-            source_RV = z_RV
-        elif kind is LogprobKind.scaled:
-            source_RV = z_RV if sampling.greedy else z_RV / sampling.temperature
-        else:
-            source_RV = kept_RV
+        source_RV = kept_RV if kind is LogprobKind.processed else z_RV
+        if kind is LogprobKind.scaled and not sampling.greedy:
+            source_RV = z_RV / sampling.temperature
         tokens[rows] = chosen_R.cpu().numpy()
         logprobs[rows] = (source_RV.gather(-1, chosen_R[:, None])[:, 0] - source_RV.logsumexp(-1)).cpu().numpy()
     return tokens, logprobs
@@ -73,8 +70,7 @@ def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
 
 
 def exponential(keys_R: Tensor, count: int) -> Tensor:
-    """`count` numbers of the standard exponential distribution for every key: (R, count) float64, the same on every
-    device."""
+    """`count` standard exponential numbers for every key: (R, count) float64, the same on every device."""
     import torch
 
     counter_N = torch.arange(1, count + 1, device=keys_R.device)
@@ -94,21 +90,12 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _distinct(samplings: Sequence[Sampling]) -> list[Sampling]:
-    seen: list[Sampling] = []
-    for sampling in samplings:
-        if sampling not in seen:
-            seen.append(sampling)
-    return seen
-
-
 class Row:
     """One response while it is being sampled."""
 
     def __init__(self, request: SampleRequest, max_len: int):
         self.request = request
-        room = max_len - len(request.prompt_ids)
-        self.limit = min(request.sampling.max_new_tokens, room)
+        self.limit = min(request.sampling.max_new_tokens, max_len - len(request.prompt_ids))
         self.keys = np.random.Philox(request.seed)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
@@ -124,30 +111,21 @@ class Row:
         self.logprobs.append(logprob)
         if token in eos_ids:
             self.finish = FinishReason.eos
-        elif self._stopped(tokenizer):
+        elif self.request.sampling.stop and self._stopped(tokenizer, self.request.sampling.stop):
             self.finish = FinishReason.stop
         elif len(self.token_ids) >= self.limit:
             self.finish = FinishReason.length
 
-    def _stopped(self, tokenizer) -> bool:
-        stop = self.request.sampling.stop
-        if not stop:
-            return False
+    def _stopped(self, tokenizer, stop: Sequence[str]) -> bool:
         # a character is at most 4 bytes and a token at least one, so a stop string that ends here lies in this many
-        # tokens
+        # tokens; what the last tokens alone decode to may differ from their part of the whole text
         window = 4 * max(map(len, stop)) + 8
-        tail = tokenizer.decode(self.token_ids[-window:], skip_special_tokens=True)
-        if not any(string in tail for string in stop):
-            return False
-        text = tokenizer.decode(self.token_ids, skip_special_tokens=True)
-        return any(string in text for string in stop)
+        texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (self.token_ids[-window:], self.token_ids))
+        return all(any(string in text for string in stop) for text in texts)
 
     def rollout(self, kind: LogprobKind) -> Rollout:
+        ids_T, logprobs_T = np.asarray(self.token_ids, np.int32), np.asarray(self.logprobs, np.float32)
         return Rollout(
-            request_id=self.request.request_id,
-            sample=self.request.sample,
-            token_ids_T=np.asarray(self.token_ids, np.int32),
-            logprobs_T=np.asarray(self.logprobs, np.float32),
-            kind=kind,
-            finish_reason=self.finish,
-        )
+            request_id=self.request.request_id, sample=self.request.sample, token_ids_T=ids_T, logprobs_T=logprobs_T,
+            kind=kind, finish_reason=self.finish,
+        )  # fmt: skip

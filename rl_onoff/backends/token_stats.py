@@ -29,8 +29,7 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
 
 
 def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScores:
-    """Statistics of the tokens `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the logits'
-    device."""
+    """Statistics of `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the device of the logits."""
     import torch
 
     with torch.no_grad():
@@ -41,21 +40,18 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
         shifted_RV = z_RV - logsumexp_R[:, None]
         probs_RV = shifted_RV.exp()
         entropy_R = -torch.where(probs_RV > 0, probs_RV * shifted_RV, 0.0).sum(-1)
-        rank_R = (z_RV > chosen_R1).sum(-1) + 1
-        top = torch.topk(shifted_RV, min(want.top_k, z_RV.shape[-1]), -1) if want.top_k else None
-        processed_R, mass_R = _under_sampler(z_RV, token_ids_R, want.sampler) if want.sampler else (None, None)
-        return TokenScores(
-            token_ids_T=_numpy(token_ids_R, np.int32),
-            logprobs_T=_numpy(chosen_R1[:, 0] - logsumexp_R),
-            entropy_T=_numpy(entropy_R),
-            logsumexp_T=_numpy(logsumexp_R),
-            rank_T=_numpy(rank_R, np.int32),
-            top_ids_TK=None if top is None else _numpy(top.indices, np.int32),
-            top_logprobs_TK=None if top is None else _numpy(top.values),
-            processed_logprobs_T=None if processed_R is None else _numpy(processed_R),
-            nucleus_mass_T=None if mass_R is None else _numpy(mass_R),
-            logits_TV=_numpy(z_RV) if want.full_logits else None,
-        )
+        found = {
+            "token_ids_T": token_ids_R, "logprobs_T": chosen_R1[:, 0] - logsumexp_R, "entropy_T": entropy_R,
+            "logsumexp_T": logsumexp_R, "rank_T": (z_RV > chosen_R1).sum(-1) + 1,
+        }  # fmt: skip
+        if want.top_k:
+            found["top_logprobs_TK"], found["top_ids_TK"] = shifted_RV.topk(min(want.top_k, z_RV.shape[-1]), -1)
+        if want.sampler:
+            processed_R, found["nucleus_mass_T"] = _under_sampler(z_RV, token_ids_R, want.sampler)
+            found["processed_logprobs_T"] = processed_R
+        if want.full_logits:
+            found["logits_TV"] = z_RV
+        return TokenScores(**{name: _numpy(tensor) for name, tensor in found.items()})
 
 
 def stats_of_hidden(
@@ -74,7 +70,7 @@ class PartialScores:
     """The statistics of one response, filled in by position while an engine computes its prefill in chunks."""
 
     def __init__(self, num_tokens: int, want: Want, logits_file: Path | None = None):
-        self.want = want
+        self.want, self.num_tokens = want, num_tokens
         self.arrays: dict[str, np.ndarray] = {}
         self._filled_T = np.zeros(num_tokens, bool)
         self._logits_file = logits_file  # where full logits go, hundreds of megabytes: `read_logits` maps it
@@ -83,18 +79,14 @@ class PartialScores:
     def complete(self) -> bool:
         return bool(self._filled_T.all())
 
-    def put(self, first: int, scores: TokenScores, logits_RV: Tensor) -> None:
-        """Rows from response position `first` on; those before the response and after it are dropped."""
-        num_tokens = len(self._filled_T)
-        start, end = max(first, 0), min(first + len(logits_RV), num_tokens)
-        if start >= end:
-            return
-        there = slice(start - first, end - first)
-        copy_rows(scores[there], self.arrays, start, num_tokens)
+    def fill(self, start: int, scores: TokenScores, logits_RV: Tensor) -> None:
+        """Take in the rows from response position `start` on."""
+        end = start + len(logits_RV)
+        copy_rows(scores, self.arrays, start, self.num_tokens)
         if self._logits_file is not None:
             mode = "r+" if self._logits_file.exists() else "w+"
-            file = np.memmap(self._logits_file, np.float32, mode, shape=(num_tokens, logits_RV.shape[-1]))
-            file[start:end] = _numpy(logits_RV[there].float())
+            file = np.memmap(self._logits_file, np.float32, mode, shape=(self.num_tokens, logits_RV.shape[-1]))
+            file[start:end] = _numpy(logits_RV.float())
         self._filled_T[start:end] = True
 
 
@@ -112,11 +104,13 @@ class Span(NamedTuple):
     first: int
 
     def put(self, at: int, scores: TokenScores, logits_RV: Tensor) -> None:
-        """Rows from number `at` of the step on, of which this response takes its own."""
-        start, end = max(at, self.begin), min(at + len(logits_RV), self.end)
+        """Rows from number `at` of the step on, of which this response takes its own: none before it or after it."""
+        zero = self.begin - self.first  # the row of the response's first position
+        start = max(at, self.begin, zero)
+        end = min(at + len(logits_RV), self.end, zero + self.scores.num_tokens)
         if start < end:
             here = slice(start - at, end - at)
-            self.scores.put(self.first + start - self.begin, scores[here], logits_RV[here])
+            self.scores.fill(start - zero, scores[here], logits_RV[here])
 
 
 def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:
@@ -167,17 +161,15 @@ def _under_sampler(z_RV: Tensor, token_ids_R: Tensor, sampling: Sampling) -> tup
     """(processed logprob of the chosen token, probability after temperature that the sampler kept)."""
     import torch
 
-    if not sampling.greedy and not sampling.truncates:
-        scaled_RV = z_RV / sampling.temperature if sampling.temperature != 1 else z_RV
-        chosen_R = scaled_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]
-        return chosen_R - scaled_RV.logsumexp(-1), torch.ones_like(chosen_R)
     kept_RV = process_logits(z_RV, sampling)
-    kept_lse_R = torch.logsumexp(kept_RV, -1)
-    chosen_R = kept_RV.gather(-1, token_ids_R.long()[:, None])[:, 0]
-    temperature = 1.0 if sampling.greedy else sampling.temperature
-    all_lse_R = torch.logsumexp(z_RV / temperature, -1)
-    return chosen_R - kept_lse_R, (kept_lse_R - all_lse_R).exp()
+    kept_lse_R = kept_RV.logsumexp(-1)
+    processed_R = kept_RV.gather(-1, token_ids_R.long()[:, None])[:, 0] - kept_lse_R
+    if not sampling.greedy and not sampling.truncates:
+        return processed_R, torch.ones_like(processed_R)
+    all_lse_R = (z_RV / (sampling.temperature or 1.0)).logsumexp(-1)
+    return processed_R, (kept_lse_R - all_lse_R).exp()
 
 
-def _numpy(tensor: Tensor, dtype: Any = np.float32) -> np.ndarray:
+def _numpy(tensor: Tensor) -> Any:
+    dtype = np.float32 if tensor.is_floating_point() else np.int32
     return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=dtype)

@@ -12,9 +12,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
+from rl_onoff.backends import create_backend
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.registry import build
 from rl_onoff.config import RunConfig, Stage
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Slot(AbstractContextManager["Slot"]):
         if self._backend is not None and self._backend.config == config:
             return self._backend
         self.close()
-        backend, start = build(config), time.monotonic()
+        backend, start = create_backend(config), time.monotonic()
         log.info("loading %s with %s", config.name, config.model_name)
         backend.load()
         info, seconds = backend.info, time.monotonic() - start

@@ -9,8 +9,8 @@ from dataclasses import asdict, fields
 from functools import cache
 from typing import Any
 
+from rl_onoff.backends import create_backend, engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.registry import build, engine_configs
 from rl_onoff.config import DataConfig
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.redaction import MASK, masked
@@ -134,7 +134,7 @@ def texts_tokenizer(records: Iterable[Mapping[str, Any]], tokenizer: str | None,
     for record in records:
         try:
             if (engine := engine_of(record, known)) is not None:
-                return build(engine).get_tokenizer()
+                return create_backend(engine).get_tokenizer()
         except (OnOffError, OSError) as error:
             model = record.get("config", {}).get("backend", {}).get("model_name")
             log.warning("tokens are not written out by the tokenizer of %s: %s", model, error)

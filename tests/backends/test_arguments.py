@@ -35,7 +35,7 @@ def fake():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"max_length": 0}, "max_length is 0 but must be a whole number from 1 on: pass max_length=100"),
+        ({"max_length": 0}, "max_length is 0 but must be a whole number from 1 on: pass max_length=512"),
         ({"max_length": "9"}, "max_length is '9'"),
         ({"stop_strings": "END"}, r"stop_strings is 'END' but must be a list of non-empty strings"),
         ({"stop_strings": [""]}, "stop_strings is ['']"),
@@ -72,6 +72,14 @@ def test_prompts_that_are_none(prompts, fake):
 )
 def test_prompts_in_every_form(prompts, fake):
     fake.generate(prompts, max_length=2)
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"do_sample": False}], ids=str)
+def test_probabilities_of_greedy_decoding(greedy, fake):
+    result = fake.generate("x", max_length=3, return_probs=True, **greedy)
+    np.testing.assert_allclose(result["probs"].sum(-1), 1, atol=1e-5)
+    assert result["probs"].argmax(-1).tolist() == result["token_ids"]
+    assert 0 < result["probs"].max() < 0.999, "of temperature 1"
 
 
 def test_the_other_calls(fake):

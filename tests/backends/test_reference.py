@@ -84,7 +84,7 @@ def test_a_backend_section_of_an_experiment_config(tmp_path: Path) -> None:
         "max_model_len: 2048\n"
     )
     backend = create_backend(yaml.safe_load(file.read_text()).get("backend", {}))
-    assert isinstance(backend, VLLMBackend) and backend.config.tensor_parallel == 2
+    assert isinstance(backend, VLLMBackend) and backend.config.num_devices == 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from rl_onoff.backends.registry import engine_configs
+from rl_onoff.backends import engine_configs
 from rl_onoff.cli.main import CONF
 from rl_onoff.config import SCHEMAS, RunConfig, register
 from rl_onoff.sweeps.jobs import MAX_FOLDER_NAME, job_folder
@@ -60,8 +60,8 @@ def test_every_engine_has_a_group_choice_and_a_file_of_the_public_api():
 
 
 def test_an_engines_own_name_and_ours_are_one_option():
-    assert composed("backend=vllm", "backend.tp_size=2").backend.tensor_parallel == 2
-    assert composed("backend=vllm", "backend.tensor_parallel_size=2").backend.tensor_parallel == 2
+    assert composed("backend=vllm", "backend.tp_size=2").backend.num_devices == 2
+    assert composed("backend=vllm", "backend.tensor_parallel_size=2").backend.num_devices == 2
     assert composed("backend=huggingface", "backend.torch_dtype=bfloat16").backend.weights_dtype == "bfloat16"
 
 

@@ -244,7 +244,7 @@ def folder(tmp_path_factory) -> Path:
         (["sampling.top_p=0"], "sampling.top_p is 0.0 but must be above 0 and at most 1", "set sampling.top_p=1"),
         (["sampling.temperature=-0.5"], "sampling.temperature is -0.5", "set sampling.temperature=1"),
         (["sampling.temperature=nan"], "sampling.temperature is nan", "set sampling.temperature=1"),
-        (["sampling.n=0"], "sampling.n is 0 but must be at least 1", "set sampling.n=1"),
+        (["sampling.n=0"], "sampling.n is 0 but must be a whole number from 1 on", "set sampling.n=1"),
         (["sampling.stop=[a,'']"], "sampling.stop is ['a', '']", "set sampling.stop=[]"),
         (["sampling.max_new_tokens=0"], "sampling.max_new_tokens is 0", "set sampling.max_new_tokens=512"),
         # responses for a prompt that is not there

@@ -18,7 +18,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.fake.config import FakeBackendConfig
 from rl_onoff.backends.sampler import Row, draw
 from rl_onoff.backends.token_stats import token_stats
-from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, TokenScores, Want
 
 END = 256
 
@@ -50,9 +50,7 @@ class ByteTokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i]) for i in ids]
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], tokenize: bool = True, add_generation_prompt: bool = False, **_: Any
-    ):
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, add_generation_prompt: bool = False, **_: Any):
         text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: " * add_generation_prompt
         return self.encode(text) if tokenize else text
 
@@ -98,10 +96,6 @@ class FakeBackend(BaseBackend):
 
     def check_model(self) -> None:
         """Any name will do: it seeds the table."""
-
-    @staticmethod
-    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        return {}
 
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()

@@ -13,10 +13,7 @@ class FakeBackendConfig(EngineConfig):
     """A tiny deterministic language model in numpy, for tests and for trying the runner without an engine."""
 
     name: ClassVar[str] = "fake"
+    device: ClassVar[str] = "cpu"
     _target_: str = "rl_onoff.backends.fake.FakeBackend"
     noise: float = 0.0
     """Standard deviation of noise added to the logits, as a stand-in for another policy."""
-
-    @property
-    def gpus_per_replica(self) -> int:
-        return 0

@@ -1,5 +1,5 @@
 """HuggingFace Transformers."""
 
-from rl_onoff.backends.registry import lazily
+from rl_onoff.backends.config import lazily
 
-__getattr__ = lazily("rl_onoff.backends.huggingface.backend", "HuggingFaceBackend")
+__getattr__ = lazily(__name__, HuggingFaceBackend="backend")

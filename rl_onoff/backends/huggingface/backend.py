@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,15 +15,14 @@ from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface import tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
-from rl_onoff.backends.huggingface.decode import decode
-from rl_onoff.backends.huggingface.model import load
+from rl_onoff.backends.huggingface.model import decode, load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
-from rl_onoff.backends.placement import replicas_that_fit
+from rl_onoff.backends.placement import place, replicas_that_fit
 from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.models.facts import context_length, end_ids
-from rl_onoff.types import LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
+from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Want
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +45,6 @@ class HuggingFaceBackend(BaseBackend):
     _split: Any = None
     _ranks = Ranks()  # the processes that compute with this one; none, unless tp_size is above 1
 
-    # -- the engine's four calls ---------------------------------------------------------------------------------------
-
     def _load(self) -> EngineInfo:
         import transformers
 
@@ -55,14 +53,10 @@ class HuggingFaceBackend(BaseBackend):
         self._split = load(self.config)
         model = self._split.whole
         return EngineInfo(
-            engine=self.name,
-            version=transformers.__version__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=model.get_output_embeddings().weight.shape[0],
-            max_len=context_length(model.config),
-            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()),
-            batch=self.config.batch_size,
-        )
+            engine=self.name, version=transformers.__version__, dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=model.get_output_embeddings().weight.shape[0], max_len=context_length(model.config),
+            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()), batch=self.config.batch_size,
+        )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         while requests := supply.take(wait=True):
@@ -92,36 +86,21 @@ class HuggingFaceBackend(BaseBackend):
 
             torch.cuda.empty_cache()
 
-    @staticmethod
-    def sampling_args(sampling: Sampling, eos_ids: Sequence[int], seed: int) -> dict[str, Any]:
-        """No arguments: the decoding loop is ours and reads the sampling itself."""
-        return {}
-
-    # -- placement -----------------------------------------------------------------------------------------------------
-
-    def _num_replicas(self) -> int | None:
-        config = self.config
-        if config.pool.kind is PoolKind.ray or config.dp_size is not None or config.num_devices == 1:
-            return config.dp_size
-        return replicas_that_fit(config.num_devices) if config.gpus_per_replica else None
-
-    def _hosted_by_default(self) -> bool:
-        return self.config.num_devices > 1  # whose ranks are one process each
-
     def _place(self) -> Core:
-        if self.config.num_devices > 1:
-            tensor_parallel.check(self.config)
-            if self.config.worker is not False and self.config.pool.kind is PoolKind.local:
-                tensor_parallel.announce(self._num_replicas() or 1, self.config.num_devices)
-        return super()._place()
+        config, splits = self.config, self.config.num_devices > 1
+        dp_size, on_ray = config.dp_size, config.pool.kind is PoolKind.ray
+        if splits and dp_size is None and config.gpus_per_replica and not on_ray:
+            dp_size = replicas_that_fit(config.num_devices)
+        if splits:
+            tensor_parallel.check(config)
+            if config.worker is not False and not on_ray:
+                tensor_parallel.announce(dp_size or 1, config.num_devices)
+        return place(self, replace(config, dp_size=dp_size), in_worker=splits)  # each of its ranks is a process
 
     def _check_gradients(self) -> None:
         if self.config.num_devices > 1:
-            raise UsageError(
-                f"there are no gradients with backend.tp_size={self.config.tp_size}: set backend.tp_size=1"
-            )
-
-    # -- batches -------------------------------------------------------------------------------------------------------
+            split = f"backend.tp_size={self.config.tp_size}"
+            raise UsageError(f"there are no gradients with {split}: set backend.tp_size=1")
 
     def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
         """Neighbours together, as many as the limits on size allow; the longest sets the padding."""
@@ -154,7 +133,9 @@ class HuggingFaceBackend(BaseBackend):
 
         with torch.no_grad():
             if not self._split.splits:
-                return [self._score_whole(rollout, want) for rollout in batch]
+                pairs = ((r, self._whole_logits(r)) for r in batch)
+                return [token_stats(z_TV, torch.as_tensor(r.token_ids_T, device=z_TV.device), want).of(r)
+                        for r, z_TV in pairs]  # fmt: skip
             hidden_RD = self._hidden(batch, shares_prompt)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
             if not self._ranks.leads:
@@ -191,13 +172,6 @@ class HuggingFaceBackend(BaseBackend):
             hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
         return torch.cat([hidden_BLD[i, at : at + len(batch[i].token_ids_T)] for i, at in enumerate(starts)])
 
-    def _score_whole(self, rollout: Rollout, want: Want) -> TokenScores:
-        """For a model that cannot be split: its own logits of one sequence."""
-        import torch
-
-        logits_TV = self._whole_logits(rollout)
-        return token_stats(logits_TV, torch.as_tensor(rollout.token_ids_T, device=logits_TV.device), want).of(rollout)
-
     def _whole_logits(self, rollout: Rollout) -> Tensor:
         """(T, V) logits of one unpadded sequence, by the model's own forward pass."""
         ids_BL, _ = self._split.padded([np.concatenate([rollout.prompt_ids, rollout.token_ids_T])])
@@ -208,9 +182,7 @@ class HuggingFaceBackend(BaseBackend):
         import torch
 
         if self._split is None:
-            raise EngineError(
-                "gradients need the model in this process: set worker to false and leave dp_size and python alone"
-            )
+            raise EngineError("gradients need the model in this process: set worker=false, dp_size=1 and python=null")
         self._split.whole.requires_grad_(True)
         with torch.enable_grad():
             return [self._whole_logits(rollout).float() for rollout in rollouts]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from rl_onoff.backends.engine_config import EngineConfig, check_dtype
-from rl_onoff.errors import UsageError
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.errors import UsageError, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,9 +20,9 @@ class HuggingFaceBackendConfig(EngineConfig):
     """cpu, cuda, cuda:0, mps, …; null is cuda where there is one, else cpu."""
     torch_dtype: str | None = None
     """The engine's own name for dtype."""
-    device_map: str | None = None
-    """auto, balanced, …: split the layers over the GPUs; overrides device. Null with several GPUs and no tp_size is
-    auto."""
+    device_map: Any = None
+    """auto, balanced, … or a mapping: split the layers over the GPUs; overrides device. Null with several GPUs and no
+    tp_size is auto."""
     head_dtype: str | None = None
     """Type the LM head computes in: float32, or null for the weights' own."""
     attn_implementation: str | None = None
@@ -31,6 +31,7 @@ class HuggingFaceBackendConfig(EngineConfig):
     """Most responses computed at once."""
     max_batch_tokens: int = 16384
     """Most tokens (prompts and responses, padding included) computed at once; a longer response runs alone."""
+    second_names: ClassVar[dict[str, str]] = {"dtype": "torch_dtype"}
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "dtype", "torch_dtype", "device_map", "attn_implementation", "revision=model.revision",
         "trust_remote_code=model.trust_remote_code",
@@ -38,29 +39,14 @@ class HuggingFaceBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        check_dtype("backend.torch_dtype", self.torch_dtype)
-        self.same("dtype", "torch_dtype")
         if self.head_dtype not in (None, "float32"):
-            raise UsageError(
-                f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null: set backend.head_dtype=float32"
-            )
+            what = f"backend.head_dtype is {self.head_dtype!r} but must be float32 or null"
+            raise UsageError(f"{what}: set backend.head_dtype=float32")
         if ":" in (self.device or "") and (self.dp_size or self.tp_size or 1) > 1:
-            raise UsageError(
-                f"backend.device={self.device} names one device, but replicas and their parts share out all: "
-                "set backend.device=cuda"
-            )
-        for name in ("batch_size", "max_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(
-                    f"backend.{name} is {getattr(self, name)} but must be at least 1: set backend.{name}=16"
-                )
-
-    @property
-    def weights_dtype(self) -> str:
-        return self.same("dtype", "torch_dtype") or "auto"
-
-    def with_dtype(self, dtype: str | None) -> Self:
-        return dataclasses.replace(self, dtype=dtype, torch_dtype=dtype)
+            what = f"backend.device={self.device} names one device, but replicas and their parts share out all"
+            raise UsageError(f"{what}: set backend.device=cuda")
+        at_least(1, "backend.batch_size", self.batch_size, 16)
+        at_least(1, "backend.max_batch_tokens", self.max_batch_tokens, 16384)
 
     def with_float32_head(self) -> Self:
         return dataclasses.replace(self, head_dtype="float32")

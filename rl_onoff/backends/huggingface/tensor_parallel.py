@@ -31,30 +31,28 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(hours=2)  # of a collective operation: large weights load at different speeds
 FOLLOW = "from rl_onoff.backends.huggingface.tensor_parallel import follow; follow()"
-LEFT = "left"  # said by rank 0 when its caller wants no more of a batch
 
 
 class CallerLeft(Exception):
-    """Rank 0's caller wants no more of the batch."""
+    """Rank 0's caller wants no more of the batch: rank 0 says so in place of a value, and the other ranks raise it."""
 
 
 class Ranks:
-    """The ranks of one replica, as rank 0 sees them; itself alone, unless others were started."""
+    """The ranks of one replica, as one of them sees them: rank 0 leads, alone unless `start` gave it others; any other
+    rank agrees to what it hears from rank 0."""
 
-    leads = True
-
-    def __init__(self) -> None:
-        self._others: list[subprocess.Popen[bytes]] = []
+    def __init__(self, heard: queue.SimpleQueue[Any] | None = None) -> None:
+        self.leads = heard is None
+        self._heard = heard
+        self._others: list[Any] = []  # their Popen objects
 
     @classmethod
     def start(cls, backend_class: type, config: HuggingFaceBackendConfig) -> Ranks:
         """Start the other ranks, and make this process rank 0 of their group."""
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         if spec is None or spec.name != "rl_onoff.workers.worker_main":
-            raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but backend.tp_size={config.tp_size} wants "
-                f"{config.tp_size} processes: drop it"
-            )
+            wants = f"backend.tp_size={config.tp_size} wants {config.tp_size} processes"
+            raise UsageError(f"backend.worker=false keeps the engine in this process, but {wants}: drop it")
         ranks = cls()
         store = f"{tempfile.mkdtemp(prefix='ranks-')}/store"  # in the worker's folder, and removed with it
         for rank in range(1, config.num_devices):
@@ -73,7 +71,7 @@ class Ranks:
             yield
         except GeneratorExit:
             with suppress(EngineError):
-                self.agreed(LEFT)
+                self.agreed(CallerLeft())
             raise
         except BaseException:
             self._end(0)  # the other ranks may wait for ever in a collective operation that this one left
@@ -81,6 +79,10 @@ class Ranks:
 
     def agreed(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
+        if self._heard is not None:
+            if isinstance(value := self._heard.get(), CallerLeft):
+                raise value
+            return value
         try:
             for process in self._others:
                 _say(process, value)
@@ -100,7 +102,7 @@ class Ranks:
         others, self._others = self._others, []
         for process in others:
             with suppress(OSError):
-                process.stdin.close()  # type: ignore[union-attr]
+                process.stdin.close()
         until = time.monotonic() + patience
         for process in others:
             with suppress(subprocess.TimeoutExpired):
@@ -117,41 +119,19 @@ class Ranks:
             os._exit(1)
 
 
-class Follower(Ranks):
-    """The ranks of one replica, as any other rank sees them: it agrees to what rank 0 says."""
-
-    leads = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def agreed(self, value: Any) -> Any:
-        if (value := self._heard.get()) == LEFT:
-            raise CallerLeft
-        return value
-
-    def _listen(self) -> None:
-        """Take in what rank 0 says, and end with it, also from within a collective operation."""
-        with suppress(EOFError, pickle.UnpicklingError):  # rank 0 ended, maybe in the middle of a word
-            while True:
-                self._heard.put(pickle.load(sys.stdin.buffer))
-        os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
-
-
 def follow() -> None:
     """Be a rank other than 0: load its part of the model, and compute every batch that rank 0 names."""
     try:
         backend_class, config, rank, store = pickle.load(sys.stdin.buffer)
-        ranks = Follower()
+        heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=_listen, args=(heard,), daemon=True).start()
         _join(rank, config.num_devices, store)
         backend = backend_class(config)
-        backend._ranks = ranks
+        backend._ranks = Ranks(heard)
         backend.load()
         while True:
             with suppress(CallerLeft):
-                method, args = ranks.agreed(None)
+                method, args = backend._ranks.agreed(None)
                 for _ in getattr(backend, method)(*args):
                     pass
     except BaseException:
@@ -159,8 +139,15 @@ def follow() -> None:
         os._exit(1)  # at once: the interpreter's end would wait for the group
 
 
-def _say(process: subprocess.Popen[bytes], value: Any) -> None:
-    assert process.stdin is not None
+def _listen(heard: queue.SimpleQueue[Any]) -> None:
+    """Take in what rank 0 says, and end with it, also from within a collective operation."""
+    with suppress(EOFError, pickle.UnpicklingError):  # rank 0 ended, maybe in the middle of a word
+        while True:
+            heard.put(pickle.load(sys.stdin.buffer))
+    os._exit(0)  # without the group's own farewell, for which rank 0 may be gone
+
+
+def _say(process: Any, value: Any) -> None:
     pickle.dump(value, process.stdin)
     process.stdin.flush()
 
@@ -189,16 +176,10 @@ def announce(num_replicas: int, tp_size: int) -> None:
     from accelerate import ParallelismConfig
 
     mesh = ParallelismConfig(dp_shard_size=num_replicas, tp_size=tp_size)
-    text = (
-        "Setting up hybrid (data + tensor) using Accelerate\n"
-        f"  Data parallel shards: {mesh.dp_shard_size}\n"
-        f"  Tensor parallel size: {mesh.tp_size}\n"
-        f"  Total GPUs: {mesh.total_size}"
-    )
-    if log.isEnabledFor(logging.INFO):
-        log.info(text)
-    else:
-        print(text, flush=True)
+    counts = {"Data parallel shards": num_replicas, "Tensor parallel size": tp_size, "Total GPUs": mesh.total_size}
+    lines = ["Setting up hybrid (data + tensor) using Accelerate", *(f"  {what}: {n}" for what, n in counts.items())]
+    say = log.info if log.isEnabledFor(logging.INFO) else print
+    say("\n".join(lines))
 
 
 def check(config: HuggingFaceBackendConfig) -> None:
@@ -206,26 +187,18 @@ def check(config: HuggingFaceBackendConfig) -> None:
     import torch
     from transformers import AutoConfig
 
-    size = config.num_devices
+    size, option = config.num_devices, f"backend.tp_size={config.tp_size}"
     if config.device_map is not None:
-        raise UsageError(
-            f"backend.device_map={config.device_map} and backend.tp_size={size} both split the model: set one to null"
-        )
+        raise UsageError(f"backend.device_map={config.device_map} and {option} both split the model: set one to null")
     if (config.device or "").startswith("cpu") and torch.cuda.is_available():
-        raise UsageError(
-            "backend.device=cpu with backend.tp_size above 1 needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing"
-        )
+        raise UsageError(f"backend.device=cpu with {option} needs the GPUs hidden: set CUDA_VISIBLE_DEVICES to nothing")
     files = resolve(config.model_name, revision=config.revision)
     options = {"revision": files.revision or "main", "trust_remote_code": config.trust_remote_code}
     with hub_errors(config.model_name):
         model = AutoConfig.from_pretrained(files.path, **options).get_text_config()
     if not getattr(model, "base_model_tp_plan", None):
-        raise UsageError(
-            f"Transformers cannot split a {model.model_type} model this way: set backend.device_map=auto, not tp_size"
-        )
+        what = f"Transformers cannot split a {model.model_type} model this way"
+        raise UsageError(f"{what}: set backend.device_map=auto, not tp_size")
     for name in ("num_attention_heads", "num_key_value_heads", "vocab_size"):
-        value = getattr(model, name, None)
-        if value is not None and value % size:
-            raise UsageError(
-                f"the model's {name} is {value}, which backend.tp_size={size} does not divide: change backend.tp_size"
-            )
+        if (value := getattr(model, name, None) or 0) % size:
+            raise UsageError(f"the model's {name} is {value}, which {option} does not divide: change backend.tp_size")

@@ -1,5 +1,5 @@
 """SGLang."""
 
-from rl_onoff.backends.registry import lazily
+from rl_onoff.backends.config import lazily
 
-__getattr__ = lazily("rl_onoff.backends.sglang.backend", "SGLangBackend")
+__getattr__ = lazily(__name__, SGLangBackend="backend")

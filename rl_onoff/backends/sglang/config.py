@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class SGLangBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        self.check_context("context_length")
+        at_least(1, "backend.context_length", self.context_length, "4096, or null for the model's own")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             raise UsageError(
                 f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: "

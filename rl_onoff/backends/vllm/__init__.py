@@ -1,5 +1,5 @@
 """vLLM."""
 
-from rl_onoff.backends.registry import lazily
+from rl_onoff.backends.config import lazily
 
-__getattr__ = lazily("rl_onoff.backends.vllm.backend", "VLLMBackend")
+__getattr__ = lazily(__name__, VLLMBackend="backend")

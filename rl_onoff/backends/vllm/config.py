@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, at_least
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +26,7 @@ class VLLMBackendConfig(EngineConfig):
     """Skip compilation and CUDA graphs: starts faster, runs slower."""
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    second_names: ClassVar[dict[str, str]] = {"tp_size": "tensor_parallel_size"}
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "max_model_len",
         "gpu_memory_utilization", "enforce_eager", "revision=model.revision",
@@ -36,24 +37,12 @@ class VLLMBackendConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
-        self.same("tp_size", "tensor_parallel_size")
-        self.check_context("max_model_len")
+        at_least(1, "backend.max_model_len", self.max_model_len, "4096, or null for the model's own")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise UsageError(
                 f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
                 "set backend.gpu_memory_utilization=0.9"
             )
-
-    @property
-    def num_devices(self) -> int:
-        return self.tensor_parallel
-
-    @property
-    def tensor_parallel(self) -> int:
-        return self.same("tp_size", "tensor_parallel_size") or 1
-
-    def on_one_device(self) -> Self:
-        return dataclasses.replace(self, tp_size=1, tensor_parallel_size=1)
 
     def across_nodes(self) -> Self:
         # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from

@@ -51,7 +51,7 @@ class Engine:
             "tokenizer": resolve(config.tokenizer).path if config.tokenizer else files.path,
             "trust_remote_code": config.trust_remote_code,
             "dtype": config.weights_dtype,
-            "tensor_parallel_size": config.tensor_parallel,
+            "tensor_parallel_size": config.num_devices,
             "max_model_len": config.max_model_len,
             "enforce_eager": config.enforce_eager or self._on_cpu,  # compiling for a CPU takes longer than most runs
             "seed": config.seed,
@@ -70,7 +70,7 @@ class Engine:
             from rl_onoff.backends.vllm.hooks import EXTENSION, SCHEDULER
 
             kwargs |= {"worker_extension_cls": EXTENSION, "scheduler_cls": SCHEDULER}
-        _set_environment(config.tensor_parallel, self._on_cpu)
+        _set_environment(config.num_devices, self._on_cpu)
         if self._on_cpu:
             torch.compiler.set_stance("force_eager")  # the sampler's kernels too: a minute of compiling on two cores
         with hub_errors(config.model_name):
