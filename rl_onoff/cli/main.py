@@ -30,9 +30,7 @@ from rl_onoff.redaction import refuse_literals, secrets_in, secrets_of_environme
 from rl_onoff.rundir.files import FULL_DISK, disk_error, write_whole
 from rl_onoff.rundir.table import LOCK, RunDir
 from rl_onoff.sweeps import schedule, start
-from rl_onoff.sweeps.jobs import ERROR, JobFailed, failure, new_failures, write_failure
-from rl_onoff.sweeps.metric import missing_metric, optimises
-from rl_onoff.sweeps.table import conclude
+from rl_onoff.sweeps.jobs import ERROR, JobFailed, conclude, failure, failures, read_failure
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +43,10 @@ _failures: list[Exception] = []
 def job(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; returns the number `metric` names, for a sweeper that optimises it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where cores are shared
-    path = Path(HydraConfig.get().runtime.output_dir)
-    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    path, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode is RunMode.MULTIRUN
     try:
-        return _run(cfg, HydraConfig.get(), path, in_sweep)
+        return _run(cfg, hydra_config, path, in_sweep)
     except KeyboardInterrupt:
         if not in_sweep:
             _say_how_to_go_on(path, f"run_dir={path}")
@@ -57,12 +55,15 @@ def job(cfg: DictConfig) -> float | None:
         if not in_sweep:
             _failures.append(error)
             return None
-        failed = failure(error, path, _secrets(cfg))
+        secrets = secrets_of_environment()
+        with suppress(OmegaConfBaseException):  # one of the config points at nothing: what reads it says so
+            secrets |= {text for _, text in secrets_in(OmegaConf.to_container(cfg, resolve=True))}
+        failed = failure(error, path, secrets)
         then = "ends" if isinstance(error, MetricError) else "goes on"
         more = f" (more in {failed.where})" if failed.more else ""
         log.error("job %s failed and the sweep %s: %s%s", path.name, then, failed, more)
         try:
-            write_failure(failed)
+            failed.write()
         except OnOffError:  # the disk, which the error may be about
             if start.started is None:  # this is a launcher's process, and the launcher has to carry the error home
                 raise error from None
@@ -83,7 +84,11 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
                 refuse_literals(OmegaConf.to_container(of, enum_to_str=True), name)
             for name, node in written.items():  # as Hydra would, but under the lock
                 write_whole(path / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
-            config = _checked(cfg)  # before the heavy imports, so that an error is instant
+            try:
+                config: Any = OmegaConf.to_object(cfg)  # before the heavy imports, so that an error is instant
+            except AttributeError as error:  # a field added with `+`, which the schema does not have
+                fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+                raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
             from rl_onoff.run import run, run_steps
 
             group = path.parent.name if in_sweep else None
@@ -94,40 +99,18 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
                 if rounds.job.wants is not None:  # it waits for its engine
                     return None
             (path / ERROR).unlink(missing_ok=True)  # of another process, refused because this one was writing
-            if value is None and in_sweep and optimises(hydra_config):
-                raise missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
+            if value is None and in_sweep and start.optimises(hydra_config):
+                raise start.missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
             return value
         except UsageError:  # refused: what is in the folder is not of this command
             for file, text in before.items():
                 write_whole(file, text)
-            if not in_sweep and not any(typed.startswith("run_dir=") for typed in hydra_config.overrides.task):
-                _forget(path)
+            made_here = not in_sweep and not any(typed.startswith("run_dir=") for typed in written["overrides"])
+            with suppress(OSError):
+                if made_here and {entry.name for entry in path.iterdir()} <= {".hydra", "run.log", LOCK}:
+                    shutil.rmtree(path)
+                    path.parent.rmdir()  # the day's, if it was the first
             raise
-
-
-def _forget(path: Path) -> None:
-    """Remove the folder of a command that was refused, if nothing but its config and log is there."""
-    with suppress(OSError):
-        if {entry.name for entry in path.iterdir()} <= {".hydra", "run.log", LOCK}:
-            shutil.rmtree(path)
-            path.parent.rmdir()  # the day's, if it was the first
-
-
-def _checked(cfg: DictConfig) -> Any:
-    """The config as dataclasses, every value checked."""
-    try:
-        return OmegaConf.to_object(cfg)
-    except AttributeError as error:  # a field added with `+`, which the schema does not have
-        fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
-        raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
-
-
-def _secrets(config: DictConfig) -> set[str]:
-    """The secrets that a config takes from the environment, whatever they are called there, and all others in it."""
-    found = secrets_of_environment()
-    with suppress(OmegaConfBaseException):  # it points at nothing: what reads it says so
-        found |= {text for _, text in secrets_in(OmegaConf.to_container(config, resolve=True))}
-    return found
 
 
 def main() -> None:
@@ -153,8 +136,12 @@ def main() -> None:
         if sentence := flag_sentence(arguments):  # of what Hydra would answer with its own usage
             raise UsageError(sentence)
         sys.argv[1:] = understood(arguments)
-        with start.waited_for():
+        try:
             job()
+        except Exception as error:
+            if type(error).__module__.startswith("submitit."):
+                start.wait(None)  # for the jobs that still run here: submitit stops waiting once it loses one
+            raise
     except KeyboardInterrupt:
         if (started := start.started) is not None:
             start.stop()
@@ -165,7 +152,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except start.Refused as refused:
-        _fail(refused.error, keeps_traceback=False)
+        _fail(refused.args[0], keeps_traceback=False)
     except Exception as error:
         _conclude_sweep()
         if not (_failures and type(error) is ValueError):  # Optuna's, when all trials failed
@@ -184,8 +171,10 @@ def _conclude_sweep() -> None:
     """Print and write the table of a sweep, whoever ran its jobs, and take note of those that failed."""
     if (started := start.started) is None:
         return
-    start.end(started.config.hydra.launcher)
-    _failures.extend(new_failures(started.folder, started.before))
+    if started.on_ray and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # before anything more is printed, for Ray may still have lines of the jobs
+    new = sorted(failures(started.folder) - started.before)
+    _failures.extend(failed for _, file in new if (failed := read_failure(file)) is not None)
     with suppress(OnOffError):  # a full disk: the jobs have said so
         if table := conclude(started.folder):
             print(f"\n{table}")

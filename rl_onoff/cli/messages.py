@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import cache
 
 from rl_onoff.backends.config import nearest_engine
-from rl_onoff.cli.overrides import BARE_FLAGS, field_names
+from rl_onoff.cli.overrides import FLAGS, field_names
 from rl_onoff.config import CONF, SCHEMAS
 from rl_onoff.errors import nearest
 
-SENTENCES = (  # what Hydra says -> the cause, then the override that fixes it
-    (r"Could not find '(hydra/\w+|[^/\s]+)/(\S+)' Available options in '\S+': (.+)",
-     r"\1=\2 is not one of the choices: set \1 to one of \3"),
-    (r"Could not override\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", r"there is no option \1"),
-    (r"Error merging override (\S+?)=(.*?) field '\S+' is not Optional",
-     r"\1=\2 is refused: set it to a value, for it cannot be null"),
-    (r"Error merging override (\S+?)=(.*?) Invalid value '.*', expected one of \[(.+)\]",
-     r"\1=\2 is refused: set \1 to one of \3"),
-    (r"Error merging override (\S+?)=(.*?) Invalid value assigned: \w+ is not a ListConfig.*",
-     r"\1=\2 is refused, for \1 is a list: set \1=[\2]"),
-    *((rf"Error merging override (\S+?)=(.*?) Value .*{kind}.*", rf"\1=\2 is refused: set \1 to {fix}")
-      for kind, fix in (("Integer", "a whole number"), ("Float", "a number"), ("bool", "true or false"))),
-    (r"Error merging override (\S+?)=(.*?) ((?:Value|Invalid|Cannot|Object) .*)",
-     r"\1=\2 is refused: set \1 to a value of its type (\3)"),
-    (r"Error parsing override '([^']*)' missing EQUAL .*", r"'\1' is not an override: write NAME=VALUE"),
-    (r"(.*(?:no viable alternative|extraneous|mismatched|token recognition|NoViableAlt).*)",
-     r"""an override cannot be read (\1): quote a value with blanks or brackets twice: 'sampling.stop=["a[b"]'"""),
-    (r"Ambiguous value for argument '([^']+)' .*",
-     r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text"""),
-)  # fmt: skip
 ELSEWHERE = {  # what an option is called in other programs -> here
     "tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_return_sequences": "n",
     "num_rows": "limit",
 }  # fmt: skip
 ENGINE_GROUPS = {"targets": "target", "policies": "backend"}  # where engines have names -> the group of the choices
-DATA_FILES = (".jsonl", ".csv", ".parquet", ".json")
 GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
-HYDRA_FLAGS = (
-    "--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun",
-    "--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info",
-)  # fmt: skip
 NOISE = (  # beginnings of Hydra's lines about keys, types and search paths
     "full_key:", "object_type=", "reference_type=", "To append to your config use", "Config search path", "provider=",
     "See https",
@@ -55,16 +30,10 @@ def config_sentence(error: Exception) -> str:
     words = re.sub(r"^In '\S+': (?=Could not find)|^In 'config': ", "", words)
     if sentence := _no_engine_of_that_name(words, error):
         return sentence
-    for pattern, sentence in SENTENCES:
+    for pattern, said in SENTENCES:
         if found := re.fullmatch(pattern, words, re.DOTALL):
-            words = found.expand(sentence)
+            words = found.expand(said) if isinstance(said, str) else said(found, error)
             break
-    if name := re.fullmatch(r"there is no option (\S+)", words):
-        words += _no_option(name[1], error)
-    elif choice := re.fullmatch(r"(\S+)=(.+) is not one of the choices: set \S+ to one of (.+)", words):
-        words = _no_choice(choice[1], choice[2], choice[3].split())
-    elif word := re.fullmatch(r"'(.*)' is not an override: write NAME=VALUE", words):
-        words = f"'{word[1]}' is not an override: write {_meant(word[1])}"
     plugin = re.search(r"hydra/(launcher|sweeper)=|hydra_plugins\.", words)
     more = ", and pip install 'rl-onoff[launchers]' brings joblib, Ray, submitit and Optuna" if plugin else ""
     return f"{words} (rl-onoff --help shows the groups, rl-onoff --cfg job every field){more}"
@@ -86,17 +55,18 @@ def flag_sentence(arguments: Sequence[str]) -> str | None:
 
     Options have no dashes here, and a group is chosen by name, which true, null, 1 or no name at all is not.
     """
+    known = (*_choices(), *field_names())
     for before, argument, following in zip(["", *arguments], arguments, [*arguments[1:], ""], strict=False):
         typed, equals, value = argument.partition("=")
         name = typed.lstrip("-").replace("-", "_")
-        option = _option(name)
+        option = next((each for each in (name, name.replace("_", ".", 1)) if each in known), _nearest(name))
         dashed = typed.startswith("--") or (typed.startswith("-") and option is not None)
-        if dashed and name and not any(flag.startswith(typed) for flag in HYDRA_FLAGS):
+        if dashed and name and not any(flag.startswith(typed) for flag in FLAGS if flag.startswith("--")):
             if not equals:
                 value = following if following and not following.startswith("-") and "=" not in following else "VALUE"
             meant = f"{option}={value}" if option else "NAME=VALUE, as rl-onoff --help shows"
             return f"{typed} is not an option, for options have no dashes: write {meant}"
-        of_a_flag = before.startswith("-") and before not in BARE_FLAGS
+        of_a_flag = before.startswith("-") and FLAGS.get(before) != 0
         if "/" in argument and not equals and argument[0] not in "-+~" and not of_a_flag:
             return f"'{argument}' is not an override: write {_meant(argument)}"
         if typed in _choices() and re.fullmatch(r"true|false|yes|no|on|off|null|[-+]?\d+(\.\d+)?", value.lower()):
@@ -104,19 +74,16 @@ def flag_sentence(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _option(name: str) -> str | None:
-    """The group or field of this name, or the one that was meant."""
-    known = (*_choices(), *field_names())
-    return next((option for option in (name, name.replace("_", ".", 1)) if option in known), _nearest(name))
-
-
-def _no_option(name: str, error: Exception) -> str:
+def _no_option(found: re.Match[str], error: Exception) -> str:
     """How to fix an option that is not there; Hydra's message repeats what was typed."""
-    typed = _typed(error)
+    name, typed = found[1], _typed(error)
     if re.search(r"\b(compare\.columns|engine_kwargs|runtime_env)\.", name):  # whose names are the user's own
-        return f" yet: add it with a plus, +{typed or f'{name}=VALUE'}"
-    near = _nearest(name, _fields_there(error))
-    return f": did you mean {near}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+        return f"there is no option {name} yet: add it with a plus, +{typed or f'{name}=VALUE'}"
+    kind = re.search(r"^\s*object_type=(\w+)$", str(error.__cause__), re.MULTILINE)  # of what lacks the option
+    schema = next((schema for schema in SCHEMAS.values() if kind and schema.__name__ == kind[1]), None)
+    near = _nearest(name, schema and [each.name for each in fields(schema)])
+    fix = f": did you mean {near}?" if near else "; an engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+    return f"there is no option {name}{fix}"
 
 
 def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
@@ -137,8 +104,7 @@ def _no_choice(group: str, value: str, choices: Sequence[str]) -> str:
     """How to fix a choice that a group does not have."""
     fix = f"set {group} to one of {' '.join(choices)}"
     off = value.lower() in ("false", "off", "no", "null", "0")
-    near = "none" if off and "none" in choices else nearest_engine(value, choices)
-    if near:
+    if near := "none" if off and "none" in choices else nearest_engine(value, choices):
         fix += f"; did you mean {group}={near}?"
     elif group == "data":
         fix = f"set data.path={value} for a file or a datasets id, or data to one of {' '.join(choices)}"
@@ -154,7 +120,7 @@ def _meant(word: str) -> str:
         return f"{word}=VALUE, without blanks around the ="
     if group := next((group for group, choices in groups.items() if word in choices), None):
         return f"{group}={word}"
-    if word.endswith(DATA_FILES):
+    if word.endswith((".jsonl", ".csv", ".parquet", ".json")):
         return f"data.path={word}"
     if "/" in word or word.endswith(".gguf"):
         return f"model={word}"
@@ -186,13 +152,6 @@ def _nearest(name: str, there: Sequence[str] | None = None) -> str | None:
     return next((f"{of}.{last}" for of in others), None)
 
 
-def _fields_there(error: Exception) -> list[str] | None:
-    """The fields of what lacks the one that was typed, as Hydra names it; None when it does not."""
-    found = re.search(r"^\s*object_type=(\w+)$", str(error.__cause__), re.MULTILINE)
-    schema = next((schema for schema in SCHEMAS.values() if found and schema.__name__ == found[1]), None)
-    return schema and [each.name for each in fields(schema)]
-
-
 def _typed(error: Exception) -> str:
     """The override that Hydra proposes to append, which is the one that was typed; empty when it proposes none."""
     found = re.search(r"To append to your config use \+(.+)", str(error))
@@ -203,3 +162,25 @@ def _words(error: BaseException | None) -> str:
     """An exception's message in one line, without Hydra's trace of keys, types and search paths."""
     lines = [line.strip() for line in str(error or "").splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(NOISE))
+
+
+_REFUSED = r"Error merging override (\S+?)=(.*?) "
+SENTENCES: tuple[tuple[str, str | Callable[[re.Match[str], Exception], str]], ...] = (  # what Hydra says -> ours
+    (r"Could not find '(hydra/\w+|[^/\s]+)/(\S+)' Available options in '\S+': (.+)",
+     lambda found, error: _no_choice(found[1], found[2], found[3].split())),
+    (r"Could not override\.? ?'?([^' ]+?)'?\. (?:Key .*|.*does not exist.*)", _no_option),
+    (rf"{_REFUSED}field '\S+' is not Optional", r"\1=\2 is refused: set it to a value, for it cannot be null"),
+    (rf"{_REFUSED}Invalid value '.*', expected one of \[(.+)\]", r"\1=\2 is refused: set \1 to one of \3"),
+    (rf"{_REFUSED}Invalid value assigned: \w+ is not a ListConfig.*",
+     r"\1=\2 is refused, for \1 is a list: set \1=[\2]"),
+    (rf"{_REFUSED}Value .*Integer.*", r"\1=\2 is refused: set \1 to a whole number"),
+    (rf"{_REFUSED}Value .*Float.*", r"\1=\2 is refused: set \1 to a number"),
+    (rf"{_REFUSED}Value .*bool.*", r"\1=\2 is refused: set \1 to true or false"),
+    (rf"{_REFUSED}((?:Value|Invalid|Cannot|Object) .*)", r"\1=\2 is refused: set \1 to a value of its type (\3)"),
+    (r"Error parsing override '([^']*)' missing EQUAL .*",
+     lambda found, error: f"'{found[1]}' is not an override: write {_meant(found[1])}"),
+    (r"(.*(?:no viable alternative|extraneous|mismatched|token recognition|NoViableAlt).*)",
+     r"""an override cannot be read (\1): quote a value with blanks or brackets twice: 'sampling.stop=["a[b"]'"""),
+    (r"Ambiguous value for argument '([^']+)' .*",
+     r"""\1 has several values: add -m to run each, write NAME=[a,b] for a list, or 'NAME="a,b"' for a text"""),
+)  # fmt: skip

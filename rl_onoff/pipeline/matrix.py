@@ -20,7 +20,7 @@ from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.compare import compare_run, verdict_of, write_page
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.report.matrix import Matrix
-from rl_onoff.rundir.files import write_whole
+from rl_onoff.rundir.files import write_csv, write_whole
 from rl_onoff.rundir.provenance import texts_of
 from rl_onoff.rundir.summary import summarise
 from rl_onoff.rundir.table import RunDir, Table
@@ -80,6 +80,6 @@ def run_matrix(
         cells |= {(a, b): comparisons[b] for b in policies}
         sentences[a] = verdict_of(sub.folder, {b: comparisons[b] for b in policies}, own=a)
     matrix = Matrix(list(policies), cells)
-    write_whole(path / "matrix.csv", matrix.to_csv())
+    write_csv(path / "matrix.csv", matrix.rows())
     write_whole(path / "matrix.html", matrix.page(sentences))
     return matrix

@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from rl_onoff.pipeline.engines import Slot, Steps, Wish
-from rl_onoff.sweeps.jobs import swept
+from rl_onoff.sweeps.jobs import job_folder
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +74,11 @@ def launch(
 ) -> list[JobReturn]:
     """Run all jobs, in rounds; their returns are in the order of the jobs. `first` is the number of the first one."""
     global rounds
+    hydra = config.hydra
     setup_globals()
-    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    Path(str(config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-    log.info("%d jobs in %s", len(job_overrides), config.hydra.sweep.dir)
+    configure_log(hydra.hydra_logging, hydra.verbose)
+    Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+    log.info("%d jobs in %s", len(job_overrides), hydra.sweep.dir)
     rounds = rounds or Rounds()  # a sweeper that chooses its jobs by earlier ones launches them bit by bit
     jobs = [Job(number, list(overrides)) for number, overrides in enumerate(job_overrides, first)]
     waiting = jobs
@@ -85,26 +86,22 @@ def launch(
         while waiting:
             rounds.engine = None
             for job in waiting:
-                if rounds.has(job.wants):
-                    rounds.job, rounds.engine = job, job.wants or rounds.engine
-                    job.wants = None  # until it says so again: a job that fails waits for nothing
-                    _visit(job, context, task, config)
+                if not rounds.has(job.wants):
+                    continue
+                rounds.job, rounds.engine = job, job.wants or rounds.engine
+                job.wants = None  # until it says so again: a job that fails waits for nothing
+                name = job_folder(job.overrides, hydra.job.config.override_dirname.exclude_keys)
+                log.info("#%d %s%s", job.number, "" if job.result is None else "goes on: ", name)
+                own = context.config_loader.load_sweep_config(config, job.overrides)
+                with open_dict(own):
+                    own.hydra.job.id = own.hydra.job.num = job.number
+                job.result = run_job(task, own, "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context=context)
+                configure_log(hydra.hydra_logging, hydra.verbose)  # the job had a log of its own
+                if job.wants is not None:
+                    log.info("#%d waits for its engine", job.number)
             waiting = [job for job in waiting if job.wants is not None]
     finally:
         for job in jobs:
             if job.steps is not None:  # the sweep was stopped, or the job's folder taken by another process
                 job.steps.close()
     return [job.result for job in jobs if job.result is not None]
-
-
-def _visit(job: Job, context: HydraContext, task: TaskFunction, config: DictConfig) -> None:
-    """Give a job its turn, with its own config and log, as Hydra runs any job."""
-    name = ", ".join(swept(job.overrides, config.hydra.job.config.override_dirname.exclude_keys))
-    log.info("#%d %s%s", job.number, "" if job.result is None else "goes on: ", name)
-    job_config = context.config_loader.load_sweep_config(config, job.overrides)
-    with open_dict(job_config):
-        job_config.hydra.job.id = job_config.hydra.job.num = job.number
-    job.result = run_job(task, job_config, "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context=context)
-    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    if job.wants is not None:
-        log.info("#%d waits for its engine", job.number)
