@@ -8,16 +8,7 @@ import pytest
 
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.errors import UsageError
-from rl_onoff.rewards import (
-    HOPELESS,
-    Judge,
-    accuracy,
-    last_boxed,
-    load_reward,
-    math_verify,
-    pass_at_k,
-    summarise_rewards,
-)
+from rl_onoff.rewards import HOPELESS, Judge, last_boxed, load_reward, math_verify, summarise_rewards
 
 RIGHT = [
     ("She has 24 apples left.", "24"),
@@ -199,11 +190,12 @@ def test_what_is_not_judged_does_not_fail(caplog):
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "num_correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (4, 1, 4), (8, 3, 2)]
+    ("num_samples", "num_correct", "k"), [(5, 2, 1), (5, 2, 4), (6, 0, 2), (6, 6, 4), (4, 1, 4), (8, 3, 2)]
 )
 def test_pass_at_k_is_the_mean_over_all_choices(num_samples, num_correct, k):
-    draws = list(itertools.combinations([True] * num_correct + [False] * (num_samples - num_correct), k))
-    assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    rewards = [1.0] * num_correct + [0.0] * (num_samples - num_correct)
+    draws = list(itertools.combinations(rewards, k))
+    assert summarise_rewards({"a": rewards})[f"pass@{k}"] == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_the_summary_gives_every_prompt_equal_weight():
@@ -211,9 +203,7 @@ def test_the_summary_gives_every_prompt_equal_weight():
     assert summary["num_prompts"] == 2 and summary["num_responses"] == 9
     assert summary["reward_mean"] == pytest.approx((0.25 + 0.7) / 2)
     assert summary["accuracy"] == summary["pass@1"] == pytest.approx((0.25 + 0.6) / 2)
-    assert (
-        summary["pass@2"] == pytest.approx((pass_at_k(4, 1, 2) + pass_at_k(5, 3, 2)) / 2) and summary["pass@4"] == 1.0
-    )
+    assert summary["pass@2"] == pytest.approx((3 / 6 + 9 / 10) / 2) and summary["pass@4"] == 1.0
     assert "pass@8" not in summary
     assert summarise_rewards({}) == {}
-    assert accuracy([1.0, 0.9, 2.0]) == pytest.approx(2 / 3)
+    assert summarise_rewards({"a": [1.0, 0.9, 2.0]})["accuracy"] == pytest.approx(2 / 3)
