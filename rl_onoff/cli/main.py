@@ -22,8 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl_onoff import __version__
-from rl_onoff.cli.messages import config_sentence, flag_sentence, target_sentence
-from rl_onoff.cli.overrides import continue_command, short_model, understood
+from rl_onoff.cli.overrides import config_sentence, continue_command, target_sentence, understood
 from rl_onoff.config import CONF, register
 from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import refuse_literals, secrets_in, secrets_of_environment
@@ -35,6 +34,7 @@ from rl_onoff.sweeps.jobs import ERROR, JobFailed, conclude, failure, failures, 
 log = logging.getLogger(__name__)
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
+STOPPED = "stopped; everything finished so far is in %s. To go on: %s"
 
 _failures: list[Exception] = []
 
@@ -49,7 +49,7 @@ def job(cfg: DictConfig) -> float | None:
         return _run(cfg, hydra_config, path, in_sweep)
     except KeyboardInterrupt:
         if not in_sweep:
-            _say_how_to_go_on(path, f"run_dir={path}")
+            log.warning(STOPPED, path, continue_command(sys.argv[1:], f"run_dir={path}"))
         raise
     except Exception as error:  # whatever it is, the other jobs of a sweep go on, and main() tells it
         if not in_sweep:
@@ -119,7 +119,7 @@ def main() -> None:
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or Ray's launcher prints a line that jobs have in common once
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     register()
     _failures.clear()  # of an earlier command in this process
     start.started = schedule.rounds = None
@@ -132,10 +132,7 @@ def main() -> None:
         print(f"rl_onoff {__version__}")
         sys.exit(0)
     try:
-        arguments = [short_model(argument) for argument in sys.argv[1:]]
-        if sentence := flag_sentence(arguments):  # of what Hydra would answer with its own usage
-            raise UsageError(sentence)
-        sys.argv[1:] = understood(arguments)
+        sys.argv[1:] = understood(sys.argv[1:])
         try:
             job()
         except Exception as error:
@@ -146,7 +143,7 @@ def main() -> None:
         if (started := start.started) is not None:
             start.stop()
             _conclude_sweep()
-            _say_how_to_go_on(started.folder, f"sweep_dir={started.folder}")
+            log.warning(STOPPED, started.folder, continue_command(sys.argv[1:], f"sweep_dir={started.folder}"))
         sys.exit(130)
     except BrokenPipeError:  # `rl-onoff --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -174,15 +171,10 @@ def _conclude_sweep() -> None:
     if started.on_ray and "ray" in sys.modules:
         sys.modules["ray"].shutdown()  # before anything more is printed, for Ray may still have lines of the jobs
     new = sorted(failures(started.folder) - started.before)
-    _failures.extend(failed for _, file in new if (failed := read_failure(file)) is not None)
+    _failures.extend(failed for _, _, file in new if (failed := read_failure(file)) is not None)
     with suppress(OnOffError):  # a full disk: the jobs have said so
         if table := conclude(started.folder):
             print(f"\n{table}")
-
-
-def _say_how_to_go_on(path: Path, folder: str) -> None:
-    command = continue_command(sys.argv[1:], folder)
-    log.warning("stopped; everything finished so far is in %s. To go on: %s", path, command)
 
 
 def _fail(error: Exception, keeps_traceback: bool, before: str = "") -> NoReturn:
@@ -216,12 +208,6 @@ def _sentence(error: Exception) -> tuple[str, int] | None:
     if start.started is not None and type(error).__module__.partition(".")[0] in start.PACKAGES:
         said = next(iter(str(error).strip().splitlines()), "")
         fix = f"the same command with sweep_dir={start.started.folder} does what is missing"
-        lost = (
-            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and {fix}"
-        )
-        return lost, OnOffError.exit_code
+        why = f"({type(error).__name__}: {said}): run.log in its folder may tell why"
+        return f"the launcher lost a job {why}, and {fix}", OnOffError.exit_code
     return None
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt

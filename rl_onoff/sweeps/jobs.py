@@ -27,8 +27,6 @@ SHOWN = {  # on a terminal, of what there is: a number's name, and its label
     "onoff/kl_k3_floor": "noise floor", "matrix/kl_k3_max": "k3 KL", "matrix/kl_k3_floor": "noise floor",
 }  # fmt: skip
 
-Trace = tuple[int, int]  # time and inode of an error.txt: another one when the file is written again
-
 
 def job_folder(overrides: Sequence[str], fixed: Sequence[str] = ()) -> str:
     """The name of a job's folder: its overrides but the `fixed` ones, without slashes, cut where it is too long."""
@@ -77,10 +75,9 @@ def read_failure(file: Path) -> JobFailed | None:
     return JobFailed(sentence, int(code.rpartition(" ")[2] or 1), file, more.strip())
 
 
-def failures(sweep_dir: Path) -> set[tuple[Trace, Path]]:
-    """The failures of all jobs; what is not in an earlier set is new, and the first one comes first when sorted."""
-    files = {file: file.stat() for file in sweep_dir.glob(f"*/{ERROR}")}
-    return {((stat.st_mtime_ns, stat.st_ino), file) for file, stat in files.items()}
+def failures(sweep_dir: Path) -> set[tuple[int, int, Path]]:
+    """The failures of all jobs, each with its time and inode, which are others when the file is written again."""
+    return {((stat := file.stat()).st_mtime_ns, stat.st_ino, file) for file in sweep_dir.glob(f"*/{ERROR}")}
 
 
 def options_in(sweep_dir: Path) -> list[str]:
@@ -95,8 +92,7 @@ def options_in(sweep_dir: Path) -> list[str]:
 
 def conclude(sweep_dir: Path) -> str:
     """Write the table of a sweep, a row for every job that was ever begun in the folder, in the natural order of the
-    options that are not the same in all jobs; returns what to print at the end: the numbers that are looked at first.
-    """
+    options that are not the same in all jobs; returns what to print at the end: the numbers that are looked at first."""
     from rl_onoff.report.text import aligned, number
 
     jobs = [_read_job(file.parents[1]) for file in sweep_dir.glob("*/.hydra/overrides.yaml")]

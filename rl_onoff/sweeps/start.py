@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rl_onoff.config import Stage
 from rl_onoff.errors import MetricError, UsageError, nearest
 from rl_onoff.redaction import refuse_literals
-from rl_onoff.sweeps.jobs import Trace, failures
+from rl_onoff.sweeps.jobs import failures
 
 PACKAGES = ("joblib", "submitit", "ray", "concurrent")  # whose errors tell of a job that ended without a word
 RAY = {  # what the Ray launcher gives to `ray.init`, where the command does not say it
@@ -30,10 +30,8 @@ RAY = {  # what the Ray launcher gives to `ray.init`, where the command does not
     "logging_level": logging.ERROR,
 }
 MADE_BY = {"onoff": (Stage.compare, Stage.attribute), "matrix": (Stage.matrix,), "attribute": (Stage.attribute,)}
-OF_EVERY_RUN = {  # whatever its engines
-    "onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"),
-    "matrix": ("matrix/kl_k3_max", "matrix/kl_k3_floor"),
-}
+# numbers whose names have no engine in them
+OF_EVERY_RUN = {"onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"), "matrix": ("matrix/kl_k3_max", "matrix/kl_k3_floor")}
 GROUPS = ("generate", "reward", "score", *MADE_BY)
 
 
@@ -43,7 +41,7 @@ class Started:
 
     folder: Path
     on_ray: bool
-    before: set[tuple[Trace, Path]]  # failures that an earlier sweep left in the folder
+    before: set[tuple[int, int, Path]]  # failures that an earlier sweep left in the folder
 
 
 started: Started | None = None
