@@ -199,8 +199,7 @@ class AttributeConfig:
 class TrackingConfig:
     """Where the run is logged."""
 
-    _target_: str = "rl_onoff.tracking.NoTracker"
-    """The tracker that Hydra instantiates."""
+    _target_: str = "rl_onoff.tracking.NoTracker"  # the tracker that Hydra instantiates
     project: str = "rl_onoff"
     """W&B project."""
     entity: str | None = None

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 FAILED = "reward_error"  # in a response's meta: why it has no reward though it has an answer to be judged by
-HOPELESS = 32  # failures with nothing but failures before them that are worth a warning of their own
 CORRECT = 1.0  # the reward from which on a response counts as right
 
 MAX_CHARS = 4000  # of a response without \boxed{}, from its end, that are searched for an answer
@@ -39,9 +38,7 @@ for _part in ("parser", "grader"):  # which warn of every call without a time li
 
 def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -> float:
     """1.0 if the response's answer equals the reference, 0.0 if not or if there is none.
-
-    The answer is what the last \\boxed{} holds, else the last number or formula of the text.
-    """
+    The answer is what the last \\boxed{} holds, else the last number or formula of the text."""
     import math_verify as library
 
     boxed = last_boxed(text)
@@ -92,8 +89,7 @@ def _too_large(expression: Any) -> bool:
 
 
 class Judge:
-    """Rewards of the responses of a run. A reward that fails is left empty: sampling is dear, and one bad function must
-    not end it."""
+    """Rewards of a run's responses. One that fails is left empty: sampling is dear, a bad function must not end it."""
 
     def __init__(self, reward: Reward | None):
         self.reward = reward
@@ -110,8 +106,6 @@ class Judge:
             self.failed += 1
             if self.failed == 1:
                 log.warning("the reward failed on response %s, which is kept without one: %s", response, error)
-            if self.failed == self.judged == HOPELESS:
-                log.warning("the reward failed on each of the first %d responses: sampling goes on without", HOPELESS)
             cause = error.__cause__ or error
             return None, f"{type(cause).__name__}: {cause}"[:200]
 
@@ -124,8 +118,7 @@ class Judge:
 
 def load_reward(spec: str | None) -> Reward | None:
     """The reward that `package.module:name` or `file.py:name` names, with its result checked; a file is looked for from
-    the current folder. None where no reward is named.
-    """
+    the current folder. None where no reward is named."""
     if not spec:
         return None
     here, otherwise = f"reward.function={spec}", "fix it, or set reward=none"
@@ -182,8 +175,7 @@ def load_reward(spec: str | None) -> Reward | None:
 
 def summarise_rewards(rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Over prompts, each with equal weight: mean reward, accuracy, and pass@k for k = 1, 2, 4, … up to the samples that
-    every prompt has: the probability that one of k responses, drawn from a prompt's n without putting back, is correct.
-    """
+    every prompt has: the probability that one of k of a prompt's responses, drawn without putting back, is correct."""
     judged = [values for values in rewards.values() if len(values)]
     if not judged:
         return {}

@@ -54,8 +54,7 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
 
 def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = None) -> Steps:
     """A run, step by step: yields what the next step wants of the slot, the first time before anything is begun, when
-    all that can be found wrong beforehand has been looked for.
-    """
+    all that can be found wrong beforehand has been looked for."""
     if Stage.matrix in config.stages:
         check_policies(config)
     for engine in engines(config).values():

@@ -1,9 +1,6 @@
 """`rl-onoff doctor`: what is here, what is missing, and the command that fixes each gap; with `backend.python=…`, the
-same of another interpreter.
-
-Every engine is asked in a process of its own, under the interpreter it would run under, so that a broken one is a line
-here and not a crash. Which versions are wanted is what this package's own metadata requires.
-"""
+same of another interpreter. Every engine is asked in a process of its own, under the interpreter it would run under, so
+that a broken one is a line here and not a crash. The versions wanted are what this package's own metadata requires."""
 
 from __future__ import annotations
 
@@ -81,7 +78,7 @@ def engines() -> dict[str, str]:
 
 def required(package: str, extra: str = "") -> Requirement:
     """What this package's metadata requires of another one, by itself or with an extra."""
-    known = [Requirement(text) for text in requires("rl-onoff") or ()]
+    known = map(Requirement, requires("rl-onoff") or ())
     fits = (r for r in known if r.name == package and (r.marker is None or r.marker.evaluate({"extra": extra})))
     return next(fits, Requirement(package))
 
@@ -105,10 +102,8 @@ def findings() -> Iterator[Line]:
     login = "logged in" if fine else "not logged in: runs are kept offline"
     yield Line(True, "wandb", f"{wandb.__version__}, {login}", "" if fine else "wandb login")
     folder = cache_dir()
-    there = sorted(path.parent.name for path in folder.glob("[!.]*/config.json"))
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    found = f"{folder}: {', '.join(there) or 'empty'}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
-    writable = os.access(place, os.W_OK)
+    writable, found = os.access(place, os.W_OK), f"{folder}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
     yield Line(writable, "cache", found, "" if writable else "set XDG_CACHE_HOME to a folder you can write to")
 
 

@@ -92,7 +92,7 @@ def options_in(sweep_dir: Path) -> list[str]:
 
 def conclude(sweep_dir: Path) -> str:
     """Write the table of a sweep, a row for every job that was ever begun in the folder, in the natural order of the
-    options that are not the same in all jobs; returns what to print at the end: the numbers that are looked at first."""
+    options that are not the same in all jobs; returns the numbers that are looked at first, to be printed."""
     from rl_onoff.report.text import aligned, number
 
     jobs = [_read_job(file.parents[1]) for file in sweep_dir.glob("*/.hydra/overrides.yaml")]

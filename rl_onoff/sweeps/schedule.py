@@ -47,8 +47,7 @@ class Rounds:
 
     def go_on(self, steps: Steps) -> float | None:
         """Take the job as far as this round's engine goes; returns its number once it is done. A job that is not done
-        has `wants` set. `steps` are those of the whole run, for a job that has taken none.
-        """
+        has `wants` set. `steps` are those of the whole run, for a job that has taken none."""
         job, begun = self.job, self.job.steps is not None
         steps, job.steps = job.steps or steps, None
         try:

@@ -1,9 +1,6 @@
-"""What the process that starts a sweep knows of it and does for it, whatever its sweeper and launcher.
-
-Jobs in processes of their own are started, stopped and carried home by joblib, submitit or Ray, none of which is
-imported here. A sweeper such as Optuna is given the number that `metric` names, which is checked here before the first
-job as far as possible.
-"""
+"""What the process that starts a sweep knows of it and does for it, whatever its sweeper and launcher: joblib, submitit
+and Ray start, stop and carry home jobs in processes of their own, and none of them is imported here. A sweeper such as
+Optuna is given the number that `metric` names, which is checked before the first job as far as possible."""
 
 from __future__ import annotations
 

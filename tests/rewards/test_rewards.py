@@ -8,7 +8,7 @@ import pytest
 
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.errors import UsageError
-from rl_onoff.rewards import HOPELESS, Judge, last_boxed, load_reward, math_verify, summarise_rewards
+from rl_onoff.rewards import Judge, last_boxed, load_reward, math_verify, summarise_rewards
 
 RIGHT = [
     ("She has 24 apples left.", "24"),
@@ -172,12 +172,6 @@ def test_a_reward_that_fails_now_and_then_is_told_at_its_first_failure_and_at_th
     first, last = warnings_of(caplog, failing(3, itertools.count(1)), 100)
     assert "the reward failed on response ('2', 0), which is kept without one" in first and "'text'" in first
     assert "failed on 33 of 100 responses" in last and "reward.function" in last
-
-
-def test_a_reward_that_always_fails_is_told_once_more_while_it_can_still_be_stopped(caplog):
-    _, hopeless, last = warnings_of(caplog, failing(1, itertools.count()), 100)
-    assert f"each of the first {HOPELESS} responses" in hopeless and "sampling goes on" in hopeless
-    assert "failed on 100 of 100 responses" in last
 
 
 def test_what_is_not_judged_does_not_fail(caplog):
