@@ -101,13 +101,16 @@ class Judge:
             return None, None
         self.judged += 1
         try:
-            return float(self.reward(text, meta["answer"], meta)), None
+            value = self.reward(text, meta["answer"], meta)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"it returned {value!r} where a finite number is wanted")
+            return float(value), None
         except Exception as error:  # the user's own function may raise anything
-            self.failed += 1
+            self.failed, why = self.failed + 1, f"{type(error).__name__}: {error}"[:200]
             if self.failed == 1:
-                log.warning("the reward failed on response %s, which is kept without one: %s", response, error)
-            cause = error.__cause__ or error
-            return None, f"{type(cause).__name__}: {cause}"[:200]
+                words = "the reward failed on response %s, which is kept without one (%s): %s"
+                log.warning(words, response, why, "fix reward.function, or set reward=none")
+            return None, why
 
     def conclude(self) -> None:
         """Say once how many failed."""
@@ -117,11 +120,11 @@ class Judge:
 
 
 def load_reward(spec: str | None) -> Reward | None:
-    """The reward that `package.module:name` or `file.py:name` names, with its result checked; a file is looked for from
-    the current folder. None where no reward is named."""
+    """The reward that `package.module:name` or `file.py:name` names; a file is looked for from the current folder. None
+    where no reward is named."""
     if not spec:
         return None
-    here, otherwise = f"reward.function={spec}", "fix it, or set reward=none"
+    here = f"reward.function={spec}"
     place, colon, name = spec.rpartition(":")
     if not (place and colon and name):
         stem, _, last = spec.strip(":").rpartition(".")
@@ -140,7 +143,7 @@ def load_reward(spec: str | None) -> Reward | None:
         else:
             module = importlib.import_module(place)
     except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
-        why = f"{place} of {here} cannot be imported ({type(error).__name__}: {error}): {otherwise}"
+        why = f"{place} of {here} cannot be imported ({type(error).__name__}: {error}): fix it, or set reward=none"
         if path.suffix != ".py" and ("/" in place or Path(f"{place}.py").is_file()):
             why = f"{here} names a file without its ending: set reward.function={place}.py:{name}"
         elif path.suffix == ".py" and not path.is_file():
@@ -160,17 +163,7 @@ def load_reward(spec: str | None) -> Reward | None:
         raise UsageError(why) from error
     except ValueError:  # a function of C that does not tell its parameters
         pass
-
-    def reward(text: str, answer: str, meta: Mapping[str, Any]) -> float:
-        try:
-            value = function(text, answer, meta)
-        except Exception as error:  # a user's function may raise anything
-            raise UsageError(f"{here} failed with {type(error).__name__} ({error}): {otherwise}") from error
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f"{here} returned {value!r} where a finite number is wanted: {otherwise}")
-        return float(value)
-
-    return reward
+    return function
 
 
 def summarise_rewards(rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -93,8 +93,8 @@ def test_a_reward_of_a_module_and_one_of_a_file(tmp_path, monkeypatch):
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\n"
         "def length(text, answer, meta): return len(text) > 2\n"
     )
-    reward = load_reward("mine.py:length")
-    assert reward("abc", "", {}) == 1.0 and isinstance(reward("abc", "", {}), float)
+    reward, why = Judge(load_reward("mine.py:length"))("abc", {"answer": ""}, ("a", 0))
+    assert reward == 1.0 and isinstance(reward, float) and why is None
     assert load_reward(f"{tmp_path}/mine.py:length")("a", "", {}) == 0.0
 
 
@@ -139,14 +139,16 @@ def test_a_reward_that_cannot_be_loaded(tmp_path, monkeypatch, spec, words):
     ("body", "words"),
     [
         ("return None", "returned None"),
+        ("return 'one'", "returned 'one'"),
         ("return float('nan')", "returned nan"),
-        ("raise KeyError('x')", "failed with KeyError"),
+        ("raise KeyError('x')", "KeyError: 'x'"),
     ],
 )
-def test_a_reward_that_does_not_give_a_number(tmp_path, body, words):
+def test_a_reward_that_does_not_give_a_number(tmp_path, body, words, caplog):
     (tmp_path / "mine.py").write_text(f"def f(text, answer, meta):\n    {body}\n")
-    with pytest.raises(UsageError, match=f"reward.function=.*mine.py:f {words}.*set reward=none"):
-        load_reward(f"{tmp_path}/mine.py:f")("a", "b", {})
+    value, why = Judge(load_reward(f"{tmp_path}/mine.py:f"))("a", {"answer": "b"}, ("a", 0))
+    assert value is None and words in str(why)
+    assert words in caplog.text and "fix reward.function, or set reward=none" in caplog.text
 
 
 def failing(every: int, calls: itertools.count):
