@@ -28,7 +28,7 @@ from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import refuse_literals, secrets_in, secrets_of_environment
 from rl_onoff.rundir.files import FULL_DISK, disk_error, write_whole
 from rl_onoff.rundir.table import LOCK, RunDir
-from rl_onoff.sweeps import schedule, start
+from rl_onoff.sweeps import start
 from rl_onoff.sweeps.jobs import ERROR, JobFailed, conclude, failure, failures, read_failure
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
             from rl_onoff.run import run, run_steps
 
             group = path.parent.name if in_sweep else None
-            if (rounds := schedule.rounds) is None:
+            if (rounds := start.rounds) is None:
                 value = run(config, path, group=group)
             else:
                 value = rounds.go_on(run_steps(config, path, rounds.slot, group=group))
@@ -122,7 +122,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     register()
     _failures.clear()  # of an earlier command in this process
-    start.started = schedule.rounds = None
+    start.started = start.rounds = None
     sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
     if sys.argv[1:2] == ["doctor"]:
         from rl_onoff.cli.doctor import command
@@ -157,8 +157,8 @@ def main() -> None:
     else:
         _conclude_sweep()
     finally:
-        if schedule.rounds is not None:
-            schedule.rounds.slot.close()
+        if start.rounds is not None:
+            start.rounds.slot.close()
     if _failures:
         several = f"{len(_failures)} jobs of the sweep failed, the first because: " if len(_failures) > 1 else ""
         _fail(_failures[0], keeps_traceback, several)

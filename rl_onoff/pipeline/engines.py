@@ -1,7 +1,7 @@
 """The engines of a run: who samples and who scores, by the names their rows have, and the one that is alive.
 
 One engine is alive at a time: whoever wants another closes the one that is there first. A run says before each step
-which engine the step uses, so that a sweep's jobs can share a slot (sweeps/schedule.py).
+which engine the step uses, so that a sweep's jobs can share a slot (sweeps/start.py).
 """
 
 from __future__ import annotations

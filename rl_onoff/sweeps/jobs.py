@@ -10,7 +10,6 @@ import traceback
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 
@@ -133,7 +132,7 @@ def _read_job(folder: Path) -> tuple[dict[str, str], tuple[str, str, str, str], 
     return options, (folder.name, status, str(failed or ""), word_of(sentence)), found.get("values", {})
 
 
-def _natural(text: str) -> tuple[Any, ...]:
+def _natural(text: str) -> tuple[int, float, str]:
     """Numbers by their size, before texts."""
     try:
         return (0, float(text), "")

@@ -1,22 +1,30 @@
 """What the process that starts a sweep knows of it and does for it, whatever its sweeper and launcher: joblib, submitit
 and Ray start, stop and carry home jobs in processes of their own, and none of them is imported here. A sweeper such as
-Optuna is given the number that `metric` names, which is checked before the first job as far as possible."""
+Optuna is given the number that `metric` names, which is checked before the first job as far as possible.
+
+Of a sweep in this process the jobs share an engine slot and take turns, so that the order of jobs costs no loads. A run
+is a row of steps, and before each it says, from its config, which engine the step uses. A round has one engine, that of
+the first job that waits, and takes every waiting job as far as its steps go with that engine. A job that is not done
+then waits between two steps.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from rl_onoff.config import Stage
 from rl_onoff.errors import MetricError, UsageError, nearest
+from rl_onoff.pipeline.engines import Slot, Steps, Wish
 from rl_onoff.redaction import refuse_literals
 from rl_onoff.sweeps.jobs import failures
 
@@ -32,24 +40,12 @@ OF_EVERY_RUN = {"onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"), "matrix": ("matri
 GROUPS = ("generate", "reward", "score", *MADE_BY)
 
 
-@dataclass(slots=True)
-class Started:
-    """A sweep that this process started."""
-
-    folder: Path
-    on_ray: bool
-    before: set[tuple[int, int, Path]]  # failures that an earlier sweep left in the folder
-
-
-started: Started | None = None
-
-
 class Refused(BaseException):  # not an Exception: Hydra makes a warning of what a callback raises
     """The sweep cannot be right, so no job of it is begun: its argument says why."""
 
 
-class Remember(Callback):
-    """Hydra's callback at the start of a sweep."""
+class Sweep(Callback):
+    """A sweep that this process started: Hydra's callback at the start fills it in."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         global started
@@ -64,8 +60,12 @@ class Remember(Callback):
             with open_dict(launcher.ray.init):
                 for name, value in RAY.items():
                     launcher.ray.init.setdefault(name, value)
-        path = Path(str(config.hydra.sweep.dir))
-        started = Started(path, on_ray, failures(path))
+        self.on_ray, self.folder = on_ray, Path(str(config.hydra.sweep.dir))
+        self.before = failures(self.folder)  # that an earlier sweep left in the folder
+        started = self
+
+
+started: Sweep | None = None
 
 
 def optimises(hydra_config: Any) -> bool:
@@ -122,3 +122,66 @@ def wait(timeout_s: float | None) -> list[Any]:
             if any(word.startswith("submitit.") for word in process.cmdline()):
                 jobs.append(process)
     return psutil.wait_procs(jobs, timeout=timeout_s)[1]
+
+
+@dataclass(slots=True)
+class Job:
+    """One job of the sweep: what it waits for, and what is left of it."""
+
+    number: int
+    overrides: list[str]
+    wants: Wish = None  # what its next step wants of the slot; None: it has not had a turn, or is done
+    steps: Steps | None = None  # the steps that are left, once one is taken
+    result: JobReturn | None = None
+
+
+class Rounds:
+    """The slot that jobs share, the engine of this round, and the job whose turn it is."""
+
+    def __init__(self) -> None:
+        self.slot = Slot()
+        self.engine: Wish = None  # None: the round's first job has not chosen it yet
+        self.job = Job(0, [])
+
+    def turns(self, jobs: Sequence[Job]) -> Generator[Job, None, None]:
+        """The jobs in their turns, until none waits; when given up, what is left of them is closed."""
+        waiting = jobs
+        try:
+            while waiting:
+                self.engine = None
+                for job in waiting:
+                    if self.has(job.wants):
+                        self.job, self.engine = job, job.wants or self.engine
+                        job.wants = None  # until it says so again: a job that fails waits for nothing
+                        yield job
+                waiting = [job for job in waiting if job.wants is not None]
+        finally:
+            for job in jobs:
+                if job.steps is not None:  # the sweep was stopped, or the job's folder taken by another process
+                    job.steps.close()
+
+    def has(self, wish: Wish) -> bool:
+        """Whether a step that wants this can be taken in this round."""
+        return wish is None or self.engine in (None, wish)
+
+    def go_on(self, steps: Steps) -> float | None:
+        """Take the job as far as this round's engine goes; returns its number once it is done. A job that is not done
+        has `wants` set. `steps` are those of the whole run, for a job that has taken none."""
+        job, begun = self.job, self.job.steps is not None
+        steps, job.steps = job.steps or steps, None
+        try:
+            wish = next(steps)
+            while self.has(wish):
+                self.engine, begun = wish or self.engine, True
+                wish = next(steps)
+        except StopIteration as end:
+            return end.value
+        job.wants = wish
+        if begun:
+            job.steps = steps
+        else:
+            steps.close()  # a job that has to wait for its very first step holds no data meanwhile
+        return None
+
+
+rounds: Rounds | None = None  # of the sweep whose jobs run in this process
