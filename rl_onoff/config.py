@@ -1,8 +1,6 @@
-"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
-
-A default is written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents
-it (docs/configuration.md is made of them). Nothing here imports an engine.
-"""
+"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra. A default is
+written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents it
+(docs/configuration.md is made of them). Nothing here imports an engine."""
 
 from __future__ import annotations
 
@@ -286,5 +284,4 @@ def register() -> None:
             node = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
             node |= {"defaults": [f"/schema/backend/{name}@_here_", "_self_"], "model_name": "${model.name}"}
             store.store(name=name, group="backend", node=node)
-        if not (CONF / "target" / f"{name}.yaml").is_file():
             store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})

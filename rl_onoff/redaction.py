@@ -1,7 +1,5 @@
-"""Secrets come from the environment alone: a literal one is refused, and an interpolated one is never written down.
-
-A secret is known by the name it stands under in the config or the environment: `hf_token`, `api_key`, `password`, …
-"""
+"""Secrets come from the environment alone: a literal one is refused, and an interpolated one is never written down. A
+secret is known by the name it stands under in the config or the environment: `hf_token`, `api_key`, `password`, …"""
 
 from __future__ import annotations
 

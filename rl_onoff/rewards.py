@@ -1,7 +1,5 @@
-"""How responses are judged. A reward is a plain function (text, answer, meta) -> float, named in the config.
-
-`text` is the response, `answer` the row's reference answer, `meta` whatever else the row had; from 1 on it is correct.
-"""
+"""How responses are judged. A reward is a plain function (text, answer, meta) -> float, named in the config: `text` is
+the response, `answer` the row's reference answer, `meta` whatever else the row had; from 1 on it is correct."""
 
 from __future__ import annotations
 
@@ -149,7 +147,7 @@ def load_reward(spec: str | None) -> Reward | None:
         elif path.suffix == ".py" and not path.is_file():
             why = f"the file {place} of {here} does not exist: set reward.function=FILE.py:NAME to one that does"
         raise UsageError(why) from error
-    function = getattr(module, name, None)
+    function: Reward | None = getattr(module, name, None)
     if not callable(function):
         functions = inspect.getmembers(module, inspect.isfunction)
         there = [key for key, f in functions if f.__module__ == module.__name__ and not key.startswith("_")]

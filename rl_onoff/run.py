@@ -87,9 +87,6 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
     return None if config.metric is None else values.get(config.metric)
 
 
-# -- stages ------------------------------------------------------------------------------------------------------------
-
-
 def generate(this: Run) -> Steps:
     yield this.config.backend
     sample(this)
@@ -101,8 +98,7 @@ def sample(this: Run) -> None:
     # more rows of the data, or more samples, only add to the rows that are there
     data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
     sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
-    made_of = {"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}
-    completions.claim(made_of, changes)
+    completions.claim({"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}, changes)
     tokenizer = build(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data

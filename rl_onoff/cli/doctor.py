@@ -21,9 +21,6 @@ from packaging.requirements import Requirement
 from rl_onoff.backends.registry import backend_class, engine_configs
 from rl_onoff.models.builtin import cache_dir
 
-HELP = """rl-onoff doctor: which engines work here, what is missing, and the command that fixes it
-rl-onoff doctor backend.python=/path/to/python: the same of the interpreter an engine is to run under"""
-
 WORKER = ("msgspec", "numpy", "psutil")  # packages that a worker needs beside its engine
 PYTHON_SECONDS, ENGINE_SECONDS = 60.0, 180.0  # for an interpreter to start, and for an engine to be imported
 
@@ -53,7 +50,8 @@ class Line(NamedTuple):
 def command(arguments: Sequence[str]) -> int:
     """The exit code of `rl-onoff doctor`: 1 when HuggingFace cannot run here, or no engine under `python`."""
     if set(arguments) & {"--help", "-h"}:
-        print(HELP)
+        print("rl-onoff doctor: which engines work here, what is missing, and the command that fixes it")
+        print("rl-onoff doctor backend.python=/path/to/python: the same of the interpreter an engine is to run under")
         return 0
     option, _, python = arguments[0].partition("=") if arguments else ("", "", "")
     if arguments and (len(arguments) > 1 or option not in ("backend.python", "target.python") or not python):

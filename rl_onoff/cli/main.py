@@ -1,7 +1,5 @@
 """The command line: compose the config with Hydra, run the job, and turn every error a user can make into one sentence.
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
-"""
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -148,8 +146,6 @@ def main() -> None:
     except BrokenPipeError:  # `rl-onoff --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except start.Refused as refused:
-        _fail(refused.args[0], keeps_traceback=False)
     except Exception as error:
         _conclude_sweep()
         if not (_failures and type(error) is ValueError):  # Optuna's, when all trials failed
@@ -179,35 +175,32 @@ def _conclude_sweep() -> None:
 
 def _fail(error: Exception, keeps_traceback: bool, before: str = "") -> NoReturn:
     """One sentence on stderr and an exit code; an error nobody foresaw keeps its traceback."""
-    if keeps_traceback and isinstance(error, JobFailed):
-        print(error.more, file=sys.stderr)
-    if (told := _sentence(error)) is None or (keeps_traceback and not isinstance(error, JobFailed)):
-        raise error
-    print(f"rl-onoff: {before}{told[0]}", file=sys.stderr)
-    sys.exit(told[1])
-
-
-def _sentence(error: Exception) -> tuple[str, int] | None:
-    """An error in one sentence, and the exit code; None for an error nobody foresaw."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     ours = next((link for link in chain if isinstance(link, OnOffError)), None)
     disk = next((link for link in chain if isinstance(link, OSError)), None)
+    code = OnOffError.exit_code
     if isinstance(error, JobFailed):
-        return f"{error} (more in {error.where})" if error.more else str(error), error.exit_code
-    if ours is not None:
+        if keeps_traceback:
+            print(error.more, file=sys.stderr)
+        code, said = error.exit_code, f"{error} (more in {error.where})" if error.more else str(error)
+    elif keeps_traceback:
+        raise error
+    elif ours is not None:
         more = f" ({TRACEBACK}=1 shows the end of the engine's log)" if getattr(ours, "__notes__", None) else ""
-        return f"{ours}{more}", ours.exit_code
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return config_sentence(error), UsageError.exit_code
-    if said := target_sentence(error, sys.argv[1:]):
-        return said, UsageError.exit_code
-    if disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # else Hydra could not make its folder
-        return str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
-    if start.started is not None and type(error).__module__.partition(".")[0] in start.PACKAGES:
-        said = next(iter(str(error).strip().splitlines()), "")
+        code, said = ours.exit_code, f"{ours}{more}"
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        code, said = UsageError.exit_code, config_sentence(error)
+    elif said := target_sentence(error, sys.argv[1:]):
+        code = UsageError.exit_code
+    elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # or Hydra could not make its folder
+        said = str(disk_error(disk, Path(disk.filename or "the run folder")))
+    elif start.started is not None and type(error).__module__.partition(".")[0] in start.PACKAGES:
+        why = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         fix = f"the same command with sweep_dir={start.started.folder} does what is missing"
-        why = f"({type(error).__name__}: {said}): run.log in its folder may tell why"
-        return f"the launcher lost a job {why}, and {fix}", OnOffError.exit_code
-    return None
+        said = f"the launcher lost a job ({why}): run.log in its folder may tell why, and {fix}"
+    else:
+        raise error
+    print(f"rl-onoff: {before}{said}", file=sys.stderr)
+    sys.exit(code)

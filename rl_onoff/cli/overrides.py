@@ -28,8 +28,6 @@ FOLDERS = ("run_dir", "sweep_dir")  # of the whole command, so never one of seve
 FIXED = "hydra.job.config.override_dirname.exclude_keys"  # Hydra's option: overrides that no job's folder is named by
 # what an option is called in other programs -> here
 ELSEWHERE = {"tp": "tp_size", "dp": "dp_size", "max_length": "max_new_tokens", "num_samples": "n", "num_rows": "limit"}
-ENGINE_GROUPS = {"targets": "target", "policies": "backend"}  # where engines have names -> the group of the choices
-GROUPS_FIRST = ("experiment", "backend", "model", "sampling")  # where several groups have a choice of one name
 NOISE = re.compile(r"full_key:|(object_type|reference_type|provider)=|To append to|Config search path|See https")
 
 
@@ -86,8 +84,7 @@ def quoted(argument: str, *, sweeping: bool) -> str:
         if not whole and re.search(r",\s|[()\[\]{}]", value):  # not a plain sweep: Hydra says what is wrong with it
             return argument
         parts = [value] if whole else value.split(",")
-        parts = [part if not whole and _parsed(f"{key}={part}") else _quote(part) for part in parts]
-        return f"{key}={','.join(parts)}"
+        return f"{key}={','.join(p if not whole and _parsed(f'{key}={p}') else _quote(p) for p in parts)}"
     taken = override.value()
     comma = isinstance(taken, ChoiceSweep) and taken.simple_form and whole
     return f"{key}={_quote(value)}" if comma or isinstance(taken, int | float) else argument
@@ -196,7 +193,7 @@ def _no_engine_of_that_name(words: str, error: Exception) -> str | None:
     if (found := re.match(r"\+{0,2}(targets|policies)\.([^.=]+)(\.\S+?)?=(.*)", typed)) is None:
         return None
     kind, name, field, value = found.groups()
-    group = ENGINE_GROUPS[kind]
+    group = "target" if kind == "targets" else "backend"
     engine = value if not field and value in _choices()[group] else "huggingface"
     return f"{typed} needs an engine of that name: add '+{group}@{kind}.{name}={engine}'"
 
@@ -231,9 +228,9 @@ def _meant(word: str) -> str:
 
 @cache
 def _choices() -> dict[str, list[str]]:
-    """The groups of conf/ and the choices each has."""
+    """The groups of conf/ and their choices; first the groups that are meant where several have one choice's name."""
     names = sorted(folder.name for folder in CONF.iterdir() if any(folder.glob("*.yaml")))
-    ordered = dict.fromkeys((*GROUPS_FIRST, *names))
+    ordered = dict.fromkeys(("experiment", "backend", "model", "sampling", *names))
     return {name: sorted(file.stem for file in (CONF / name).glob("*.yaml")) for name in ordered}
 
 

@@ -108,8 +108,7 @@ def conclude(sweep_dir: Path) -> str:
         rows.append({"folder": folder, **named, "status": status, "error": error, "verdict": verdict, **values})
         numbers = [number(values.get(name)) for name in shown]
         cells.append([*named.values(), *numbers, verdict if status == "done" else status])
-    counts = Counter(status for _, (_, status, _, _), _ in jobs)
-    ended = ", ".join(f"{count} {status}" for status, count in counts.items())
+    ended = ", ".join(f"{n} {status}" for status, n in Counter(status for _, (_, status, *_), _ in jobs).items())
     lines = [*aligned(cells, "<" * len(swept) + ">" * len(shown) + "<", indent=2), ""]
     lines += [f"  sweep       {sweep_dir} ({ended})", f"  table       {write_csv(sweep_dir / TABLE, rows)}"]
     if any(sweep_dir.glob("*/wandb/offline-run-*")):

@@ -5,13 +5,13 @@ Optuna is given the number that `metric` names, which is checked before the firs
 Of a sweep in this process the jobs share an engine slot and take turns, so that the order of jobs costs no loads. A run
 is a row of steps, and before each it says, from its config, which engine the step uses. A round has one engine, that of
 the first job that waits, and takes every waiting job as far as its steps go with that engine. A job that is not done
-then waits between two steps.
-"""
+then waits between two steps."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import sys
 from collections.abc import Collection, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,10 +40,6 @@ OF_EVERY_RUN = {"onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"), "matrix": ("matri
 GROUPS = ("generate", "reward", "score", *MADE_BY)
 
 
-class Refused(BaseException):  # not an Exception: Hydra makes a warning of what a callback raises
-    """The sweep cannot be right, so no job of it is begun: its argument says why."""
-
-
 class Sweep(Callback):
     """A sweep that this process started: Hydra's callback at the start fills it in."""
 
@@ -54,7 +50,8 @@ class Sweep(Callback):
             if optimises(config.hydra):
                 check_metric(config.metric, config.stages)
         except UsageError as error:
-            raise Refused(error) from error
+            print(f"rl-onoff: {error}", file=sys.stderr)
+            sys.exit(error.exit_code)  # for Hydra makes a warning of an Exception that a callback raises
         on_ray = "hydra_ray_launcher" in str((launcher := config.hydra.launcher).get("_target_"))
         if on_ray:
             with open_dict(launcher.ray.init):
