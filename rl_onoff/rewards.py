@@ -19,12 +19,10 @@ from rl_onoff.errors import UsageError, nearest
 from rl_onoff.types import Key
 
 log = logging.getLogger(__name__)
-
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 FAILED = "reward_error"  # in a response's meta: why it has no reward though it has an answer to be judged by
 CORRECT = 1.0  # the reward from which on a response counts as right
-
 MAX_CHARS = 4000  # of a response without \boxed{}, from its end, that are searched for an answer
 MAX_NODES = 400  # of an expression that is compared; larger ones take sympy minutes
 MAX_EXPONENT = 1000  # and the largest factorial; 9^{9^{9}} written out would take all memory

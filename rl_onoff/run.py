@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,7 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
 
 
 def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = None) -> Steps:
-    """A run, step by step: yields what the next step wants of the slot, the first time before anything is begun, when
-    all that can be found wrong beforehand has been looked for."""
+    """A run, step by step: yields what the next step wants of the slot, first when all is checked and nothing begun."""
     if Stage.matrix in config.stages:
         check_policies(config)
     for engine in engines(config).values():
@@ -159,9 +158,8 @@ def compare(this: Run) -> None:
     if not comparisons:
         if Stage.score in config.stages:
             return log.info("compare: the responses came without logprobs, so their scores have nothing to compare to")
-        fix = "set run_dir to such a run, or compare.behaviour and compare.target"
         why = "has nothing to compare, which is responses with logprobs and scores of them"
-        raise UsageError(f"{folder.path} {why}: {fix}")
+        raise UsageError(f"{folder.path} {why}: set run_dir to such a run, or compare.behaviour and compare.target")
     this.comparisons |= comparisons
     records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
     this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
@@ -193,9 +191,7 @@ def attribute(this: Run) -> Steps:
         log.warning("no page: %s", error)
 
 
-STAGES: dict[str, Callable[[Run], Steps | None]] = {
-    stage.__name__: stage for stage in (generate, score, compare, matrix, attribute)
-}
+STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute)}
 
 
 def conclude(this: Run) -> dict[str, float]:

@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
 STOPPED = "stopped; everything finished so far is in %s. To go on: %s"
-
 _failures: list[Exception] = []
 
 
@@ -68,7 +67,6 @@ def job(cfg: DictConfig) -> float | None:
             _failures.append(error)
         if isinstance(error, MetricError):
             raise
-        return None
 
 
 def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> float | None:

@@ -36,8 +36,7 @@ def understood(arguments: Sequence[str]) -> list[str]:
 
     `model=<hub id or path>` is short for `model.name=…`, for the group's only choices are files of conf/model. Of a
     sweep also the names of the options that are the same for all jobs, and that no job in the sweep's folder is named
-    by: none where all options are the same, then the one job is named by all of them.
-    """
+    by: none where all options are the same, then the one job is named by all of them."""
     sweeping, models = any(flag in arguments for flag in ("-m", "--multirun")), set(_choices()["model"])
     arguments = [
         re.sub("^model=", "model.name=", argument) if set(argument[6:].split(",")) - models else argument

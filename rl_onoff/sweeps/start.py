@@ -52,12 +52,12 @@ class Sweep(Callback):
         except UsageError as error:
             print(f"rl-onoff: {error}", file=sys.stderr)
             sys.exit(error.exit_code)  # for Hydra makes a warning of an Exception that a callback raises
-        on_ray = "hydra_ray_launcher" in str((launcher := config.hydra.launcher).get("_target_"))
-        if on_ray:
+        self.on_ray = "hydra_ray_launcher" in str((launcher := config.hydra.launcher).get("_target_"))
+        if self.on_ray:
             with open_dict(launcher.ray.init):
                 for name, value in RAY.items():
                     launcher.ray.init.setdefault(name, value)
-        self.on_ray, self.folder = on_ray, Path(str(config.hydra.sweep.dir))
+        self.folder = Path(str(config.hydra.sweep.dir))
         self.before = failures(self.folder)  # that an earlier sweep left in the folder
         started = self
 
