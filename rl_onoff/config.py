@@ -1,8 +1,6 @@
-"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra.
-
-A default is written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents
-it (docs/configuration.md is made of them). Nothing here imports an engine.
-"""
+"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra. A default is
+written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents it
+(docs/configuration.md is made of them). Nothing here imports an engine."""
 
 from __future__ import annotations
 
@@ -117,13 +115,6 @@ class DataConfig:
     system: str | None = None
     """System message put before every conversation that has none; null is none."""
 
-    def __post_init__(self) -> None:
-        if self.path is not None and not self.path.strip():
-            raise UsageError("data.path is empty: set data.path to a file, or data.path=null for the bundled problems")
-        at_least(1, "data.limit", self.limit, "20, or null for all rows")
-        if self.system is not None and not self.chat_template:
-            raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")
-
 
 @dataclass(kw_only=True, slots=True)
 class RewardConfig:
@@ -151,11 +142,6 @@ class ScoreConfig:
     processed: bool = True
     """Also score under the sampler's transform (temperature, top-k, top-p, min-p): processed logprob and kept mass."""
 
-    def __post_init__(self) -> None:
-        if self.name in ("", ".", "..") or "/" in (self.name or ""):
-            raise UsageError(f"score.name is {self.name!r} but must be a plain name, of a folder: set score.name=mine")
-        at_least(0, "score.top_k", self.top_k, 20)
-
 
 @dataclass(kw_only=True, slots=True)
 class CompareConfig:
@@ -174,11 +160,6 @@ class CompareConfig:
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
 
-    def __post_init__(self) -> None:
-        for role in self.columns.keys() - set(COLUMN_ROLES):
-            fix = f"+compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={self.columns[role]}"
-            raise UsageError(f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set {fix}")
-
 
 @dataclass(kw_only=True, slots=True)
 class AttributeConfig:
@@ -191,16 +172,12 @@ class AttributeConfig:
     limit: int | None = 256
     """Most responses that are scored again, chosen at random but always the same; null is all."""
 
-    def __post_init__(self) -> None:
-        at_least(1, "attribute.limit", self.limit, "256, or null for all responses")
-
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     """Where the run is logged."""
 
-    _target_: str = "rl_onoff.tracking.NoTracker"
-    """The tracker that Hydra instantiates."""
+    _target_: str = "rl_onoff.tracking.NoTracker"  # the tracker that Hydra instantiates
     project: str = "rl_onoff"
     """W&B project."""
     entity: str | None = None
@@ -219,10 +196,6 @@ class TrackingConfig:
     """Also upload the run folder as an artifact."""
     log_every_s: float = 10.0
     """Seconds between two reports of progress."""
-
-    def __post_init__(self) -> None:
-        at_least(0, "tracking.table_rows", self.table_rows, 200)
-        at_least(0, "tracking.log_every_s", self.log_every_s, 10)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -265,11 +238,26 @@ class RunConfig:
     """The number a sweeper such as Optuna is given when the run ends, by its name in metrics.json; null is none."""
 
     def __post_init__(self) -> None:
+        data, score, columns = self.data, self.score, self.compare.columns
+        at_least(1, "data.limit", data.limit, "20, or null for all rows")
+        at_least(0, "score.top_k", score.top_k, 20)
+        at_least(1, "attribute.limit", self.attribute.limit, "256, or null for all responses")
+        at_least(0, "tracking.table_rows", self.tracking.table_rows, 200)
+        at_least(0, "tracking.log_every_s", self.tracking.log_every_s, 10)
+        if data.path is not None and not data.path.strip():
+            raise UsageError("data.path is empty: set data.path to a file, or data.path=null for the bundled problems")
+        if data.system is not None and not data.chat_template:
+            raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")
+        if score.name in ("", ".", "..") or "/" in (score.name or ""):
+            raise UsageError(f"score.name is {score.name!r} but must be a plain name, of a folder: set score.name=mine")
+        for role in columns.keys() - set(COLUMN_ROLES):
+            fix = f"+compare.columns.{nearest(role, COLUMN_ROLES) or 'token_ids'}={columns[role]}"
+            raise UsageError(f"compare.columns has {role!r}, which is none of {', '.join(COLUMN_ROLES)}: set {fix}")
         if not self.run_dir.strip():
             raise UsageError("run_dir is empty: set run_dir to the run's folder, or leave it out")
         if not self.stages:
             raise UsageError("stages is empty: set experiment=analyse, or stages=[generate,score,compare]")
-        if self.score.responses is not None and Stage.generate in self.stages:
+        if score.responses is not None and Stage.generate in self.stages:
             raise UsageError("score.responses names responses made elsewhere, not to be sampled: set experiment=score")
         if wrong := [name for name in (*self.targets, *self.policies) if not re.fullmatch(r"\w[\w.+-]*", name)]:
             raise UsageError(f"an engine is called {wrong[0]!r}, which cannot be a folder's name: call it mine")
@@ -296,5 +284,4 @@ def register() -> None:
             node = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
             node |= {"defaults": [f"/schema/backend/{name}@_here_", "_self_"], "model_name": "${model.name}"}
             store.store(name=name, group="backend", node=node)
-        if not (CONF / "target" / f"{name}.yaml").is_file():
             store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})

@@ -1,7 +1,5 @@
-"""Secrets come from the environment alone: a literal one is refused, and an interpolated one is never written down.
-
-A secret is known by the name it stands under in the config or the environment: `hf_token`, `api_key`, `password`, …
-"""
+"""Secrets come from the environment alone: a literal one is refused, and an interpolated one is never written down. A
+secret is known by the name it stands under in the config or the environment: `hf_token`, `api_key`, `password`, …"""
 
 from __future__ import annotations
 
@@ -24,17 +22,17 @@ _TOKENIZER_KEY = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask|stop|image|star
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
-def is_secret_key(key: str) -> bool:
-    """Whether a value of this name is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; not `max_tokens`, `eos_token`."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^a-zA-Z0-9]+", "_", key).lower().strip("_")
-    return bool(_SECRET_KEY.search(snake)) and not _TOKENIZER_KEY.search(snake)
+def secret_key(key: Any) -> str:
+    """The name if its value is a secret: `hf_token`, `apiKey`, `HF_TOKEN`; empty for `max_tokens`, `eos_token`."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^a-zA-Z0-9]+", "_", str(key)).lower().strip("_")
+    return str(key) if _SECRET_KEY.search(snake) and not _TOKENIZER_KEY.search(snake) else ""
 
 
 def secrets_in(config: Any, name: str = "", key: str = "") -> Iterator[tuple[str, str]]:
     """The dotted name and the text of every secret in a config. `key`: the secret's key that `config` stands under."""
     if isinstance(config, Mapping):
         for inner, item in config.items():
-            yield from secrets_in(item, f"{name}.{inner}".lstrip("."), key or _if_secret(inner))
+            yield from secrets_in(item, f"{name}.{inner}".lstrip("."), key or secret_key(inner))
     elif isinstance(config, list | tuple):
         for item in config:
             yield from secrets_in(item, name, key)
@@ -44,7 +42,7 @@ def secrets_in(config: Any, name: str = "", key: str = "") -> Iterator[tuple[str
 
 def refuse_literals(config: Any, name: str = "") -> None:
     """UsageError for a secret that a config holds as plain text; the message does not quote it."""
-    for found, text in secrets_in(config, name, _if_secret(name)):
+    for found, text in secrets_in(config, name, secret_key(name)):
         if "${" not in text and text != "???":
             option = found.lstrip("+")
             plus = "++" if re.search(r"\b(engine_kwargs|runtime_env)\.", option) else ""
@@ -57,7 +55,7 @@ def masked(config: Any, key: str = "", secrets: Collection[str] | None = None) -
     """A copy without secrets, to be written down: in plain lists and dicts, Enums by their values, paths as text."""
     secrets = secrets_of_environment() if secrets is None else secrets
     if isinstance(config, Mapping):
-        return {inner: masked(item, key or _if_secret(inner), secrets) for inner, item in config.items()}
+        return {inner: masked(item, key or secret_key(inner), secrets) for inner, item in config.items()}
     if isinstance(config, list | tuple | set | frozenset):
         return [masked(item, key, secrets) for item in config]
     if isinstance(config, Enum):
@@ -76,11 +74,7 @@ def masked_text(text: str, secrets: Collection[str]) -> str:
 
 
 def secrets_of_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if is_secret_key(name)}
-
-
-def _if_secret(key: Any) -> str:
-    return str(key) if is_secret_key(str(key)) else ""
+    return {value for name, value in os.environ.items() if secret_key(name)}
 
 
 def _can_be_secret(value: Any, key: str) -> bool:

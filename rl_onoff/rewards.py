@@ -1,7 +1,5 @@
-"""How responses are judged. A reward is a plain function (text, answer, meta) -> float, named in the config.
-
-`text` is the response, `answer` the row's reference answer, `meta` whatever else the row had; from 1 on it is correct.
-"""
+"""How responses are judged. A reward is a plain function (text, answer, meta) -> float, named in the config: `text` is
+the response, `answer` the row's reference answer, `meta` whatever else the row had; from 1 on it is correct."""
 
 from __future__ import annotations
 
@@ -15,20 +13,16 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rl_onoff.errors import UsageError, nearest
 from rl_onoff.types import Key
 
 log = logging.getLogger(__name__)
-
 Reward = Callable[[str, str, Mapping[str, Any]], float]
 
 FAILED = "reward_error"  # in a response's meta: why it has no reward though it has an answer to be judged by
-HOPELESS = 32  # failures with nothing but failures before them that are worth a warning of their own
 CORRECT = 1.0  # the reward from which on a response counts as right
-
 MAX_CHARS = 4000  # of a response without \boxed{}, from its end, that are searched for an answer
 MAX_NODES = 400  # of an expression that is compared; larger ones take sympy minutes
 MAX_EXPONENT = 1000  # and the largest factorial; 9^{9^{9}} written out would take all memory
@@ -40,9 +34,7 @@ for _part in ("parser", "grader"):  # which warn of every call without a time li
 
 def math_verify(text: str, answer: str, meta: Mapping[str, Any] | None = None) -> float:
     """1.0 if the response's answer equals the reference, 0.0 if not or if there is none.
-
-    The answer is what the last \\boxed{} holds, else the last number or formula of the text.
-    """
+    The answer is what the last \\boxed{} holds, else the last number or formula of the text."""
     import math_verify as library
 
     boxed = last_boxed(text)
@@ -92,12 +84,8 @@ def _too_large(expression: Any) -> bool:
     return False
 
 
-# Rewards named in the config
-
-
 class Judge:
-    """Rewards of the responses of a run. A reward that fails is left empty: sampling is dear, and one bad function must
-    not end it."""
+    """Rewards of a run's responses. One that fails is left empty: sampling is dear, a bad function must not end it."""
 
     def __init__(self, reward: Reward | None):
         self.reward = reward
@@ -109,15 +97,16 @@ class Judge:
             return None, None
         self.judged += 1
         try:
-            return float(self.reward(text, meta["answer"], meta)), None
+            value = self.reward(text, meta["answer"], meta)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"it returned {value!r} where a finite number is wanted")
+            return float(value), None
         except Exception as error:  # the user's own function may raise anything
-            self.failed += 1
+            self.failed, why = self.failed + 1, f"{type(error).__name__}: {error}"[:200]
             if self.failed == 1:
-                log.warning("the reward failed on response %s, which is kept without one: %s", response, error)
-            if self.failed == self.judged == HOPELESS:
-                log.warning("the reward failed on each of the first %d responses: sampling goes on without", HOPELESS)
-            cause = error.__cause__ or error
-            return None, f"{type(cause).__name__}: {cause}"[:200]
+                words = "the reward failed on response %s, which is kept without one (%s): %s"
+                log.warning(words, response, why, "fix reward.function, or set reward=none")
+            return None, why
 
     def conclude(self) -> None:
         """Say once how many failed."""
@@ -127,39 +116,42 @@ class Judge:
 
 
 def load_reward(spec: str | None) -> Reward | None:
-    """The reward that `package.module:name` or `file.py:name` names, with its result checked; a file is looked for from
-    the current folder. None where no reward is named.
-    """
+    """The reward that `package.module:name` or `file.py:name` names; a file is looked for from the current folder. None
+    where no reward is named."""
     if not spec:
         return None
-    here, otherwise = f"reward.function={spec}", "fix it, or set reward=none"
+    here = f"reward.function={spec}"
     place, colon, name = spec.rpartition(":")
     if not (place and colon and name):
-        module, _, last = spec.strip(":").rpartition(".")
-        meant = "package.module:name"
-        if last == "py":
-            meant = f"{module}.py:NAME"
-        elif module and not colon:
-            meant = f"{module}.py:{last}" if Path(f"{module}.py").is_file() else f"{module}:{last}"
+        stem, _, last = spec.strip(":").rpartition(".")
+        file = f"{stem}.py" if last == "py" or Path(f"{stem}.py").is_file() else stem
+        known = stem and (last == "py" or not colon)
+        meant = f"{file}:{'NAME' if last == 'py' else last}" if known else "package.module:name"
         raise UsageError(f"{here} names no function: set reward.function={meant} or reward.function=file.py:name")
+    path = Path(place).expanduser()
     try:
-        module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
+        if path.suffix == ".py":
+            found = importlib.util.spec_from_file_location(f"rl_onoff_reward_{path.stem}", path)
+            assert found is not None and found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            sys.modules[module.__name__] = module  # dataclasses and pickle look a module up by its name
+            found.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
     except Exception as error:  # a user's file may raise anything when it is run, a SyntaxError included
-        why = f"{place} of {here} cannot be imported ({type(error).__name__}: {error}): {otherwise}"
-        if not place.endswith(".py") and ("/" in place or Path(f"{place}.py").is_file()):
+        why = f"{place} of {here} cannot be imported ({type(error).__name__}: {error}): fix it, or set reward=none"
+        if path.suffix != ".py" and ("/" in place or Path(f"{place}.py").is_file()):
             why = f"{here} names a file without its ending: set reward.function={place}.py:{name}"
-        elif place.endswith(".py") and not Path(place).expanduser().is_file():
+        elif path.suffix == ".py" and not path.is_file():
             why = f"the file {place} of {here} does not exist: set reward.function=FILE.py:NAME to one that does"
         raise UsageError(why) from error
-    function = getattr(module, name, None)
+    function: Reward | None = getattr(module, name, None)
     if not callable(function):
         functions = inspect.getmembers(module, inspect.isfunction)
         there = [key for key, f in functions if f.__module__ == module.__name__ and not key.startswith("_")]
+        why = f"{place} of {here} has no function {name!r} but {', '.join(there) or 'none at all'}"
         meant = nearest(name, there, cutoff=0.5) or next(iter(there), "NAME")
-        raise UsageError(
-            f"{place} of {here} has no function {name!r} but {', '.join(there) or 'none at all'}:"
-            f" set reward.function={place}:{meant}"
-        )
+        raise UsageError(f"{why}: set reward.function={place}:{meant}")
     try:
         inspect.signature(function).bind("", "", {})
     except TypeError as error:
@@ -167,58 +159,23 @@ def load_reward(spec: str | None) -> Reward | None:
         raise UsageError(why) from error
     except ValueError:  # a function of C that does not tell its parameters
         pass
-
-    def reward(text: str, answer: str, meta: Mapping[str, Any]) -> float:
-        try:
-            value = function(text, answer, meta)
-        except Exception as error:  # a user's function may raise anything
-            raise UsageError(f"{here} failed with {type(error).__name__} ({error}): {otherwise}") from error
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UsageError(f"{here} returned {value!r} where a finite number is wanted: {otherwise}")
-        return float(value)
-
-    return reward
-
-
-def _load_file(place: str) -> ModuleType:
-    path = Path(place).expanduser()
-    name = f"rl_onoff_reward_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
-    found.loader.exec_module(module)
-    return module
-
-
-# Numbers of a run
-
-
-def accuracy(rewards: Sequence[float]) -> float:
-    """The share of responses that are correct."""
-    return sum(reward >= CORRECT for reward in rewards) / len(rewards)
-
-
-def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The probability that one of k responses, drawn from these without putting back, is correct; unbiased for
-    k <= num_samples."""
-    assert 1 <= k <= num_samples and 0 <= num_correct <= num_samples
-    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+    return function
 
 
 def summarise_rewards(rewards: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Over prompts, each with equal weight: mean reward, accuracy, and pass@k for k = 1, 2, 4, … up to the samples that
-    every prompt has."""
+    every prompt has: the probability that one of k of a prompt's responses, drawn without putting back, is correct."""
     judged = [values for values in rewards.values() if len(values)]
     if not judged:
         return {}
+    correct = [(len(values), sum(value >= CORRECT for value in values)) for values in judged]
     summary = {
         "num_prompts": float(len(judged)),
         "num_responses": float(sum(map(len, judged))),
         "reward_mean": sum(sum(values) / len(values) for values in judged) / len(judged),
-        "accuracy": sum(map(accuracy, judged)) / len(judged),
+        "accuracy": sum(right / n for n, right in correct) / len(judged),
     }
     for k in (1 << i for i in range(min(map(len, judged)).bit_length())):
-        estimates = [pass_at_k(len(values), sum(value >= CORRECT for value in values), k) for values in judged]
+        estimates = [1.0 - math.comb(n - right, k) / math.comb(n, k) for n, right in correct]
         summary[f"pass@{k}"] = sum(estimates) / len(estimates)
     return summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from rl_onoff.attribution.ladder import run_attribute
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import check_installed
-from rl_onoff.compare import HEADLINES, Comparison
+from rl_onoff.compare import HEADLINES
 from rl_onoff.config import RunConfig, Stage
-from rl_onoff.data.prompts import Row, load_rows
+from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows
 from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
@@ -53,8 +53,13 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
 
 
 def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = None) -> Steps:
-    """A run, step by step: yields what the next step wants of the slot, the first time before anything is begun."""
-    rows = check(config)
+    """A run, step by step: yields what the next step wants of the slot, first when all is checked and nothing begun."""
+    if Stage.matrix in config.stages:
+        check_policies(config)
+    for engine in engines(config).values():
+        create_backend(engine).check_model()
+    load_reward(config.reward.function)
+    rows = load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend.model_name, config.backend.revision)
     for engine in samplers(config):
@@ -81,19 +86,6 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
     return None if config.metric is None else values.get(config.metric)
 
 
-def check(config: RunConfig) -> list[Row]:
-    """Find what is wrong before anything is loaded or started; returns the data's rows."""
-    if Stage.matrix in config.stages:
-        check_policies(config)
-    for engine in engines(config).values():
-        create_backend(engine).check_model()
-    load_reward(config.reward.function)
-    return load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
-
-
-# -- stages ------------------------------------------------------------------------------------------------------------
-
-
 def generate(this: Run) -> Steps:
     yield this.config.backend
     sample(this)
@@ -102,7 +94,10 @@ def generate(this: Run) -> Steps:
 def sample(this: Run) -> None:
     """Sample what is missing of n responses to every row of the data."""
     config, completions = this.config, this.folder.completions
-    completions.claim(generate_record(config), changes)
+    # more rows of the data, or more samples, only add to the rows that are there
+    data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
+    sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
+    completions.claim({"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}, changes)
     tokenizer = create_backend(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
@@ -120,13 +115,6 @@ def sample(this: Run) -> None:
     this.values["generate/tokens_per_s"] = progress.tokens_per_s
 
 
-def generate_record(config: RunConfig) -> dict[str, Any]:
-    """What the sampled rows depend on. More rows of the data, or more samples, only add to them."""
-    data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
-    sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
-    return {"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}
-
-
 def score(this: Run) -> Steps:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
@@ -138,10 +126,8 @@ def score(this: Run) -> Steps:
         folder.completions.claim(made_of, changes)
         stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
     if not folder.completions.exists():
-        raise UsageError(
-            f"{folder.path} has no responses to score: set run_dir to an earlier run's folder, score.responses to a"
-            " file, or experiment=analyse to sample first"
-        )
+        fix = "set run_dir to an earlier run's folder, score.responses to a file, or experiment=analyse to sample first"
+        raise UsageError(f"{folder.path} has no responses to score: {fix}")
     for name, engine in scorers(config).items():
         yield engine
         score_with(this, folder.scores(name), engine, name)
@@ -149,7 +135,9 @@ def score(this: Run) -> Steps:
 
 def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
     """Score with one engine what its table lacks."""
-    want = wanted(this)
+    asked = this.config.score  # the sampler's view is that of the sampler that made the responses
+    sampler = sampling_of(this.folder.completions.record()) or replace(this.config.sampling, n=1)
+    want = Want(top_k=asked.top_k, full_logits=asked.full_logits, sampler=sampler if asked.processed else None)
     table.claim({"backend": engine.what_it_computes(), "want": asdict(want)}, changes)
     total = stages.unscored(this.folder, table)
     if not total:
@@ -162,13 +150,6 @@ def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None
     this.values[f"score/{name}/tokens_per_s"] = progress.tokens_per_s
 
 
-def wanted(this: Run) -> Want:
-    """What to compute of every token; the sampler's view is that of the sampler that made the responses."""
-    asked = this.config.score
-    sampler = sampling_of(this.folder.completions.record()) or replace(this.config.sampling, n=1)
-    return Want(top_k=asked.top_k, full_logits=asked.full_logits, sampler=sampler if asked.processed else None)
-
-
 def compare(this: Run) -> None:
     """Compare every table of scores with what was sampled, and write the page. Reads the disk alone."""
     config = this.config
@@ -177,10 +158,8 @@ def compare(this: Run) -> None:
     if not comparisons:
         if Stage.score in config.stages:
             return log.info("compare: the responses came without logprobs, so their scores have nothing to compare to")
-        raise UsageError(
-            f"{folder.path} has nothing to compare, which is responses with logprobs and scores of them: set run_dir to"
-            " such a run, or compare.behaviour and compare.target"
-        )
+        why = "has nothing to compare, which is responses with logprobs and scores of them"
+        raise UsageError(f"{folder.path} {why}: set run_dir to such a run, or compare.behaviour and compare.target")
     this.comparisons |= comparisons
     records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
     this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
@@ -212,12 +191,7 @@ def attribute(this: Run) -> Steps:
         log.warning("no page: %s", error)
 
 
-STAGES: dict[str, Callable[[Run], Steps | None]] = {
-    stage.__name__: stage for stage in (generate, score, compare, matrix, attribute)
-}
-
-
-# -- the end -----------------------------------------------------------------------------------------------------------
+STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute)}
 
 
 def conclude(this: Run) -> dict[str, float]:
@@ -244,7 +218,7 @@ def conclude(this: Run) -> dict[str, float]:
 
 
 def track(this: Run, summary: Summary) -> None:
-    """Log what the run ends with."""
+    """Log what the run ends with; of a comparison what its page shows: intervals, histograms, the worst tokens."""
     folder, tracker = this.folder, this.tracker
     tracker.summary(summary.values)
     for name, (counts, edges) in summary.histograms.items():
@@ -254,24 +228,19 @@ def track(this: Run, summary: Summary) -> None:
         rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
         tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
     for name, comparison in this.comparisons.items():
-        track_comparison(tracker, name, comparison)
+        for metric in HEADLINES:
+            if metric in comparison:
+                estimate = comparison[metric]
+                tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo, f"onoff/{name}/{metric}_hi": estimate.hi})
+        for what in ("l", "abs_l", "entropy_behaviour", "entropy_target"):
+            if histogram := comparison.histograms.get(what):
+                counts, edges = np.asarray(histogram["counts"]), np.asarray(histogram["edges"])
+                tracker.histogram(f"onoff/{name}/{what}", counts, edges)
+        if comparison.worst:
+            track_rows(tracker, f"onoff/{name}/worst_tokens", comparison.worst)
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
-
-
-def track_comparison(tracker: Tracker, name: str, comparison: Comparison) -> None:
-    """What the page shows of a comparison, for W&B: intervals, histograms, and the tokens that differ most."""
-    for metric in HEADLINES:
-        if metric in comparison:
-            estimate = comparison[metric]
-            tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo, f"onoff/{name}/{metric}_hi": estimate.hi})
-    for what in ("l", "abs_l", "entropy_behaviour", "entropy_target"):
-        if what in comparison.histograms:
-            histogram = comparison.histograms[what]
-            tracker.histogram(f"onoff/{name}/{what}", np.asarray(histogram["counts"]), np.asarray(histogram["edges"]))
-    if comparison.worst:
-        track_rows(tracker, f"onoff/{name}/worst_tokens", comparison.worst)
 
 
 def track_rows(tracker: Tracker, name: str, rows: Sequence[Mapping[str, Any]]) -> None:

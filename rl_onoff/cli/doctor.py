@@ -1,9 +1,6 @@
 """`rl-onoff doctor`: what is here, what is missing, and the command that fixes each gap; with `backend.python=…`, the
-same of another interpreter.
-
-Every engine is asked in a process of its own, under the interpreter it would run under, so that a broken one is a line
-here and not a crash. Which versions are wanted is what this package's own metadata requires.
-"""
+same of another interpreter. Every engine is asked in a process of its own, under the interpreter it would run under, so
+that a broken one is a line here and not a crash. The versions wanted are what this package's own metadata requires."""
 
 from __future__ import annotations
 
@@ -14,17 +11,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
+from subprocess import DEVNULL
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
 from rl_onoff.backends import backend_class, engine_configs
 from rl_onoff.models.builtin import cache_dir
-
-HELP = """rl-onoff doctor: which engines work here, what is missing, and the command that fixes it
-rl-onoff doctor backend.python=/path/to/python: the same of the interpreter an engine is to run under"""
 
 WORKER = ("msgspec", "numpy", "psutil")  # packages that a worker needs beside its engine
 PYTHON_SECONDS, ENGINE_SECONDS = 60.0, 180.0  # for an interpreter to start, and for an engine to be imported
@@ -43,8 +38,7 @@ print("\\n" + json.dumps(found))
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One finding: fine, or with the command that fixes it; where it is fine, what is typed to use it."""
 
     fine: bool
@@ -56,14 +50,15 @@ class Line:
 def command(arguments: Sequence[str]) -> int:
     """The exit code of `rl-onoff doctor`: 1 when HuggingFace cannot run here, or no engine under `python`."""
     if set(arguments) & {"--help", "-h"}:
-        print(HELP)
+        print("rl-onoff doctor: which engines work here, what is missing, and the command that fixes it")
+        print("rl-onoff doctor backend.python=/path/to/python: the same of the interpreter an engine is to run under")
         return 0
     option, _, python = arguments[0].partition("=") if arguments else ("", "", "")
     if arguments and (len(arguments) > 1 or option not in ("backend.python", "target.python") or not python):
         usage = "write rl-onoff doctor backend.python=/path/to/python, or no more"
         print(f"rl-onoff: doctor does not take '{arguments[-1]}': {usage}", file=sys.stderr)
         return 2
-    lines = list(findings_of(python, option) if arguments else findings())
+    lines = list(findings_of(os.path.expanduser(python), option) if arguments else findings())
     width = max(len(line.what) for line in lines)
     for line in lines:
         print(f"{'ok ' if line.fine else '-- '} {line.what:<{width}}  {line.found}")
@@ -76,13 +71,12 @@ def command(arguments: Sequence[str]) -> int:
 
 def engines() -> dict[str, str]:
     """Every registered engine that needs a package -> the module to import."""
-    names = {name: schema()._target_ for name, schema in engine_configs().items() if name != "fake"}
-    return {name: backend_class(target).package for name, target in names.items()}
+    return {n: backend_class(of()._target_).package for n, of in engine_configs().items() if n != "fake"}
 
 
 def required(package: str, extra: str = "") -> Requirement:
     """What this package's metadata requires of another one, by itself or with an extra."""
-    known = [Requirement(text) for text in requires("rl-onoff") or ()]
+    known = map(Requirement, requires("rl-onoff") or ())
     fits = (r for r in known if r.name == package and (r.marker is None or r.marker.evaluate({"extra": extra})))
     return next(fits, Requirement(package))
 
@@ -106,10 +100,8 @@ def findings() -> Iterator[Line]:
     login = "logged in" if fine else "not logged in: runs are kept offline"
     yield Line(True, "wandb", f"{wandb.__version__}, {login}", "" if fine else "wandb login")
     folder = cache_dir()
-    there = sorted(path.parent.name for path in folder.glob("[!.]*/config.json"))
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    found = f"{folder}: {', '.join(there) or 'empty'}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
-    writable = os.access(place, os.W_OK)
+    writable, found = os.access(place, os.W_OK), f"{folder}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
     yield Line(writable, "cache", found, "" if writable else "set XDG_CACHE_HOME to a folder you can write to")
 
 
@@ -117,29 +109,25 @@ def findings_of(python: str, option: str = "backend.python") -> Iterator[Line]:
     """Whether the interpreter that `option` names runs, serves as a worker, and has engines."""
     asked = _ask(python, PYTHON_SECONDS, *WORKER, "rl_onoff.workers.worker_main")
     if "python" not in asked:
-        home = f", as {option}=$HOME{python[1:]}" if python.startswith("~/") else ""
-        inside = f", as {Path(python) / 'bin/python'}" if Path(python).is_dir() else home
+        inside = f", as {Path(python) / 'bin/python'}" if Path(python).is_dir() else ""
         yield Line(False, "python", f"{python} {asked['error']}", f"set {option} to a Python interpreter{inside}")
         return
-    old = "" if asked["recent"] else "use Python 3.11 or later"
-    yield Line(asked["recent"], "python", f"{asked['python']} at {python}", old)
-    install = f"{python} -m pip install"
-    versions = asked["versions"]
+    recent, versions, install = asked["recent"], asked["versions"], f"{python} -m pip install"
+    yield Line(recent, "python", f"{asked['python']} at {python}", "" if recent else "use Python 3.11 or later")
     missing = [name for name in WORKER if name not in versions]
     wanted = " ".join([install, *(f"'{required(name)}'" for name in missing or WORKER)])
     if missing:
         yield Line(False, "worker", f"lacks {', '.join(missing)}, which a worker of rl_onoff needs", wanted)
-    elif asked["errors"] and asked["recent"]:
+    elif recent and asked["errors"]:
         yield Line(False, "worker", f"cannot be imported: {next(iter(asked['errors'].values()))}", wanted)
-    elif asked["recent"]:
+    elif recent:
         yield Line(True, "worker", f"has {', '.join(f'{name} {versions[name]}' for name in WORKER)}")
     wants = {name: f"{install} '{module}{required(module, name).specifier}'" for name, module in engines().items()}
     lines = [_package(name, module, python, wants[name]) for name, module in engines().items()]
     has_one = any(line.fine for line in lines)  # then no other is wanted of it: engines seldom share an environment
     for line in lines:
         fix = "" if has_one and line.found.startswith("not installed") else line.fix
-        fix = f"{option.removesuffix('.python')}={line.what} {option}={python}" if line.fine else fix
-        yield Line(line.fine, line.what, line.found, fix)
+        yield line._replace(fix=f"{option.removesuffix('.python')}={line.what} {option}={python}" if line.fine else fix)
 
 
 def _package(name: str, module: str, python: str, fix: str) -> Line:
@@ -147,8 +135,7 @@ def _package(name: str, module: str, python: str, fix: str) -> Line:
     asked = _ask(python, ENGINE_SECONDS, module)
     if "python" not in asked:
         return Line(False, name, f"{python} {asked['error']}", fix)
-    version = asked["versions"].get(module)
-    if version is None:
+    if (version := asked["versions"].get(module)) is None:
         return Line(False, name, f"not installed under {python}", fix)
     if asked["errors"]:
         return Line(False, name, f"{version} does not import: {asked['errors'][module]}", fix)
@@ -160,21 +147,19 @@ def _package(name: str, module: str, python: str, fix: str) -> Line:
 def _ask(python: str, seconds: float, *modules: str) -> dict:
     """What an interpreter says of these modules; where it does not answer, `error` alone, which says why."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
+    environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
     with tempfile.TemporaryDirectory(prefix="rl_onoff-") as folder:
         package = Path(__file__).resolve().parents[1]
         (Path(folder) / package.name).symlink_to(package)  # handed over by the parent, as to a worker
         for name, first in (("PYTHONPATH", folder), ("PATH", str(Path(python).parent))):
             environment[name] = os.pathsep.join(filter(None, (first, os.environ.get(name))))
-        environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
+        command = [python, "-c", ASK, *modules]
         try:
-            run = subprocess.run(
-                [python, "-c", ASK, *modules], capture_output=True, text=True, errors="replace", timeout=seconds,
-                stdin=subprocess.DEVNULL, env=environment,
-            )  # fmt: skip
-            return json.loads(run.stdout.strip().splitlines()[-1])
+            said = subprocess.run(command, stdin=DEVNULL, capture_output=True, timeout=seconds, env=environment).stdout
+            return json.loads(said.strip().splitlines()[-1])
         except OSError as error:
             return {"error": "is a folder" if Path(python).is_dir() else f"cannot be run ({error.strerror})"}
         except subprocess.TimeoutExpired:
             return {"error": f"gave no answer in {seconds:.0f} s"}
-        except (IndexError, json.JSONDecodeError):
+        except (IndexError, ValueError):  # no line, or none of JSON
             return {"error": f"is no Python interpreter, or cannot import {modules[0]}"}

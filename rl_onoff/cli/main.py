@@ -1,7 +1,5 @@
 """The command line: compose the config with Hydra, run the job, and turn every error a user can make into one sentence.
-
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C.
-"""
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 
@@ -22,22 +20,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl_onoff import __version__
-from rl_onoff.cli.messages import config_sentence, flag_sentence, target_sentence
-from rl_onoff.cli.overrides import continue_command, short_model, understood
+from rl_onoff.cli.overrides import config_sentence, continue_command, target_sentence, understood
 from rl_onoff.config import CONF, register
 from rl_onoff.errors import MetricError, OnOffError, UsageError
 from rl_onoff.redaction import refuse_literals, secrets_in, secrets_of_environment
 from rl_onoff.rundir.files import FULL_DISK, disk_error, write_whole
 from rl_onoff.rundir.table import LOCK, RunDir
-from rl_onoff.sweeps import schedule, start
-from rl_onoff.sweeps.jobs import ERROR, JobFailed, failure, new_failures, write_failure
-from rl_onoff.sweeps.metric import missing_metric, optimises
-from rl_onoff.sweeps.table import conclude
+from rl_onoff.sweeps import start
+from rl_onoff.sweeps.jobs import ERROR, JobFailed, conclude, failure, failures, read_failure
 
 log = logging.getLogger(__name__)
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
-
+STOPPED = "stopped; everything finished so far is in %s. To go on: %s"
 _failures: list[Exception] = []
 
 
@@ -45,31 +40,33 @@ _failures: list[Exception] = []
 def job(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; returns the number `metric` names, for a sweeper that optimises it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where cores are shared
-    path = Path(HydraConfig.get().runtime.output_dir)
-    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    path, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode is RunMode.MULTIRUN
     try:
-        return _run(cfg, HydraConfig.get(), path, in_sweep)
+        return _run(cfg, hydra_config, path, in_sweep)
     except KeyboardInterrupt:
         if not in_sweep:
-            _say_how_to_go_on(path, f"run_dir={path}")
+            log.warning(STOPPED, path, continue_command(sys.argv[1:], f"run_dir={path}"))
         raise
     except Exception as error:  # whatever it is, the other jobs of a sweep go on, and main() tells it
         if not in_sweep:
             _failures.append(error)
             return None
-        failed = failure(error, path, _secrets(cfg))
+        secrets = secrets_of_environment()
+        with suppress(OmegaConfBaseException):  # one of the config points at nothing: what reads it says so
+            secrets |= {text for _, text in secrets_in(OmegaConf.to_container(cfg, resolve=True))}
+        failed = failure(error, path, secrets)
         then = "ends" if isinstance(error, MetricError) else "goes on"
         more = f" (more in {failed.where})" if failed.more else ""
         log.error("job %s failed and the sweep %s: %s%s", path.name, then, failed, more)
         try:
-            write_failure(failed)
+            failed.write()
         except OnOffError:  # the disk, which the error may be about
             if start.started is None:  # this is a launcher's process, and the launcher has to carry the error home
                 raise error from None
             _failures.append(error)
         if isinstance(error, MetricError):
             raise
-        return None
 
 
 def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> float | None:
@@ -83,51 +80,33 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
                 refuse_literals(OmegaConf.to_container(of, enum_to_str=True), name)
             for name, node in written.items():  # as Hydra would, but under the lock
                 write_whole(path / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
-            config = _checked(cfg)  # before the heavy imports, so that an error is instant
+            try:
+                config: Any = OmegaConf.to_object(cfg)  # before the heavy imports, so that an error is instant
+            except AttributeError as error:  # a field added with `+`, which the schema does not have
+                fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+                raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
             from rl_onoff.run import run, run_steps
 
             group = path.parent.name if in_sweep else None
-            if (rounds := schedule.rounds) is None:
+            if (rounds := start.rounds) is None:
                 value = run(config, path, group=group)
             else:
                 value = rounds.go_on(run_steps(config, path, rounds.slot, group=group))
                 if rounds.job.wants is not None:  # it waits for its engine
                     return None
             (path / ERROR).unlink(missing_ok=True)  # of another process, refused because this one was writing
-            if value is None and in_sweep and optimises(hydra_config):
-                raise missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
+            if value is None and in_sweep and start.optimises(hydra_config):
+                raise start.missing_metric(cfg.metric, RunDir(path).read_json("metrics.json")["values"])
             return value
         except UsageError:  # refused: what is in the folder is not of this command
             for file, text in before.items():
                 write_whole(file, text)
-            if not in_sweep and not any(typed.startswith("run_dir=") for typed in hydra_config.overrides.task):
-                _forget(path)
+            made_here = not in_sweep and not any(typed.startswith("run_dir=") for typed in written["overrides"])
+            with suppress(OSError):
+                if made_here and {entry.name for entry in path.iterdir()} <= {".hydra", "run.log", LOCK}:
+                    shutil.rmtree(path)
+                    path.parent.rmdir()  # the day's, if it was the first
             raise
-
-
-def _forget(path: Path) -> None:
-    """Remove the folder of a command that was refused, if nothing but its config and log is there."""
-    with suppress(OSError):
-        if {entry.name for entry in path.iterdir()} <= {".hydra", "run.log", LOCK}:
-            shutil.rmtree(path)
-            path.parent.rmdir()  # the day's, if it was the first
-
-
-def _checked(cfg: DictConfig) -> Any:
-    """The config as dataclasses, every value checked."""
-    try:
-        return OmegaConf.to_object(cfg)
-    except AttributeError as error:  # a field added with `+`, which the schema does not have
-        fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
-        raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
-
-
-def _secrets(config: DictConfig) -> set[str]:
-    """The secrets that a config takes from the environment, whatever they are called there, and all others in it."""
-    found = secrets_of_environment()
-    with suppress(OmegaConfBaseException):  # it points at nothing: what reads it says so
-        found |= {text for _, text in secrets_in(OmegaConf.to_container(config, resolve=True))}
-    return found
 
 
 def main() -> None:
@@ -136,10 +115,10 @@ def main() -> None:
     os.environ[TRACEBACK] = "1"  # let Hydra's errors through to here
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or Ray's launcher prints a line that jobs have in common once
     logging.raiseExceptions = keeps_traceback  # or a full disk, on which run.log lies too, is a traceback a line
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     register()
     _failures.clear()  # of an earlier command in this process
-    start.started = schedule.rounds = None
+    start.started = start.rounds = None
     sys.argv[0] = "rl-onoff"  # with `python -m rl_onoff` too: shell completion is installed for this name
     if sys.argv[1:2] == ["doctor"]:
         from rl_onoff.cli.doctor import command
@@ -149,23 +128,22 @@ def main() -> None:
         print(f"rl_onoff {__version__}")
         sys.exit(0)
     try:
-        arguments = [short_model(argument) for argument in sys.argv[1:]]
-        if sentence := flag_sentence(arguments):  # of what Hydra would answer with its own usage
-            raise UsageError(sentence)
-        sys.argv[1:] = understood(arguments)
-        with start.waited_for():
+        sys.argv[1:] = understood(sys.argv[1:])
+        try:
             job()
+        except Exception as error:
+            if type(error).__module__.startswith("submitit."):
+                start.wait(None)  # for the jobs that still run here: submitit stops waiting once it loses one
+            raise
     except KeyboardInterrupt:
         if (started := start.started) is not None:
             start.stop()
             _conclude_sweep()
-            _say_how_to_go_on(started.folder, f"sweep_dir={started.folder}")
+            log.warning(STOPPED, started.folder, continue_command(sys.argv[1:], f"sweep_dir={started.folder}"))
         sys.exit(130)
     except BrokenPipeError:  # `rl-onoff --cfg job | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except start.Refused as refused:
-        _fail(refused.error, keeps_traceback=False)
     except Exception as error:
         _conclude_sweep()
         if not (_failures and type(error) is ValueError):  # Optuna's, when all trials failed
@@ -173,8 +151,8 @@ def main() -> None:
     else:
         _conclude_sweep()
     finally:
-        if schedule.rounds is not None:
-            schedule.rounds.slot.close()
+        if start.rounds is not None:
+            start.rounds.slot.close()
     if _failures:
         several = f"{len(_failures)} jobs of the sweep failed, the first because: " if len(_failures) > 1 else ""
         _fail(_failures[0], keeps_traceback, several)
@@ -184,55 +162,43 @@ def _conclude_sweep() -> None:
     """Print and write the table of a sweep, whoever ran its jobs, and take note of those that failed."""
     if (started := start.started) is None:
         return
-    start.end(started.config.hydra.launcher)
-    _failures.extend(new_failures(started.folder, started.before))
+    if started.on_ray and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()  # before anything more is printed, for Ray may still have lines of the jobs
+    new = sorted(failures(started.folder) - started.before)
+    _failures.extend(failed for _, _, file in new if (failed := read_failure(file)) is not None)
     with suppress(OnOffError):  # a full disk: the jobs have said so
         if table := conclude(started.folder):
             print(f"\n{table}")
 
 
-def _say_how_to_go_on(path: Path, folder: str) -> None:
-    command = continue_command(sys.argv[1:], folder)
-    log.warning("stopped; everything finished so far is in %s. To go on: %s", path, command)
-
-
 def _fail(error: Exception, keeps_traceback: bool, before: str = "") -> NoReturn:
     """One sentence on stderr and an exit code; an error nobody foresaw keeps its traceback."""
-    if keeps_traceback and isinstance(error, JobFailed):
-        print(error.more, file=sys.stderr)
-    if (told := _sentence(error)) is None or (keeps_traceback and not isinstance(error, JobFailed)):
-        raise error
-    print(f"rl-onoff: {before}{told[0]}", file=sys.stderr)
-    sys.exit(told[1])
-
-
-def _sentence(error: Exception) -> tuple[str, int] | None:
-    """An error in one sentence, and the exit code; None for an error nobody foresaw."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
     ours = next((link for link in chain if isinstance(link, OnOffError)), None)
     disk = next((link for link in chain if isinstance(link, OSError)), None)
+    code = OnOffError.exit_code
     if isinstance(error, JobFailed):
-        return f"{error} (more in {error.where})" if error.more else str(error), error.exit_code
-    if ours is not None:
+        if keeps_traceback:
+            print(error.more, file=sys.stderr)
+        code, said = error.exit_code, f"{error} (more in {error.where})" if error.more else str(error)
+    elif keeps_traceback:
+        raise error
+    elif ours is not None:
         more = f" ({TRACEBACK}=1 shows the end of the engine's log)" if getattr(ours, "__notes__", None) else ""
-        return f"{ours}{more}", ours.exit_code
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return config_sentence(error), UsageError.exit_code
-    if said := target_sentence(error, sys.argv[1:]):
-        return said, UsageError.exit_code
-    if disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # else Hydra could not make its folder
-        return str(disk_error(disk, Path(disk.filename or "the run folder"))), OnOffError.exit_code
-    if start.started is not None and type(error).__module__.partition(".")[0] in start.PACKAGES:
-        said = next(iter(str(error).strip().splitlines()), "")
+        code, said = ours.exit_code, f"{ours}{more}"
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        code, said = UsageError.exit_code, config_sentence(error)
+    elif said := target_sentence(error, sys.argv[1:]):
+        code = UsageError.exit_code
+    elif disk is not None and (disk.errno in FULL_DISK or error not in _failures):  # or Hydra could not make its folder
+        said = str(disk_error(disk, Path(disk.filename or "the run folder")))
+    elif start.started is not None and type(error).__module__.partition(".")[0] in start.PACKAGES:
+        why = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
         fix = f"the same command with sweep_dir={start.started.folder} does what is missing"
-        lost = (
-            f"the launcher lost a job ({type(error).__name__}: {said}): run.log in its folder may tell why, and {fix}"
-        )
-        return lost, OnOffError.exit_code
-    return None
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+        said = f"the launcher lost a job ({why}): run.log in its folder may tell why, and {fix}"
+    else:
+        raise error
+    print(f"rl-onoff: {before}{said}", file=sys.stderr)
+    sys.exit(code)

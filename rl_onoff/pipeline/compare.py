@@ -22,7 +22,7 @@ from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report import ReportInput, ReportResponse, write_report
 from rl_onoff.report.tables import Matrix
-from rl_onoff.rundir.files import write_whole
+from rl_onoff.rundir.files import write_csv, write_whole
 from rl_onoff.rundir.join import TRANSFORM, group_columns, groups_of, joined, pairs
 from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of
 from rl_onoff.rundir.summary import summarise
@@ -177,6 +177,6 @@ def run_matrix(
         folder.write_json("metrics.json", {"values": summarise(sub.folder).values | sub.values, "comparisons": found})
         matrix.cells.update({(a, b): comparison for b, comparison in comparisons.items()})
         sentences[a] = verdict_of(folder, comparisons)
-    write_whole(path / "matrix.csv", matrix.to_csv())
+    write_csv(path / "matrix.csv", matrix.rows())
     write_whole(path / "matrix.html", matrix.page(sentences))
     return matrix

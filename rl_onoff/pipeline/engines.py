@@ -1,6 +1,6 @@
 """The engines of a run: who samples and who scores, by the names their rows have, and the one that is alive.
 
-A run says before each step which engine the step uses, so that a sweep's jobs can share a slot (sweeps/schedule.py).
+A run says before each step which engine the step uses, so that a sweep's jobs can share a slot (sweeps/start.py).
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,11 +104,6 @@ class Matrix:
                 row |= {metric: value, f"{metric}_lo": lo, f"{metric}_hi": hi}
             found.append(row | {name: comparison.overall.counts[name] for name in ("tokens", "responses")})
         return found
-
-    def to_csv(self) -> str:
-        rows, out = self.rows(), io.StringIO()
-        csv.writer(out, lineterminator="\n").writerows([list(rows[0]), *(row.values() for row in rows)])
-        return out.getvalue()
 
     def as_text(self) -> str:
         """A table for each of the first metrics: who sampled down the side, who scored along the top."""

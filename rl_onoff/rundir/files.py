@@ -3,6 +3,7 @@ of one or two axes. One sentence for what a disk can do wrong."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import hashlib
 import json
@@ -49,6 +50,15 @@ def write_whole(file: Path, text: str) -> Path:
     """Replace a text file in one step, so that a reader never sees half of it."""
     with whole(file) as partial:
         partial.write_text(text, encoding="utf-8")
+    return file
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a table; its columns are the keys of all rows, in the order of their first row."""
+    with whole(file) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
     return file
 
 

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rl_onoff.cli.main import CONF
-from rl_onoff.cli.messages import config_sentence, flag_sentence, target_sentence
+from rl_onoff.cli.overrides import config_sentence, flag_sentence, target_sentence
 from rl_onoff.config import register
 
 

@@ -8,16 +8,7 @@ import pytest
 
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.errors import UsageError
-from rl_onoff.rewards import (
-    HOPELESS,
-    Judge,
-    accuracy,
-    last_boxed,
-    load_reward,
-    math_verify,
-    pass_at_k,
-    summarise_rewards,
-)
+from rl_onoff.rewards import Judge, last_boxed, load_reward, math_verify, summarise_rewards
 
 RIGHT = [
     ("She has 24 apples left.", "24"),
@@ -102,8 +93,8 @@ def test_a_reward_of_a_module_and_one_of_a_file(tmp_path, monkeypatch):
         "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\n"
         "def length(text, answer, meta): return len(text) > 2\n"
     )
-    reward = load_reward("mine.py:length")
-    assert reward("abc", "", {}) == 1.0 and isinstance(reward("abc", "", {}), float)
+    reward, why = Judge(load_reward("mine.py:length"))("abc", {"answer": ""}, ("a", 0))
+    assert reward == 1.0 and isinstance(reward, float) and why is None
     assert load_reward(f"{tmp_path}/mine.py:length")("a", "", {}) == 0.0
 
 
@@ -148,14 +139,16 @@ def test_a_reward_that_cannot_be_loaded(tmp_path, monkeypatch, spec, words):
     ("body", "words"),
     [
         ("return None", "returned None"),
+        ("return 'one'", "returned 'one'"),
         ("return float('nan')", "returned nan"),
-        ("raise KeyError('x')", "failed with KeyError"),
+        ("raise KeyError('x')", "KeyError: 'x'"),
     ],
 )
-def test_a_reward_that_does_not_give_a_number(tmp_path, body, words):
+def test_a_reward_that_does_not_give_a_number(tmp_path, body, words, caplog):
     (tmp_path / "mine.py").write_text(f"def f(text, answer, meta):\n    {body}\n")
-    with pytest.raises(UsageError, match=f"reward.function=.*mine.py:f {words}.*set reward=none"):
-        load_reward(f"{tmp_path}/mine.py:f")("a", "b", {})
+    value, why = Judge(load_reward(f"{tmp_path}/mine.py:f"))("a", {"answer": "b"}, ("a", 0))
+    assert value is None and words in str(why)
+    assert words in caplog.text and "fix reward.function, or set reward=none" in caplog.text
 
 
 def failing(every: int, calls: itertools.count):
@@ -183,12 +176,6 @@ def test_a_reward_that_fails_now_and_then_is_told_at_its_first_failure_and_at_th
     assert "failed on 33 of 100 responses" in last and "reward.function" in last
 
 
-def test_a_reward_that_always_fails_is_told_once_more_while_it_can_still_be_stopped(caplog):
-    _, hopeless, last = warnings_of(caplog, failing(1, itertools.count()), 100)
-    assert f"each of the first {HOPELESS} responses" in hopeless and "sampling goes on" in hopeless
-    assert "failed on 100 of 100 responses" in last
-
-
 def test_what_is_not_judged_does_not_fail(caplog):
     assert Judge(None)("text", {"answer": "1"}, ("a", 0)) == (None, None)
     assert Judge(failing(1, itertools.count()))("text", {}, ("a", 0)) == (None, None)
@@ -199,11 +186,12 @@ def test_what_is_not_judged_does_not_fail(caplog):
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "num_correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (4, 1, 4), (8, 3, 2)]
+    ("num_samples", "num_correct", "k"), [(5, 2, 1), (5, 2, 4), (6, 0, 2), (6, 6, 4), (4, 1, 4), (8, 3, 2)]
 )
 def test_pass_at_k_is_the_mean_over_all_choices(num_samples, num_correct, k):
-    draws = list(itertools.combinations([True] * num_correct + [False] * (num_samples - num_correct), k))
-    assert pass_at_k(num_samples, num_correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+    rewards = [1.0] * num_correct + [0.0] * (num_samples - num_correct)
+    draws = list(itertools.combinations(rewards, k))
+    assert summarise_rewards({"a": rewards})[f"pass@{k}"] == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
 def test_the_summary_gives_every_prompt_equal_weight():
@@ -211,9 +199,7 @@ def test_the_summary_gives_every_prompt_equal_weight():
     assert summary["num_prompts"] == 2 and summary["num_responses"] == 9
     assert summary["reward_mean"] == pytest.approx((0.25 + 0.7) / 2)
     assert summary["accuracy"] == summary["pass@1"] == pytest.approx((0.25 + 0.6) / 2)
-    assert (
-        summary["pass@2"] == pytest.approx((pass_at_k(4, 1, 2) + pass_at_k(5, 3, 2)) / 2) and summary["pass@4"] == 1.0
-    )
+    assert summary["pass@2"] == pytest.approx((3 / 6 + 9 / 10) / 2) and summary["pass@4"] == 1.0
     assert "pass@8" not in summary
     assert summarise_rewards({}) == {}
-    assert accuracy([1.0, 0.9, 2.0]) == pytest.approx(2 / 3)
+    assert summarise_rewards({"a": [1.0, 0.9, 2.0]})["accuracy"] == pytest.approx(2 / 3)

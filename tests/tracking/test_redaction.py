@@ -6,7 +6,7 @@ import pytest
 
 from rl_onoff.config import TrackingMode
 from rl_onoff.errors import UsageError
-from rl_onoff.redaction import is_secret_key, masked, masked_text, refuse_literals, secrets_of_environment
+from rl_onoff.redaction import masked, masked_text, refuse_literals, secret_key, secrets_of_environment
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def no_other_secrets(monkeypatch):
     ],
 )
 def test_secret_names(key):
-    assert is_secret_key(key)
+    assert secret_key(key) == key
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_secret_names(key):
     ],
 )
 def test_names_that_only_look_like_secrets(key):
-    assert not is_secret_key(key)
+    assert not secret_key(key)
 
 
 def test_masked_leaves_are_secrets_and_the_rest_is_kept():
