@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -79,33 +79,39 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {name: _arrow_type(kind) for name, kind in columns.items()}
-    arrays = [pa.array([_lists(row.get(name)) for row in rows], type=kind) for name, kind in types.items()]
+    schema = pa.schema({name: _arrow_type(kind) for name, kind in columns.items()})
+    # Arrow takes no array of two axes, but a list of arrays.
+    cells = [{name: list(v) if getattr(v, "ndim", 1) == 2 else v for name, v in row.items()} for row in rows]
+    table = pa.Table.from_pylist(cells, schema=schema)
     with whole(shard) as partial:
-        pq.write_table(pa.table(arrays, names=list(types)), partial, compression="zstd", row_group_size=GROUP_ROWS)
+        pq.write_table(table, partial, compression="zstd", row_group_size=GROUP_ROWS)
 
 
-def read_shard(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of some parts (of the open file) of a shard."""
+def read_shard(
+    shard: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a shard, or those with these numbers, from 0; only the row groups they lie in are read, one by one.
+
+    Arrays come back as numpy arrays, of (T, K) where they have two axes.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(shard) as file:
-            for part in parts(file):
-                values = {name: _values(part.column(name)) for name in part.schema.names}
-                for i in range(part.num_rows):
-                    yield {name: column[i] for name, column in values.items()}
+            end = 0
+            for group in range(file.num_row_groups):
+                start, end = end, end + file.metadata.row_group(group).num_rows
+                wanted = [i - start for i in (range(start, end) if numbers is None else numbers) if start <= i < end]
+                if wanted:
+                    part = file.read_row_group(group, columns=columns).take(wanted)
+                    for cells in zip(*part.columns, strict=True):
+                        yield dict(zip(part.column_names, map(_value, cells), strict=True))
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
         cause = " ".join(str(error).split()).rstrip(".")
         raise OnOffError(
             f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again"
         ) from error
-
-
-def _lists(value: Any) -> Any:
-    """A row's value as Arrow takes it, which knows no (T, K) arrays."""
-    return list(value) if getattr(value, "ndim", 1) == 2 else value
 
 
 def _arrow_type(kind: str) -> Any:
@@ -114,18 +120,13 @@ def _arrow_type(kind: str) -> Any:
     return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else getattr(pa, kind)()
 
 
-def _values(column: Any) -> list[Any]:
-    """An Arrow column as Python values: numbers and texts, numpy arrays for lists, (T, K) arrays for lists of lists."""
+def _value(cell: Any) -> Any:
+    """An Arrow cell as a Python value: a number, a text or a numpy array; None where it is null."""
+    import numpy as np
     import pyarrow as pa
 
-    if not pa.types.is_list(column.type):
-        return column.to_pylist()
-    nested = pa.types.is_list(column.type.value_type)
-    return [_array(item.values, nested) if item.is_valid else None for item in column]
-
-
-def _array(values: Any, nested: bool) -> Any:
-    array = (values.flatten() if nested else values).to_numpy(zero_copy_only=False).copy()
-    if not nested:
-        return array
-    return array.reshape(len(values), -1) if len(values) else array.reshape(0, 0)
+    if not cell.is_valid or not isinstance(cell, pa.ListScalar):
+        return cell.as_py()
+    if not pa.types.is_list(cell.values.type):
+        return np.array(cell.values)
+    return np.array(cell.values.flatten()).reshape(len(cell.values), -1 if len(cell.values) else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from functools import cache
@@ -89,11 +90,8 @@ def sampling_of(record: Mapping[str, Any]) -> Sampling | None:
 
 def landmarks(tokenizer: Any) -> dict[str, str]:
     """Some ids and their tokens, kept beside the rows: two tokenizers that agree on all of them are taken for one."""
-    ids, step = [0], 1.0
-    while step < len(tokenizer):
-        ids.append(int(step))
-        step *= LANDMARK_GROWTH
-    ids = sorted(set(ids))
+    count = math.ceil(math.log(len(tokenizer), LANDMARK_GROWTH))
+    ids = sorted({0, *(int(LANDMARK_GROWTH**i) for i in range(count))})
     return dict(zip(map(str, ids), map(str, tokenizer.convert_ids_to_tokens(ids)), strict=True))
 
 
