@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import MissingDependencyError, OnOffError, UsageError
+from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.models.resolve import hub_errors, load_errors, resolve
 from rl_onoff.types import Sampling
 
@@ -19,11 +19,8 @@ def load_tokenizer(
     model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Any:
     """The transformers tokenizer of `tokenizer`, or else of the model; pads on the left, as batched decoding needs."""
-    try:
-        import transformers
-    except ImportError as error:
-        why = f"a tokenizer needs the transformers package ({error}): pip install rl-onoff"
-        raise MissingDependencyError(why) from error
+    import transformers
+
     key = "model.tokenizer" if tokenizer else "model.name"
     files = resolve(tokenizer or model_name, revision=None if tokenizer else revision, key=key)
     with load_errors(files.name, key):
@@ -38,18 +35,14 @@ def load_tokenizer(
 def context_length(config: Any) -> int:
     """Most tokens a model's config allows for; a million where it sets no limit."""
     config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if getattr(config, name, None):
-            return int(getattr(config, name))
-    return 1_000_000
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    return next((int(limit) for name in names if (limit := getattr(config, name, None))), 1_000_000)
 
 
 def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a response: the model's own list (its generation config) and the tokenizer's EOS."""
-    ids = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    return tuple(sorted(set(ids)))
+    ids = {*(eos_token_id if isinstance(eos_token_id, Sequence) else [eos_token_id]), tokenizer.eos_token_id}
+    return tuple(sorted(token_id for token_id in ids if token_id is not None))
 
 
 def model_sampling(sampling: Sampling, model_name: str, revision: str | None = None) -> Sampling:
@@ -88,17 +81,16 @@ def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> l
         found = [files.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
         return {name: file for file in found for name in file.keys()}  # noqa: SIM118
 
-    def kinds(found: dict[str, Any]) -> dict[str, Any]:
-        slices = {name: file.get_slice(name) for name, file in found.items()}
-        return {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
-
-    def raw(file: Any, name: str) -> torch.Tensor:
-        return file.get_tensor(name).flatten().view(torch.uint8)
-
+    different = []
     try:
         with ExitStack() as files:
             ours, theirs = opened(*a), opened(*b)
-            names = sorted(ours) if kinds(ours) == kinds(theirs) else []
-            return [name for name in names if not torch.equal(raw(ours[name], name), raw(theirs[name], name))]
-    except (OnOffError, OSError, SafetensorError):
+            for name in sorted({*ours, *theirs}):
+                one, other = ours[name].get_tensor(name), theirs[name].get_tensor(name)
+                if (one.dtype, one.shape) != (other.dtype, other.shape):
+                    return []
+                if not torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)):
+                    different.append(name)
+    except (OnOffError, OSError, SafetensorError, KeyError):  # a KeyError: only one of them has the tensor
         return []
+    return different

