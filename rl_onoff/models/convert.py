@@ -16,7 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import MissingDependencyError, UsageError
+from rl_onoff.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +39,9 @@ UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError
 def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's weights, tokenizer and configs as a folder that transformers, vLLM and SGLang all load."""
     log.info("converting %s to safetensors, once", file.name)
-    try:
-        import transformers
-        from gguf import GGUFReader
-    except ImportError as error:
-        why = f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
-        raise MissingDependencyError(why) from error
+    import transformers
+    from gguf import GGUFReader
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
         try:
@@ -61,14 +58,12 @@ def convert(file: Path, folder: Path) -> None:
         tokenizer.model_max_length = config.max_position_embeddings
         model.config._name_or_path = file.stem
         known = model.config.eos_token_id  # one id, or for some models a list that transformers has
-        ends = [*(known if isinstance(known, list) else [known])]
-        ends += [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        ends = [token_id for token_id in dict.fromkeys(ends) if token_id is not None]
-        model.generation_config = transformers.GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        said = [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [known]), *said])
+        ends = [token_id for token_id in ends if token_id is not None]
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+        model.generation_config = transformers.GenerationConfig(**ids)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         saved = transformers.AutoTokenizer.from_pretrained(folder)
@@ -88,18 +83,21 @@ def _said(reader: Any, key: str, default: Any = None) -> Any:
 def _tokenizer(reader: Any, backend: Any) -> Any:
     """The tokenizer the metadata describes, from the vocabulary and merges that transformers read."""
     import transformers
+    from tokenizers import decoders, normalizers
 
     kind, pre = _said(reader, "ggml.model"), _said(reader, "ggml.pre")
-    if kind == "llama":
-        _set_space_prefix(backend, _said(reader, "ggml.add_space_prefix", True))
+    if kind == "llama":  # SentencePiece's rule: a space is ▁, and one may precede the text and follow special tokens
+        spaces, add = normalizers.Replace(" ", "▁"), _said(reader, "ggml.add_space_prefix", True)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add else spaces
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add else steps)
     elif kind == "gpt2":
         _set_pre_tokenizer(backend, pre)
     backend = _with_own_tokens(backend, _said(reader, "ggml.tokens"), _said(reader, "ggml.token_type", []))
-    ids = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    names = {}  # of bos_token, eos_token, unk_token, pad_token
-    for name in ("bos", "eos", "unknown", "padding"):
-        token_id = _said(reader, f"ggml.{name}_token_id", ids.get(name))
-        names[f"{name[:3]}_token"] = None if token_id is None else backend.id_to_token(token_id)
+    usual = {"bos": 1, "eos": 2, "unknown": 0, "padding": None}  # in a SentencePiece file
+    said = {name: _said(reader, f"ggml.{name}_token_id", i if kind == "llama" else None) for name, i in usual.items()}
+    names = {f"{name[:3]}_token": None if i is None else backend.id_to_token(i) for name, i in said.items()}
     template, others = _said(reader, "chat_template"), _said(reader, "chat_templates", [])
     if others:
         template = {"default": template} | {name: _said(reader, f"chat_template.{name}") for name in others}
@@ -110,17 +108,6 @@ def _tokenizer(reader: Any, backend: Any) -> Any:
         add_eos_token=_said(reader, "ggml.add_eos_token", kind == "t5"),
         chat_template=template,
     )
-
-
-def _set_space_prefix(backend: Any, add: bool) -> None:
-    """SentencePiece's rule for spaces: each is ▁, and one may precede the text and follow special tokens."""
-    from tokenizers import decoders, normalizers
-
-    spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add else spaces
-    backend.pre_tokenizer = None
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add else steps)
 
 
 def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
