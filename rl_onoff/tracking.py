@@ -11,36 +11,29 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
-from rl_onoff.config import TrackingConfig, TrackingMode
+import numpy as np
+
+from rl_onoff.config import TrackingConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.redaction import masked
 
-if TYPE_CHECKING:
-    import numpy as np
-
 log = logging.getLogger(__name__)
 
-STEP = "progress/responses"
-"""What progress is plotted against: responses finished in the running stage."""
+STEP = "progress/responses"  # what progress is plotted against: responses finished in the running stage
 MAX_HTML_BYTES = 25_000_000
-MAX_NAME = 128
-"""Most characters W&B takes as a run's name."""
+MAX_NAME = 128  # most characters W&B takes as a run's name
 START_TIMEOUT_S = 15.0
-FINISH_TIMEOUT_S = 60.0
-ARTIFACT_TIMEOUT_S = 1800.0
-"""Longest wait for the last uploads, without and with the run folder; what is left stays on disk for `wandb sync`."""
-
+FINISH_TIMEOUT_S = 60.0  # longest wait for the last uploads; what is left stays on disk for `wandb sync`
+ARTIFACT_TIMEOUT_S = 1800.0  # and with the run folder among them
 WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-
-Method = TypeVar("Method", bound=Callable[..., None])
 
 
 class Tracker:
@@ -83,7 +76,7 @@ class NoTracker(Tracker):
     """Tracking that is off: every call is accepted and does nothing, so no caller asks whether tracking is on."""
 
 
-def _warns(method: Method) -> Method:
+def _warns(method: Callable[..., None]) -> Any:
     """Turn a call's failure into one warning per kind of call; before `start`, the call does nothing."""
 
     @wraps(method)
@@ -97,7 +90,7 @@ def _warns(method: Method) -> Method:
                 self._warned.add(method.__name__)
                 log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
 
-    return cast(Method, call)
+    return call
 
 
 class WandbTracker(Tracker):
@@ -125,32 +118,29 @@ class WandbTracker(Tracker):
         import wandb
 
         self._wandb, self._run_dir = wandb, run_dir.resolve()
-        # An agent of `wandb sweep` says by the environment which run of which project it is.
-        of_agent = "WANDB_SWEEP_ID" in os.environ
         try:
-            mode, run_id = self._mode(), _run_id(run_dir, of_agent)
+            mode, run = self._mode(), {"id": _run_id(run_dir)}
+            run |= {"project": self.config.project, "entity": self.config.entity}
+            if "WANDB_SWEEP_ID" in os.environ:  # an agent of `wandb sweep` says there which run of which project it is
+                run = {}
+            settings = {"quiet": True, "disable_git": True, "disable_code": True, "save_code": False}
+            settings["finish_timeout"] = ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S
             self._run = wandb.init(
-                project=None if of_agent else self.config.project,
-                entity=None if of_agent else self.config.entity,
+                **run,
                 group=self.config.group or group,
                 job_type=job_type,
                 name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # all its overrides, for a sweep's job
                 tags=list(self.config.tags),
                 config=masked(config),
                 dir=str(self._run_dir),
-                id=None if of_agent else run_id,
                 resume="allow",
                 mode=mode,
                 reinit="create_new",  # the jobs of a sweep share a process
                 settings=wandb.Settings(
-                    console="off",  # wandb's capture breaks progress bars; run.log has the lines
-                    quiet=True,
-                    disable_git=True,
-                    disable_code=True,
-                    save_code=False,
-                    allow_offline_artifacts=False,  # finds an offline table relative to the run: the folder may move
+                    **settings,
                     init_timeout=START_TIMEOUT_S,
-                    finish_timeout=ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S,
+                    console="off",  # wandb's capture breaks progress bars; run.log has the lines
+                    allow_offline_artifacts=False,  # finds an offline table relative to the run: the folder may move
                 ),
             )
             self._run.define_metric(STEP, hidden=True, summary="max")
@@ -178,8 +168,7 @@ class WandbTracker(Tracker):
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
         shown = _even_columns(list(islice(rows, self.config.table_rows)))
         table = self._wandb.Table(columns=list(columns), data=shown)
-        with self._staging_in_run_dir():
-            self._run.log({name: table, f"{name}_shown": len(shown), f"{name}_total": total})
+        self._staged(self._run.log, {name: table, f"{name}_shown": len(shown), f"{name}_total": total})
 
     @_warns
     def html(self, name: str, path: Path) -> None:
@@ -198,8 +187,7 @@ class WandbTracker(Tracker):
             # run.log still grows, and a file that changes before it is uploaded spoils the artifact
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
                 artifact.add_file(str(path), name.as_posix(), policy="immutable", skip_cache=True)  # without a copy
-        with self._staging_in_run_dir():
-            self._run.log_artifact(artifact)
+        self._staged(self._run.log_artifact, artifact)
 
     @_warns
     def close(self, failed: bool) -> None:
@@ -212,32 +200,30 @@ class WandbTracker(Tracker):
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
         """The mode to start in; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
-        wanted: str = self.config.mode.value
-        if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
+        wanted, given = self.config.mode.value, os.environ.get("WANDB_MODE")
+        if wanted == "auto" and given:
             if given not in WANDB_MODES:
                 known = ", ".join(WANDB_MODES)
                 raise UsageError(f"WANDB_MODE is {given!r} but must be one of {known}: set tracking.mode=offline")
             wanted = WANDB_MODES[given]
-        if wanted == "offline" or wanted == "disabled":
-            self._setup(silent=False)
-            return wanted
-
-        # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
-        self._setup(silent=True)  # or login asks the server who we are, to greet us
-        problem = "not logged in"
-        try:
-            if self._wandb.login(prompt=False, verify=True):
-                return "online"
-        except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
-            problem = _one_line(error)
-            self._end_service()
-        finally:
-            self._setup(silent=False)
+        logged_in, problem = False, ""
+        if wanted in ("auto", "online"):
+            # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
+            self._setup(silent=True)  # or login asks the server who we are, to greet us
+            try:
+                logged_in = self._wandb.login(prompt=False, verify=True)
+            except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
+                problem = _one_line(error)
+                self._end_service()
+        self._setup(silent=False)
+        if logged_in:
+            return "online"
         if wanted == "online":
-            raise UsageError(f"W&B cannot go online ({problem}): run `wandb login`, or set tracking.mode=offline")
-        if problem != "not logged in":
+            why = f"W&B cannot go online ({problem or 'not logged in'}): run `wandb login`"
+            raise UsageError(f"{why}, or set tracking.mode=offline")
+        if problem:
             log.warning("W&B: offline, because there is a login but it does not work now: %s", problem)
-        return "offline"
+        return "disabled" if wanted == "disabled" else "offline"
 
     def _end_service(self) -> None:
         """End wandb-core by force: one that is told to end while it still answers a request loses that message (0.31),
@@ -251,13 +237,12 @@ class WandbTracker(Tracker):
         with suppress(Exception, SystemExit):  # wandb leaves with the exit code of a service that was killed
             self._wandb.teardown()
 
-    @contextmanager
-    def _staging_in_run_dir(self) -> Iterator[None]:
+    def _staged(self, send: Callable[[Any], None], what: Any) -> None:
         """wandb stages tables under ~/.local/share, where an offline run's stay; only the environment moves them."""
         ours = str(self._run_dir / "wandb" / "data")
         given = os.environ.setdefault("WANDB_DATA_DIR", ours)
         try:
-            yield
+            send(what)
         finally:
             if given == ours:
                 del os.environ["WANDB_DATA_DIR"]
@@ -268,12 +253,12 @@ class WandbTracker(Tracker):
         self._wandb.termsetup(session.settings, None)
 
 
-def _run_id(run_dir: Path, of_agent: bool) -> str:
-    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; or the agent's."""
-    path, given = run_dir / "wandb" / "run_id", os.environ.get("WANDB_RUN_ID")
-    if path.exists() and not (of_agent and given):
+def _run_id(run_dir: Path) -> str:
+    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time."""
+    path = run_dir / "wandb" / "run_id"
+    if path.exists() and "WANDB_SWEEP_ID" not in os.environ:  # an agent's id is always WANDB_RUN_ID
         return path.read_text().strip()
-    name = given or uuid.uuid4().hex[:8]
+    name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(name + "\n")
     return name

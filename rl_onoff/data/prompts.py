@@ -51,16 +51,20 @@ def load_rows(data: DataConfig) -> list[Row]:
     """The rows that `data` selects, in its order; the ids of rows do not depend on shuffling or the limit."""
     path = str(PROBLEMS) if data.path is None else data.path
     table = read_table(path, key="data.path", format=data.format, split=data.split)
-    prompt_column = data.prompt
-    if prompt_column is None:
-        prompt_column = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
+    known = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
+    prompt_column = known if data.prompt is None else table.column(data.prompt, "data.prompt")
     if prompt_column is None:
         raise UsageError(
             f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them"
         )
-    table.column(prompt_column, "data.prompt")
     answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
-    id_column = _id_column(table, data.id)
+    if data.id is not None:
+        numbered = data.id == ROW_NUMBER and data.id not in table.columns
+        id_column = None if numbered else table.column(data.id, "data.id")
+    elif "id" in table.columns:
+        id_column = "id"
+    else:  # verl's, or else the rows are numbered from 0, as verl does
+        id_column = "extra_info.index" if look_up(table.records[0], "extra_info.index") is not None else None
     groups = [table.column(name, "data.groups") for name in data.groups]
     groups = groups or [name for name in GROUP_COLUMNS if name in table.columns]
 
@@ -72,10 +76,8 @@ def load_rows(data: DataConfig) -> list[Row]:
         record, where = table.records[index], table.where(index)
         prompt = parse_prompt(look_up(record, prompt_column), where=where, column=prompt_column, key="data.prompt")
         if is_chat(prompt) and prompt[-1]["role"] == "assistant":
-            raise UsageError(
-                f"the conversation in {where} ends with the assistant's turn: remove that turn, or set data.prompt to"
-                " another column"
-            )
+            why = f"the conversation in {where} ends with the assistant's turn"
+            raise UsageError(f"{why}: remove that turn, or set data.prompt to another column")
         row_id = str(index) if id_column is None else _id(look_up(record, id_column), where=where, column=id_column)
         if row_id in rows:
             raise UsageError(
@@ -104,10 +106,8 @@ def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     elif ids or chat or isinstance(value, str):
         return value
     else:
-        what = (
-            f"{kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a list"
-            " of token ids is wanted"
-        )
+        wanted = "text, a list of chat messages (role and content as text) or a list of token ids is wanted"
+        what = f"{kind_of(value)} as its prompt where {wanted}"
     other = "file" if key == "score.responses" else "column"
     raise UsageError(f"{where} has {what}: fill column {column} or set {key} to another {other}")
 
@@ -117,17 +117,15 @@ def meta_of(
 ) -> dict[str, Any]:
     """What people want to know of a row beside its prompt: question, reference answer (if any) and groups."""
     answer = None if answer_column is None else _answer(look_up(record, answer_column), where)
-    found = {name: jsonable(look_up(record, name)) for name in groups}
-    return {"question": question_of(prompt, record), **({} if answer is None else {"answer": answer}), **found}
-
-
-def question_of(prompt: Prompt, record: Mapping[str, Any]) -> str:
-    """What the prompt asks, for people."""
-    if is_chat(prompt):
-        return next((item["content"] for item in reversed(prompt) if item["role"] == "user"), prompt[-1]["content"])
     if isinstance(prompt, str):
-        return prompt
-    return next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+        question = prompt
+    elif is_chat(prompt):
+        asked = (item["content"] for item in reversed(prompt) if item["role"] == "user")
+        question = next(asked, prompt[-1]["content"])
+    else:
+        question = next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+    found = {name: jsonable(look_up(record, name)) for name in groups}
+    return {"question": question, **({} if answer is None else {"answer": answer}), **found}
 
 
 def answer_column_of(table: Table) -> str | None:
@@ -156,19 +154,8 @@ def jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
-def _id_column(table: Table, name: str | None) -> str | None:
-    """The column with the ids; None: number the rows from 0, as verl does."""
-    if name is not None:
-        return None if name == ROW_NUMBER and name not in table.columns else table.column(name, "data.id")
-    if "id" in table.columns:
-        return "id"
-    return "extra_info.index" if look_up(table.records[0], "extra_info.index") is not None else None
-
-
 def _id(value: Any, *, where: str, column: str) -> str:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
         return str(value)
     raise UsageError(
         f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id"

@@ -72,12 +72,13 @@ def encode_prompt(
         )
     else:
         text = messages[0]["content"]
-    ids = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"]
-    ids = _with_one_bos(ids, tokenizer)
+    ids, bos = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"], tokenizer.bos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]:  # one goes before plain text
+        ids = [bos, *ids]
     if not ids:
-        raise UsageError(
-            f"{where} has an empty prompt: it has no tokens, so remove it or fill its prompt (data.prompt)"
-        )
+        raise UsageError(f"{where} has an empty prompt, of no tokens: remove it or fill its prompt (data.prompt)")
     return EncodedPrompt(ids=np.asarray(ids, np.int32), text=text)
 
 
@@ -127,14 +128,3 @@ def _render(messages: Messages, tokenizer: Any, where: str) -> str:
         fix = "fix the conversation, or set data.chat_template=false"
         fix = "set data.system=null" if messages[0]["role"] == "system" else fix
         raise UsageError(f"the model's chat template refuses the roles {roles} of {where} ({error}): {fix}") from error
-
-
-def _with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids` with exactly one BOS in front when the tokenizer puts one before plain text; never with two."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids
-    while ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    wants = tokenizer("")["input_ids"][:1] == [bos]
-    return [bos, *ids] if wants and ids[:1] != [bos] else ids
