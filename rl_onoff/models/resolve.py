@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 from rl_onoff.errors import UsageError, nearest
 from rl_onoff.models.convert import CONVERSION, convert
@@ -197,20 +198,17 @@ def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
 def load_errors(name: str, key: str = "model.name", options: str = "") -> Iterator[None]:
     """Wrap a load by transformers: what it says of files that are missing or broken, of a model it does not know, or of
     one of the `options` it was given, becomes one sentence too."""
+    from safetensors import SafetensorError
+
     try:
         with hub_errors(name, key):
             yield
     except UsageError:
         raise
-    except Exception as error:  # translated where it is about files, models or options, and never swallowed
-        about_files = isinstance(error, ValueError | TypeError | ImportError | OSError)
-        if not about_files and type(error).__name__ != "SafetensorError":
-            raise
-        cause = " ".join(str(error).split())
-        if "for this kind of AutoModel" in cause:
+    except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:  # about files, models or options
+        cause = shorten(str(error), MAX_CAUSE, placeholder="…").rstrip(".")
+        fix = f"fix it, or {options}" if options else "fix it"
+        why = f"transformers cannot load {key}={name} ({cause}): {fix}, or set another {key}"
+        if "for this kind of AutoModel" in str(error):
             why = f"{key}={name} is no causal language model: set {key} to one that generates text"
-        else:
-            cause = cause if len(cause) <= MAX_CAUSE else f"{cause[:MAX_CAUSE]}…"
-            fix = f"fix it, or {options}" if options else "fix it"
-            why = f"transformers cannot load {key}={name} ({cause.rstrip('.')}): {fix}, or set another {key}"
         raise UsageError(why) from error
