@@ -54,9 +54,8 @@ def load_rows(data: DataConfig) -> list[Row]:
     known = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
     prompt_column = known if data.prompt is None else table.column(data.prompt, "data.prompt")
     if prompt_column is None:
-        raise UsageError(
-            f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them"
-        )
+        why = f"{table.name} has no column for the prompt but {', '.join(table.columns)}"
+        raise UsageError(f"{why}: set data.prompt to one of them")
     answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
     if data.id is not None:
         numbered = data.id == ROW_NUMBER and data.id not in table.columns
@@ -80,10 +79,8 @@ def load_rows(data: DataConfig) -> list[Row]:
             raise UsageError(f"{why}: remove that turn, or set data.prompt to another column")
         row_id = str(index) if id_column is None else _id(look_up(record, id_column), where=where, column=id_column)
         if row_id in rows:
-            raise UsageError(
-                f"{where} and {rows[row_id].where} share the id {row_id!r}: set data.id to a column without"
-                f" repetitions, or data.id={ROW_NUMBER}"
-            )
+            why = f"{where} and {rows[row_id].where} share the id {row_id!r}"
+            raise UsageError(f"{why}: set data.id to a column without repetitions, or data.id={ROW_NUMBER}")
         meta = meta_of(prompt, record, answer_column, groups, where=where)
         rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta)
     return list(rows.values())
@@ -143,10 +140,8 @@ def _answer(value: Any, where: str) -> str | None:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
         return str(int(value)) if value == int(value) else str(value)
-    raise UsageError(
-        f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted: set data.answer to"
-        " another column"
-    )
+    why = f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted"
+    raise UsageError(f"{why}: set data.answer to another column")
 
 
 def jsonable(value: Any) -> Any:
@@ -157,7 +152,5 @@ def jsonable(value: Any) -> Any:
 def _id(value: Any, *, where: str, column: str) -> str:
     if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
         return str(value)
-    raise UsageError(
-        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id"
-        f" to another column, or data.id={ROW_NUMBER}"
-    )
+    why = f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted"
+    raise UsageError(f"{why}: set data.id to another column, or data.id={ROW_NUMBER}")

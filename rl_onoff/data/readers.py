@@ -62,9 +62,8 @@ def read_table(path: str, *, key: str, format: Format = Format.auto, split: str 
         except (ValueError, csv.Error, OSError) as error:  # JSON's, UnicodeDecodeError and Arrow's are ValueErrors
             cause = " ".join(str(error).split())
             what = "cannot be read" if isinstance(error, OSError) else f"is not valid {language}"
-            raise UsageError(
-                f"{unit} {last + 1} of {name} {what} ({cause}): fix it, or set {key} to another file"
-            ) from error
+            why = f"{unit} {last + 1} of {name} {what} ({cause})"
+            raise UsageError(f"{why}: fix it, or set {key} to another file") from error
         numbers, records = list(found), list(found.values())
         columns = dict.fromkeys(column for record in records for column in record)
     if not len(records):
@@ -82,9 +81,8 @@ def _format(path: str, file: Path, key: str) -> Format:
         raise UsageError(f"the ending of {key}={path} is none of {', '.join(ENDINGS)}: rename the file{otherwise}")
     if is_hub_id(path.partition(":")[0]) and not re.fullmatch(r"\.[a-z]{2,}", ending):  # an ending as of a file
         return Format.datasets
-    raise UsageError(
-        f"the file {key}={path} does not exist: set {key} to an existing file or to a Hugging Face datasets id"
-    )
+    why = f"the file {key}={path} does not exist"
+    raise UsageError(f"{why}: set {key} to an existing file or to a Hugging Face datasets id")
 
 
 # A reader gives every line or row with its number; None stands for one that holds no record.
@@ -137,10 +135,8 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Any:
         raise
     except (ValueError, FileNotFoundError) as error:
         cause = " ".join(str(error).split()).rstrip(".")  # the library lists the splits or configurations there are
-        raise UsageError(
-            f"{key}={path} cannot be loaded ({cause}): set data.split, {key}={repo}:CONFIGURATION, or {key} to a file"
-            " or a folder written by save_to_disk"
-        ) from error
+        fix = f"set data.split, {key}={repo}:CONFIGURATION, or {key} to a file or a folder written by save_to_disk"
+        raise UsageError(f"{key}={path} cannot be loaded ({cause}): {fix}") from error
     splits = found if isinstance(found, datasets.DatasetDict) else {split: found}
     if split not in splits:
         there = ", ".join(map(str, splits))

@@ -44,10 +44,9 @@ def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
     """
     for request in requests:
         if len(request.prompt_ids) >= max_len:
-            raise UsageError(
-                f"the prompt of row {request.request_id!r} has {len(request.prompt_ids)} tokens and the model's context"
-                f" only {max_len}: remove the row from data.path, or set model.name to a model with a longer context"
-            )
+            why = f"the prompt of row {request.request_id!r} has {len(request.prompt_ids)} tokens"
+            fix = "remove the row from data.path, or set model.name to a model with a longer context"
+            raise UsageError(f"{why} and the model's context only {max_len}: {fix}")
 
 
 def encode_prompt(
@@ -66,10 +65,8 @@ def encode_prompt(
             messages.insert(0, {"role": "system", "content": system})
         text = _render(messages, tokenizer, where)
     elif len(messages) > 1:
-        raise UsageError(
-            f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent as"
-            " it is: set data.chat_template=true"
-        )
+        why = f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent"
+        raise UsageError(f"{why} as it is: set data.chat_template=true")
     else:
         text = messages[0]["content"]
     ids, bos = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"], tokenizer.bos_token_id
@@ -106,19 +103,16 @@ class Texts:
 
     def _tokenizer(self, what: str, column: str, where: str) -> Any:
         if self.tokenizer is None:
-            raise UsageError(
-                f"{where} has text as its {what} where token ids are wanted: give column {column} of score.responses"
-                " lists, or set model.tokenizer"
-            )
+            why = f"{where} has text as its {what} where token ids are wanted"
+            raise UsageError(f"{why}: give column {column} of score.responses lists, or set model.tokenizer")
         return self.tokenizer
 
 
 def _render(messages: Messages, tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
-        raise UsageError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's: set"
-            " data.chat_template=false to send the prompts as they are, or model.name to a chat model"
-        )
+        why = f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's"
+        fix = "set data.chat_template=false to send the prompts as they are, or model.name to a chat model"
+        raise UsageError(f"{why}: {fix}")
     from jinja2 import TemplateError
 
     try:

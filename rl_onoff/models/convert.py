@@ -68,10 +68,8 @@ def convert(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
         saved = transformers.AutoTokenizer.from_pretrained(folder)
     if saved(PROBE).input_ids != tokenizer(PROBE).input_ids:
-        raise UsageError(
-            f"transformers gives other token ids than the metadata of {file} asks for ({type(saved).__name__} of"
-            f" {config.model_type}): set model.name to the folder or hub id that the file was made from"
-        )
+        why = f"transformers ({type(saved).__name__} of {config.model_type}) gives other token ids than {file} asks for"
+        raise UsageError(f"{why}: set model.name to the folder or hub id that the file was made from")
 
 
 def _said(reader: Any, key: str, default: Any = None) -> Any:
@@ -122,10 +120,8 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
     elif pre in (None, "default"):
         log.warning("the GGUF file names no pre-tokeniser, so GPT-2's is taken: token ids may differ")
     elif isinstance(backend.pre_tokenizer, ByteLevel):  # what transformers leaves there for a name it does not know
-        raise UsageError(
-            f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff, so its token ids would"
-            " be others: set model.name to the folder or hub id that the file was made from"
-        )
+        why = f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff"
+        raise UsageError(f"{why}: set model.name to the folder or hub id that the file was made from")
     backend.model.ignore_merges = pre in WHOLE_WORDS
 
 

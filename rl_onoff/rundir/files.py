@@ -21,10 +21,8 @@ GROUP_ROWS = 32  # of a shard that are compressed, and read, together
 def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
     if error.errno in FULL_DISK:
-        return OnOffError(
-            f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same"
-            " run_dir, nothing written is lost; or set run_dir to a folder on another disk"
-        )
+        fix = "free some space and go on with the same run_dir, nothing written is lost; or set run_dir to another disk"
+        return OnOffError(f"the disk that holds {path} is full ({os.strerror(error.errno)}): {fix}")
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
 
@@ -108,9 +106,8 @@ def read_shard(
                         yield dict(zip(part.column_names, map(_value, cells), strict=True))
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
         cause = " ".join(str(error).split()).rstrip(".")
-        raise OnOffError(
-            f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again"
-        ) from error
+        fix = "restore it, or delete it and what it held is made again"
+        raise OnOffError(f"{shard} cannot be read ({cause}): {fix}") from error
 
 
 def _arrow_type(kind: str) -> Any:

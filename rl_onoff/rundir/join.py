@@ -92,11 +92,9 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
             for name, scores in scored.items():
                 sampler = samplers[name] if kind is not LogprobKind.raw else None
                 if drawn_with and sampler and any(drawn_with[x] != getattr(sampler, x) for x in TRANSFORM):
-                    raise UsageError(
-                        f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than "
-                        "the one that drew the tokens: score them again in a folder of their own, with the sampling "
-                        "options of the run that sampled"
-                    )
+                    why = f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler"
+                    fix = "score the tokens again in a folder of their own, with the options of the run that sampled"
+                    raise UsageError(f"{why} than the one that drew the tokens: {fix}")
                 scored[name] = as_kind(scores, kind, sampler)
         yield Joined(rollout=rollout, prompt=row["prompt"] or "", behaviour=behaviour, targets=scored)
 

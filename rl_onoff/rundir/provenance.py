@@ -99,10 +99,8 @@ def check_tokenizers(behaviour: Mapping[str, Any], target: Mapping[str, Any], na
     differ = [i for i in ours if theirs.get(i, ours[i]) != ours[i]]
     if len(differ) > (1 - SAME_TOKENIZER) * len(ours.keys() & theirs):
         i = differ[0]
-        raise UsageError(
-            f"{name} and the behaviour have different tokenizers (id {i} is {theirs[i]!r} there and {ours[i]!r} here): "
-            "compare models that share a tokenizer, or set target.tokenizer"
-        )
+        why = f"{name} and the behaviour have different tokenizers (id {i} is {theirs[i]!r} there and {ours[i]!r} here)"
+        raise UsageError(f"{why}: compare models that share a tokenizer, or set target.tokenizer")
 
 
 def texts_of(

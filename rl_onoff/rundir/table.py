@@ -54,10 +54,8 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             return FileLock(self.path / LOCK).acquire(timeout=0)
         except Timeout as error:
-            raise UsageError(
-                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a"
-                " sweep) to another folder"
-            ) from error
+            fix = "wait until it is done, or set run_dir (sweep_dir of a sweep) to another folder"
+            raise UsageError(f"another process is writing to {self.path}: {fix}") from error
         except OSError as error:
             raise disk_error(error, self.path) from error
 
@@ -110,10 +108,8 @@ class Table:
         """
         config, before = json.loads(json.dumps(masked(config))), self.record().get("config")
         if before is not None and self.exists() and (found := (changes or differences)(before, config)):
-            raise UsageError(
-                f"{self.path} holds rows of another config ({'; '.join(found)}): undo the change, or set run_dir to a"
-                " new folder"
-            )
+            why = f"{self.path} holds rows of another config ({'; '.join(found)})"
+            raise UsageError(f"{why}: undo the change, or set run_dir to a new folder")
         self.describe(config=config)
 
     def describe(self, **facts: Any) -> None:
@@ -131,8 +127,8 @@ class Writer:
     def __init__(self, table: Table, max_rows: int, max_seconds: float, max_bytes: int):
         self.table, self.max_rows, self.max_seconds, self.max_bytes = table, max_rows, max_seconds, max_bytes
         self._rows: list[Row] = []
-        self._bytes = 0  # of their arrays
-        self._shard: Path | None = None  # where the rows held go
+        self._bytes = 0  # of the rows' arrays
+        self._number = max((int(shard.stem[5:]) for shard in table.shards()), default=-1) + 1  # of the next shard
         self._since = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -154,15 +150,11 @@ class Writer:
 
     def flush(self) -> None:
         """Put what is held into a shard of its own."""
-        if not self._rows:
-            return
-        if self._shard is None:
-            shards = self.table.shards()
-            number = int(shards[-1].stem.removeprefix("part-")) + 1 if shards else 0
-            self._shard = self.table.path / f"part-{number:06d}.parquet"
-        if not self._shard.exists():  # it does when a Ctrl-C came between the rename and the lines below
-            write_shard(self._shard, self._rows, self.table.columns)
-        self._rows, self._bytes, self._shard = [], 0, None
+        if self._rows:
+            shard = self.table.path / f"part-{self._number:06d}.parquet"
+            if not shard.exists():  # it does when a Ctrl-C came between the rename and the line below
+                write_shard(shard, self._rows, self.table.columns)
+            self._rows, self._bytes, self._number = [], 0, self._number + 1
 
 
 def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -> list[str]:
