@@ -2,7 +2,6 @@
 
 A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and
 the run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
-
 Names are `group/name`, which W&B's dashboard turns into sections. `progress/…` has `progress/responses` as its x.
 """
 
@@ -107,10 +106,9 @@ class WandbTracker(Tracker):
     def where(self) -> str:
         if self._run is None or self._run.disabled:
             return ""
-        if self._run.offline:
-            folder = self._run.settings.sync_dir
-            return f"{folder} (offline; upload it with: wandb sync {folder})"
-        return self._run.url or ""
+        folder = self._run.settings.sync_dir
+        offline = f"{folder} (offline; upload it with: wandb sync {folder})"
+        return offline if self._run.offline else self._run.url or ""
 
     def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
         # wandb-core otherwise sends its own usage metrics to the server at exit: 10 s more where a firewall drops them.

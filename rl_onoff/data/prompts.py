@@ -1,7 +1,6 @@
 """Data files -> rows: prompt, id, reference answer and groups, checked, before any tokenizer or model is loaded.
 
-Every way a file can be wrong ends here as one sentence with the line or the row and the override that fixes it, so that
-a wrong file costs a second and not a model's load.
+What is wrong in a row is one sentence with the row and the override that fixes it: it costs a second, no model's load.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Data files -> records, whatever their layout: JSONL, CSV, Parquet, a Hugging Face dataset.
 
-Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the
-row (Parquet, datasets: counted from 1) and the override that fixes it.
+What is wrong in a file is one sentence with the line (JSONL, CSV) or the row (Parquet, datasets), counted from 1.
 """
 
 from __future__ import annotations
@@ -85,10 +84,8 @@ def _format(path: str, file: Path, key: str) -> Format:
     raise UsageError(f"{why}: set {key} to an existing file or to a Hugging Face datasets id")
 
 
-# A reader gives every line or row with its number; None stands for one that holds no record.
-
-
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    """Every line with its number, as every reader gives it; None stands for one that holds no record."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")) if line.strip() else {}

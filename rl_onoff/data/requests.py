@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,18 +31,13 @@ class EncodedPrompt:
 
 def encode_rows(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[EncodedPrompt]:
     """The prompts of rows that `load_rows` has checked already."""
-    options = {"chat_template": data.chat_template, "system": data.system}
-    return [
-        replace(encode_prompt(row.prompt, tokenizer, where=row.where, **options), id=row.id, meta=row.meta)
-        for row in rows
-    ]
+    encode = partial(encode_prompt, tokenizer=tokenizer, chat_template=data.chat_template, system=data.system)
+    return [replace(encode(row.prompt, where=row.where), id=row.id, meta=row.meta) for row in rows]
 
 
 def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
-    """Refuse a prompt that leaves no room for one token in a context of `max_len`.
-
-    A response with room for fewer than max_new_tokens ends when the context is full.
-    """
+    """Refuse a prompt that leaves no room for one token in a context of `max_len`; a response that has room for fewer
+    than max_new_tokens ends when the context is full."""
     for request in requests:
         if len(request.prompt_ids) >= max_len:
             why = f"the prompt of row {request.request_id!r} has {len(request.prompt_ids)} tokens"
@@ -52,14 +48,11 @@ def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
 def encode_prompt(
     prompt: Prompt, tokenizer: Any, *, chat_template: bool, system: str | None = None, where: str = "the prompt"
 ) -> EncodedPrompt:
-    """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one.
-
-    A prompt of token ids is taken as it is.
-    """
+    """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one; token
+    ids are taken as they are."""
     if is_ids(prompt):
         return EncodedPrompt(ids=np.asarray(prompt, np.int32), text=tokenizer.decode(prompt))
-    assert isinstance(prompt, str) or is_chat(prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = list(prompt) if is_chat(prompt) else [{"role": "user", "content": str(prompt)}]
     if chat_template:
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})

@@ -1,9 +1,8 @@
 """A GGUF file -> a folder with the same weights and the tokenizer its metadata describes, which every engine loads.
 
-transformers reads the vocabulary and merges of a GGUF file, but leaves out much of what the metadata says beside them:
-whether BOS and EOS are added, the space before a text, more than one id that ends a response. A model then gets token
-ids it was never trained on, on every engine alike, so what the metadata says is set here, with llama.cpp's defaults
-where it says nothing.
+transformers leaves out much of what the metadata says beside vocabulary and merges: whether BOS and EOS are added, the
+space before a text, more than one id that ends a response. A model then gets token ids it was never trained on, on all
+engines alike, so what the metadata says is set here, with llama.cpp's defaults where it says nothing.
 """
 
 from __future__ import annotations
@@ -126,11 +125,9 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
 
 
 def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
-    """The tokenizer with the file's tokens alone, each as the file spells it.
-
-    transformers 5.19 adds a class's usual special tokens beyond the model's vocabulary where the file has none of that
-    name, and spells a control token outside of the byte alphabet, as <｜User｜>, in bytes, so that no text gives it.
-    """
+    """The tokenizer with the file's tokens alone, each as the file spells it. transformers 5.19 adds a class's usual
+    special tokens beyond the model's vocabulary where the file has none of that name, and spells a control token not in
+    the byte alphabet, as <｜User｜>, in bytes, so that no text gives it."""
     from tokenizers import AddedToken, Tokenizer
 
     state = json.loads(backend.to_str())
@@ -161,10 +158,9 @@ def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
     if config.model_type == "llama" and ROPE in in_file:
         _set_rope(config, in_file.pop(ROPE).data)
     # Unless told, transformers keeps the weights packed where it can, and refuses to save a packed model.
-    options = {**source, "config": config, "dtype": dtype, "output_loading_info": True}
-    unpacked = transformers.GgufConfig(dequantize=True)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(**options, quantization_config=unpacked)
-    model, found = loaded
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True), "output_loading_info": True}
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, found = load(**source, **unpacked, config=config, dtype=dtype)
     if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
         raise ValueError(f"it lacks {', '.join(missing[:3])}")
     if config.model_type == "llama":  # transformers leaves out what it has no place for

@@ -57,8 +57,7 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
         why = f"model.name={model_name} has no generation_config.json: set model.sampling_defaults=false"
         raise UsageError(why) from error
     for name, nothing in PENALTIES.items():
-        value = getattr(found, name, None)
-        if value not in (None, nothing):
+        if (value := getattr(found, name, None)) not in (None, nothing):
             why = f"the model's generation_config.json asks for {name}={value}, which no sampler here does"
             raise UsageError(f"{why}: set model.sampling_defaults=false")
     values = {name: value for name in TAKEN if (value := getattr(found, name, None)) is not None}
@@ -66,10 +65,8 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
 
 
 def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
-    """Names of the tensors in which two local safetensors models differ, each given as (name, revision); loads
-    no model; empty where that cannot be told (a hub id, other shapes). Bytes are compared: a NaN equals itself, -0 is
-    not 0.
-    """
+    """Names of the tensors in which two local safetensors models differ, each given as (name, revision); no model is
+    loaded; empty where that cannot be told (a hub id, other shapes). Bytes are compared: a NaN equals itself, -0 is not 0."""
     import torch
     from safetensors import SafetensorError, safe_open
 

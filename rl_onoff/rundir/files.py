@@ -1,5 +1,4 @@
-"""Files that are there whole or not at all: small texts, and Parquet shards, whose rows hold numbers, texts and arrays
-of one or two axes. One sentence for what a disk can do wrong."""
+"""Files that are there whole or not at all: texts, and Parquet shards of numbers, texts and arrays of 1 or 2 axes."""
 
 from __future__ import annotations
 
@@ -87,10 +86,7 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
 def read_shard(
     shard: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, or those with these numbers, from 0; only the row groups they lie in are read, one by one.
-
-    Arrays come back as numpy arrays, of (T, K) where they have two axes.
-    """
+    """The rows of a shard, or those with these numbers, from 0; only the row groups they are in are read, one by one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -117,7 +113,7 @@ def _arrow_type(kind: str) -> Any:
 
 
 def _value(cell: Any) -> Any:
-    """An Arrow cell as a Python value: a number, a text or a numpy array; None where it is null."""
+    """An Arrow cell as a number, a text or a numpy array, of (T, K) for lists of lists; None where it is null."""
     import numpy as np
     import pyarrow as pa
 

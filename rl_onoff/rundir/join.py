@@ -1,7 +1,4 @@
-"""What was sampled beside what was scored, joined on disk by (request id, sample), for the metrics and for the page.
-
-Scores are large (top tokens, full logits): a block is read at a time, so that memory does not grow with the run.
-"""
+"""What was sampled beside what was scored, joined on disk by (request id, sample), for the metrics and for the page."""
 
 from __future__ import annotations
 
@@ -27,8 +24,8 @@ TRANSFORM = ("temperature", "top_p", "top_k", "min_p")
 def beside(rows: Iterable[Row], tables: Mapping[str, Table]) -> Iterator[tuple[Row, dict[str, TokenScores | None]]]:
     """Each of these rows, with the scores of the same key in every table; None where a table has none.
 
-    Engines finish in an order of their own (shortest first, whichever replica is fastest): neighbours in one table may
-    lie in any shard of another, so scores are looked up for a block of keys at a time.
+    Scores are large (top tokens, full logits), so a block of keys is looked up at a time, and neighbours in one table
+    may lie in any shard of another, since engines finish in an order of their own (shortest first, fastest replica).
     """
     import pyarrow.parquet as pq
 

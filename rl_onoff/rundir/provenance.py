@@ -27,11 +27,9 @@ SAME_TOKENIZER = 0.9  # of the landmarks both know: a special token that was ren
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """In what the config of a record and a later one differ.
-
-    An option that a record does not name is younger than the record and counts as its default. So does the content of a
-    file that an older version did not keep; `take_in` compares the rows themselves.
-    """
+    """In what the config of a record and a later one differ. An option that a record does not name is younger than the
+    record and counts as its default. So does the content of a file that an older version did not keep; `take_in`
+    compares the rows themselves."""
     before, after = ({**c, "backend": _settled(c["backend"])} if c.get("backend") else c for c in (before, after))
     schema, sampling = _schema(after.get("backend", {}).get("_target_")), asdict(Sampling())
     defaults = {
@@ -61,8 +59,7 @@ def _schema(target: Any) -> type[EngineConfig] | None:
 
 def engine_of(record: Mapping[str, Any], known: Iterable[EngineConfig]) -> EngineConfig | None:
     """The engine whose rows a record stands beside: one of `known` that computes the same, since it also says where it
-    runs; else one made from the record. None when no engine of ours made the rows.
-    """
+    runs; else one made from the record. None when no engine of ours made the rows."""
     computed = record.get("config", {}).get("backend")
     if computed is None:
         return None

@@ -102,10 +102,8 @@ class Table:
         return read_json(self.path / RECORD) or {}
 
     def claim(self, config: Mapping[str, Any], changes: Changes | None = None) -> None:
-        """Say what the rows depend on; raises UsageError when rows are there that another config made.
-
-        `changes` (`differences`, if not given) says in what a record's config and this one differ.
-        """
+        """Say what the rows depend on; UsageError when rows are there that another config made, in which `changes` (or
+        else `differences`) finds a difference."""
         config, before = json.loads(json.dumps(masked(config))), self.record().get("config")
         if before is not None and self.exists() and (found := (changes or differences)(before, config)):
             why = f"{self.path} holds rows of another config ({'; '.join(found)})"
@@ -158,10 +156,8 @@ class Writer:
 
 
 def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -> list[str]:
-    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`.
-
-    A key that one of them lacks counts as its value in `defaults`, which is nested likewise, or else as null.
-    """
+    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`. A key that one of them lacks counts as its value
+    in `defaults`, which is nested likewise, or else as null."""
     if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
         return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
     found = []
