@@ -16,7 +16,7 @@ from functools import wraps
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ MAX_NAME = 128  # most characters W&B takes as a run's name
 START_TIMEOUT_S = 15.0
 FINISH_TIMEOUT_S = 60.0  # longest wait for the last uploads; what is left stays on disk for `wandb sync`
 ARTIFACT_TIMEOUT_S = 1800.0  # and with the run folder among them
-WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # other names of WANDB_MODE's values
 
 
 class Tracker:
@@ -196,14 +196,11 @@ class WandbTracker(Tracker):
             self._end_service()
             raise
 
-    def _mode(self) -> Literal["online", "offline", "disabled"]:
+    def _mode(self) -> Any:
         """The mode to start in; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
         wanted, given = self.config.mode.value, os.environ.get("WANDB_MODE")
         if wanted == "auto" and given:
-            if given not in WANDB_MODES:
-                known = ", ".join(WANDB_MODES)
-                raise UsageError(f"WANDB_MODE is {given!r} but must be one of {known}: set tracking.mode=offline")
-            wanted = WANDB_MODES[given]
+            wanted = OLD_MODES.get(given, given)
         logged_in, problem = False, ""
         if wanted in ("auto", "online"):
             # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
@@ -221,7 +218,7 @@ class WandbTracker(Tracker):
             raise UsageError(f"{why}, or set tracking.mode=offline")
         if problem:
             log.warning("W&B: offline, because there is a login but it does not work now: %s", problem)
-        return "disabled" if wanted == "disabled" else "offline"
+        return "offline" if wanted == "auto" else wanted
 
     def _end_service(self) -> None:
         """End wandb-core by force: one that is told to end while it still answers a request loses that message (0.31),

@@ -32,8 +32,6 @@ CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a te
 ROPE = "rope_freqs.weight"
 PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
 
-UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError)
-
 
 def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's weights, tokenizer and configs as a folder that transformers, vLLM and SGLang all load."""
@@ -51,7 +49,7 @@ def convert(file: Path, folder: Path) -> None:
             model = _model(reader, config, source)
         except UsageError:
             raise
-        except UNREADABLE as error:
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError) as error:
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(f"the GGUF file {file} cannot be read ({cause}): set model.name to another") from error
         tokenizer.model_max_length = config.max_position_embeddings

@@ -65,8 +65,8 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
 
 
 def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
-    """Names of the tensors in which two local safetensors models differ, each given as (name, revision); no model is
-    loaded; empty where that cannot be told (a hub id, other shapes). Bytes are compared: a NaN equals itself, -0 is not 0."""
+    """Names of the tensors in which two local safetensors models differ, each given as (name, revision), without
+    loading a model; empty where it cannot be told (a hub id, other shapes). Bytes are compared: NaN is NaN, -0 not 0."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -86,7 +86,7 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
 def read_shard(
     shard: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a shard, or those with these numbers, from 0; only the row groups they are in are read, one by one."""
+    """Rows of a shard, all or those with these numbers, from 0; only the row groups they are in are read, one by one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -16,7 +16,7 @@ from rl_onoff.rundir.files import read_shard
 from rl_onoff.rundir.table import Key, Row, RunDir, Table, rollout_of, scores_of
 from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores
 
-BLOCK_BYTES = 256 << 20  # of scores that are held at a time
+BLOCK_BYTES = 256 << 20  # of scores, as on the disk, that are held at a time
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
 TRANSFORM = ("temperature", "top_p", "top_k", "min_p")
 
@@ -27,18 +27,13 @@ def beside(rows: Iterable[Row], tables: Mapping[str, Table]) -> Iterator[tuple[R
     Scores are large (top tokens, full logits), so a block of keys is looked up at a time, and neighbours in one table
     may lie in any shard of another, since engines finish in an order of their own (shortest first, fastest replica).
     """
-    import pyarrow.parquet as pq
-
     places: dict[str, dict[Key, tuple[Path, int]]] = {name: {} for name in tables}
-    row_bytes = 1.0  # of one key's rows in all tables, before compression
+    row_bytes = 1.0  # of one key's rows in all tables
     for name, table in tables.items():
-        num_bytes = 0
         for shard in table.shards():
             for number, row in enumerate(read_shard(shard, ["request_id", "sample"])):
                 places[name][row["request_id"], row["sample"]] = shard, number
-            footer = pq.read_metadata(shard)
-            num_bytes += sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-        row_bytes += num_bytes / max(len(places[name]), 1)
+        row_bytes += sum(shard.stat().st_size for shard in table.shards()) / max(len(places[name]), 1)
     rows, size = iter(rows), max(1, int(BLOCK_BYTES / row_bytes))
     while block := list(islice(rows, size)):
         keys = [(row["request_id"], row["sample"]) for row in block]
