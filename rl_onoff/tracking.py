@@ -21,15 +21,13 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.config import TrackingConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, one_line
 from rl_onoff.redaction import masked
 
 log = logging.getLogger(__name__)
 
 STEP = "progress/responses"  # what progress is plotted against: responses finished in the running stage
 MAX_HTML_BYTES = 25_000_000
-MAX_NAME = 128  # most characters W&B takes as a run's name
-START_TIMEOUT_S = 15.0
 FINISH_TIMEOUT_S = 60.0  # longest wait for the last uploads; what is left stays on disk for `wandb sync`
 ARTIFACT_TIMEOUT_S = 1800.0  # and with the run folder among them
 OLD_MODES = {"run": "online", "dryrun": "offline"}  # other names of WANDB_MODE's values
@@ -127,7 +125,9 @@ class WandbTracker(Tracker):
                 **run,
                 group=self.config.group or group,
                 job_type=job_type,
-                name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # all its overrides, for a sweep's job
+                name=(self.config.name or self._run_dir.name)[
+                    :128
+                ],  # a sweep's job has all its overrides; W&B takes 128
                 tags=list(self.config.tags),
                 config=masked(config),
                 dir=str(self._run_dir),
@@ -136,7 +136,7 @@ class WandbTracker(Tracker):
                 reinit="create_new",  # the jobs of a sweep share a process
                 settings=wandb.Settings(
                     **settings,
-                    init_timeout=START_TIMEOUT_S,
+                    init_timeout=15.0,
                     console="off",  # wandb's capture breaks progress bars; run.log has the lines
                     allow_offline_artifacts=False,  # finds an offline table relative to the run: the folder may move
                 ),
@@ -146,7 +146,7 @@ class WandbTracker(Tracker):
         except UsageError:
             raise
         except Exception as error:  # wandb's, pydantic's, its service's: whichever it is, no run begins untracked
-            why = f"W&B did not start ({_one_line(error)})"
+            why = f"W&B did not start ({one_line(error)})"
             raise UsageError(f"{why}: fix it, or set tracking.mode=offline or tracking=none") from error
 
     @_warns
@@ -208,7 +208,7 @@ class WandbTracker(Tracker):
             try:
                 logged_in = self._wandb.login(prompt=False, verify=True)
             except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
-                problem = _one_line(error)
+                problem = one_line(error)
                 self._end_service()
         self._setup(silent=False)
         if logged_in:
@@ -257,10 +257,6 @@ def _run_id(run_dir: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(name + "\n")
     return name
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:

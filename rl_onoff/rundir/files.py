@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import OnOffError
+from rl_onoff.errors import OnOffError, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GROUP_ROWS = 32  # of a shard that are compressed, and read, together
@@ -86,7 +86,7 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
 def read_shard(
     shard: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a shard, all or those with these numbers, from 0; only the row groups they are in are read, one by one."""
+    """Rows of a shard, or those with these numbers, from 0; only the row groups they are in are read, each alone."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,9 +101,8 @@ def read_shard(
                     for cells in zip(*part.columns, strict=True):
                         yield dict(zip(part.column_names, map(_value, cells), strict=True))
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
-        cause = " ".join(str(error).split()).rstrip(".")
         fix = "restore it, or delete it and what it held is made again"
-        raise OnOffError(f"{shard} cannot be read ({cause}): {fix}") from error
+        raise OnOffError(f"{shard} cannot be read ({one_line(error)}): {fix}") from error
 
 
 def _arrow_type(kind: str) -> Any:

@@ -212,6 +212,6 @@ def scores_of(row: Row) -> TokenScores:
     from rl_onoff.types import ARRAYS, LogprobKind, TokenScores
 
     arrays: dict[str, Any] = {name: row.get(name.rpartition("_")[0]) for name in ARRAYS}
-    arrays = {name: None if a is None or (a.ndim == 2 and not a.shape[1]) else a for name, a in arrays.items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None and 0 not in array.shape[1:]}
     kind = LogprobKind(row.get("logprob_kind") or LogprobKind.raw)
     return TokenScores(request_id=row.get("request_id", ""), sample=row.get("sample", 0), kind=kind, **arrays)
