@@ -125,9 +125,7 @@ class WandbTracker(Tracker):
                 **run,
                 group=self.config.group or group,
                 job_type=job_type,
-                name=(self.config.name or self._run_dir.name)[
-                    :128
-                ],  # a sweep's job has all its overrides; W&B takes 128
+                name=(self.config.name or self._run_dir.name)[:128],  # W&B's limit, and a sweep's job has a long name
                 tags=list(self.config.tags),
                 config=masked(config),
                 dir=str(self._run_dir),

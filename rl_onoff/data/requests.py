@@ -104,14 +104,12 @@ class Texts:
 def _render(messages: Messages, tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
         why = f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's"
-        fix = "set data.chat_template=false to send the prompts as they are, or model.name to a chat model"
-        raise UsageError(f"{why}: {fix}")
+        raise UsageError(f"{why}: set data.chat_template=false to send plain prompts, or model.name to a chat model")
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        fix = "fix the conversation, or set data.chat_template=false"
-        fix = "set data.system=null" if messages[0]["role"] == "system" else fix
+        fix = "set data.system=null" if messages[0]["role"] == "system" else "fix it, or set data.chat_template=false"
         raise UsageError(f"the model's chat template refuses the roles {roles} of {where} ({error}): {fix}") from error

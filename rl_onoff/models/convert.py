@@ -93,15 +93,12 @@ def _tokenizer(reader: Any, backend: Any) -> Any:
     usual = {"bos": 1, "eos": 2, "unknown": 0, "padding": None}  # in a SentencePiece file
     said = {name: _said(reader, f"ggml.{name}_token_id", i if kind == "llama" else None) for name, i in usual.items()}
     names = {f"{name[:3]}_token": None if i is None else backend.id_to_token(i) for name, i in said.items()}
-    template, others = _said(reader, "chat_template"), _said(reader, "chat_templates", [])
-    if others:
-        template = {"default": template} | {name: _said(reader, f"chat_template.{name}") for name in others}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **names,
         add_bos_token=_said(reader, "ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
         add_eos_token=_said(reader, "ggml.add_eos_token", kind == "t5"),
-        chat_template=template,
+        chat_template=_said(reader, "chat_template"),
     )
 
 

@@ -13,8 +13,8 @@ from rl_onoff.compare import Pair, as_kind
 from rl_onoff.errors import UsageError
 from rl_onoff.rewards import FAILED
 from rl_onoff.rundir.files import read_shard
-from rl_onoff.rundir.table import Key, Row, RunDir, Table, rollout_of, scores_of
-from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores
+from rl_onoff.rundir.table import Row, RunDir, Table, rollout_of, scores_of
+from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores
 
 BLOCK_BYTES = 256 << 20  # of scores, as on the disk, that are held at a time
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group

@@ -21,6 +21,7 @@ from rl_onoff.types import LogprobKind, Sampling, Want
 
 log = logging.getLogger(__name__)
 
+Records = Collection[Mapping[str, Any]]
 ALIASES = {"torch_dtype": "dtype", "tensor_parallel_size": "tp_size"}  # second names that an engine's option had
 LANDMARK_GROWTH = 1.25  # ids 0, 1, 2, 3, 4, 5, 7, … : some fifty of any vocabulary
 SAME_TOKENIZER = 0.9  # of the landmarks both know: a special token that was renamed does not make another tokenizer
@@ -100,9 +101,7 @@ def check_tokenizers(behaviour: Mapping[str, Any], target: Mapping[str, Any], na
         raise UsageError(f"{why}: compare models that share a tokenizer, or set target.tokenizer")
 
 
-def texts_of(
-    records: Collection[Mapping[str, Any]], tokenizer: str | None, known: Collection[EngineConfig]
-) -> Callable[[int], str]:
+def texts_of(records: Records, tokenizer: str | None, known: Collection[EngineConfig]) -> Callable[[int], str]:
     """How the page writes a token out: by the tokenizer, special tokens too, else by the pieces of text beside the ids,
     else as its id."""
     if (loaded := texts_tokenizer(records, tokenizer, known)) is not None:
@@ -111,9 +110,7 @@ def texts_of(
     return lambda token_id: pieces.get(str(token_id), f"⟨{token_id}⟩")
 
 
-def texts_tokenizer(
-    records: Collection[Mapping[str, Any]], tokenizer: str | None, known: Collection[EngineConfig]
-) -> Any:
+def texts_tokenizer(records: Records, tokenizer: str | None, known: Collection[EngineConfig]) -> Any:
     """The tokenizer that is named, else that of the first engine that the records name; None where there is none."""
     if tokenizer is not None:
         return load_tokenizer(tokenizer)

@@ -23,7 +23,7 @@ from rl_onoff.redaction import masked
 from rl_onoff.rundir.files import disk_error, read_json, read_shard, write_shard, write_whole
 
 if TYPE_CHECKING:  # the command line imports this module, and answers at once since it imports no numpy
-    from rl_onoff.types import Rollout, TokenScores
+    from rl_onoff.types import Key, Rollout, TokenScores
 
 COMPLETIONS = {
     "request_id": "string", "sample": "int32", "prompt": "string", "prompt_ids": "list<int32>",
@@ -36,8 +36,6 @@ LOCK = ".lock"
 SHARD_BYTES = 64 << 20  # of arrays in a shard before compression: what a writer holds
 
 Row = dict[str, Any]
-Key = tuple[str, int]
-Changes = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]  # (config of the record, config now)
 
 
 class RunDir:
@@ -101,9 +99,9 @@ class Table:
         """What the rows depend on, and the engine that made them; empty for a table that has none."""
         return read_json(self.path / RECORD) or {}
 
-    def claim(self, config: Mapping[str, Any], changes: Changes | None = None) -> None:
-        """Say what the rows depend on; UsageError when rows are there that another config made, in which `changes` (or
-        else `differences`) finds a difference."""
+    def claim(self, config: Mapping[str, Any], changes: Callable[[Any, Any], list[str]] | None = None) -> None:
+        """Say what the rows depend on; UsageError when rows are there that another config made: one from which this one
+        has `changes` (from the record's config to this one; `differences`, if not given)."""
         config, before = json.loads(json.dumps(masked(config))), self.record().get("config")
         if before is not None and self.exists() and (found := (changes or differences)(before, config)):
             why = f"{self.path} holds rows of another config ({'; '.join(found)})"
@@ -112,8 +110,8 @@ class Table:
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the record, about the engine for instance."""
-        record = masked({**self.record(), **facts})
-        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        record = json.dumps(masked({**self.record(), **facts}), indent=2, ensure_ascii=False)
+        write_whole(self.path / RECORD, record + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0, max_bytes: int = SHARD_BYTES) -> Writer:
         return Writer(self, max_rows, max_seconds, max_bytes)
