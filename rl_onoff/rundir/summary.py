@@ -50,8 +50,7 @@ def _completions(table: Table, summary: Summary) -> None:
     values["generate/length_mean"] = float(np.mean(lengths))
     for reason in ("eos", "stop", "length") if reasons else ():
         values[f"generate/finish_{reason}"] = reasons[reason] / len(lengths)
-    if logprobs.count:
-        logprobs.tell("generate", summary)
+    logprobs.tell("generate", summary)
     if rewards:
         values |= {f"reward/{name}": value for name, value in summarise_rewards(rewards).items()}
     if failed:
@@ -94,9 +93,10 @@ class _Histogram:
 
     @property
     def mean(self) -> float:
-        return self._sum / self.count if self.count else float("nan")
+        return self._sum / self.count
 
     def tell(self, prefix: str, summary: Summary) -> None:
-        """Logprobs, as a summary has them."""
-        summary.values |= {f"{prefix}/logprob_mean": self.mean, f"{prefix}/perplexity": float(np.exp(-self.mean))}
-        summary.histograms[f"{prefix}/logprob"] = self.counts, self.edges
+        """Logprobs, as a summary has them; nothing where there are none."""
+        if self.count:
+            summary.values |= {f"{prefix}/logprob_mean": self.mean, f"{prefix}/perplexity": float(np.exp(-self.mean))}
+            summary.histograms[f"{prefix}/logprob"] = self.counts, self.edges

@@ -89,7 +89,7 @@ class Table:
         return bool(self.shards())
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
-        """All rows, a few in memory at a time."""
+        """All rows, a shard of them in memory at a time."""
         return chain.from_iterable(read_shard(shard, columns) for shard in self.shards())
 
     def keys(self) -> set[Key]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.models import resolve as models
+from rl_onoff.models import convert as models
 from rl_onoff.models.resolve import resolve
 from tests.models.gguf_files import write_gguf
 
