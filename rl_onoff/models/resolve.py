@@ -184,8 +184,7 @@ def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> l
     import torch
     from safetensors import SafetensorError, safe_open
 
-    def opened(name: str, revision: str | None) -> dict[str, Any]:
-        """Tensor name -> the open file that holds it."""
+    def file_of_tensors(name: str, revision: str | None) -> dict[str, Any]:
         folder = Path(resolve(name, revision=revision).path)
         found = [files.enter_context(safe_open(file, "pt")) for file in sorted(folder.glob("*.safetensors"))]
         return {name: file for file in found for name in file.keys()}  # noqa: SIM118
@@ -193,7 +192,7 @@ def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> l
     different = []
     try:
         with ExitStack() as files:
-            ours, theirs = opened(*a), opened(*b)
+            ours, theirs = file_of_tensors(*a), file_of_tensors(*b)
             for name in sorted({*ours, *theirs}):
                 one, other = ours[name].get_tensor(name), theirs[name].get_tensor(name)
                 if (one.dtype, one.shape) != (other.dtype, other.shape):

@@ -19,7 +19,7 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
     if error.errno in FULL_DISK:
-        fix = "free some space and go on with the same run_dir, nothing written is lost; or set run_dir to another disk"
+        fix = "free space and go on with the same run_dir, nothing written is lost; or set a run_dir on another disk"
         return OnOffError(f"the disk that holds {path} is full ({os.strerror(error.errno)}): {fix}")
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
