@@ -47,6 +47,11 @@ class MissingDependencyError(OnOffError, ImportError):
     exit_code = 2
 
 
+def one_line(error: BaseException) -> str:
+    """What an exception says, as a part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def at_least(least: float, name: str, value: float | None, example: object) -> None:
     """UsageError when the option of this name is set to a number below `least`, or to no number."""
     if value is not None and not value >= least:

@@ -23,7 +23,7 @@ from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows
 from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
-from rl_onoff.models.facts import model_sampling
+from rl_onoff.models.resolve import model_sampling
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare import check_policies, compare_run, gap_of, run_matrix, verdict_of, write_page
 from rl_onoff.pipeline.compare_inputs import open_sources

@@ -2,7 +2,6 @@
 
 A configured tracker must start, or the run stops before it costs anything; once it runs, its failures are warnings and
 the run goes on, since the rows on disk are worth more than their pictures. wandb is imported in `start`, never before.
-
 Names are `group/name`, which W&B's dashboard turns into sections. `progress/…` has `progress/responses` as its x.
 """
 
@@ -11,36 +10,27 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import Any
 
-from rl_onoff.config import TrackingConfig, TrackingMode
-from rl_onoff.errors import UsageError
+import numpy as np
+
+from rl_onoff.config import TrackingConfig
+from rl_onoff.errors import UsageError, one_line
 from rl_onoff.redaction import masked
-
-if TYPE_CHECKING:
-    import numpy as np
 
 log = logging.getLogger(__name__)
 
-STEP = "progress/responses"
-"""What progress is plotted against: responses finished in the running stage."""
+STEP = "progress/responses"  # what progress is plotted against: responses finished in the running stage
 MAX_HTML_BYTES = 25_000_000
-MAX_NAME = 128
-"""Most characters W&B takes as a run's name."""
-START_TIMEOUT_S = 15.0
-FINISH_TIMEOUT_S = 60.0
-ARTIFACT_TIMEOUT_S = 1800.0
-"""Longest wait for the last uploads, without and with the run folder; what is left stays on disk for `wandb sync`."""
-
-WANDB_MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-
-Method = TypeVar("Method", bound=Callable[..., None])
+FINISH_TIMEOUT_S = 60.0  # longest wait for the last uploads; what is left stays on disk for `wandb sync`
+ARTIFACT_TIMEOUT_S = 1800.0  # and with the run folder among them
+OLD_MODES = {"run": "online", "dryrun": "offline"}  # other names of WANDB_MODE's values
 
 
 class Tracker:
@@ -83,7 +73,7 @@ class NoTracker(Tracker):
     """Tracking that is off: every call is accepted and does nothing, so no caller asks whether tracking is on."""
 
 
-def _warns(method: Method) -> Method:
+def _warns(method: Callable[..., None]) -> Any:
     """Turn a call's failure into one warning per kind of call; before `start`, the call does nothing."""
 
     @wraps(method)
@@ -94,30 +84,27 @@ def _warns(method: Method) -> Method:
             method(self, *args, **named)
         except Exception as error:  # wandb's own, its service's, protobuf's, a socket's: none may end the run
             if method.__name__ not in self._warned:
-                self._warned.add(method.__name__)
+                self._warned |= {method.__name__}
                 log.warning("W&B: %s failed, the run goes on without it (said once): %s", method.__name__, error)
 
-    return cast(Method, call)
+    return call
 
 
 class WandbTracker(Tracker):
     """A W&B run whose files lie in the run folder; going on in the same folder goes on with the same W&B run."""
 
-    def __init__(self, config: TrackingConfig) -> None:
-        super().__init__(config)
-        self._wandb: Any = None
-        self._run: Any = None
-        self._run_dir = Path()
-        self._warned: set[str] = set()
+    _wandb: Any = None
+    _run: Any = None
+    _run_dir = Path()
+    _warned: frozenset[str] = frozenset()
 
     @property
     def where(self) -> str:
         if self._run is None or self._run.disabled:
             return ""
-        if self._run.offline:
-            folder = self._run.settings.sync_dir
-            return f"{folder} (offline; upload it with: wandb sync {folder})"
-        return self._run.url or ""
+        folder = self._run.settings.sync_dir
+        offline = f"{folder} (offline; upload it with: wandb sync {folder})"
+        return offline if self._run.offline else self._run.url or ""
 
     def start(self, *, config: Mapping[str, Any], run_dir: Path, group: str | None, job_type: str) -> None:
         # wandb-core otherwise sends its own usage metrics to the server at exit: 10 s more where a firewall drops them.
@@ -125,32 +112,29 @@ class WandbTracker(Tracker):
         import wandb
 
         self._wandb, self._run_dir = wandb, run_dir.resolve()
-        # An agent of `wandb sweep` says by the environment which run of which project it is.
-        of_agent = "WANDB_SWEEP_ID" in os.environ
         try:
-            mode, run_id = self._mode(), _run_id(run_dir, of_agent)
+            mode = self._mode()
+            run: dict[str, Any] = {"id": _run_id(run_dir), "project": self.config.project, "entity": self.config.entity}
+            if "WANDB_SWEEP_ID" in os.environ:  # an agent of `wandb sweep` says there which run of which project it is
+                run = {}
+            settings: dict[str, Any] = {"quiet": True, "disable_git": True, "disable_code": True, "save_code": False}
+            settings["finish_timeout"] = ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S
             self._run = wandb.init(
-                project=None if of_agent else self.config.project,
-                entity=None if of_agent else self.config.entity,
+                **run,
                 group=self.config.group or group,
                 job_type=job_type,
-                name=(self.config.name or self._run_dir.name)[:MAX_NAME],  # all its overrides, for a sweep's job
+                name=(self.config.name or self._run_dir.name)[:128],  # W&B's limit, and a sweep's job has a long name
                 tags=list(self.config.tags),
                 config=masked(config),
                 dir=str(self._run_dir),
-                id=None if of_agent else run_id,
                 resume="allow",
                 mode=mode,
                 reinit="create_new",  # the jobs of a sweep share a process
                 settings=wandb.Settings(
+                    **settings,
+                    init_timeout=15.0,
                     console="off",  # wandb's capture breaks progress bars; run.log has the lines
-                    quiet=True,
-                    disable_git=True,
-                    disable_code=True,
-                    save_code=False,
                     allow_offline_artifacts=False,  # finds an offline table relative to the run: the folder may move
-                    init_timeout=START_TIMEOUT_S,
-                    finish_timeout=ARTIFACT_TIMEOUT_S if self.config.artifact else FINISH_TIMEOUT_S,
                 ),
             )
             self._run.define_metric(STEP, hidden=True, summary="max")
@@ -158,7 +142,7 @@ class WandbTracker(Tracker):
         except UsageError:
             raise
         except Exception as error:  # wandb's, pydantic's, its service's: whichever it is, no run begins untracked
-            why = f"W&B did not start ({_one_line(error)})"
+            why = f"W&B did not start ({one_line(error)})"
             raise UsageError(f"{why}: fix it, or set tracking.mode=offline or tracking=none") from error
 
     @_warns
@@ -178,8 +162,7 @@ class WandbTracker(Tracker):
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], total: int) -> None:
         shown = _even_columns(list(islice(rows, self.config.table_rows)))
         table = self._wandb.Table(columns=list(columns), data=shown)
-        with self._staging_in_run_dir():
-            self._run.log({name: table, f"{name}_shown": len(shown), f"{name}_total": total})
+        self._staged(self._run.log, {name: table, f"{name}_shown": len(shown), f"{name}_total": total})
 
     @_warns
     def html(self, name: str, path: Path) -> None:
@@ -198,8 +181,7 @@ class WandbTracker(Tracker):
             # run.log still grows, and a file that changes before it is uploaded spoils the artifact
             if path.is_file() and name.parts[0] != "wandb" and name.name != "run.log":
                 artifact.add_file(str(path), name.as_posix(), policy="immutable", skip_cache=True)  # without a copy
-        with self._staging_in_run_dir():
-            self._run.log_artifact(artifact)
+        self._staged(self._run.log_artifact, artifact)
 
     @_warns
     def close(self, failed: bool) -> None:
@@ -210,34 +192,29 @@ class WandbTracker(Tracker):
             self._end_service()
             raise
 
-    def _mode(self) -> Literal["online", "offline", "disabled"]:
+    def _mode(self) -> Any:
         """The mode to start in; never asks, and waits at most 10 s (WANDB_HTTP_TIMEOUT) for the server."""
-        wanted: str = self.config.mode.value
-        if self.config.mode is TrackingMode.auto and (given := os.environ.get("WANDB_MODE")):
-            if given not in WANDB_MODES:
-                known = ", ".join(WANDB_MODES)
-                raise UsageError(f"WANDB_MODE is {given!r} but must be one of {known}: set tracking.mode=offline")
-            wanted = WANDB_MODES[given]
-        if wanted == "offline" or wanted == "disabled":
-            self._setup(silent=False)
-            return wanted
-
-        # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
-        self._setup(silent=True)  # or login asks the server who we are, to greet us
-        problem = "not logged in"
-        try:
-            if self._wandb.login(prompt=False, verify=True):
-                return "online"
-        except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
-            problem = _one_line(error)
-            self._end_service()
-        finally:
-            self._setup(silent=False)
+        wanted, given = self.config.mode.value, os.environ.get("WANDB_MODE")
+        if wanted == "auto" and given:
+            wanted = OLD_MODES.get(given, given)
+        logged_in, problem = False, ""
+        if wanted in ("auto", "online"):
+            # Verified before `init`, because an `init` that times out leaves a half-made run behind and its id in use.
+            self._setup(silent=True)  # or login asks the server who we are, to greet us
+            try:
+                logged_in = self._wandb.login(prompt=False, verify=True)
+            except self._wandb.Error as error:  # a key of the wrong form, refused, or no server
+                problem = one_line(error)
+                self._end_service()
+        self._setup(silent=False)
+        if logged_in:
+            return "online"
         if wanted == "online":
-            raise UsageError(f"W&B cannot go online ({problem}): run `wandb login`, or set tracking.mode=offline")
-        if problem != "not logged in":
+            why = f"W&B cannot go online ({problem or 'not logged in'}): run `wandb login`"
+            raise UsageError(f"{why}, or set tracking.mode=offline")
+        if problem:
             log.warning("W&B: offline, because there is a login but it does not work now: %s", problem)
-        return "offline"
+        return "offline" if wanted == "auto" else wanted
 
     def _end_service(self) -> None:
         """End wandb-core by force: one that is told to end while it still answers a request loses that message (0.31),
@@ -251,36 +228,31 @@ class WandbTracker(Tracker):
         with suppress(Exception, SystemExit):  # wandb leaves with the exit code of a service that was killed
             self._wandb.teardown()
 
-    @contextmanager
-    def _staging_in_run_dir(self) -> Iterator[None]:
+    def _staged(self, send: Callable[[Any], None], what: Any) -> None:
         """wandb stages tables under ~/.local/share, where an offline run's stay; only the environment moves them."""
         ours = str(self._run_dir / "wandb" / "data")
         given = os.environ.setdefault("WANDB_DATA_DIR", ours)
         try:
-            yield
+            send(what)
         finally:
             if given == ours:
                 del os.environ["WANDB_DATA_DIR"]
 
     def _setup(self, *, silent: bool) -> None:
         """Only warnings and errors reach the terminal; wandb reads this from its global settings alone."""
-        session = self._wandb.setup(self._wandb.Settings(quiet=True, show_info=False, silent=silent))
-        self._wandb.termsetup(session.settings, None)
+        settings = self._wandb.Settings(quiet=True, show_info=False, silent=silent)
+        self._wandb.termsetup(self._wandb.setup(settings).settings, None)
 
 
-def _run_id(run_dir: Path, of_agent: bool) -> str:
-    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time; or the agent's."""
-    path, given = run_dir / "wandb" / "run_id", os.environ.get("WANDB_RUN_ID")
-    if path.exists() and not (of_agent and given):
+def _run_id(run_dir: Path) -> str:
+    """The id this folder's run had before, else a new one (or WANDB_RUN_ID), kept for the next time."""
+    path = run_dir / "wandb" / "run_id"
+    if path.exists() and "WANDB_SWEEP_ID" not in os.environ:  # an agent's id is always WANDB_RUN_ID
         return path.read_text().strip()
-    name = given or uuid.uuid4().hex[:8]
+    name = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(name + "\n")
     return name
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _even_columns(rows: list[Sequence[Any]]) -> list[list[Any]]:

@@ -14,7 +14,7 @@ from rl_onoff.attribution.result import MOST, ROUNDING, Row
 from rl_onoff.attribution.state import Case, NotTried, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.config import Rung
-from rl_onoff.models.facts import different_tensors
+from rl_onoff.models.resolve import different_tensors
 from rl_onoff.rundir.join import TRANSFORM
 from rl_onoff.rundir.provenance import texts_tokenizer
 from rl_onoff.rundir.table import differences

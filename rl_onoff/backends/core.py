@@ -174,7 +174,7 @@ class CoreBackend(Core):
             raise MissingDependencyError(why) from error
 
     def _load_tokenizer(self) -> Any:
-        from rl_onoff.models.facts import load_tokenizer
+        from rl_onoff.models.resolve import load_tokenizer
 
         options = {name: getattr(self.config, name) for name in ("tokenizer", "revision", "trust_remote_code")}
         return load_tokenizer(self.config.model_name, **options)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 from rl_onoff.backends import backend_class, engine_configs
-from rl_onoff.models.builtin import cache_dir
+from rl_onoff.models.convert import cache_dir
 
 WORKER = ("msgspec", "numpy", "psutil")  # packages that a worker needs beside its engine
 PYTHON_SECONDS, ENGINE_SECONDS = 60.0, 180.0  # for an interpreter to start, and for an engine to be imported

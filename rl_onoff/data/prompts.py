@@ -1,7 +1,6 @@
 """Data files -> rows: prompt, id, reference answer and groups, checked, before any tokenizer or model is loaded.
 
-Every way a file can be wrong ends here as one sentence with the line or the row and the override that fixes it, so that
-a wrong file costs a second and not a model's load.
+What is wrong in a row is one sentence with the row and the override that fixes it: it costs a second, no model's load.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from rl_onoff.errors import UsageError
 
 PROBLEMS = Path(__file__).with_name("problems.jsonl")  # the bundled set
 ROW_NUMBER = "row_number"  # `data.id=row_number` numbers the rows, for files whose ids are of no use
-
 PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "question", "problem")
 GROUP_COLUMNS = ("data_source", "subject", "level")
 MAX_ID = 2**31 - 1  # of a token: ids are int32 everywhere
@@ -51,16 +49,19 @@ def load_rows(data: DataConfig) -> list[Row]:
     """The rows that `data` selects, in its order; the ids of rows do not depend on shuffling or the limit."""
     path = str(PROBLEMS) if data.path is None else data.path
     table = read_table(path, key="data.path", format=data.format, split=data.split)
-    prompt_column = data.prompt
+    known = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
+    prompt_column = known if data.prompt is None else table.column(data.prompt, "data.prompt")
     if prompt_column is None:
-        prompt_column = next((name for name in PROMPT_COLUMNS if name in table.columns), None)
-    if prompt_column is None:
-        raise UsageError(
-            f"{table.name} has no column for the prompt but {', '.join(table.columns)}: set data.prompt to one of them"
-        )
-    table.column(prompt_column, "data.prompt")
+        why = f"{table.name} has no column for the prompt but {', '.join(table.columns)}"
+        raise UsageError(f"{why}: set data.prompt to one of them")
     answer_column = answer_column_of(table) if data.answer is None else table.column(data.answer, "data.answer")
-    id_column = _id_column(table, data.id)
+    if data.id is not None:
+        numbered = data.id == ROW_NUMBER and data.id not in table.columns
+        id_column = None if numbered else table.column(data.id, "data.id")
+    elif "id" in table.columns:
+        id_column = "id"
+    else:  # verl's, or else the rows are numbered from 0, as verl does
+        id_column = "extra_info.index" if look_up(table.records[0], "extra_info.index") is not None else None
     groups = [table.column(name, "data.groups") for name in data.groups]
     groups = groups or [name for name in GROUP_COLUMNS if name in table.columns]
 
@@ -72,16 +73,12 @@ def load_rows(data: DataConfig) -> list[Row]:
         record, where = table.records[index], table.where(index)
         prompt = parse_prompt(look_up(record, prompt_column), where=where, column=prompt_column, key="data.prompt")
         if is_chat(prompt) and prompt[-1]["role"] == "assistant":
-            raise UsageError(
-                f"the conversation in {where} ends with the assistant's turn: remove that turn, or set data.prompt to"
-                " another column"
-            )
+            why = f"the conversation in {where} ends with the assistant's turn"
+            raise UsageError(f"{why}: remove that turn, or set data.prompt to another column")
         row_id = str(index) if id_column is None else _id(look_up(record, id_column), where=where, column=id_column)
         if row_id in rows:
-            raise UsageError(
-                f"{where} and {rows[row_id].where} share the id {row_id!r}: set data.id to a column without"
-                f" repetitions, or data.id={ROW_NUMBER}"
-            )
+            why = f"{where} and {rows[row_id].where} share the id {row_id!r}"
+            raise UsageError(f"{why}: set data.id to a column without repetitions, or data.id={ROW_NUMBER}")
         meta = meta_of(prompt, record, answer_column, groups, where=where)
         rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta)
     return list(rows.values())
@@ -104,10 +101,8 @@ def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     elif ids or chat or isinstance(value, str):
         return value
     else:
-        what = (
-            f"{kind_of(value)} as its prompt where text, a list of chat messages (role and content as text) or a list"
-            " of token ids is wanted"
-        )
+        wanted = "text, a list of chat messages (role and content as text) or a list of token ids is wanted"
+        what = f"{kind_of(value)} as its prompt where {wanted}"
     other = "file" if key == "score.responses" else "column"
     raise UsageError(f"{where} has {what}: fill column {column} or set {key} to another {other}")
 
@@ -117,17 +112,15 @@ def meta_of(
 ) -> dict[str, Any]:
     """What people want to know of a row beside its prompt: question, reference answer (if any) and groups."""
     answer = None if answer_column is None else _answer(look_up(record, answer_column), where)
-    found = {name: jsonable(look_up(record, name)) for name in groups}
-    return {"question": question_of(prompt, record), **({} if answer is None else {"answer": answer}), **found}
-
-
-def question_of(prompt: Prompt, record: Mapping[str, Any]) -> str:
-    """What the prompt asks, for people."""
-    if is_chat(prompt):
-        return next((item["content"] for item in reversed(prompt) if item["role"] == "user"), prompt[-1]["content"])
     if isinstance(prompt, str):
-        return prompt
-    return next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+        question = prompt
+    elif is_chat(prompt):
+        asked = (item["content"] for item in reversed(prompt) if item["role"] == "user")
+        question = next(asked, prompt[-1]["content"])
+    else:
+        question = next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
+    found = {name: jsonable(look_up(record, name)) for name in groups}
+    return {"question": question, **({} if answer is None else {"answer": answer}), **found}
 
 
 def answer_column_of(table: Table) -> str | None:
@@ -145,10 +138,8 @@ def _answer(value: Any, where: str) -> str | None:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) != math.inf:
         return str(int(value)) if value == int(value) else str(value)
-    raise UsageError(
-        f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted: set data.answer to"
-        " another column"
-    )
+    why = f"{where} has {kind_of(value)} as its reference answer where text or a number is wanted"
+    raise UsageError(f"{why}: set data.answer to another column")
 
 
 def jsonable(value: Any) -> Any:
@@ -156,21 +147,8 @@ def jsonable(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
-def _id_column(table: Table, name: str | None) -> str | None:
-    """The column with the ids; None: number the rows from 0, as verl does."""
-    if name is not None:
-        return None if name == ROW_NUMBER and name not in table.columns else table.column(name, "data.id")
-    if "id" in table.columns:
-        return "id"
-    return "extra_info.index" if look_up(table.records[0], "extra_info.index") is not None else None
-
-
 def _id(value: Any, *, where: str, column: str) -> str:
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
         return str(value)
-    raise UsageError(
-        f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted: set data.id"
-        f" to another column, or data.id={ROW_NUMBER}"
-    )
+    why = f"{where} has {kind_of(value)} as its id in column {column} where text or a whole number is wanted"
+    raise UsageError(f"{why}: set data.id to another column, or data.id={ROW_NUMBER}")

@@ -1,7 +1,6 @@
 """Data files -> records, whatever their layout: JSONL, CSV, Parquet, a Hugging Face dataset.
 
-Every way a file can be wrong ends here as one sentence with the line (JSONL, CSV: counted from 1, as editors do) or the
-row (Parquet, datasets: counted from 1) and the override that fixes it.
+What is wrong in a file is one sentence with the line (JSONL, CSV) or the row (Parquet, datasets), counted from 1.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.config import Format
-from rl_onoff.errors import UsageError
-from rl_onoff.models import resolve as models
+from rl_onoff.errors import UsageError, one_line
+from rl_onoff.models.resolve import hub_errors, is_hub_id
 
 ENDINGS = {".jsonl": Format.jsonl, ".csv": Format.csv, ".parquet": Format.parquet}
 
@@ -47,27 +46,23 @@ def read_table(path: str, *, key: str, format: Format = Format.auto, split: str 
     """All records of a file, whatever its layout; a file that is not there, not readable or empty is one sentence."""
     file = Path(path).expanduser()
     format = _format(path, file, key) if format is Format.auto else format
-    records: Any = []
-    numbers: list[int] = []
     if format is Format.datasets:
         name, unit, records = path, "row", _read_datasets(path, file, key, split)
-        columns, numbers = records.column_names, list(range(1, len(records) + 1))
+        columns, numbers = records.column_names, range(1, len(records) + 1)
     elif not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise UsageError(f"the file {key}={path} {what}: set {key} to an existing file")
     else:
-        (read, language, unit), name, last = READERS[format], file.name, 0
+        (read, language, unit), name, last, found = READERS[format], file.name, 0, {}
         try:
             for last, record in read(file):
                 if record is not None:
-                    records.append(record)
-                    numbers.append(last)
+                    found[last] = record
         except (ValueError, csv.Error, OSError) as error:  # JSON's, UnicodeDecodeError and Arrow's are ValueErrors
-            cause = " ".join(str(error).split())
             what = "cannot be read" if isinstance(error, OSError) else f"is not valid {language}"
-            raise UsageError(
-                f"{unit} {last + 1} of {name} {what} ({cause}): fix it, or set {key} to another file"
-            ) from error
+            why = f"{unit} {last + 1} of {name} {what} ({one_line(error)})"
+            raise UsageError(f"{why}: fix it, or set {key} to another file") from error
+        numbers, records = list(found), list(found.values())
         columns = dict.fromkeys(column for record in records for column in record)
     if not len(records):
         raise UsageError(f"{name} has no rows: set {key} to a file that has some")
@@ -82,21 +77,14 @@ def _format(path: str, file: Path, key: str) -> Format:
     if file.exists():
         otherwise = ", or set data.format=jsonl, for example" if key == "data.path" else ""
         raise UsageError(f"the ending of {key}={path} is none of {', '.join(ENDINGS)}: rename the file{otherwise}")
-    for known in ENDINGS:
-        if Path(f"{file}{known}").is_file():
-            raise UsageError(f"the file {key}={path} does not exist: did you mean {key}={path}{known}?")
-    looks_like_a_file = re.fullmatch(r"\.[a-z]{2,}", ending) is not None
-    if models.is_hub_id(path.partition(":")[0]) and not looks_like_a_file:
+    if is_hub_id(path.partition(":")[0]) and not re.fullmatch(r"\.[a-z]{2,}", ending):  # an ending as of a file
         return Format.datasets
-    raise UsageError(
-        f"the file {key}={path} does not exist: set {key} to an existing file or to a Hugging Face datasets id"
-    )
-
-
-# A reader gives every line or row with its number; None stands for one that holds no record.
+    why = f"the file {key}={path} does not exist"
+    raise UsageError(f"{why}: set {key} to an existing file or to a Hugging Face datasets id")
 
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
+    """Every line with its number, as every reader gives it; None stands for one that holds no record."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")) if line.strip() else {}
@@ -120,7 +108,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Any]]:
 def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
-    yield from enumerate(pyarrow.parquet.ParquetFile(file).read().to_pylist(), 1)
+    return enumerate(pyarrow.parquet.ParquetFile(file).read().to_pylist(), 1)
 
 
 READERS = {
@@ -136,23 +124,20 @@ def _read_datasets(path: str, file: Path, key: str, split: str) -> Any:
     repo, _, configuration = path.partition(":")
     try:
         if not file.is_dir():
-            with models.hub_errors(repo, key):
+            with hub_errors(repo, key):
                 return datasets.load_dataset(repo, configuration or None, split=split)
         found = datasets.load_from_disk(str(file))
     except UsageError:
         raise
     except (ValueError, FileNotFoundError) as error:
-        cause = " ".join(str(error).split()).rstrip(".")  # the library lists the splits or configurations there are
-        raise UsageError(
-            f"{key}={path} cannot be loaded ({cause}): set data.split, {key}={repo}:CONFIGURATION, or {key} to a file"
-            " or a folder written by save_to_disk"
-        ) from error
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            there = ", ".join(map(str, found))
-            raise UsageError(f"{key}={path} has no split {split!r} but {there}: set data.split to one of them")
-        return found[split]
-    return found
+        fix = f"set data.split, {key}={repo}:CONFIGURATION, or {key} to a file or a folder written by save_to_disk"
+        why = f"{key}={path} cannot be loaded ({one_line(error)})"  # it lists the splits or configurations there are
+        raise UsageError(f"{why}: {fix}") from error
+    splits = found if isinstance(found, datasets.DatasetDict) else {split: found}
+    if split not in splits:
+        there = ", ".join(map(str, splits))
+        raise UsageError(f"{key}={path} has no split {split!r} but {there}: set data.split to one of them")
+    return splits[split]
 
 
 def look_up(record: Mapping[str, Any], column: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,54 +31,44 @@ class EncodedPrompt:
 
 def encode_rows(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[EncodedPrompt]:
     """The prompts of rows that `load_rows` has checked already."""
-    options = {"chat_template": data.chat_template, "system": data.system}
-    return [
-        replace(encode_prompt(row.prompt, tokenizer, where=row.where, **options), id=row.id, meta=row.meta)
-        for row in rows
-    ]
+    encode = partial(encode_prompt, tokenizer=tokenizer, chat_template=data.chat_template, system=data.system)
+    return [replace(encode(row.prompt, where=row.where), id=row.id, meta=row.meta) for row in rows]
 
 
 def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
-    """Refuse a prompt that leaves no room for one token in a context of `max_len`.
-
-    A response with room for fewer than max_new_tokens ends when the context is full.
-    """
+    """Refuse a prompt that leaves no room for one token in a context of `max_len`; a response that has room for fewer
+    than max_new_tokens ends when the context is full."""
     for request in requests:
         if len(request.prompt_ids) >= max_len:
-            raise UsageError(
-                f"the prompt of row {request.request_id!r} has {len(request.prompt_ids)} tokens and the model's context"
-                f" only {max_len}: remove the row from data.path, or set model.name to a model with a longer context"
-            )
+            why = f"the prompt of row {request.request_id!r} has {len(request.prompt_ids)} tokens"
+            fix = "remove the row from data.path, or set model.name to a model with a longer context"
+            raise UsageError(f"{why} and the model's context only {max_len}: {fix}")
 
 
 def encode_prompt(
     prompt: Prompt, tokenizer: Any, *, chat_template: bool, system: str | None = None, where: str = "the prompt"
 ) -> EncodedPrompt:
-    """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one.
-
-    A prompt of token ids is taken as it is.
-    """
+    """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one; token
+    ids are taken as they are."""
     if is_ids(prompt):
         return EncodedPrompt(ids=np.asarray(prompt, np.int32), text=tokenizer.decode(prompt))
-    assert isinstance(prompt, str) or is_chat(prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    messages = list(prompt) if is_chat(prompt) else [{"role": "user", "content": str(prompt)}]
     if chat_template:
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
         text = _render(messages, tokenizer, where)
     elif len(messages) > 1:
-        raise UsageError(
-            f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent as"
-            " it is: set data.chat_template=true"
-        )
+        why = f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent"
+        raise UsageError(f"{why} as it is: set data.chat_template=true")
     else:
         text = messages[0]["content"]
-    ids = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"]
-    ids = _with_one_bos(ids, tokenizer)
+    ids, bos = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"], tokenizer.bos_token_id
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if bos is not None and ids[:1] != [bos] and tokenizer("")["input_ids"][:1] == [bos]:  # one goes before plain text
+        ids = [bos, *ids]
     if not ids:
-        raise UsageError(
-            f"{where} has an empty prompt: it has no tokens, so remove it or fill its prompt (data.prompt)"
-        )
+        raise UsageError(f"{where} has an empty prompt, of no tokens: remove it or fill its prompt (data.prompt)")
     return EncodedPrompt(ids=np.asarray(ids, np.int32), text=text)
 
 
@@ -105,36 +96,20 @@ class Texts:
 
     def _tokenizer(self, what: str, column: str, where: str) -> Any:
         if self.tokenizer is None:
-            raise UsageError(
-                f"{where} has text as its {what} where token ids are wanted: give column {column} of score.responses"
-                " lists, or set model.tokenizer"
-            )
+            why = f"{where} has text as its {what} where token ids are wanted"
+            raise UsageError(f"{why}: give column {column} of score.responses lists, or set model.tokenizer")
         return self.tokenizer
 
 
 def _render(messages: Messages, tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
-        raise UsageError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's: set"
-            " data.chat_template=false to send the prompts as they are, or model.name to a chat model"
-        )
+        why = f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's"
+        raise UsageError(f"{why}: set data.chat_template=false to send plain prompts, or model.name to a chat model")
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        fix = "fix the conversation, or set data.chat_template=false"
-        fix = "set data.system=null" if messages[0]["role"] == "system" else fix
+        fix = "set data.system=null" if messages[0]["role"] == "system" else "fix it, or set data.chat_template=false"
         raise UsageError(f"the model's chat template refuses the roles {roles} of {where} ({error}): {fix}") from error
-
-
-def _with_one_bos(ids: list[int], tokenizer: Any) -> list[int]:
-    """`ids` with exactly one BOS in front when the tokenizer puts one before plain text; never with two."""
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        return ids
-    while ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    wants = tokenizer("")["input_ids"][:1] == [bos]
-    return [bos, *ids] if wants and ids[:1] != [bos] else ids

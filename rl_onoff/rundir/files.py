@@ -1,5 +1,4 @@
-"""Files that are there whole or not at all: small texts, and Parquet shards, whose rows hold numbers, texts and arrays
-of one or two axes. One sentence for what a disk can do wrong."""
+"""Files that are there whole or not at all: texts, and Parquet shards of numbers, texts and arrays of 1 or 2 axes."""
 
 from __future__ import annotations
 
@@ -8,24 +7,21 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import OnOffError
+from rl_onoff.errors import OnOffError, one_line
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-GROUP_ROWS = 32  # of a shard that are compressed, and read, together
 
 
 def disk_error(error: OSError, path: Path) -> OnOffError:
     """One sentence for what a disk can do wrong."""
     if error.errno in FULL_DISK:
-        return OnOffError(
-            f"the disk that holds {path} is full ({os.strerror(error.errno)}): free some space and go on with the same"
-            " run_dir, nothing written is lost; or set run_dir to a folder on another disk"
-        )
+        fix = "free space and go on with the same run_dir, nothing written is lost; or set a run_dir on another disk"
+        return OnOffError(f"the disk that holds {path} is full ({os.strerror(error.errno)}): {fix}")
     return OnOffError(f"cannot write to {path} ({error.strerror or error}): set run_dir to a folder you can write to")
 
 
@@ -72,8 +68,7 @@ def read_json(file: Path) -> Any:
 
 def content_of(file: Path) -> str:
     """A hash of a file's content: what rows made from the file depend on."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -90,33 +85,27 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {name: _arrow_type(kind) for name, kind in columns.items()}
-    arrays = [pa.array([_lists(row.get(name)) for row in rows], type=kind) for name, kind in types.items()]
+    schema = pa.schema({name: _arrow_type(kind) for name, kind in columns.items()})
+    # Arrow takes no array of two axes, but a list of arrays.
+    cells = [{name: list(v) if getattr(v, "ndim", 1) == 2 else v for name, v in row.items()} for row in rows]
     with whole(shard) as partial:
-        pq.write_table(pa.table(arrays, names=list(types)), partial, compression="zstd", row_group_size=GROUP_ROWS)
+        pq.write_table(pa.Table.from_pylist(cells, schema=schema), partial, compression="zstd")
 
 
-def read_shard(shard: Path, parts: Callable[[Any], Iterator[Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of some parts (of the open file) of a shard."""
+def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[int] | None = None) -> Iterator[Any]:
+    """The rows of a shard, as dicts of these columns, or of all; those with these numbers, counted from 0, or all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(shard) as file:
-            for part in parts(file):
-                values = {name: _values(part.column(name)) for name in part.schema.names}
-                for i in range(part.num_rows):
-                    yield {name: column[i] for name, column in values.items()}
+        with pq.ParquetFile(shard) as file:  # read_table would take a folder `n=1` of a sweep for a column
+            table = file.read(columns=columns)
+        table = table if numbers is None else table.take(numbers)
+        for cells in zip(*table.columns, strict=True):
+            yield dict(zip(table.column_names, map(_value, cells), strict=True))
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
-        cause = " ".join(str(error).split()).rstrip(".")
-        raise OnOffError(
-            f"{shard} cannot be read ({cause}): restore it, or delete it and what it held is made again"
-        ) from error
-
-
-def _lists(value: Any) -> Any:
-    """A row's value as Arrow takes it, which knows no (T, K) arrays."""
-    return list(value) if getattr(value, "ndim", 1) == 2 else value
+        fix = "restore it, or delete it and what it held is made again"
+        raise OnOffError(f"{shard} cannot be read ({one_line(error)}): {fix}") from error
 
 
 def _arrow_type(kind: str) -> Any:
@@ -125,18 +114,13 @@ def _arrow_type(kind: str) -> Any:
     return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else getattr(pa, kind)()
 
 
-def _values(column: Any) -> list[Any]:
-    """An Arrow column as Python values: numbers and texts, numpy arrays for lists, (T, K) arrays for lists of lists."""
+def _value(cell: Any) -> Any:
+    """An Arrow cell as a number, a text or a numpy array, of (T, K) for lists of lists; None where it is null."""
+    import numpy as np
     import pyarrow as pa
 
-    if not pa.types.is_list(column.type):
-        return column.to_pylist()
-    nested = pa.types.is_list(column.type.value_type)
-    return [_array(item.values, nested) if item.is_valid else None for item in column]
-
-
-def _array(values: Any, nested: bool) -> Any:
-    array = (values.flatten() if nested else values).to_numpy(zero_copy_only=False).copy()
-    if not nested:
-        return array
-    return array.reshape(len(values), -1) if len(values) else array.reshape(0, 0)
+    if not cell.is_valid or not isinstance(cell, pa.ListScalar):
+        return cell.as_py()
+    if not pa.types.is_list(cell.values.type):
+        return np.array(cell.values)
+    return np.array(cell.values.flatten()).reshape(len(cell.values), -1 if len(cell.values) else 0)

@@ -1,7 +1,4 @@
-"""What was sampled beside what was scored, joined on disk by (request id, sample), for the metrics and for the page.
-
-Scores are large (top tokens, full logits) and are read a block at a time, so that memory does not grow with the run.
-"""
+"""What was sampled beside what was scored, joined on disk by (request id, sample), for the metrics and for the page."""
 
 from __future__ import annotations
 
@@ -15,48 +12,43 @@ from pathlib import Path
 from rl_onoff.compare import Pair, as_kind
 from rl_onoff.errors import UsageError
 from rl_onoff.rewards import FAILED
-from rl_onoff.rundir.table import Key, Row, RunDir, Table, rollout_of, scores_of
-from rl_onoff.types import LogprobKind, Rollout, Sampling, TokenScores
+from rl_onoff.rundir.files import read_shard
+from rl_onoff.rundir.table import Row, RunDir, Table, rollout_of, scores_of
+from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores
 
-BLOCK_BYTES = 256 << 20  # of scores that are held at a time
+BLOCK_BYTES = 256 << 20  # of scores, as on the disk, that are held at a time
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
 TRANSFORM = ("temperature", "top_p", "top_k", "min_p")
 
 
-class Lookup:
-    """Scores by key, a block of keys at a time, so that no part of a shard is read for one row alone.
+def beside(rows: Iterable[Row], tables: Mapping[str, Table]) -> Iterator[tuple[Row, dict[str, TokenScores | None]]]:
+    """Each of these rows, with the scores of the same key in every table; None where a table has none.
 
-    Engines finish in an order of their own (shortest first, whichever replica is fastest): neighbours in one table may
-    lie in any shard of another.
+    Scores are large (top tokens, full logits), so a block of keys is looked up at a time, and neighbours in one table
+    may lie in any shard of another, since engines finish in an order of their own (shortest first, fastest replica).
     """
+    places: dict[str, dict[Key, tuple[Path, int]]] = {name: {} for name in tables}
+    row_bytes = 1.0  # of one key's rows in all tables
+    for name, table in tables.items():
+        for shard in table.shards():
+            for number, row in enumerate(read_shard(shard, ["request_id", "sample"])):
+                places[name][row["request_id"], row["sample"]] = shard, number
+        row_bytes += sum(shard.stat().st_size for shard in table.shards()) / max(len(places[name]), 1)
+    rows, size = iter(rows), max(1, int(BLOCK_BYTES / row_bytes))
+    while block := list(islice(rows, size)):
+        keys = [(row["request_id"], row["sample"]) for row in block]
+        found = {name: _scores_at(filter(None, map(of.get, keys))) for name, of in places.items()}
+        for row, key in zip(block, keys, strict=True):
+            yield row, {name: of.pop(key, None) for name, of in found.items()}
 
-    def __init__(self, tables: Mapping[str, Table]):
-        self._tables = tables
-        self._places: dict[str, dict[Key, tuple[Path, int]]] = {}
-        self._row_bytes = 1.0  # of one key's rows in all tables, before compression
-        for name, table in tables.items():
-            places = self._places[name] = {}
-            for shard in table.shards():
-                for number, row in enumerate(table.rows(["request_id", "sample"], shards=[shard])):
-                    places[row["request_id"], row["sample"]] = shard, number
-            self._row_bytes += table.num_bytes() / max(len(places), 1)
 
-    def beside(self, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, TokenScores | None]]]:
-        """Each of these rows, with the scores of the same key in every table; None where a table has none."""
-        rows, size = iter(rows), max(1, int(BLOCK_BYTES / self._row_bytes))
-        while block := list(islice(rows, size)):
-            keys = [(row["request_id"], row["sample"]) for row in block]
-            found = {name: self._found(name, keys) for name in self._tables}
-            for row, key in zip(block, keys, strict=True):
-                yield row, {name: of.pop(key, None) for name, of in found.items()}
-
-    def _found(self, name: str, keys: Sequence[Key]) -> dict[Key, TokenScores]:
-        numbers: dict[Path, list[int]] = defaultdict(list)
-        for key in keys:
-            if place := self._places[name].get(key):
-                numbers[place[0]].append(place[1])
-        rows = (scores_of(row) for shard, of in numbers.items() for row in self._tables[name].rows_at(shard, of))
-        return {scores.key: scores for scores in rows}
+def _scores_at(places: Iterable[tuple[Path, int]]) -> dict[Key, TokenScores]:
+    """The scores in these rows of shards, each shard read once."""
+    numbers: dict[Path, list[int]] = defaultdict(list)
+    for shard, number in places:
+        numbers[shard].append(number)
+    scores = (scores_of(row) for shard, of in numbers.items() for row in read_shard(shard, numbers=of))
+    return {each.key: each for each in scores}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,23 +70,23 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
     tables = {name: run.scores(name) for name in (*targets, *([own] if own else []))}
     samplers = {name: sampler_of(table) for name, table in tables.items()}
     drawn_with = run.completions.record().get("config", {}).get("sampling")
-    for row, found in Lookup(tables).beside(run.completions.rows()):
+    for row, found in beside(run.completions.rows(), tables):
         rollout = rollout_of(row)
-        kind = (rollout.kind if rollout.logprobs_T is not None else None) or LogprobKind.raw
-        behaviour = _behaviour(rollout, kind, found[own] if own else None)
+        behaviour, kind = found[own] if own else None, LogprobKind.raw
+        if rollout.logprobs_T is not None:
+            kind = rollout.kind or kind
+            behaviour = behaviour or TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
+            behaviour = replace(behaviour.of(rollout), logprobs_T=rollout.logprobs_T, kind=kind)
+        elif behaviour is not None:
+            behaviour = as_kind(behaviour, kind)
         scored = {name: scores for name in targets if (scores := found[name]) is not None}
         if behaviour is not None:
             for name, scores in scored.items():
-                sampler = samplers[name]
-                drawn_otherwise = (
-                    drawn_with and sampler and any(drawn_with[x] != getattr(sampler, x) for x in TRANSFORM)
-                )
-                if kind is not LogprobKind.raw and drawn_otherwise:
-                    raise UsageError(
-                        f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler than "
-                        "the one that drew the tokens: score them again in a folder of their own, with the sampling "
-                        "options of the run that sampled"
-                    )
+                sampler = samplers[name] if kind is not LogprobKind.raw else None
+                if drawn_with and sampler and any(drawn_with[x] != getattr(sampler, x) for x in TRANSFORM):
+                    why = f"the behaviour's logprobs are {kind.value} and {name} was scored under another sampler"
+                    fix = "score the tokens again in a folder of their own, with the options of the run that sampled"
+                    raise UsageError(f"{why} than the one that drew the tokens: {fix}")
                 scored[name] = as_kind(scores, kind, sampler)
         yield Joined(rollout=rollout, prompt=row["prompt"] or "", behaviour=behaviour, targets=scored)
 
@@ -105,13 +97,6 @@ def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[
         if found.behaviour is not None and target in found.targets:
             groups = groups_of(found.rollout, group_columns)
             yield Pair(behaviour=found.behaviour, target=found.targets[target], groups=groups)
-
-
-def _behaviour(rollout: Rollout, kind: LogprobKind, own: TokenScores | None) -> TokenScores | None:
-    if rollout.logprobs_T is None:
-        return None if own is None else as_kind(own, kind)
-    scores = own or TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
-    return replace(scores.of(rollout), logprobs_T=rollout.logprobs_T, kind=kind)
 
 
 def sampler_of(table: Table) -> Sampling | None:

@@ -12,6 +12,7 @@ from rl_onoff.rundir.table import RunDir, Table, rollout_of, scores_of
 
 LOGPROB_EDGES = np.linspace(-20, 0, 65)
 ENTROPY_EDGES = np.linspace(0, 12, 65)
+MASS_EDGES = np.linspace(0, 1, 65)
 
 
 @dataclass(slots=True)
@@ -38,41 +39,38 @@ def _completions(table: Table, summary: Summary) -> None:
     for row in table.rows(["request_id", "sample", "token_ids", "logprobs", "finish_reason", "reward", "meta"]):
         rollout = rollout_of(row)
         lengths.append(len(rollout.token_ids_T))
+        logprobs.add(rollout.logprobs_T)
         if rollout.finish_reason is not None:  # responses made elsewhere do not say
             reasons[rollout.finish_reason.value] += 1
-        if rollout.logprobs_T is not None:
-            logprobs.add(rollout.logprobs_T)
         if rollout.reward is not None:
             rewards[rollout.request_id].append(rollout.reward)
         failed += rollout.reward is None and FAILED in rollout.meta
     values = summary.values
-    values |= {"generate/responses": len(lengths), "generate/tokens": int(sum(lengths))}
+    values |= {"generate/responses": len(lengths), "generate/tokens": sum(lengths)}
     values["generate/length_mean"] = float(np.mean(lengths))
     for reason in ("eos", "stop", "length") if reasons else ():
         values[f"generate/finish_{reason}"] = reasons[reason] / len(lengths)
-    if logprobs.count:
-        logprobs.tell("generate", summary)
-    values |= {f"reward/{name}": value for name, value in (summarise_rewards(rewards) if rewards else {}).items()}
+    logprobs.tell("generate", summary)
+    if rewards:
+        values |= {f"reward/{name}": value for name, value in summarise_rewards(rewards).items()}
     if failed:
         values["reward/failed"] = failed
 
 
 def _scores(table: Table, prefix: str, summary: Summary) -> None:
-    logprobs, entropies = _Histogram(LOGPROB_EDGES), _Histogram(ENTROPY_EDGES)
-    first, masses, responses = 0, _Histogram(np.linspace(0, 1, 65)), 0
+    logprobs, entropies, masses = map(_Histogram, (LOGPROB_EDGES, ENTROPY_EDGES, MASS_EDGES))
+    first = responses = 0
     columns = ["request_id", "sample", "token_ids", "logprobs", "entropy", "rank", "nucleus_mass"]
     for scores in map(scores_of, table.rows(columns)):
         responses += 1
         logprobs.add(scores.logprobs_T)
-        if scores.entropy_T is not None and scores.rank_T is not None:  # scores made elsewhere are logprobs alone
-            entropies.add(scores.entropy_T)
-            first += int((scores.rank_T == 1).sum())
-        if scores.nucleus_mass_T is not None:
-            masses.add(scores.nucleus_mass_T)
+        entropies.add(scores.entropy_T)
+        masses.add(scores.nucleus_mass_T)
+        first += 0 if scores.rank_T is None else int((scores.rank_T == 1).sum())
     values = summary.values
     values |= {f"{prefix}/responses": responses, f"{prefix}/tokens": logprobs.count}
     logprobs.tell(prefix, summary)
-    if entropies.count:
+    if entropies.count:  # scores made elsewhere are logprobs alone
         values[f"{prefix}/entropy_mean"] = entropies.mean
         values[f"{prefix}/likeliest_fraction"] = first / entropies.count
         summary.histograms[f"{prefix}/entropy"] = entropies.counts, entropies.edges
@@ -87,17 +85,18 @@ class _Histogram:
         self.edges, self.counts = edges, np.zeros(len(edges) - 1, np.int64)
         self.count, self._sum = 0, 0.0
 
-    def add(self, values: np.ndarray) -> None:
-        self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
-        self.count += len(values)
-        self._sum += float(values.sum(dtype=np.float64))
+    def add(self, values: np.ndarray | None) -> None:
+        if values is not None:
+            self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
+            self.count += len(values)
+            self._sum += float(values.sum(dtype=np.float64))
 
     @property
     def mean(self) -> float:
-        return self._sum / self.count if self.count else float("nan")
+        return self._sum / self.count
 
     def tell(self, prefix: str, summary: Summary) -> None:
-        """Logprobs, as a summary has them."""
-        summary.values[f"{prefix}/logprob_mean"] = self.mean
-        summary.values[f"{prefix}/perplexity"] = float(np.exp(-self.mean))
-        summary.histograms[f"{prefix}/logprob"] = self.counts, self.edges
+        """Logprobs, as a summary has them; nothing where there are none."""
+        if self.count:
+            summary.values |= {f"{prefix}/logprob_mean": self.mean, f"{prefix}/perplexity": float(np.exp(-self.mean))}
+            summary.histograms[f"{prefix}/logprob"] = self.counts, self.edges

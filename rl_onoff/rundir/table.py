@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields
+from enum import Enum
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,20 +23,19 @@ from rl_onoff.redaction import masked
 from rl_onoff.rundir.files import disk_error, read_json, read_shard, write_shard, write_whole
 
 if TYPE_CHECKING:  # the command line imports this module, and answers at once since it imports no numpy
-    from rl_onoff.types import Rollout, TokenScores
+    from rl_onoff.types import Key, Rollout, TokenScores
 
 COMPLETIONS = {
     "request_id": "string", "sample": "int32", "prompt": "string", "prompt_ids": "list<int32>",
     "token_ids": "list<int32>", "text": "string", "logprobs": "list<float32>", "logprob_kind": "string",
     "finish_reason": "string", "reward": "float64", "meta": "string",
 }  # fmt: skip
+FIELDS = {"token_ids": "token_ids_T", "logprobs": "logprobs_T", "logprob_kind": "kind"}  # of a Rollout, by column
 RECORD = "_made_with.json"  # the underscore keeps it out of pandas.read_parquet(folder)
 LOCK = ".lock"
 SHARD_BYTES = 64 << 20  # of arrays in a shard before compression: what a writer holds
 
 Row = dict[str, Any]
-Key = tuple[str, int]
-Changes = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]  # (config of the record, config now)
 
 
 class RunDir:
@@ -43,26 +44,18 @@ class RunDir:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from writing here meanwhile; UsageError when one does already."""
+    def lock(self) -> AbstractContextManager[Any]:
+        """Keep other processes from writing here until the context ends; UsageError when one does already."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self.path / LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            return FileLock(self.path / LOCK).acquire(timeout=0)
         except Timeout as error:
-            raise UsageError(
-                f"another process is writing to {self.path}: wait until it is done, or set run_dir (sweep_dir of a"
-                " sweep) to another folder"
-            ) from error
+            fix = "wait until it is done, or set run_dir (sweep_dir of a sweep) to another folder"
+            raise UsageError(f"another process is writing to {self.path}: {fix}") from error
         except OSError as error:
             raise disk_error(error, self.path) from error
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def completions(self) -> Table:
@@ -95,30 +88,9 @@ class Table:
     def exists(self) -> bool:
         return bool(self.shards())
 
-    def rows(self, columns: Sequence[str] | None = None, shards: Sequence[Path] | None = None) -> Iterator[Row]:
-        """All rows (of these shards), a small batch in memory at a time; lists of numbers come as numpy arrays."""
-        names = list(columns) if columns else None
-        for shard in self.shards() if shards is None else shards:
-            yield from read_shard(shard, lambda file: file.iter_batches(batch_size=64, columns=names))
-
-    def rows_at(self, shard: Path, numbers: Collection[int]) -> Iterator[Row]:
-        """The rows of a shard with these numbers, from 0; only the row groups they lie in are read."""
-
-        def parts(file: Any) -> Iterator[Any]:
-            end = 0
-            for group in range(file.num_row_groups):
-                start, end = end, end + file.metadata.row_group(group).num_rows
-                if wanted := [number - start for number in numbers if start <= number < end]:
-                    yield file.read_row_group(group).take(wanted)
-
-        yield from read_shard(shard, parts)
-
-    def num_bytes(self) -> int:
-        """Of all rows before compression, as the shards' footers say."""
-        import pyarrow.parquet as pq
-
-        footers = [pq.read_metadata(shard) for shard in self.shards()]
-        return sum(footer.row_group(i).total_byte_size for footer in footers for i in range(footer.num_row_groups))
+    def rows(self, columns: Sequence[str] | None = None) -> Iterator[Row]:
+        """All rows, a shard of them in memory at a time."""
+        return chain.from_iterable(read_shard(shard, columns) for shard in self.shards())
 
     def keys(self) -> set[Key]:
         return {(row["request_id"], row["sample"]) for row in self.rows(["request_id", "sample"])}
@@ -127,23 +99,19 @@ class Table:
         """What the rows depend on, and the engine that made them; empty for a table that has none."""
         return read_json(self.path / RECORD) or {}
 
-    def claim(self, config: Mapping[str, Any], changes: Changes | None = None) -> None:
-        """Say what the rows depend on; raises UsageError when rows are there that another config made.
-
-        `changes` (`differences`, if not given) says in what a record's config and this one differ.
-        """
+    def claim(self, config: Mapping[str, Any], changes: Callable[[Any, Any], list[str]] | None = None) -> None:
+        """Say what the rows depend on; UsageError when rows are there that another config made: one from which this one
+        has `changes` (from the record's config to this one; `differences`, if not given)."""
         config, before = json.loads(json.dumps(masked(config))), self.record().get("config")
         if before is not None and self.exists() and (found := (changes or differences)(before, config)):
-            raise UsageError(
-                f"{self.path} holds rows of another config ({'; '.join(found)}): undo the change, or set run_dir to a"
-                " new folder"
-            )
+            why = f"{self.path} holds rows of another config ({'; '.join(found)})"
+            raise UsageError(f"{why}: undo the change, or set run_dir to a new folder")
         self.describe(config=config)
 
     def describe(self, **facts: Any) -> None:
         """Add facts to the record, about the engine for instance."""
-        record = masked({**self.record(), **facts})
-        write_whole(self.path / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        record = json.dumps(masked({**self.record(), **facts}), indent=2, ensure_ascii=False)
+        write_whole(self.path / RECORD, record + "\n")
 
     def writer(self, *, max_rows: int = 256, max_seconds: float = 10.0, max_bytes: int = SHARD_BYTES) -> Writer:
         return Writer(self, max_rows, max_seconds, max_bytes)
@@ -155,17 +123,13 @@ class Writer:
     def __init__(self, table: Table, max_rows: int, max_seconds: float, max_bytes: int):
         self.table, self.max_rows, self.max_seconds, self.max_bytes = table, max_rows, max_seconds, max_bytes
         self._rows: list[Row] = []
-        self._bytes = 0  # of their arrays
-        self._shard: Path | None = None  # where the rows held go
+        self._bytes = 0  # of the rows' arrays
+        self._number = max((int(shard.stem[5:]) for shard in table.shards()), default=-1) + 1  # of the next shard
         self._since = time.monotonic()
 
     def __enter__(self) -> Self:
-        try:
-            self.table.path.mkdir(parents=True, exist_ok=True)
-            for leftover in self.table.path.glob(".part-*"):
-                leftover.unlink()
-        except OSError as error:
-            raise disk_error(error, self.table.path) from error
+        for leftover in self.table.path.glob(".part-*"):  # of a process that was killed
+            leftover.unlink()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -182,23 +146,16 @@ class Writer:
 
     def flush(self) -> None:
         """Put what is held into a shard of its own."""
-        if not self._rows:
-            return
-        if self._shard is None:
-            shards = self.table.shards()
-            number = int(shards[-1].stem.removeprefix("part-")) + 1 if shards else 0
-            self._shard = self.table.path / f"part-{number:06d}.parquet"
-        if not self._shard.exists():  # it does when a Ctrl-C came between the rename and the lines below
-            write_shard(self._shard, self._rows, self.table.columns)
-        self._rows, self._bytes = [], 0
-        self._shard = None
+        if self._rows:
+            shard = self.table.path / f"part-{self._number:06d}.parquet"
+            if not shard.exists():  # it does when a Ctrl-C came between the rename and the line below
+                write_shard(shard, self._rows, self.table.columns)
+            self._rows, self._bytes, self._number = [], 0, self._number + 1
 
 
 def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -> list[str]:
-    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`.
-
-    A key that one of them lacks counts as its value in `defaults`, which is nested likewise, or else as null.
-    """
+    """The leaves in which two nested configs differ, as `a.b: 1 -> 2`. A key that one of them lacks counts as its value
+    in `defaults`, which is nested likewise, or else as null."""
     if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
         return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
     found = []
@@ -212,39 +169,19 @@ def differences(before: Any, after: Any, defaults: Any = None, name: str = "") -
 
 def row_of_rollout(rollout: Rollout, prompt: str) -> Row:
     """One row of the completions table; `prompt` is the prompt's text."""
-    return {
-        "request_id": rollout.request_id,
-        "sample": rollout.sample,
-        "prompt": prompt,
-        "prompt_ids": rollout.prompt_ids,
-        "token_ids": rollout.token_ids_T,
-        "text": rollout.text,
-        "logprobs": rollout.logprobs_T,
-        "logprob_kind": None if rollout.kind is None else rollout.kind.value,
-        "finish_reason": None if rollout.finish_reason is None else rollout.finish_reason.value,
-        "reward": rollout.reward,
-        "meta": json.dumps(dict(rollout.meta), ensure_ascii=False, default=str),
-    }
+    values = {name: getattr(rollout, FIELDS.get(name, name), prompt) for name in COMPLETIONS}
+    row = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+    return {**row, "meta": json.dumps(dict(rollout.meta), ensure_ascii=False, default=str)}
 
 
 def rollout_of(row: Row) -> Rollout:
     """The response in a row of the completions table; a column that was not read counts as unknown."""
     from rl_onoff.types import FinishReason, LogprobKind, Rollout
 
-    kind, reason = row.get("logprob_kind"), row.get("finish_reason")
-    known = {"prompt_ids": row["prompt_ids"]} if "prompt_ids" in row else {}
-    return Rollout(
-        request_id=row["request_id"],
-        sample=row["sample"],
-        token_ids_T=row["token_ids"],
-        logprobs_T=row.get("logprobs"),
-        kind=None if kind is None else LogprobKind(kind),
-        text=row.get("text") or "",
-        finish_reason=None if reason is None else FinishReason(reason),
-        reward=row.get("reward"),
-        meta=json.loads(row.get("meta") or "{}"),
-        **known,
-    )
+    types = {"kind": LogprobKind, "finish_reason": FinishReason, "meta": json.loads}
+    values = {FIELDS.get(name, name): row[name] for name in COMPLETIONS if row.get(name) is not None}
+    values.pop("prompt", None)
+    return Rollout(**{name: types[name](value) if name in types else value for name, value in values.items()})
 
 
 @cache
@@ -256,8 +193,7 @@ def score_columns() -> dict[str, str]:
     for field in fields(TokenScores):
         if field.name in ARRAYS:
             name, _, shape = field.name.rpartition("_")
-            depth, dtype = len(shape), field.metadata.get("dtype", "float32")
-            columns[name] = "list<" * depth + dtype + ">" * depth
+            columns[name] = "list<" * len(shape) + field.metadata.get("dtype", "float32") + ">" * len(shape)
         elif field.name == "kind":
             columns["logprob_kind"] = "string"
     return columns
@@ -274,6 +210,6 @@ def scores_of(row: Row) -> TokenScores:
     from rl_onoff.types import ARRAYS, LogprobKind, TokenScores
 
     arrays: dict[str, Any] = {name: row.get(name.rpartition("_")[0]) for name in ARRAYS}
-    arrays = {name: None if a is None or (a.ndim == 2 and not a.shape[1]) else a for name, a in arrays.items()}
+    arrays = {name: array for name, array in arrays.items() if array is not None and 0 not in array.shape[1:]}
     kind = LogprobKind(row.get("logprob_kind") or LogprobKind.raw)
     return TokenScores(request_id=row.get("request_id", ""), sample=row.get("sample", 0), kind=kind, **arrays)

@@ -14,8 +14,10 @@ import pytest
 from rl_onoff.compare import as_kind
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.compare_inputs import own_scores
-from rl_onoff.rundir.join import Lookup, joined
-from rl_onoff.rundir.table import Row, RunDir, Table, scores_of
+from rl_onoff.rundir import join
+from rl_onoff.rundir.files import read_shard
+from rl_onoff.rundir.join import joined
+from rl_onoff.rundir.table import Row, RunDir, scores_of
 from rl_onoff.types import LogprobKind, Sampling
 from tests.running import rewrite, run_in
 
@@ -64,20 +66,22 @@ def test_rows_meet_whatever_their_order_and_no_part_of_a_shard_is_read_for_one_r
                     {"request_id": str(i), "sample": 0, "token_ids": np.array([i]), "logprobs": np.array([-i - 1.0])}
                 )
     num_read = 0
-    rows_at = Table.rows_at
 
-    def counted(self: Table, shard: Path, numbers: list[int]) -> Iterator[Row]:
+    def counted(shard: Path, columns: list[str] | None = None, numbers: list[int] | None = None) -> Iterator[Row]:
         nonlocal num_read
-        num_read += 1
-        return rows_at(self, shard, numbers)
+        num_read += numbers is not None
+        return read_shard(shard, columns, numbers)
 
-    monkeypatch.setattr(Table, "rows_at", counted)
-    joined = list(Lookup({"mine": run.scores("mine")}).beside(run.completions.rows()))
+    monkeypatch.setattr(join, "read_shard", counted)
+    joined = list(join.beside(run.completions.rows(), {"mine": run.scores("mine")}))
     assert len(joined) == 300 and num_read == 6, "once a shard"
     for row, found in joined:
         assert found["mine"] is not None and found["mine"].token_ids_T[0] == row["token_ids"][0]
+    monkeypatch.setattr(join, "BLOCK_BYTES", 1)
+    again = list(join.beside(run.completions.rows(), {"mine": run.scores("mine")}))
+    assert len(again) == 300 and num_read == 6 + 300, "a block is as large as the memory allows"
     assert all(
-        found == {"none": None} for _, found in Lookup({"none": run.scores("none")}).beside(run.completions.rows())
+        found == {"none": None} for _, found in join.beside(run.completions.rows(), {"none": run.scores("none")})
     )
 
 

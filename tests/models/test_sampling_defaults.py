@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rl_onoff.errors import UsageError
-from rl_onoff.models.facts import model_sampling
+from rl_onoff.models.resolve import model_sampling
 from rl_onoff.types import Sampling
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rl_onoff.models.facts import different_tensors
+from rl_onoff.models.resolve import different_tensors
 
 
 def model(folder: Path, **changes: torch.Tensor) -> tuple[str, None]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rl_onoff.errors import OnOffError, UsageError
-from rl_onoff.rundir.files import whole, write_shard
+from rl_onoff.rundir.files import read_shard, whole, write_shard
 from rl_onoff.rundir.table import (
     COMPLETIONS,
     RECORD,
@@ -182,11 +182,10 @@ def test_a_shard_is_closed_when_it_is_large_enough(tmp_path):
 def test_some_rows_of_a_shard_are_read_alone(tmp_path):
     table = filled(tmp_path, 70)
     [shard] = table.shards()
-    rows = list(table.rows_at(shard, {0, 40, 69}))
+    rows = list(read_shard(shard, numbers=[0, 40, 69]))
     assert sorted(row["request_id"] for row in rows) == ["r0", "r40", "r69"]
     for row in rows:
         np.testing.assert_array_equal(row["token_ids"], completion(int(row["request_id"][1:]))["token_ids"])
-    assert table.num_bytes() > 0
 
 
 def test_the_millionth_shard_comes_last(tmp_path):

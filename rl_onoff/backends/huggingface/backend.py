@@ -21,7 +21,7 @@ from rl_onoff.backends.placement import place, replicas_that_fit
 from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
-from rl_onoff.models.facts import context_length, end_ids
+from rl_onoff.models.resolve import context_length, end_ids
 from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Want
 
 if TYPE_CHECKING:

@@ -46,7 +46,7 @@ class VLLMBackend(BaseBackend):
     def _load(self) -> EngineInfo:
         vllm = self._import_engine()
         from rl_onoff.backends.vllm.engine import HOOKS, options
-        from rl_onoff.models.facts import end_ids
+        from rl_onoff.models.resolve import end_ids
 
         self._in_engine = self.config.in_engine_stats
         if self._in_engine and not options() >= HOOKS:
