@@ -8,7 +8,7 @@ the rows. So a resample costs one row of a matrix product, and no token is looke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON has no NaN: an undefined metric (a correlation with a constant) is null."""
-        return {name: finite(getattr(self, name)) for name in ("value", "lo", "hi")}
+        return {name: x if x is not None and np.isfinite(x) else None for name, x in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,78 +40,51 @@ class Sums:
     counts_RC: np.ndarray
     column_F: np.ndarray  # which column of counts_RC belongs to a term: many terms share one
 
+    @classmethod
+    def of(cls, batches: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Sums:
+        """The rows of all batches, each the sums and counts (R,) by term; batches need not have the same terms."""
+        names = tuple(dict.fromkeys(name for batch in batches for name in batch))
+        # terms with the same count array in every batch share a column
+        shared = [tuple(id(batch[name][1]) if name in batch else 0 for batch in batches) for name in names]
+        columns = list(dict.fromkeys(shared))
+
+        def stacked(which: int, names: Sequence[str]) -> np.ndarray:
+            parts = [np.broadcast_arrays(*(batch.get(name, (0, 0))[which] for name in names)) for batch in batches]
+            return np.concatenate([np.stack(part, axis=1) for part in parts], dtype=np.float64)
+
+        counts_RC = stacked(1, [names[shared.index(column)] for column in columns])
+        return cls(names, stacked(0, names), counts_RC, np.array([columns.index(column) for column in shared]))
+
     def rows(self, rows: np.ndarray) -> Sums:
         return Sums(self.names, self.sums_RF[rows], self.counts_RC[rows], self.column_F)
 
-    def total(self, name: str) -> float:
-        return float(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0.0
+    def total(self, name: str) -> int:
+        return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
 
     def estimates(self, num_resamples: int, seed: int) -> dict[str, Estimate]:
         """Every metric with its interval (percentile bootstrap, Efron 1979)."""
-        values = metrics_from_means(self._means(self.sums_RF.sum(axis=0), self.counts_RC.sum(axis=0)))
-        values = {name: float(value) for name, value in values.items() if self._present(name)}
-        if len(self.sums_RF) < 2 or num_resamples < 2:
+        num_rows, totals_C = len(self.sums_RF), self.counts_RC.sum(axis=0)
+        absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
+        values = self._metrics(self.sums_RF.sum(axis=0), totals_C)
+        values = {name: float(value) for name, value in values.items() if name not in absent}
+        if num_rows < 2 or num_resamples < 2:
             return {name: Estimate(value) for name, value in values.items()}
-        draws = self._resample(num_resamples, np.random.default_rng(seed))
-        return {name: _interval(value, draws[name]) for name, value in values.items()}
-
-    def _present(self, name: str) -> bool:
-        return name not in self.names or bool(self.counts_RC[:, self.column_F[self.names.index(name)]].any())
-
-    def _means(self, sums_F: np.ndarray, counts_C: np.ndarray) -> dict[str, np.ndarray]:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means_F = sums_F / counts_C[..., self.column_F]
-        return {name: means_F[..., f] for f, name in enumerate(self.names)}
-
-    def _resample(self, num_resamples: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        num_rows, parts = len(self.sums_RF), []
-        step = max(1, CHUNK // num_rows)
+        rng, step, parts = np.random.default_rng(seed), max(1, CHUNK // num_rows), []
         for start in range(0, num_resamples, step):
             shape = (min(step, num_resamples - start), num_rows)
             drawn_BR = rng.integers(num_rows, size=shape) + np.arange(shape[0])[:, None] * num_rows
             # how often a resample drew each row
             weights_BR = np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
-            parts.append(metrics_from_means(self._means(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC)))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append(self._metrics(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC))
+        estimates, tail = {}, 100 * (1 - CONFIDENCE) / 2
+        for name, value in values.items():
+            draws_B = np.concatenate([part[name] for part in parts])
+            draws_B = draws_B[~np.isnan(draws_B)]
+            ends = np.percentile(draws_B, (tail, 100 - tail)).tolist() if len(draws_B) else ()
+            estimates[name] = Estimate(value, *ends)
+        return estimates
 
-
-class SumTable:
-    """Collects rows batch by batch; batches need not have the same terms."""
-
-    def __init__(self) -> None:
-        self._batches: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
-
-    def append(self, sums: Mapping[str, np.ndarray], counts: Mapping[str, np.ndarray]) -> None:
-        """`sums[name]` (R,) over the tokens of a row, `counts[name]` (R,) how many; terms share count arrays."""
-        self._batches.append((dict(sums), dict(counts)))
-
-    def finish(self) -> Sums:
-        names = tuple(dict.fromkeys(name for sums, _ in self._batches for name in sums))
-        columns: dict[tuple[int, ...], int] = {}  # terms with the same count array in every batch share a column
-        keys = (tuple(id(counts.get(name)) for _, counts in self._batches) for name in names)
-        column_F = np.array([columns.setdefault(key, len(columns)) for key in keys])
-        sharers = [names[f] for f in np.unique(column_F, return_index=True)[1]]
-        return Sums(names, self._columns(names, 0), self._columns(sharers, 1), column_F)
-
-    def _columns(self, names: Sequence[str], which: int) -> np.ndarray:
-        """The terms (R, F) over all batches, one beside the other, 0 where a batch has a term not."""
-        lengths = [len(next(iter(sums.values()))) for sums, _ in self._batches]
-        columns_RF, start = np.zeros((sum(lengths), len(names))), 0
-        for batch, length in zip(self._batches, lengths, strict=True):
-            for f, name in enumerate(names):
-                columns_RF[start : start + length, f] = batch[which].get(name, 0)
-            start += length
-        return columns_RF
-
-
-def _interval(value: float, draws_B: np.ndarray) -> Estimate:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    draws_B = draws_B[~np.isnan(draws_B)]
-    if not len(draws_B):
-        return Estimate(value)
-    lo, hi = np.percentile(draws_B, (tail, 100 - tail))
-    return Estimate(value, float(lo), float(hi))
-
-
-def finite(x: float | None) -> float | None:
-    return None if x is None or not np.isfinite(x) else float(x)
+    def _metrics(self, sums_F: np.ndarray, counts_C: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means_F = sums_F / counts_C[..., self.column_F]
+        return metrics_from_means({name: means_F[..., f] for f, name in enumerate(self.names)})

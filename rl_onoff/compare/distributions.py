@@ -8,7 +8,6 @@ see metrics.py. All distributions are raw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import wraps
 
 import numpy as np
@@ -49,15 +48,6 @@ DISTRIBUTION_METRICS: dict[str, Metric] = family(
 )  # fmt: skip
 
 CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
-
-
-def reduce_logits(pair: Pair) -> tuple[Pair, dict[str, np.ndarray]]:
-    """The exact terms of a pair with both sides' logits, and the pair without logits, too large to wait in a batch."""
-    q, p = pair.behaviour, pair.target
-    exact: dict[str, np.ndarray] = {}
-    if q.logits_TV is not None and p.logits_TV is not None:
-        exact = distribution_terms(q.logits_TV, p.logits_TV, p.token_ids_T)
-    return replace(pair, behaviour=replace(q, logits_TV=None), target=replace(p, logits_TV=None)), exact
 
 
 def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -32,12 +31,6 @@ class Pair:
     @property
     def num_tokens(self) -> int:
         return len(self.target.token_ids_T)
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """Which arrays both sides have, and their widths: pairs of one form can be joined into one batch."""
-        sides = (self.behaviour.arrays(), self.target.arrays())
-        return tuple((name, array.shape[1:]) for side in sides for name, array in side.items())
 
 
 def join(pairs: Sequence[Pair], side: str, name: str) -> np.ndarray:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from rl_onoff.compare.bootstrap import CONFIDENCE, Estimate
 from rl_onoff.compare.metrics import PRIME_RL_BAR, Thresholds
@@ -22,9 +24,6 @@ class Summary:
     metrics: dict[str, Estimate]
     counts: dict[str, int]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()}, "counts": self.counts}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PositionBucket:
@@ -32,7 +31,8 @@ class PositionBucket:
 
     start: int
     end: int
-    summary: Summary
+    metrics: dict[str, Estimate]
+    counts: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,20 +55,10 @@ class Comparison:
         return name in self.overall.metrics
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON: no NaN, no infinity."""
-        groups = {key: {value: part.to_dict() for value, part in parts.items()} for key, parts in self.groups.items()}
-        same = {name: getattr(self, name) for name in ("histograms", "worst", "worst_responses")}
-        overall = self.overall.to_dict()
-        return {
-            "kind": self.kind.value,
-            "overall": overall["metrics"],
-            "counts": overall["counts"],
-            "groups": groups,
-            "positions": [{"start": b.start, "end": b.end, **b.summary.to_dict()} for b in self.positions],
-            **same,
-            "thresholds": asdict(self.thresholds),
-            "confidence": CONFIDENCE,
-        }
+        """Plain JSON, where NaN and infinity are null."""
+        found = msgspec.json.decode(msgspec.json.encode(self))
+        metrics, counts = found["overall"]["metrics"], found["overall"]["counts"]
+        return {**found, "overall": metrics, "counts": counts, "confidence": CONFIDENCE}
 
 
 def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
