@@ -53,47 +53,38 @@ CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
 def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarray]:
     """The terms of what else a side knows of the tokens of pairs of one form; no bounds where the exact is known."""
     q, p = pairs[0].behaviour, pairs[0].target
-    terms: dict[str, np.ndarray] = {}
-    for term, who, array in (
-        ("entropy_behaviour", "behaviour", "entropy_T"),
-        ("entropy_target", "target", "entropy_T"),
-        ("rank_behaviour", "behaviour", "rank_T"),
-        ("rank_target", "target", "rank_T"),
-        ("nucleus_mass", "behaviour", "nucleus_mass_T"),
-        ("nucleus_mass_target", "target", "nucleus_mass_T"),
+    sides, terms = (("behaviour", q), ("target", p)), {}
+    for array, *names in (
+        ("entropy_T", "entropy_behaviour", "entropy_target"),
+        ("rank_T", "rank_behaviour", "rank_target"),
+        ("nucleus_mass_T", "nucleus_mass", "nucleus_mass_target"),
     ):
-        if getattr(getattr(pairs[0], who), array) is not None:
-            terms[term] = join(pairs, who, array).astype(np.float64)
+        for name, (who, side) in zip(names, sides, strict=True):
+            if getattr(side, array) is not None:
+                terms[name] = join(pairs, who, array).astype(np.float64)
     if "entropy_behaviour" in terms and "entropy_target" in terms:
         terms["entropy_diff"] = terms["entropy_target"] - terms["entropy_behaviour"]
     if p.processed_logprobs_T is not None or p.kind is LogprobKind.processed:
         source = "logprobs_T" if p.processed_logprobs_T is None else "processed_logprobs_T"
-        terms["impossible_fraction"] = np.isneginf(join(pairs, "target", source)).astype(np.float64)
-        terms["_tokens_impossible_sampler"] = terms["impossible_fraction"]
+        impossible_N = np.isneginf(join(pairs, "target", source))
+        terms |= {"impossible_fraction": impossible_N, "_tokens_impossible_sampler": impossible_N}
     if q.top_ids_TK is not None and p.top_ids_TK is not None and not is_exact:
-        arrays = [(who, name) for who in ("behaviour", "target") for name in ("top_ids_TK", "top_logprobs_TK")]
+        arrays = [(who, name) for who, _ in sides for name in ("top_ids_TK", "top_logprobs_TK")]
         if q.kind is p.kind is LogprobKind.raw:  # else the sampled tokens' logprobs are of another distribution
             arrays += [("target", "token_ids_T"), ("behaviour", "logprobs_T"), ("target", "logprobs_T")]
+        known = {f"entropy_{who}_topk" for who, side in sides if side.entropy_T is not None}  # the exact one is
         bounds = topk_terms(*(join(pairs, who, name) for who, name in arrays))
-        for who, side in (("behaviour", q), ("target", p)):
-            if side.entropy_T is not None:
-                del bounds[f"entropy_{who}_topk"]  # the exact one is known
-        terms |= bounds
+        terms |= {name: term for name, term in bounds.items() if name not in known}
     return terms
 
 
-Terms = Callable[..., dict[str, np.ndarray]]
-
-
-def by_rows(function: Terms) -> Terms:
+def by_rows(function: Callable[..., dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
     """The function on some rows of its arrays at a time, so that its float64 copies stay small whatever T is."""
 
     @wraps(function)
     def in_parts(*arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
         num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
-        assert all(len(array) == num_rows for array in arrays)
-        step = max(1, CHUNK // max(width, 1))
-        starts = range(0, num_rows, step)
+        starts = range(0, num_rows, step := max(1, CHUNK // max(width, 1)))
         parts = [function(*(array[start : start + step] for array in arrays), **options) for start in starts]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -110,19 +101,20 @@ def distribution_terms(
     """
     size_q, size_p = logits_q_TV.shape[1], logits_p_TV.shape[1]
     if size_q != size_p:
-        raise UsageError(f"the logits of the two sides are over {size_q} and {size_p} tokens: compare models with the "
-                         "same vocabulary")  # fmt: skip
+        both = f"the logits of the two sides are over {size_q} and {size_p} tokens"
+        raise UsageError(f"{both}: compare models with the same vocabulary")
     logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
     entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
     k = min(k, size_p)
     shared_T = _shared(*(np.argpartition(x_TV, -k, axis=1)[:, -k:] for x_TV in (logq_TV, logp_TV)))[0].sum(axis=1)
-    terms = divergence_terms(logq_TV, logp_TV) | {
+    terms = divergence_terms(logq_TV, logp_TV)
+    terms |= {
         "entropy_behaviour": entropy_q_T,
         "entropy_target": entropy_p_T,
         "entropy_diff": entropy_p_T - entropy_q_T,
-        "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
-        "topk_jaccard": shared_T / (2 * k - shared_T),
     }
+    terms |= {"argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1))}
+    terms |= {"topk_jaccard": shared_T / (2 * k - shared_T)}
     if token_ids_T is not None:
         ids_T1 = np.asarray(token_ids_T, np.int64)[:, None]
         for name, logits_TV in (("rank_behaviour", logits_q_TV), ("rank_target", logits_p_TV)):
@@ -156,15 +148,12 @@ def topk_terms(
         np.take_along_axis(ids_TK, logs_TK.argmax(axis=1)[:, None], axis=1)
         for ids_TK, logs_TK in ((q_ids_TK, q_logs_TK), (p_ids_TK, p_logs_TK))
     )
-    divergences = divergence_terms(logq_TA, logp_TA)
-    return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
-        "entropy_behaviour_topk": entropy(logq_TA),
-        "entropy_target_topk": entropy(logp_TA),
-        "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
-        "mass_outside_target": np.exp(logp_TA[:, -1]),
-        "argmax_agreement": np.equal(likeliest_q_T1, likeliest_p_T1)[:, 0].astype(np.float64),
-        "topk_jaccard": both_T / np.maximum(either_T, 1),
-    }
+    exact = divergence_terms(logq_TA, logp_TA)
+    terms = {name if name.startswith("_") else f"{name}_topk": term for name, term in exact.items()}
+    terms |= {"entropy_behaviour_topk": entropy(logq_TA), "entropy_target_topk": entropy(logp_TA)}
+    terms |= {"mass_outside_behaviour": np.exp(logq_TA[:, -1]), "mass_outside_target": np.exp(logp_TA[:, -1])}
+    terms |= {"argmax_agreement": np.equal(likeliest_q_T1, likeliest_p_T1)[:, 0]}
+    return terms | {"topk_jaccard": both_T / np.maximum(either_T, 1)}
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
@@ -195,7 +184,7 @@ def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.n
         "kl_reverse": np.maximum(-p_TA * ratio_TA - gap_TA, 0.0).sum(axis=1),
         "js": np.asarray(np.maximum(0.5 * (q_TA * to_q_TA + p_TA * to_p_TA).sum(axis=1), 0.0)),
         "tv": np.abs(0.5 * gap_TA).sum(axis=1),
-        "_tokens_infinite_kl": infinite_T.astype(np.float64),
+        "_tokens_infinite_kl": infinite_T,
     }
 
 

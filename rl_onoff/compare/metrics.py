@@ -131,32 +131,19 @@ def token_terms(
 
     k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as verl's rollout_corr, TRL, NeMo-RL, prime-rl.
     """
-    l_N = log_ratios(logq_N, logp_N)
+    l_N, no_q_N, no_p_N = log_ratios(logq_N, logp_N), np.isneginf(logq_N), np.isneginf(logp_N)
     weights = _weight_terms("token", l_N, thresholds.ess_cap)
     excess_N = weights["_excess_token"]  # rho − 1
     q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
-    no_q_N, no_p_N = np.isneginf(logq_N), np.isneginf(logp_N)
-    diff_N = np.abs(p_N - q_N)
-    return {
-        "kl": -l_N,
-        "kl_k2": 0.5 * l_N**2,
-        "kl_k3": np.maximum(excess_N - l_N, 0.0),
-        "logprob_diff_mean": np.abs(l_N),
-        "prob_diff_mean": diff_N,
-        "mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP)),
-        "fraction_outside": (excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high),
-        "masked_fraction_token_tis": excess_N > thresholds.token_cap - 1,
-        **weights,
-        "_prob_diff2": diff_N**2,
-        "_q": q_N,
-        "_p": p_N,
-        "_qq": q_N * q_N,
-        "_pp": p_N * p_N,
-        "_pq": p_N * q_N,
-        "_tokens_clamped": (no_q_N != no_p_N) | (np.abs(l_N) > CLAMP),
-        "_tokens_impossible_behaviour": no_q_N,
-        "_tokens_impossible_target": no_p_N,
-    }
+    diff_N, outside_N = np.abs(p_N - q_N), (excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high)
+    terms = {"kl": -l_N, "kl_k2": 0.5 * l_N**2, "kl_k3": np.maximum(excess_N - l_N, 0.0)}
+    terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N}
+    terms |= {"mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP))}
+    terms |= {"fraction_outside": outside_N, "masked_fraction_token_tis": excess_N > thresholds.token_cap - 1}
+    terms |= weights | {"_prob_diff2": diff_N**2}
+    terms |= {"_q": q_N, "_p": p_N, "_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
+    terms |= {"_tokens_clamped": (no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)}
+    return terms | {"_tokens_impossible_behaviour": no_q_N, "_tokens_impossible_target": no_p_N}
 
 
 def sequence_terms(
@@ -167,21 +154,15 @@ def sequence_terms(
     Perplexities, ratios and rejection rules as in verl's rollout_corr_helper. Every length must be at least 1.
     """
     logq_N, logp_N = finite_logprobs(logq_N, logp_N)
-    sum_S = segment_sums(logp_N - logq_N, lengths_S)
+    sum_S, log_cap = segment_sums(logp_N - logq_N, lengths_S), np.log(thresholds.sequence_cap)
     diff_S = -sum_S / lengths_S  # log ppl(p) − log ppl(q)
-    log_cap = np.log(thresholds.sequence_cap)
-    return {
-        "ppl_behaviour": _exp(-segment_sums(logq_N, lengths_S) / lengths_S),
-        "ppl_target": _exp(-segment_sums(logp_N, lengths_S) / lengths_S),
-        "log_ppl_diff_mean": diff_S,
-        "log_ppl_diff_abs": np.abs(diff_S),
-        "ppl_ratio": _exp(diff_S),
-        "masked_fraction_sequence_tis": sum_S > log_cap,
-        "masked_fraction_sequence_mask": np.abs(sum_S) > log_cap,
-        "masked_fraction_geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap),
-        **_weight_terms("seq", sum_S, thresholds.ess_cap),
-        "_responses_clamped": np.abs(sum_S) > CLAMP,
-    }
+    ppl_q_S, ppl_p_S = (_exp(-segment_sums(x_N, lengths_S) / lengths_S) for x_N in (logq_N, logp_N))
+    terms = {"ppl_behaviour": ppl_q_S, "ppl_target": ppl_p_S}
+    terms |= {"log_ppl_diff_mean": diff_S, "log_ppl_diff_abs": np.abs(diff_S), "ppl_ratio": _exp(diff_S)}
+    dropped = {"sequence_tis": sum_S > log_cap, "sequence_mask": np.abs(sum_S) > log_cap}
+    dropped |= {"geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap)}
+    terms |= {f"masked_fraction_{rule}": dropped_S for rule, dropped_S in dropped.items()}
+    return terms | _weight_terms("seq", sum_S, thresholds.ess_cap) | {"_responses_clamped": np.abs(sum_S) > CLAMP}
 
 
 def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
