@@ -84,7 +84,9 @@ def by_rows(function: Callable[..., dict[str, np.ndarray]]) -> Callable[..., dic
     @wraps(function)
     def in_parts(*arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
         num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
-        starts = range(0, num_rows, step := max(1, CHUNK // max(width, 1)))
+        assert all(len(array) == num_rows for array in arrays)
+        step = max(1, CHUNK // max(width, 1))
+        starts = range(0, num_rows, step)
         parts = [function(*(array[start : start + step] for array in arrays), **options) for start in starts]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -108,11 +110,8 @@ def distribution_terms(
     k = min(k, size_p)
     shared_T = _shared(*(np.argpartition(x_TV, -k, axis=1)[:, -k:] for x_TV in (logq_TV, logp_TV)))[0].sum(axis=1)
     terms = divergence_terms(logq_TV, logp_TV)
-    terms |= {
-        "entropy_behaviour": entropy_q_T,
-        "entropy_target": entropy_p_T,
-        "entropy_diff": entropy_p_T - entropy_q_T,
-    }
+    terms |= {"entropy_behaviour": entropy_q_T, "entropy_target": entropy_p_T}
+    terms |= {"entropy_diff": entropy_p_T - entropy_q_T}
     terms |= {"argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1))}
     terms |= {"topk_jaccard": shared_T / (2 * k - shared_T)}
     if token_ids_T is not None:
@@ -140,20 +139,20 @@ def topk_terms(
     ids_q_TA, logs_q_TA = _with_sampled(q_ids_TK, q_logs_TK, token_ids_T, logq_T)
     ids_p_TA, logs_p_TA = _with_sampled(p_ids_TK, p_logs_TK, token_ids_T, logp_T)
     shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
-    logq_TA = _add_rest(np.where(shared_TA, logs_q_TA, -np.inf), tiny)
-    logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
+    logs_p_TA = np.take_along_axis(logs_p_TA, columns_p_TA, axis=1)
+    logq_TA, logp_TA = (np.where(shared_TA, x_TA, -np.inf) for x_TA in (logs_q_TA, logs_p_TA))
+    logq_TA, logp_TA = (  # and what they leave of 1 for the rest, at least what rounding could have made of 0
+        np.column_stack([x_TA, np.log(np.maximum(1 - np.exp(x_TA).sum(axis=1), tiny))]) for x_TA in (logq_TA, logp_TA)
+    )
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
     either_T = (q_ids_TK[:, :k] >= 0).sum(axis=1) + (p_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
-    likeliest_q_T1, likeliest_p_T1 = (
-        np.take_along_axis(ids_TK, logs_TK.argmax(axis=1)[:, None], axis=1)
-        for ids_TK, logs_TK in ((q_ids_TK, q_logs_TK), (p_ids_TK, p_logs_TK))
-    )
+    rows_T = np.arange(len(both_T))
+    agree_T = q_ids_TK[rows_T, q_logs_TK.argmax(axis=1)] == p_ids_TK[rows_T, p_logs_TK.argmax(axis=1)]
     exact = divergence_terms(logq_TA, logp_TA)
     terms = {name if name.startswith("_") else f"{name}_topk": term for name, term in exact.items()}
     terms |= {"entropy_behaviour_topk": entropy(logq_TA), "entropy_target_topk": entropy(logp_TA)}
     terms |= {"mass_outside_behaviour": np.exp(logq_TA[:, -1]), "mass_outside_target": np.exp(logp_TA[:, -1])}
-    terms |= {"argmax_agreement": np.equal(likeliest_q_T1, likeliest_p_T1)[:, 0]}
-    return terms | {"topk_jaccard": both_T / np.maximum(either_T, 1)}
+    return terms | {"argmax_agreement": agree_T, "topk_jaccard": both_T / np.maximum(either_T, 1)}
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
@@ -222,9 +221,3 @@ def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.
     shared_TA, columns_TA = np.zeros(ids_q_TA.shape, bool), np.zeros(ids_q_TA.shape, np.int64)
     shared_TA[rows, columns_q], columns_TA[rows, columns_q] = True, columns_p
     return shared_TA, columns_TA
-
-
-def _add_rest(logprobs_TA: np.ndarray, tiny: float) -> np.ndarray:
-    """One more column: what the others leave of 1, at least what rounding could have made of 0."""
-    rest_T = np.maximum(1 - np.exp(logprobs_TA).sum(axis=1), tiny)
-    return np.column_stack([logprobs_TA, np.log(rest_T)])
