@@ -12,26 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from rl_onoff.compare import metrics
 from rl_onoff.compare.bootstrap import Estimate, Sums
-from rl_onoff.compare.distributions import distribution_terms, optional_terms
-from rl_onoff.compare.metrics import (
-    DEFAULT_THRESHOLDS,
-    Thresholds,
-    cumulative_l,
-    log_ratios,
-    order_metrics,
-    percentiles,
-    segment_positions,
-    segment_starts,
-    segment_sums,
-    sequence_terms,
-    token_terms,
-)
+from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
+from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
 from rl_onoff.compare.pair import Pair, check_pair, join
 from rl_onoff.compare.verdict import Comparison, PositionBucket, Summary
 from rl_onoff.errors import UsageError
@@ -67,31 +56,29 @@ class Aggregator:
     seed: int = 0
     num_worst: int = 50
 
-    kind: LogprobKind | None = field(default=None, init=False)
-    num_empty: int = field(default=0, init=False)
-
     def __post_init__(self) -> None:
+        self._kind: LogprobKind | None = None
         self._keys: list[Key] = []
         self._groups: list[Mapping[str, str]] = []
         self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
         self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
         self._waiting: list[tuple[Pair, dict[str, np.ndarray]]] = []
-        self._num_waiting, self._form = 0, None
+        self._num_waiting, self._num_empty, self._form = 0, 0, None
 
     def add(self, pair: Pair) -> None:
         """Check a pair and take it in; a response without tokens is counted and says nothing."""
         check_pair(pair)
         q, p, exact = pair.behaviour, pair.target, {}
-        self.kind = self.kind or p.kind
-        if p.kind is not self.kind:
-            both = f"{self.kind.value} logprobs and some {p.kind.value}"
+        self._kind = self._kind or p.kind
+        if p.kind is not self._kind:
+            both = f"{self._kind.value} logprobs and some {p.kind.value}"
             raise UsageError(f"some responses have {both}: compare one kind at a time")
         if pair.num_tokens == 0:
-            self.num_empty += 1
+            self._num_empty += 1
             return
         if q.logits_TV is not None and p.logits_TV is not None:  # reduced at once: logits are too large to wait
-            exact = distribution_terms(q.logits_TV, p.logits_TV, p.token_ids_T)
+            exact = by_rows(distribution_terms, q.logits_TV, p.logits_TV, p.token_ids_T)
         sides = (replace(q, logits_TV=None), replace(p, logits_TV=None))
         # pairs of one form, with the same arrays on both sides, can be joined into one batch
         form = (bool(exact), [(name, array.shape[1:]) for side in sides for name, array in side.arrays().items()])
@@ -103,7 +90,7 @@ class Aggregator:
 
     def result(self) -> Comparison:
         self._flush()
-        if not self._keys or self.kind is None:
+        if not self._keys or self._kind is None:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
         columns = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}
         tokens, sums = Tokens(columns, self._keys), Sums.of(self._responses)
@@ -113,8 +100,8 @@ class Aggregator:
             values = sorted({value for value in values_S if value is not None})
             groups[name] = {value: self._summary(sums, tokens, values_S == value) for value in values}
         return Comparison(
-            kind=self.kind,
-            overall=self._summary(sums, tokens, np.ones(len(self._keys), bool), self.num_empty),
+            kind=self._kind,
+            overall=self._summary(sums, tokens, np.ones(len(self._keys), bool), self._num_empty),
             groups=groups,
             positions=self._positions(tokens),
             histograms=tokens.histograms(),
@@ -130,18 +117,18 @@ class Aggregator:
         pairs, exact = [pair for pair, _ in self._waiting], [terms for _, terms in self._waiting]
         lengths_S = np.array([pair.num_tokens for pair in pairs])
         q_N, p_N = join(pairs, "behaviour", "logprobs_T"), join(pairs, "target", "logprobs_T")
-        terms = token_terms(q_N, p_N, self.thresholds) | optional_terms(pairs, is_exact=bool(exact[0]))
+        terms = metrics.token_terms(q_N, p_N, self.thresholds) | optional_terms(pairs, is_exact=bool(exact[0]))
         terms |= {name: np.concatenate([part[name] for part in exact]) for name in exact[0]}
-        once_S, per_response = np.ones(len(pairs)), sequence_terms(q_N, p_N, lengths_S, self.thresholds)
-        sums = {name: (segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
+        once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
+        sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
         self._responses.append(sums | {name: (term, once_S) for name, term in per_response.items()})
         # the position buckets (0, 1, 2 to 3, 4 to 7, …) cut a response into consecutive pieces
-        positions_N = segment_positions(lengths_S)
+        positions_N = metrics.segment_positions(lengths_S)
         starts_R = np.flatnonzero((positions_N & (positions_N - 1)) == 0)
-        lengths_R = np.diff(starts_R, append=len(positions_N))
-        sums = {name: (segment_sums(terms[name], lengths_R), lengths_R) for name in POSITION_TERMS if name in terms}
-        drift_R = cumulative_l(-terms["kl"], lengths_S)[starts_R]
-        self._buckets.append(sums | {"cumulative_l": (drift_R, np.ones(len(starts_R)))})
+        lengths_R, drift_N = np.diff(starts_R, append=len(positions_N)), metrics.cumulative_l(-terms["kl"], lengths_S)
+        names = [name for name in POSITION_TERMS if name in terms]
+        sums = {name: (metrics.segment_sums(terms[name], lengths_R), lengths_R) for name in names}
+        self._buckets.append(sums | {"cumulative_l": (drift_N[starts_R], np.ones(len(starts_R)))})
         self._keys += [pair.key for pair in pairs]
         self._groups += [pair.groups for pair in pairs]
         kept = {"token_ids": join(pairs, "target", "token_ids_T"), "behaviour": q_N, "target": p_N}
@@ -154,10 +141,10 @@ class Aggregator:
     def _summary(self, sums: Sums, tokens: Tokens, chosen_S: np.ndarray, num_empty: int = 0) -> Summary:
         sums, lengths_S = sums.rows(chosen_S), tokens.lengths_S[chosen_S]
         chosen_N = np.repeat(chosen_S, tokens.lengths_S)
-        extremes = order_metrics(tokens.columns["behaviour"][chosen_N], tokens.columns["target"][chosen_N], lengths_S)
+        q_N, p_N = tokens.columns["behaviour"][chosen_N], tokens.columns["target"][chosen_N]
         counts = {"responses": len(lengths_S), "responses_empty": num_empty, "tokens": int(lengths_S.sum())}
         counts |= {name[1:]: sums.total(name) for name in sums.names if name.startswith(("_tokens_", "_responses_"))}
-        return Summary(metrics=self._estimates(sums, extremes), counts=counts)
+        return Summary(metrics=self._estimates(sums, metrics.order_metrics(q_N, p_N, lengths_S)), counts=counts)
 
     def _positions(self, tokens: Tokens) -> list[PositionBucket]:
         sums, buckets_R, buckets_N = Sums.of(self._buckets), tokens.columns["buckets"], _bucket(tokens.positions_N)
@@ -166,9 +153,9 @@ class Aggregator:
             rows, l_N = sums.rows(buckets_R == bucket), tokens.l_N[buckets_N == bucket]
             counts = {"responses": len(rows.sums_RF), "tokens": len(l_N)}
             counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
-            metrics = self._estimates(rows, percentiles(l_N))
             start, end = (1 << bucket) >> 1, min(1 << bucket, longest)
-            found.append(PositionBucket(start=start, end=end, metrics=metrics, counts=counts))
+            estimates = self._estimates(rows, metrics.percentiles(l_N))
+            found.append(PositionBucket(start=start, end=end, metrics=estimates, counts=counts))
         return found
 
     def _estimates(self, sums: Sums, exact: Mapping[str, float]) -> dict[str, Estimate]:
@@ -182,9 +169,9 @@ class Tokens:
 
     def __init__(self, columns: dict[str, np.ndarray], keys: list[Key]) -> None:
         self.columns, self.keys, self.lengths_S = columns, keys, columns["lengths"]
-        self.starts_S = segment_starts(self.lengths_S)
-        self.l_N = log_ratios(columns["behaviour"], columns["target"])
-        self.positions_N = segment_positions(self.lengths_S)
+        self.starts_S = metrics.segment_starts(self.lengths_S)
+        self.l_N = metrics.log_ratios(columns["behaviour"], columns["target"])
+        self.positions_N = metrics.segment_positions(self.lengths_S)
 
     def histograms(self) -> dict[str, Any]:
         """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response; ready for JSON.
@@ -199,7 +186,7 @@ class Tokens:
         probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in ("behaviour", "target"))
         q_N, p_N = (np.minimum(x_N * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in probs)
         counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
-        sum_N = cumulative_l(self.l_N, self.lengths_S)
+        sum_N = metrics.cumulative_l(self.l_N, self.lengths_S)
         positions = np.unique(np.linspace(0, np.max(self.lengths_S) - 1, MAX_POSITIONS).astype(np.int64)).tolist()
         reached = [sum_N[self.starts_S[self.lengths_S > t] + t] for t in positions]
         curve = {"position": positions, "mean": [float(x.mean()) for x in reached], "num": [len(x) for x in reached]}
@@ -216,25 +203,24 @@ class Tokens:
         at_W = np.argsort(-np.abs(self.l_N), kind="stable")[:num]
         columns = {"position": self.positions_N, "token_id": self.columns["token_ids"]}
         columns |= {f"{side}_logprob": self.columns[side] for side in ("behaviour", "target")} | {"l": self.l_N}
-        responses_W = np.searchsorted(self.starts_S, at_W, side="right") - 1
-        return self._rows(responses_W, {name: column[at_W] for name, column in columns.items()})
+        return self._rows(np.searchsorted(self.starts_S, at_W, side="right") - 1, at_W, columns)
 
     def worst_responses(self, num: int) -> list[dict[str, Any]]:
         """The responses with the largest mean |l|."""
         abs_N = np.abs(self.l_N)
-        mean_S = segment_sums(abs_N, self.lengths_S) / self.lengths_S
+        mean_S = metrics.segment_sums(abs_N, self.lengths_S) / self.lengths_S
         at_W = np.argsort(-mean_S, kind="stable")[:num]
         columns = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
         columns |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
-        columns |= {"sum_l": segment_sums(self.l_N, self.lengths_S)}
-        return self._rows(at_W, {name: column[at_W] for name, column in columns.items()})
+        columns |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}
+        return self._rows(at_W, at_W, columns)
 
-    def _rows(self, responses_W: np.ndarray, columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    def _rows(self, responses_W: np.ndarray, at_W: np.ndarray, columns: Mapping[str, np.ndarray]) -> list[dict]:
         """One dict a row, each with its response's name; a logprob of −inf is null, since JSON has no infinity."""
         rows = []
-        for s, *values in zip(responses_W, *(column.tolist() for column in columns.values()), strict=True):
-            named = {"request_id": self.keys[s][0], "sample": self.keys[s][1]}
-            rows.append(named | {n: x if math.isfinite(x) else None for n, x in zip(columns, values, strict=True)})
+        for s, *values in zip(responses_W, *(column[at_W].tolist() for column in columns.values()), strict=True):
+            found = dict(zip(("request_id", "sample"), self.keys[s], strict=True))
+            rows.append(found | {n: x if math.isfinite(x) else None for n, x in zip(columns, values, strict=True)})
         return rows
 
 

@@ -8,7 +8,6 @@ see metrics.py. All distributions are raw.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 
 import numpy as np
 
@@ -73,27 +72,20 @@ def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarra
         if q.kind is p.kind is LogprobKind.raw:  # else the sampled tokens' logprobs are of another distribution
             arrays += [("target", "token_ids_T"), ("behaviour", "logprobs_T"), ("target", "logprobs_T")]
         known = {f"entropy_{who}_topk" for who, side in sides if side.entropy_T is not None}  # the exact one is
-        bounds = topk_terms(*(join(pairs, who, name) for who, name in arrays))
+        bounds = by_rows(topk_terms, *(join(pairs, who, name) for who, name in arrays))
         terms |= {name: term for name, term in bounds.items() if name not in known}
     return terms
 
 
-def by_rows(function: Callable[..., dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
-    """The function on some rows of its arrays at a time, so that its float64 copies stay small whatever T is."""
-
-    @wraps(function)
-    def in_parts(*arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
-        num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
-        assert all(len(array) == num_rows for array in arrays)
-        step = max(1, CHUNK // max(width, 1))
-        starts = range(0, num_rows, step)
-        parts = [function(*(array[start : start + step] for array in arrays), **options) for start in starts]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    return in_parts
+def by_rows(function: Callable[..., dict[str, np.ndarray]], *arrays: np.ndarray) -> dict[str, np.ndarray]:
+    """The function on some rows of the arrays at a time, so that its float64 copies stay small whatever T is."""
+    num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
+    assert all(len(array) == num_rows for array in arrays)
+    step = max(1, CHUNK // max(width, 1))
+    parts = [function(*(array[at : at + step] for array in arrays)) for at in range(0, num_rows, step)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-@by_rows
 def distribution_terms(
     logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, *, k: int = 20
 ) -> dict[str, np.ndarray]:
@@ -121,7 +113,6 @@ def distribution_terms(
     return terms
 
 
-@by_rows
 def topk_terms(
     q_ids_TK: np.ndarray, q_logs_TK: np.ndarray, p_ids_TK: np.ndarray, p_logs_TK: np.ndarray,
     token_ids_T: np.ndarray | None = None, logq_T: np.ndarray | None = None, logp_T: np.ndarray | None = None,
@@ -136,8 +127,13 @@ def topk_terms(
     """
     k = min(q_ids_TK.shape[1], p_ids_TK.shape[1])
     tiny = 8 * float(np.finfo(np.result_type(q_logs_TK, p_logs_TK)).eps)  # rounding of 1 − Σ
-    ids_q_TA, logs_q_TA = _with_sampled(q_ids_TK, q_logs_TK, token_ids_T, logq_T)
-    ids_p_TA, logs_p_TA = _with_sampled(p_ids_TK, p_logs_TK, token_ids_T, logp_T)
+    sides = []
+    for ids_TA, logs_TA, own_T in ((q_ids_TK, q_logs_TK, logq_T), (p_ids_TK, p_logs_TK, logp_T)):
+        if token_ids_T is not None and own_T is not None:  # one more column, padding where the list has the token
+            extra_T = np.where((ids_TA == token_ids_T[:, None]).any(axis=1), -1, token_ids_T)
+            ids_TA, logs_TA = np.column_stack([ids_TA, extra_T]), np.column_stack([logs_TA, own_T])
+        sides += [ids_TA.astype(np.int64), logs_TA.astype(np.float64)]
+    ids_q_TA, logs_q_TA, ids_p_TA, logs_p_TA = sides
     shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
     logs_p_TA = np.take_along_axis(logs_p_TA, columns_p_TA, axis=1)
     logq_TA, logp_TA = (np.where(shared_TA, x_TA, -np.inf) for x_TA in (logs_q_TA, logs_p_TA))
@@ -190,18 +186,6 @@ def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.n
 def entropy(logq_TA: np.ndarray) -> np.ndarray:
     """−Σ q log q in nats, 0 log 0 = 0."""
     return -(np.exp(logq_TA) * np.where(np.isneginf(logq_TA), 0.0, logq_TA)).sum(axis=1)
-
-
-def _with_sampled(
-    ids_TK: np.ndarray, logprobs_TK: np.ndarray, token_ids_T: np.ndarray | None, logprobs_T: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The list with the sampled token as its last column, where the list has it not (else −1, padding)."""
-    ids_TK, logprobs_TK = np.asarray(ids_TK, np.int64), np.asarray(logprobs_TK, np.float64)
-    if token_ids_T is None or logprobs_T is None:
-        return ids_TK, logprobs_TK
-    token_ids_T = np.asarray(token_ids_T, np.int64)
-    extra_T = np.where((ids_TK == token_ids_T[:, None]).any(axis=1), -1, token_ids_T)
-    return np.column_stack([ids_TK, extra_T]), np.column_stack([logprobs_TK, np.asarray(logprobs_T, np.float64)])
 
 
 def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
