@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
@@ -20,6 +21,7 @@ from rl_onoff.types import FinishReason, LogprobKind, Sampling
 
 OTHER_WEIGHTS = "the weights: behaviour and target are different models"
 SAME_IDS = "the tokens both sides hold"
+PRECISE = "both sides are in float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,8 @@ def retokenised(case: Case, state: State) -> list[Candidate] | Row:
     """Whether the target holds the text's ids; else how many responses tokenising the text again would change."""
     q, total, before = state.behaviour.rows, len(state.behaviour.rows), state.gap()
     if unfit := frozenset(key for key, row in q.items() if len(row.logprobs_T) != len(row.token_ids_T)):
-        said = (
-            f"{len(unfit)} of {total} responses have not as many logprobs as ids, so the ids are not the sampled ones"
-        )
-        detail = f"re-tokenised text: {said}"
+        fewer = f"{len(unfit)} of {total} responses have not as many logprobs as ids"
+        detail = f"re-tokenised text: {fewer}, so the ids are not the sampled ones"
         if len(unfit) == total:
             return Row(rung=Rung.retokenised, before=before, share=1.0, verdict=f"the main cause: {detail}")
         return [Candidate(replace(state, without=unfit), "the responses whose logprobs fit their ids", detail)]
@@ -142,34 +142,26 @@ def decode(case: Case, state: State) -> list[Candidate]:
 
 @cause("the precision of the LM head", "LM head in float32")
 def lm_head(case: Case, state: State) -> list[Candidate]:
-    return _each_and_both(case, state, "an LM head in float32", _low(case), lambda engine: engine.with_float32_head())
+    return _on_each(case, state, "an LM head in float32", case.low, PRECISE, lambda engine: engine.with_float32_head())
 
 
 @cause("the precision of weights and arithmetic", "float32")
 def dtype(case: Case, state: State) -> list[Candidate]:
-    return _each_and_both(case, state, "float32", _low(case), lambda engine: engine.with_dtype("float32"))
-
-
-def _low(case: Case) -> set[str]:
-    """The sides in lower precision."""
-    low = {who for who, name in case.dtypes.items() if name != "float32"}
-    if not low:
-        raise NotTried("both sides are in float32")
-    return low
+    return _on_each(case, state, "float32", case.low, PRECISE, lambda engine: engine.with_dtype("float32"))
 
 
 @cause("the split over several devices", "one device")
 def tensor_parallel(case: Case, state: State) -> list[Candidate]:
-    split = {who for who, engine in state.engines.items() if engine.num_devices > 1}
-    if not split:
-        raise NotTried("no side is split over devices")
-    return _each_and_both(case, state, "one device", split, lambda engine: engine.on_one_device())
+    split, otherwise = [who for who, x in state.engines.items() if x.num_devices > 1], "no side is split over devices"
+    return _on_each(case, state, "one device", split, otherwise, lambda engine: engine.on_one_device())
 
 
-def _each_and_both(
-    case: Case, state: State, what: str, sides: Collection[str], change: Callable[[EngineConfig], EngineConfig | None]
+def _on_each(
+    case: Case, state: State, what: str, sides: Collection[str], otherwise: str, change: Callable[[EngineConfig], Any]
 ) -> list[Candidate]:
     """The change on the target, on the behaviour, and on both, as far as `sides` need it and their engines can."""
+    if not sides:
+        raise NotTried(otherwise)
     changed = {}
     for who in ("target", "behaviour"):
         engine = state.engines.get(who) if who in sides else None

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from rl_onoff.attribution.causes import LADDER, Attempt
-from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, scored
+from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import ON_POLICY_K3
 from rl_onoff.config import Rung
@@ -101,25 +101,27 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
             "experiment=onoff, or stages=[generate,score,attribute] to do all of it"
         )
     name, own_name = _target(this), own_scores(folder)
-    records = {"behaviour": folder.completions.record(), "target": folder.scores(name).record()}
+    table = folder.scores(name)
+    records = {"behaviour": folder.completions.record(), "target": table.record()}
     engines = {who: engine_of(record, known) for who, record in records.items()}
     engines["target"] = engines["target"] or this.config.target
-    rollouts, state = State.of(folder, name, config.limit, engines)
+    rollouts = chosen_rollouts(folder.completions, table, config.limit)
     if not rollouts:
         raise UsageError(
             f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first"
         )
+    state, low = State.of(rollouts, table, engines), set()
     own = None if own_name in (None, name) else scored(folder.scores(own_name), rollouts.keys(), engines["behaviour"])
-    dtypes = {who: engine.weights_dtype for who, engine in state.engines.items()}
-    for who, record in records.items():
-        dtypes[who] = record.get("engine", {}).get("dtype") or dtypes.get(who, "")
+    for who, engine in engines.items():
+        said = records[who].get("engine", {}).get("dtype") or (engine.weights_dtype if engine else "")
+        low |= {who} if said != "float32" else set()
     case = Case(
         this=this,
         rollouts=rollouts,
         records=records,
         sampler=(sampling_of(records["behaviour"]) or this.config.sampling).replace(n=1),
         own=own if own is not None and own.rows.keys() == rollouts.keys() else None,
-        dtypes=dtypes,
+        low=low,
     )
     rows, whole = [], state.gap()
     for rung, (words, change, attempt) in LADDER.items():
@@ -173,16 +175,14 @@ def _try(rung: Rung, attempt: Attempt, words: str, case: Case, state: State, who
 def _target(this: Run) -> str:
     """Name of the scores to explain: the one that was asked for, else the furthest."""
     folder, config, names = this.folder, this.config.attribute, this.folder.score_names()
+    if config.target is not None and config.target not in names:
+        raise UsageError(
+            f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one of them"
+        )
     if config.target is not None:
-        if config.target not in names:
-            known = ", ".join(names)
-            raise UsageError(
-                f"{folder.path} has no scores {config.target!r} but {known}: set attribute.target to one of them"
-            )
         return config.target
     gaps = {name: 0.0 for name in names if name != own_scores(folder)} or dict.fromkeys(names, 0.0)
     for name in gaps if len(gaps) > 1 else ():
-        rollouts, state = State.of(folder, name, config.limit, {})
-        if rollouts:
-            gaps[name] = state.gap()
+        if rollouts := chosen_rollouts(folder.completions, folder.scores(name), config.limit):
+            gaps[name] = State.of(rollouts, folder.scores(name), {}).gap()
     return max(gaps, key=gaps.__getitem__)

@@ -18,7 +18,7 @@ from rl_onoff.config import Rung
 from rl_onoff.pipeline.context import Run
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import sampler_of
-from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_scores, scores_of
+from rl_onoff.rundir.table import Table, rollout_of, row_of_scores, scores_of
 from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Want
 
 SCORES = ("request_id", "sample", "token_ids", "logprobs", "logprob_kind", "processed_logprobs", "nucleus_mass")
@@ -87,20 +87,15 @@ class State:
     without: frozenset[Key] = frozenset()  # responses that are left out
 
     @classmethod
-    def of(
-        cls, folder: RunDir, name: str, limit: int | None, engines: Mapping[str, EngineConfig | None]
-    ) -> tuple[dict[Key, Rollout], State]:
-        """The chosen responses of a run, and the two sides before any change: what was sampled, and scores `name`."""
-        rollouts = chosen_rollouts(folder.completions, folder.scores(name), limit)
-        rows = {
-            key: TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
-            for key, rollout in rollouts.items()
-            if rollout.logprobs_T is not None
-        }
+    def of(cls, rollouts: Mapping[Key, Rollout], table: Table, engines: Mapping[str, EngineConfig | None]) -> State:
+        """The two sides before any change: what was reported while sampling, and what a table of scores says."""
+        rows = {}
+        for key, rollout in rollouts.items():
+            assert rollout.logprobs_T is not None
+            rows[key] = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
         behaviour = Side(rows, engines.get("behaviour"), reported=True)
-        target = scored(folder.scores(name), rollouts.keys(), engines.get("target"))
-        kind = next((rollout.kind for rollout in rollouts.values()), None) or LogprobKind.raw
-        return rollouts, cls(behaviour=behaviour, target=target, kind=kind)
+        kind = next(iter(rollouts.values())).kind or LogprobKind.raw
+        return cls(behaviour=behaviour, target=scored(table, rollouts.keys(), engines.get("target")), kind=kind)
 
     @property
     def engines(self) -> dict[str, EngineConfig]:
@@ -110,10 +105,9 @@ class State:
 
     def gap(self) -> float:
         q, p = self.behaviour.as_kind(self.kind), self.target.as_kind(self.kind)
+        for key in self.without:
+            q.pop(key, None)
         for key in q.keys() & p.keys():
-            if key in self.without:
-                del q[key]
-                continue
             if self.same_ids_only:
                 ours, theirs = q[key].token_ids_T, p[key].token_ids_T
                 width = min(len(ours), len(theirs))
@@ -155,7 +149,7 @@ class Case:
     records: dict[str, Mapping[str, Any]]  # of the tables of behaviour and target
     sampler: Sampling  # that drew the tokens, as far as is known
     own: Side | None  # the behaviour's own scores, where the run has them of all responses
-    dtypes: dict[str, str]  # of behaviour and target, as the engines said
+    low: set[str]  # the sides in lower precision than float32, as far as is known
     floor: float = 0.0  # the gap of one engine to itself, nats a token; the noise rung sets it
 
     def rescore(self, engine: EngineConfig | None, *, alone: bool = False) -> Side:
@@ -169,8 +163,8 @@ class Case:
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = {"backend": engine.what_it_computes(), "want": asdict(want)} | ({"alone": True} if alone else {})
-        config = masked(config)
+        config = {"backend": engine.what_it_computes(), "want": asdict(want)}
+        config = masked(config | ({"alone": True} if alone else {}))
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")
         table.claim(config)
