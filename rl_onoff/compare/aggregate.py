@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import metrics
-from rl_onoff.compare.bootstrap import Estimate, Sums
+from rl_onoff.compare.comparison import Comparison, Estimate, PositionBucket, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
 from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
 from rl_onoff.compare.pair import Pair, check_pair, join
-from rl_onoff.compare.verdict import Comparison, PositionBucket, Summary
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind
 
@@ -105,9 +104,8 @@ class Aggregator:
             groups=groups,
             positions=self._positions(tokens),
             histograms=tokens.histograms(),
-            worst=tokens.worst(self.num_worst),
-            worst_responses=tokens.worst_responses(self.num_worst),
             thresholds=self.thresholds,
+            **tokens.worst(self.num_worst),
         )
 
     def _flush(self) -> None:
@@ -198,30 +196,28 @@ class Tokens:
             "cumulative_l": curve,
         }
 
-    def worst(self, num: int) -> list[dict[str, Any]]:
-        """The tokens with the largest |l|."""
-        at_W = np.argsort(-np.abs(self.l_N), kind="stable")[:num]
-        columns = {"position": self.positions_N, "token_id": self.columns["token_ids"]}
-        columns |= {f"{side}_logprob": self.columns[side] for side in ("behaviour", "target")} | {"l": self.l_N}
-        return self._rows(np.searchsorted(self.starts_S, at_W, side="right") - 1, at_W, columns)
+    def worst(self, num: int) -> dict[str, list[dict[str, Any]]]:
+        """The tokens with the largest |l| and the responses with the largest mean |l|, one dict each.
 
-    def worst_responses(self, num: int) -> list[dict[str, Any]]:
-        """The responses with the largest mean |l|."""
-        abs_N = np.abs(self.l_N)
+        A logprob of −inf is null, since JSON has no infinity.
+        """
+        abs_N, responses_S = np.abs(self.l_N), np.arange(len(self.keys))
         mean_S = metrics.segment_sums(abs_N, self.lengths_S) / self.lengths_S
-        at_W = np.argsort(-mean_S, kind="stable")[:num]
-        columns = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
-        columns |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
-        columns |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}
-        return self._rows(at_W, at_W, columns)
-
-    def _rows(self, responses_W: np.ndarray, at_W: np.ndarray, columns: Mapping[str, np.ndarray]) -> list[dict]:
-        """One dict a row, each with its response's name; a logprob of −inf is null, since JSON has no infinity."""
-        rows = []
-        for s, *values in zip(responses_W, *(column[at_W].tolist() for column in columns.values()), strict=True):
-            found = dict(zip(("request_id", "sample"), self.keys[s], strict=True))
-            rows.append(found | {n: x if math.isfinite(x) else None for n, x in zip(columns, values, strict=True)})
-        return rows
+        tokens = {"position": self.positions_N, "token_id": self.columns["token_ids"]}
+        tokens |= {f"{side}_logprob": self.columns[side] for side in ("behaviour", "target")} | {"l": self.l_N}
+        responses = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
+        responses |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
+        responses |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}
+        found: dict[str, list[dict[str, Any]]] = {"worst": [], "worst_responses": []}
+        for rows, size, response, columns in (
+            (found["worst"], abs_N, np.repeat(responses_S, self.lengths_S), tokens),
+            (found["worst_responses"], mean_S, responses_S, responses),
+        ):
+            for at in np.argsort(-size, kind="stable")[:num]:
+                values = {name: column[at].item() for name, column in columns.items()}
+                named = dict(zip(("request_id", "sample"), self.keys[response[at]], strict=True))
+                rows.append(named | {name: x if math.isfinite(x) else None for name, x in values.items()})
+        return found
 
 
 def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:

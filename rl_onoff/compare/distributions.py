@@ -98,12 +98,11 @@ def distribution_terms(
         both = f"the logits of the two sides are over {size_q} and {size_p} tokens"
         raise UsageError(f"{both}: compare models with the same vocabulary")
     logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
-    entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
     k = min(k, size_p)
     shared_T = _shared(*(np.argpartition(x_TV, -k, axis=1)[:, -k:] for x_TV in (logq_TV, logp_TV)))[0].sum(axis=1)
     terms = divergence_terms(logq_TV, logp_TV)
-    terms |= {"entropy_behaviour": entropy_q_T, "entropy_target": entropy_p_T}
-    terms |= {"entropy_diff": entropy_p_T - entropy_q_T}
+    terms |= {"entropy_behaviour": entropy(logq_TV), "entropy_target": entropy(logp_TV)}
+    terms |= {"entropy_diff": terms["entropy_target"] - terms["entropy_behaviour"]}
     terms |= {"argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1))}
     terms |= {"topk_jaccard": shared_T / (2 * k - shared_T)}
     if token_ids_T is not None:

@@ -177,8 +177,9 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
             variance = np.where(mean < 0.5, square - mean**2, excess_square - excess**2)
             metrics[f"is_ratio_std_{level}"] = np.sqrt(np.maximum(variance, 0))
             metrics[f"chi2_{level}"] = 2 * excess + excess_square
-            metrics[f"ess_{level}"] = _ess(mean, square)
-            metrics[f"ess_{level}_clamped"] = _ess(m[f"_limited_{level}"], m[f"_limited2_{level}"])
+            # (E w)² ≤ E w², and rounding may not lift their ratio over 1
+            metrics[f"ess_{level}"] = np.minimum(mean**2 / square, 1.0)
+            metrics[f"ess_{level}_clamped"] = np.minimum(m[f"_limited_{level}"] ** 2 / m[f"_limited2_{level}"], 1.0)
     if "_prob_diff2" in m:
         metrics["prob_diff_std"] = np.sqrt(np.maximum(m["_prob_diff2"] - m["prob_diff_mean"] ** 2, 0))
         var_q, var_p, cov = m["_qq"] - m["_q"] ** 2, m["_pp"] - m["_p"] ** 2, m["_pq"] - m["_p"] * m["_q"]
@@ -237,11 +238,6 @@ def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, 
     limited = np.clip(weights, 1 / cap, cap)
     moments |= {"_limited": limited, "_limited2": limited**2}
     return {f"{name}_{level}": moment for name, moment in moments.items()}
-
-
-def _ess(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """(E w)² / E w², in (0, 1] as (E w)² ≤ E w²; rounding may not lift it over 1."""
-    return np.minimum(mean**2 / square, 1.0)
 
 
 def _exp(x: np.ndarray | float) -> np.ndarray:
