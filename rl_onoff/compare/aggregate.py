@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import metrics
-from rl_onoff.compare.comparison import Comparison, Estimate, PositionBucket, Summary, Sums
+from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
 from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
-from rl_onoff.compare.pair import Pair, check_pair, join
+from rl_onoff.compare.pair import Pair, check_pair
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Key, LogprobKind
+from rl_onoff.types import Key, LogprobKind, TokenScores
 
 BATCH_TOKENS = 16_384
 ABS_EDGES = np.logspace(-8, 2, 81)
@@ -80,7 +80,7 @@ class Aggregator:
             exact = by_rows(distribution_terms, q.logits_TV, p.logits_TV, p.token_ids_T)
         sides = (replace(q, logits_TV=None), replace(p, logits_TV=None))
         # pairs of one form, with the same arrays on both sides, can be joined into one batch
-        form = (bool(exact), [(name, array.shape[1:]) for side in sides for name, array in side.arrays().items()])
+        form = [(name, x.dtype, x.shape[1:]) for side in sides for name, x in side.arrays().items()] + list(exact)
         if form != self._form or self._num_waiting + pair.num_tokens > BATCH_TOKENS:
             self._flush()
         self._waiting.append((replace(pair, behaviour=sides[0], target=sides[1]), exact))
@@ -112,10 +112,11 @@ class Aggregator:
         """Reduce the waiting pairs to sums and forget their lists."""
         if not self._waiting:
             return
-        pairs, exact = [pair for pair, _ in self._waiting], [terms for _, terms in self._waiting]
-        lengths_S = np.array([pair.num_tokens for pair in pairs])
-        q_N, p_N = join(pairs, "behaviour", "logprobs_T"), join(pairs, "target", "logprobs_T")
-        terms = metrics.token_terms(q_N, p_N, self.thresholds) | optional_terms(pairs, is_exact=bool(exact[0]))
+        pairs, exact = zip(*self._waiting, strict=True)
+        lengths_S, sides = np.array([pair.num_tokens for pair in pairs]), [(x.behaviour, x.target) for x in pairs]
+        q, p = (TokenScores.collect(side, self._num_waiting) for side in zip(*sides, strict=True))
+        q_N, p_N = q.logprobs_T, p.logprobs_T
+        terms = metrics.token_terms(q_N, p_N, self.thresholds) | optional_terms(q, p, self._kind, bool(exact[0]))
         terms |= {name: np.concatenate([part[name] for part in exact]) for name in exact[0]}
         once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
         sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
@@ -129,7 +130,7 @@ class Aggregator:
         self._buckets.append(sums | {"cumulative_l": (drift_N[starts_R], np.ones(len(starts_R)))})
         self._keys += [pair.key for pair in pairs]
         self._groups += [pair.groups for pair in pairs]
-        kept = {"token_ids": join(pairs, "target", "token_ids_T"), "behaviour": q_N, "target": p_N}
+        kept = {"token_ids": p.token_ids_T, "behaviour": q_N, "target": p_N}
         kept |= {name: terms[name].astype(np.float32) for name in ENTROPIES if name in terms}
         kept |= {"lengths": lengths_S, "buckets": _bucket(positions_N[starts_R])}
         for name, column in kept.items():
@@ -142,7 +143,8 @@ class Aggregator:
         q_N, p_N = tokens.columns["behaviour"][chosen_N], tokens.columns["target"][chosen_N]
         counts = {"responses": len(lengths_S), "responses_empty": num_empty, "tokens": int(lengths_S.sum())}
         counts |= {name[1:]: sums.total(name) for name in sums.names if name.startswith(("_tokens_", "_responses_"))}
-        return Summary(metrics=self._estimates(sums, metrics.order_metrics(q_N, p_N, lengths_S)), counts=counts)
+        estimates = sums.estimates(self.num_resamples, self.seed, metrics.order_metrics(q_N, p_N, lengths_S))
+        return Summary(metrics=estimates, counts=counts)
 
     def _positions(self, tokens: Tokens) -> list[PositionBucket]:
         sums, buckets_R, buckets_N = Sums.of(self._buckets), tokens.columns["buckets"], _bucket(tokens.positions_N)
@@ -152,14 +154,9 @@ class Aggregator:
             counts = {"responses": len(rows.sums_RF), "tokens": len(l_N)}
             counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
             start, end = (1 << bucket) >> 1, min(1 << bucket, longest)
-            estimates = self._estimates(rows, metrics.percentiles(l_N))
+            estimates = rows.estimates(self.num_resamples, self.seed, metrics.percentiles(l_N))
             found.append(PositionBucket(start=start, end=end, metrics=estimates, counts=counts))
         return found
-
-    def _estimates(self, sums: Sums, exact: Mapping[str, float]) -> dict[str, Estimate]:
-        """The metrics of these rows with their intervals, and those of `exact` without."""
-        estimates = sums.estimates(self.num_resamples, self.seed)
-        return estimates | {name: Estimate(value) for name, value in exact.items()}
 
 
 class Tokens:

@@ -68,14 +68,15 @@ class Sums:
     def total(self, name: str) -> int:
         return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
 
-    def estimates(self, num_resamples: int, seed: int) -> dict[str, Estimate]:
-        """Every metric with its interval (percentile bootstrap, Efron 1979)."""
+    def estimates(self, num_resamples: int, seed: int, exact: Mapping[str, float]) -> dict[str, Estimate]:
+        """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
         num_rows, totals_C = len(self.sums_RF), self.counts_RC.sum(axis=0)
         absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
         values = self._metrics(self.sums_RF.sum(axis=0), totals_C)
         values = {name: float(value) for name, value in values.items() if name not in absent}
+        estimates = {name: Estimate(value) for name, value in (values | exact).items()}
         if num_rows < 2 or num_resamples < 2:
-            return {name: Estimate(value) for name, value in values.items()}
+            return estimates
         rng, step, parts = np.random.default_rng(seed), max(1, CHUNK // num_rows), []
         for start in range(0, num_resamples, step):
             shape = (min(step, num_resamples - start), num_rows)
@@ -83,12 +84,12 @@ class Sums:
             # how often a resample drew each row
             weights_BR = np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
             parts.append(self._metrics(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC))
-        estimates, tail = {}, 100 * (1 - CONFIDENCE) / 2
+        tail = 100 * (1 - CONFIDENCE) / 2
         for name, value in values.items():
             draws_B = np.concatenate([part[name] for part in parts])
             draws_B = draws_B[~np.isnan(draws_B)]
-            ends = np.percentile(draws_B, (tail, 100 - tail)).tolist() if len(draws_B) else ()
-            estimates[name] = Estimate(value, *ends)
+            if len(draws_B):
+                estimates[name] = Estimate(value, *np.percentile(draws_B, (tail, 100 - tail)).tolist())
         return estimates
 
     def _metrics(self, sums_F: np.ndarray, counts_C: np.ndarray) -> dict[str, np.ndarray]:

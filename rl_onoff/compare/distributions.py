@@ -7,14 +7,13 @@ see metrics.py. All distributions are raw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from rl_onoff.compare.metrics import CLAMP, Metric, family
-from rl_onoff.compare.pair import Pair, join
 from rl_onoff.errors import UsageError
-from rl_onoff.types import LogprobKind
+from rl_onoff.types import LogprobKind, TokenScores
 
 DISTRIBUTION_METRICS: dict[str, Metric] = family(
     "Whole distributions",
@@ -49,31 +48,23 @@ DISTRIBUTION_METRICS: dict[str, Metric] = family(
 CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
 
 
-def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarray]:
-    """The terms of what else a side knows of the tokens of pairs of one form; no bounds where the exact is known."""
-    q, p = pairs[0].behaviour, pairs[0].target
-    sides, terms = (("behaviour", q), ("target", p)), {}
-    for array, *names in (
-        ("entropy_T", "entropy_behaviour", "entropy_target"),
-        ("rank_T", "rank_behaviour", "rank_target"),
-        ("nucleus_mass_T", "nucleus_mass", "nucleus_mass_target"),
-    ):
-        for name, (who, side) in zip(names, sides, strict=True):
-            if getattr(side, array) is not None:
-                terms[name] = join(pairs, who, array).astype(np.float64)
+def optional_terms(q: TokenScores, p: TokenScores, kind: LogprobKind, is_exact: bool) -> dict[str, np.ndarray]:
+    """The terms of what else the sides know of their tokens; no bounds where the exact is known."""
+    known = {"entropy_behaviour": q.entropy_T, "entropy_target": p.entropy_T}
+    known |= {"rank_behaviour": q.rank_T, "rank_target": p.rank_T}
+    known |= {"nucleus_mass": q.nucleus_mass_T, "nucleus_mass_target": p.nucleus_mass_T}
+    terms = {name: array.astype(np.float64) for name, array in known.items() if array is not None}
     if "entropy_behaviour" in terms and "entropy_target" in terms:
         terms["entropy_diff"] = terms["entropy_target"] - terms["entropy_behaviour"]
-    if p.processed_logprobs_T is not None or p.kind is LogprobKind.processed:
-        source = "logprobs_T" if p.processed_logprobs_T is None else "processed_logprobs_T"
-        impossible_N = np.isneginf(join(pairs, "target", source))
+    if p.processed_logprobs_T is not None or kind is LogprobKind.processed:
+        impossible_N = np.isneginf(p.logprobs_T if p.processed_logprobs_T is None else p.processed_logprobs_T)
         terms |= {"impossible_fraction": impossible_N, "_tokens_impossible_sampler": impossible_N}
-    if q.top_ids_TK is not None and p.top_ids_TK is not None and not is_exact:
-        arrays = [(who, name) for who, _ in sides for name in ("top_ids_TK", "top_logprobs_TK")]
-        if q.kind is p.kind is LogprobKind.raw:  # else the sampled tokens' logprobs are of another distribution
-            arrays += [("target", "token_ids_T"), ("behaviour", "logprobs_T"), ("target", "logprobs_T")]
-        known = {f"entropy_{who}_topk" for who, side in sides if side.entropy_T is not None}  # the exact one is
-        bounds = by_rows(topk_terms, *(join(pairs, who, name) for who, name in arrays))
-        terms |= {name: term for name, term in bounds.items() if name not in known}
+    lists = [x for x in (q.top_ids_TK, q.top_logprobs_TK, p.top_ids_TK, p.top_logprobs_TK) if x is not None]
+    if len(lists) == 4 and not is_exact:
+        # where the sampled tokens' logprobs are not raw, they are of another distribution than the lists
+        sampled = (p.token_ids_T, q.logprobs_T, p.logprobs_T) if kind is LogprobKind.raw else ()
+        bounds = by_rows(topk_terms, *lists, *sampled)
+        terms |= {name: term for name, term in bounds.items() if name.removesuffix("_topk") not in terms}
     return terms
 
 

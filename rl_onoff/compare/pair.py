@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -31,11 +31,6 @@ class Pair:
     @property
     def num_tokens(self) -> int:
         return len(self.target.token_ids_T)
-
-
-def join(pairs: Sequence[Pair], side: str, name: str) -> np.ndarray:
-    """One array of one side, the pairs' tokens one after the other."""
-    return np.concatenate([np.asarray(getattr(getattr(pair, side), name)) for pair in pairs])
 
 
 def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = None) -> TokenScores:
