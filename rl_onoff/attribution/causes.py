@@ -1,7 +1,5 @@
-"""The rungs: each says what can be changed in a state of the ladder, or why it does not apply. A rung never judges.
-
-A rung gives candidates, states with one change more, of which the ladder takes the one with the smallest gap; or its
-own row.
+"""The rungs: each says what can be changed in a state of the ladder, or why it does not apply. A rung never judges: it
+gives candidates, states with one change more, of which the ladder takes the one with the smallest gap; or its own row.
 """
 
 from __future__ import annotations
@@ -169,8 +167,9 @@ def _on_each(
             changed[who] = case.rescore(other)
     if not changed:
         raise NotTried("the engine is not recorded or cannot do that")
-    candidates = [Candidate(replace(state, **{who: side}), f"{what} in the {who}") for who, side in changed.items()]
-    return candidates + [Candidate(replace(state, **changed), f"{what} on both sides")] * (len(changed) - 1)
+    ways = {f"{what} in the {who}": {who: side} for who, side in changed.items()}
+    ways |= {f"{what} on both sides": changed} if len(changed) > 1 else {}
+    return [Candidate(replace(state, **way), words) for words, way in ways.items()]
 
 
 @cause("the engine: it computes something else from the same weights", "the target's weights in the behaviour's engine")

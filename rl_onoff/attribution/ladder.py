@@ -110,18 +110,17 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         raise UsageError(
             f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first"
         )
-    state, low = State.of(rollouts, table, engines), set()
+    state = State.of(rollouts, table, engines)
     own = None if own_name in (None, name) else scored(folder.scores(own_name), rollouts.keys(), engines["behaviour"])
-    for who, engine in engines.items():
-        said = records[who].get("engine", {}).get("dtype") or (engine.weights_dtype if engine else "")
-        low |= {who} if said != "float32" else set()
+    dtypes = {who: engine.weights_dtype for who, engine in state.engines.items()}
+    dtypes |= {who: said for who, record in records.items() if (said := record.get("engine", {}).get("dtype"))}
     case = Case(
         this=this,
         rollouts=rollouts,
         records=records,
         sampler=(sampling_of(records["behaviour"]) or this.config.sampling).replace(n=1),
         own=own if own is not None and own.rows.keys() == rollouts.keys() else None,
-        low=low,
+        low={who for who in records if dtypes.get(who) != "float32"},
     )
     rows, whole = [], state.gap()
     for rung, (words, change, attempt) in LADDER.items():

@@ -11,6 +11,7 @@ they reach.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +31,6 @@ ABS_EDGES = np.logspace(-8, 2, 81)
 PROB_BINS = 50
 MAX_POSITIONS = 200
 ENTROPIES = ("entropy_behaviour", "entropy_target")
-COLUMNS = ("token_ids", "behaviour", "target", *ENTROPIES, "lengths", "buckets")
 POSITION_TERMS = (
     "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token",
     "_w2_token", "_excess_token", "_excess2_token", "_limited_token", "_limited2_token", "_tokens_clamped",
@@ -59,7 +59,7 @@ class Aggregator:
         self._kind: LogprobKind | None = None
         self._keys: list[Key] = []
         self._groups: list[Mapping[str, str]] = []
-        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
         self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
         self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
         self._waiting: list[tuple[Pair, dict[str, np.ndarray]]] = []
@@ -91,7 +91,7 @@ class Aggregator:
         self._flush()
         if not self._keys or self._kind is None:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
-        columns = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         tokens, sums = Tokens(columns, self._keys), Sums.of(self._responses)
         groups: dict[str, dict[str, Summary]] = {}
         for name in sorted({name for groups_of in self._groups for name in groups_of}):
@@ -121,7 +121,7 @@ class Aggregator:
         once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
         sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
         self._responses.append(sums | {name: (term, once_S) for name, term in per_response.items()})
-        # the position buckets (0, 1, 2 to 3, 4 to 7, …) cut a response into consecutive pieces
+        # the position buckets (0, 1, 2 to 3, 4 to 7, …: the bits of a position) cut a response into consecutive pieces
         positions_N = metrics.segment_positions(lengths_S)
         starts_R = np.flatnonzero((positions_N & (positions_N - 1)) == 0)
         lengths_R, drift_N = np.diff(starts_R, append=len(positions_N)), metrics.cumulative_l(-terms["kl"], lengths_S)
@@ -132,7 +132,7 @@ class Aggregator:
         self._groups += [pair.groups for pair in pairs]
         kept = {"token_ids": p.token_ids_T, "behaviour": q_N, "target": p_N}
         kept |= {name: terms[name].astype(np.float32) for name in ENTROPIES if name in terms}
-        kept |= {"lengths": lengths_S, "buckets": _bucket(positions_N[starts_R])}
+        kept |= {"lengths": lengths_S, "buckets": np.frexp(positions_N[starts_R])[1]}
         for name, column in kept.items():
             self._columns[name].append(column)
         self._waiting, self._num_waiting = [], 0
@@ -147,7 +147,7 @@ class Aggregator:
         return Summary(metrics=estimates, counts=counts)
 
     def _positions(self, tokens: Tokens) -> list[PositionBucket]:
-        sums, buckets_R, buckets_N = Sums.of(self._buckets), tokens.columns["buckets"], _bucket(tokens.positions_N)
+        sums, buckets_R, buckets_N = Sums.of(self._buckets), tokens.columns["buckets"], np.frexp(tokens.positions_N)[1]
         longest, found = int(tokens.lengths_S.max()), []
         for bucket in range(buckets_R.max() + 1):
             rows, l_N = sums.rows(buckets_R == bucket), tokens.l_N[buckets_N == bucket]
@@ -176,7 +176,7 @@ class Tokens:
         Long responses are not short ones continued: where `num` falls, the curve changes population.
         """
         limit = max(float(np.percentile(np.abs(self.l_N), 99.5)), 1e-6)
-        entropies = {name: self.columns[name] for name in ENTROPIES}
+        entropies = {name: self.columns.get(name, np.zeros(0)) for name in ENTROPIES}
         edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in entropies.values()) or 1.0, 61)
         probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in ("behaviour", "target"))
         q_N, p_N = (np.minimum(x_N * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in probs)
@@ -221,8 +221,3 @@ def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
     counts = np.histogram(values_N, edges)[0]
     below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())
     return {"edges": edges.tolist(), "counts": counts.tolist(), "below": below, "above": above}
-
-
-def _bucket(positions: np.ndarray) -> np.ndarray:
-    """Number of the bucket that a position lies in: bucket i > 0 starts at 2^(i − 1)."""
-    return np.frexp(positions)[1]

@@ -107,13 +107,11 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PositionBucket:
+class PositionBucket(Summary):
     """Positions start ≤ t < end of the responses longer than start; `cumulative_l` is Σ l up to and with `start`."""
 
     start: int
     end: int
-    metrics: dict[str, Estimate]
-    counts: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
