@@ -184,7 +184,7 @@ def attribute(this: Run) -> Steps:
     this.values.update(found.values())
     this.sections["attribution"] = found.to_dict()
     this.texts.append(found.as_text())
-    track_rows(this.tracker, "attribution", [row.to_dict() for row in found.rows])
+    track_rows(this.tracker, "attribution", found.to_dict()["rows"])
     try:
         compare(this)
     except UsageError as error:  # ids or kinds that differ: the very causes that the ladder may have named

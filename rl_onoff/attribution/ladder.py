@@ -1,75 +1,95 @@
-"""Climb the ladder of causes: try one change at a time and keep what explains the gap."""
+"""Climb the ladder of causes: try one change at a time and keep what explains the gap.
+
+The gap is the mean k3 KL, nats a token. A rung's share is (before − after) / gap, limited to 0 … 1, where `before` is
+the gap with every change kept so far and `gap` the one at the bottom of the ladder. So shares add up: a cause that an
+earlier rung has taken away is not counted again. The noise rung changes nothing: its share says how large the gap is
+that one engine has to itself.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
-from rl_onoff.attribution.causes import LADDER, Cause
-from rl_onoff.attribution.result import KEEP, NOTHING_LEFT, ROUNDING, Attribution, Row, tried
-from rl_onoff.attribution.state import Case, NotTried, State, chosen_rollouts, sampled, scored
+import msgspec
+import numpy as np
+
+from rl_onoff.attribution.causes import LADDER, Attempt
+from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.compare import ON_POLICY_K3
 from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.pipeline.stages import Run
+from rl_onoff.report.tables import aligned, number
 from rl_onoff.rundir.provenance import engine_of, sampling_of
-from rl_onoff.types import LogprobKind
+
+KEEP = 0.1  # least share of the gap for which a change is kept, and called part of the cause
+NOTHING_LEFT = 0.02  # of the gap: below this, no further rung is tried
 
 log = logging.getLogger(__name__)
 
 
-def climb(case: Case, state: State, rungs: Sequence[Rung]) -> Attribution:
-    """Every rung in turn (all of them where none is named), from the state that the earlier ones left."""
-    whole, rows = state.gap(), []
-    for cause in LADDER:
-        if rungs and cause.rung not in rungs:
-            continue
-        log.info("attribute: %s", cause.rung.value)
-        try:
-            if cause.rung is not Rung.noise:
-                if whole <= case.floor:
-                    raise NotTried("the gap is not above the noise floor")
-                if state.gap() <= max(NOTHING_LEFT * whole, ROUNDING):
-                    raise NotTried("nothing is left to explain")
-            row, state = _try(cause, case, state, whole)
-        except NotTried as reason:
-            row = Row(rung=cause.rung, verdict=f"not tried: {reason}")
-        except OnOffError as error:  # an engine is not installed, or cannot do this: later rungs can still be tried
-            row = Row(rung=cause.rung, verdict=f"not tried: it failed ({error})")
-        rows.append(replace(row, changed=row.changed or cause.change))
-    return Attribution(
-        target=case.name,
-        gap=whole,
-        floor=case.floor,
-        left=state.gap(),
-        rows=rows,
-        responses=len(case.rollouts),
-        tokens=sum(len(rollout.token_ids_T) for rollout in case.rollouts.values()),
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attribution:
+    """The whole ladder of one target: why two policies differ."""
 
+    target: str
+    gap: float  # before any change
+    floor: float
+    left: float  # after every change that was kept
+    responses: int
+    tokens: int
+    rows: list[Row]
 
-def _try(cause: Cause, case: Case, state: State, whole: float) -> tuple[Row, State]:
-    """The row of a rung, and the state that its best candidate leaves, or the old one where it explains too little."""
-    found = cause.attempt(case, state)
-    if isinstance(found, Row):
-        return found, state
-    gaps = []
-    for candidate in found:
-        try:
-            gaps.append((candidate, candidate.state.gap()))
-        except UsageError as error:
-            log.info("attribute: %s cannot be tried: %s", candidate.changed, error)
-    if not gaps:
-        raise NotTried("what was kept of the scores does not allow it")
-    gaps = [item for item in gaps if not math.isnan(item[1])]
-    if not gaps:
-        raise NotTried("it would leave no token to compare")
-    best, after = min(gaps, key=lambda item: item[1])
-    row = tried(cause.rung, best.changed, state.gap(), after, whole, best.detail or cause.words)
-    return row, best.state if (row.share or 0) >= max(KEEP, best.least) else state
+    def sentence(self) -> str:
+        """The main cause in one sentence, and what is left."""
+        gap = f"a mean k3 KL of {self.gap:.2g} nats a token over {self.tokens:,} tokens"
+        size = f"the gap between the behaviour and {self.target}, {gap},"
+        if self.gap <= self.floor:
+            return f"Nothing to explain: {size} is not above the noise floor of {self.floor:.2g}."
+        noisy, after = self.floor > KEEP * self.gap, ""
+        if noisy:
+            after = f" One engine against itself in other batches shows {self.floor:.2g}."
+        if self.gap < ON_POLICY_K3:
+            after += f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below."
+        causes = [row for row in self.rows if row.rung is not Rung.noise and (row.share or 0) >= KEEP]
+        if not causes and noisy:
+            return f"Mostly noise: {size} is left, and no rung takes it away.{after}"
+        if not causes and any(row.rung is Rung.weights and row.share is not None for row in self.rows):
+            return f"Not explained: no rung takes away {size} so its cause is one that cannot be tried here.{after}"
+        if not causes:
+            guess = "the weights (staleness, quantisation, an adapter, a changed LM head)"
+            return f"Not explained by anything that can be tried: {size} is left, which points to {guess}.{after}"
+        causes.sort(key=lambda row: -(row.share or 0))
+        part = "" if (causes[0].share or 0) >= MOST else "in part "
+        said = [causes[0].verdict.partition(": ")[2]]
+        said += [f"{row.changed}: {number(row.after, 2) or 'not defined'}, {row.share:.0%} less" for row in causes]
+        said += [f"{self.left / self.gap:.0%} is left"] if self.left >= KEEP * self.gap else []
+        return f"{size[0].upper()}{size[1:-1]}, comes {part}from {'; '.join(said)}.{after}"
+
+    def to_dict(self) -> dict[str, Any]:
+        found = msgspec.to_builtins(self)
+        rows = found.pop("rows")
+        return {**found, "sentence": self.sentence(), "rows": rows}
+
+    def values(self) -> dict[str, float]:
+        """Flat numbers for W&B."""
+        shares = {f"attribute/{row.rung.value}/share": row.share for row in self.rows if row.share is not None}
+        return {"attribute/gap": self.gap, "attribute/floor": self.floor, "attribute/left": self.left, **shares}
+
+    def as_text(self) -> str:
+        """The ladder for a terminal."""
+        rows = [["rung", "before", "after", "share", "verdict"]]
+        for row in self.rows:
+            share = "" if row.share is None else f"{row.share:.0%}"
+            rows.append([row.rung.value, number(row.before, 2), number(row.after, 2), share, row.verdict])
+        head = f"  attribution of {self.target} (k3 KL, nats a token)"
+        return "\n".join([head, *aligned(rows, "<>>><"), "", f"  {self.sentence()}"])
 
 
 def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
@@ -81,55 +101,87 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
             "experiment=onoff, or stages=[generate,score,attribute] to do all of it"
         )
     name, own_name = _target(this), own_scores(folder)
-    table, record = folder.scores(name), folder.completions.record()
+    table = folder.scores(name)
+    records = {"behaviour": folder.completions.record(), "target": table.record()}
+    engines = {who: engine_of(record, known) for who, record in records.items()}
+    engines["target"] = engines["target"] or this.config.target
     rollouts = chosen_rollouts(folder.completions, table, config.limit)
     if not rollouts:
         raise UsageError(
             f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first"
         )
-    own = None if own_name in (None, name) else scored(folder.scores(own_name), rollouts.keys())
-    engines = {
-        "behaviour": (engine_of(record, known), record),
-        "target": (engine_of(table.record(), known) or this.config.target, table.record()),
-    }
+    state = State.of(rollouts, table, engines)
+    own = None if own_name in (None, name) else scored(folder.scores(own_name), rollouts.keys(), engines["behaviour"])
+    dtypes = {who: engine.weights_dtype for who, engine in state.engines.items()}
+    dtypes |= {who: said for who, record in records.items() if (said := record.get("engine", {}).get("dtype"))}
     case = Case(
         this=this,
-        name=name,
         rollouts=rollouts,
-        sampler=(sampling_of(record) or this.config.sampling).replace(n=1),
+        records=records,
+        sampler=(sampling_of(records["behaviour"]) or this.config.sampling).replace(n=1),
         own=own if own is not None and own.rows.keys() == rollouts.keys() else None,
-        dtypes={
-            who: said.get("engine", {}).get("dtype") or (engine.weights_dtype if engine else "")
-            for who, (engine, said) in engines.items()
-        },
+        low={who for who in records if dtypes.get(who) != "float32"},
     )
-    state = State(
-        q=sampled(rollouts),
-        p=scored(table, rollouts.keys()),
-        kind=next(iter(rollouts.values())).kind or LogprobKind.raw,
-        behaviour=engines["behaviour"][0],
-        target=engines["target"][0],
+    rows, whole = [], state.gap()
+    for rung, (words, change, attempt) in LADDER.items():
+        if config.rungs and rung not in config.rungs:
+            continue
+        log.info("attribute: %s", rung.value)
+        try:
+            if rung is not Rung.noise and whole <= case.floor:
+                raise NotTried("the gap is not above the noise floor")
+            if rung is not Rung.noise and state.gap() <= max(NOTHING_LEFT * whole, ROUNDING):
+                raise NotTried("nothing is left to explain")
+            row, state = _try(rung, attempt, words, case, state, whole)
+        except NotTried as reason:
+            row = Row(rung=rung, verdict=f"not tried: {reason}")
+        except OnOffError as error:  # an engine is not installed, or cannot do this: later rungs can still be tried
+            row = Row(rung=rung, verdict=f"not tried: it failed ({error})")
+        rows.append(replace(row, changed=row.changed or change))
+    tokens = sum(len(rollout.token_ids_T) for rollout in rollouts.values())
+    found = Attribution(
+        target=name, gap=whole, floor=case.floor, left=state.gap(), responses=len(rollouts), tokens=tokens, rows=rows
     )
-    found = climb(case, state, config.rungs)
     folder.write_json("attribution.json", found.to_dict())
     return found
+
+
+def _try(rung: Rung, attempt: Attempt, words: str, case: Case, state: State, whole: float) -> tuple[Row, State]:
+    """The row of a rung, and the state that its best candidate leaves, or the old one where it explains too little."""
+    found = attempt(case, state)
+    if isinstance(found, Row):
+        return found, state
+    gaps = []
+    for candidate in found:
+        try:
+            gaps.append((candidate.state.gap(), candidate))
+        except UsageError as error:
+            log.info("attribute: %s cannot be tried: %s", candidate.changed, error)
+    if not gaps:
+        raise NotTried("what was kept of the scores does not allow it")
+    gaps = [item for item in gaps if not math.isnan(item[0])]
+    if not gaps:
+        raise NotTried("it would leave no token to compare")
+    before, (after, best) = state.gap(), min(gaps, key=lambda item: item[0])
+    share = float(np.clip((before - after) / whole, 0, 1)) if whole > 0 else 0.0
+    verdict = "not the cause (the gap grows)" if after - before > KEEP * whole else "not the cause"
+    if share >= KEEP:
+        verdict = f"{'the main cause' if share >= MOST else 'part of the cause'}: {best.detail or words}"
+    row = Row(rung=rung, changed=best.changed, before=before, after=after, share=share, verdict=verdict)
+    return row, best.state if share >= max(KEEP, best.least) else state
 
 
 def _target(this: Run) -> str:
     """Name of the scores to explain: the one that was asked for, else the furthest."""
     folder, config, names = this.folder, this.config.attribute, this.folder.score_names()
+    if config.target is not None and config.target not in names:
+        raise UsageError(
+            f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one of them"
+        )
     if config.target is not None:
-        if config.target not in names:
-            raise UsageError(
-                f"{folder.path} has no scores {config.target!r} but {', '.join(names)}: set attribute.target to one "
-                "of them"
-            )
         return config.target
     gaps = {name: 0.0 for name in names if name != own_scores(folder)} or dict.fromkeys(names, 0.0)
     for name in gaps if len(gaps) > 1 else ():
-        table = folder.scores(name)
-        if rollouts := chosen_rollouts(folder.completions, table, config.limit):
-            kind = next(iter(rollouts.values())).kind or LogprobKind.raw
-            p = scored(table, rollouts.keys())
-            gaps[name] = State(q=sampled(rollouts), p=p, kind=kind, behaviour=None, target=None).gap()
+        if rollouts := chosen_rollouts(folder.completions, folder.scores(name), config.limit):
+            gaps[name] = State.of(rollouts, folder.scores(name), {}).gap()
     return max(gaps, key=gaps.__getitem__)

@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import as_kind
 from rl_onoff.compare.metrics import token_terms
+from rl_onoff.config import Rung
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import sampler_of
@@ -21,17 +23,32 @@ from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Wan
 
 SCORES = ("request_id", "sample", "token_ids", "logprobs", "logprob_kind", "processed_logprobs", "nucleus_mass")
 COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "finish_reason")
+MOST = 0.5  # least share of the gap that is called the main cause
+ROUNDING = 1e-11  # nats a token: what float32 logprobs cannot resolve; no floor is lower
 
 
 class NotTried(Exception):
     """A rung does not apply; the message says why."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One rung. `before`, `after` and `share` are None where it was not tried, and `verdict` says why."""
+
+    rung: Rung
+    changed: str = ""  # what was changed; the words of the rung's change where it says nothing better
+    before: float | None = None
+    after: float | None = None
+    share: float | None = None
+    verdict: str
+
+
 @dataclass(frozen=True, slots=True)
-class Source:
+class Side:
     """Where one side's logprobs come from: what was reported while sampling, or a table of scores."""
 
     rows: dict[Key, TokenScores]
+    engine: EngineConfig | None  # None: not one of ours, or not recorded
     sampler: Sampling | None = None
     reported: bool = False
 
@@ -40,55 +57,57 @@ class Source:
         return {key: row if self.reported else as_kind(row, kind, self.sampler) for key, row in self.rows.items()}
 
 
-def sampled(rollouts: Mapping[Key, Rollout]) -> Source:
-    """What the behaviour reported of its own tokens."""
-    rows = {}
-    for key, rollout in rollouts.items():
-        assert rollout.logprobs_T is not None
-        rows[key] = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
-    return Source(rows, reported=True)
-
-
-def scored(table: Table, keys: Collection[Key]) -> Source:
+def scored(table: Table, keys: Collection[Key], engine: EngineConfig | None = None) -> Side:
     """What a table says of these responses; rows of all other responses are let go as they pass."""
     rows = (row for row in table.rows(SCORES) if (row["request_id"], row["sample"]) in keys)
-    return Source({scores.key: scores for scores in map(scores_of, rows)}, sampler_of(table))
+    return Side({scores.key: scores for scores in map(scores_of, rows)}, engine, sampler_of(table))
 
 
 def chosen_rollouts(completions: Table, scores: Table, limit: int | None) -> dict[Key, Rollout]:
     """The same `limit` responses every time, in whatever order they lie on disk: keys are read first, then rows."""
     rows = completions.rows(["request_id", "sample", "logprob_kind"])
     keys = {(row["request_id"], row["sample"]) for row in rows if row["logprob_kind"] is not None} & scores.keys()
-    chosen = dict.fromkeys(sorted(keys, key=_digest)[:limit])
+    digests = {key: hashlib.blake2b(f"{key[1]} {key[0]}".encode(), digest_size=8).digest() for key in sorted(keys)}
+    chosen = dict.fromkeys(sorted(digests, key=digests.__getitem__)[:limit])
     rows = (row for row in completions.rows(COMPLETIONS) if (row["request_id"], row["sample"]) in chosen)
     found = {rollout.key: rollout for rollout in map(rollout_of, rows)}
     usable = {key for key, rollout in found.items() if rollout.logprobs_T is not None and len(rollout.token_ids_T)}
     return {key: found[key] for key in chosen if key in usable}
 
 
-def _digest(key: Key) -> bytes:
-    return hashlib.blake2b(f"{key[1]} {key[0]}".encode(), digest_size=8).digest()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class State:
     """The two sides with every change that was kept."""
 
-    q: Source
-    p: Source
+    behaviour: Side
+    target: Side
     kind: LogprobKind
-    behaviour: EngineConfig | None  # None: not one of ours, or not recorded
-    target: EngineConfig | None
     same_ids_only: bool = False  # compare up to the first token in which the ids differ
     without_last: frozenset[Key] = frozenset()  # responses whose last token is left out
     without: frozenset[Key] = frozenset()  # responses that are left out
 
+    @classmethod
+    def of(cls, rollouts: Mapping[Key, Rollout], table: Table, engines: Mapping[str, EngineConfig | None]) -> State:
+        """The two sides before any change: what was reported while sampling, and what a table of scores says."""
+        rows = {}
+        for key, rollout in rollouts.items():
+            assert rollout.logprobs_T is not None
+            rows[key] = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
+        behaviour = Side(rows, engines.get("behaviour"), reported=True)
+        kind = next(iter(rollouts.values())).kind or LogprobKind.raw
+        return cls(behaviour=behaviour, target=scored(table, rollouts.keys(), engines.get("target")), kind=kind)
+
+    @property
+    def engines(self) -> dict[str, EngineConfig]:
+        """The engines that are recorded, by side."""
+        sides = {"behaviour": self.behaviour.engine, "target": self.target.engine}
+        return {who: engine for who, engine in sides.items() if engine is not None}
+
     def gap(self) -> float:
-        q, p = self.q.as_kind(self.kind), self.p.as_kind(self.kind)
+        q, p = self.behaviour.as_kind(self.kind), self.target.as_kind(self.kind)
+        for key in self.without:
+            q.pop(key, None)
         for key in q.keys() & p.keys():
-            if key in self.without:
-                del q[key]
-                continue
             if self.same_ids_only:
                 ours, theirs = q[key].token_ids_T, p[key].token_ids_T
                 width = min(len(ours), len(theirs))
@@ -100,7 +119,7 @@ class State:
 
     def ids_differ(self) -> list[Key]:
         """Responses of which the two sides hold different ids."""
-        q, p = self.q.rows, self.p.rows
+        q, p = self.behaviour.rows, self.target.rows
         return [key for key in q.keys() & p.keys() if not np.array_equal(q[key].token_ids_T, p[key].token_ids_T)]
 
 
@@ -121,19 +140,19 @@ def gap(q: Mapping[Key, TokenScores], p: Mapping[Key, TokenScores]) -> float:
     return float(token_terms(np.concatenate(ours), np.concatenate(theirs))["kl_k3"].mean())
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class Case:
     """What the rungs are given beside a state: the run, the sampled responses, and a way to score their ids again."""
 
     this: Run
-    name: str  # of the target's scores
     rollouts: dict[Key, Rollout]
+    records: dict[str, Mapping[str, Any]]  # of the tables of behaviour and target
     sampler: Sampling  # that drew the tokens, as far as is known
-    own: Source | None  # the behaviour's own scores, where the run has them of all responses
-    dtypes: dict[str, str]  # of behaviour and target, as the engines said
+    own: Side | None  # the behaviour's own scores, where the run has them of all responses
+    low: set[str]  # the sides in lower precision than float32, as far as is known
     floor: float = 0.0  # the gap of one engine to itself, nats a token; the noise rung sets it
 
-    def rescore(self, engine: EngineConfig | None, *, alone: bool = False) -> Source:
+    def rescore(self, engine: EngineConfig | None, *, alone: bool = False) -> Side:
         """What `engine` says of the sampled ids; `alone`: one response at a time, in another order.
 
         The scores lie under `scores/attribute/`, out of sight of the normal comparisons, under a name made of what they
@@ -144,8 +163,8 @@ class Case:
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = {"backend": engine.what_it_computes(), "want": asdict(want)} | ({"alone": True} if alone else {})
-        config = masked(config)
+        config = {"backend": engine.what_it_computes(), "want": asdict(want)}
+        config = masked(config | ({"alone": True} if alone else {}))
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")
         table.claim(config)
@@ -159,4 +178,4 @@ class Case:
                     for scores in backend.score(window, want):
                         writer.append(row_of_scores(scores))
                         progress.add(len(scores.token_ids_T))
-        return scored(table, self.rollouts.keys())
+        return scored(table, self.rollouts.keys(), engine)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from rl_onoff.compare.aggregate import Aggregator, compare
-from rl_onoff.compare.bootstrap import Estimate
+from rl_onoff.compare.comparison import ON_POLICY_K3, Comparison, Estimate, judge, verdict, word_of
 from rl_onoff.compare.distributions import DISTRIBUTION_METRICS
 from rl_onoff.compare.metrics import TOKEN_METRICS, Metric
 from rl_onoff.compare.pair import Pair, as_kind
-from rl_onoff.compare.verdict import ON_POLICY_K3, Comparison, judge, verdict, word_of
 
 __all__ = [
     "HEADLINES", "METRICS", "ON_POLICY_K3", "Aggregator", "Comparison", "Estimate", "Metric", "Pair", "as_kind",

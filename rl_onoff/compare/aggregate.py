@@ -10,37 +10,27 @@ they reach.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from rl_onoff.compare.bootstrap import Estimate, Sums, SumTable, finite
-from rl_onoff.compare.distributions import optional_terms, reduce_logits
-from rl_onoff.compare.metrics import (
-    DEFAULT_THRESHOLDS,
-    Thresholds,
-    cumulative_l,
-    log_ratios,
-    order_metrics,
-    segment_starts,
-    segment_sums,
-    sequence_terms,
-    token_terms,
-)
-from rl_onoff.compare.pair import Pair, check_pair, join
-from rl_onoff.compare.verdict import Comparison, PositionBucket, Summary
+from rl_onoff.compare import metrics
+from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
+from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
+from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
+from rl_onoff.compare.pair import Pair, check_pair
 from rl_onoff.errors import UsageError
-from rl_onoff.types import Key, LogprobKind
+from rl_onoff.types import Key, LogprobKind, TokenScores
 
 BATCH_TOKENS = 16_384
 ABS_EDGES = np.logspace(-8, 2, 81)
 PROB_BINS = 50
 MAX_POSITIONS = 200
 ENTROPIES = ("entropy_behaviour", "entropy_target")
-COLUMNS = ("token_ids", "behaviour", "target", *ENTROPIES, "lengths", "buckets")
 POSITION_TERMS = (
     "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token",
     "_w2_token", "_excess_token", "_excess2_token", "_limited_token", "_limited2_token", "_tokens_clamped",
@@ -65,115 +55,107 @@ class Aggregator:
     seed: int = 0
     num_worst: int = 50
 
-    kind: LogprobKind | None = field(default=None, init=False)
-    num_empty: int = field(default=0, init=False)
-
     def __post_init__(self) -> None:
+        self._kind: LogprobKind | None = None
         self._keys: list[Key] = []
         self._groups: list[Mapping[str, str]] = []
-        self._columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-        self._responses, self._buckets = SumTable(), SumTable()
+        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
+        self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
         self._waiting: list[tuple[Pair, dict[str, np.ndarray]]] = []
-        self._num_waiting = 0
-        self._form: Any = None
+        self._num_waiting, self._num_empty, self._form = 0, 0, None
 
     def add(self, pair: Pair) -> None:
         """Check a pair and take it in; a response without tokens is counted and says nothing."""
         check_pair(pair)
-        self.kind = self.kind or pair.target.kind
-        if pair.target.kind is not self.kind:
-            both = f"{self.kind.value} logprobs and some {pair.target.kind.value}"
+        q, p, exact = pair.behaviour, pair.target, {}
+        self._kind = self._kind or p.kind
+        if p.kind is not self._kind:
+            both = f"{self._kind.value} logprobs and some {p.kind.value}"
             raise UsageError(f"some responses have {both}: compare one kind at a time")
         if pair.num_tokens == 0:
-            self.num_empty += 1
+            self._num_empty += 1
             return
-        pair, exact = reduce_logits(pair)
-        form = (pair.form, bool(exact))
+        if q.logits_TV is not None and p.logits_TV is not None:  # reduced at once: logits are too large to wait
+            exact = by_rows(distribution_terms, q.logits_TV, p.logits_TV, p.token_ids_T)
+        sides = (replace(q, logits_TV=None), replace(p, logits_TV=None))
+        # pairs of one form, with the same arrays on both sides, can be joined into one batch
+        form = [(name, x.dtype, x.shape[1:]) for side in sides for name, x in side.arrays().items()] + list(exact)
         if form != self._form or self._num_waiting + pair.num_tokens > BATCH_TOKENS:
             self._flush()
-        self._waiting.append((pair, exact))
+        self._waiting.append((replace(pair, behaviour=sides[0], target=sides[1]), exact))
         self._form = form
         self._num_waiting += pair.num_tokens
 
     def result(self) -> Comparison:
         self._flush()
-        if not self._keys or self.kind is None:
+        if not self._keys or self._kind is None:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
-        columns = {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in self._columns.items()}
-        tokens, sums = Tokens(columns, self._keys), self._responses.finish()
-        groups = {
-            key: {value: self._summary(sums, tokens, chosen_S) for value, chosen_S in values.items()}
-            for key, values in _group_masks(self._groups).items()
-        }
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        tokens, sums = Tokens(columns, self._keys), Sums.of(self._responses)
+        groups: dict[str, dict[str, Summary]] = {}
+        for name in sorted({name for groups_of in self._groups for name in groups_of}):
+            values_S = np.array([groups_of.get(name) for groups_of in self._groups], object)
+            values = sorted({value for value in values_S if value is not None})
+            groups[name] = {value: self._summary(sums, tokens, values_S == value) for value in values}
         return Comparison(
-            kind=self.kind,
-            overall=self._summary(sums, tokens, np.ones(len(self._keys), bool), self.num_empty),
+            kind=self._kind,
+            overall=self._summary(sums, tokens, np.ones(len(self._keys), bool), self._num_empty),
             groups=groups,
             positions=self._positions(tokens),
             histograms=tokens.histograms(),
-            worst=tokens.worst(self.num_worst),
-            worst_responses=tokens.worst_responses(self.num_worst),
             thresholds=self.thresholds,
+            **tokens.worst(self.num_worst),
         )
 
     def _flush(self) -> None:
         """Reduce the waiting pairs to sums and forget their lists."""
         if not self._waiting:
             return
-        pairs, exact = [pair for pair, _ in self._waiting], [terms for _, terms in self._waiting]
-        lengths_S = np.array([pair.num_tokens for pair in pairs])
-        behaviour_N, target_N = join(pairs, "behaviour", "logprobs_T"), join(pairs, "target", "logprobs_T")
-        terms = token_terms(behaviour_N, target_N, self.thresholds) | optional_terms(pairs, is_exact=bool(exact[0]))
+        pairs, exact = zip(*self._waiting, strict=True)
+        lengths_S, sides = np.array([pair.num_tokens for pair in pairs]), [(x.behaviour, x.target) for x in pairs]
+        q, p = (TokenScores.collect(side, self._num_waiting) for side in zip(*sides, strict=True))
+        q_N, p_N = q.logprobs_T, p.logprobs_T
+        terms = metrics.token_terms(q_N, p_N, self.thresholds) | optional_terms(q, p, self._kind, bool(exact[0]))
         terms |= {name: np.concatenate([part[name] for part in exact]) for name in exact[0]}
-        per_response = sequence_terms(behaviour_N, target_N, lengths_S, self.thresholds)
-        self._responses.append(
-            {name: segment_sums(term, lengths_S) for name, term in terms.items()} | per_response,
-            dict.fromkeys(terms, lengths_S) | dict.fromkeys(per_response, np.ones(len(pairs))),
-        )
-        self._add_positions(terms, lengths_S)
+        once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
+        sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
+        self._responses.append(sums | {name: (term, once_S) for name, term in per_response.items()})
+        # the position buckets (0, 1, 2 to 3, 4 to 7, …: the bits of a position) cut a response into consecutive pieces
+        positions_N = metrics.segment_positions(lengths_S)
+        starts_R = np.flatnonzero((positions_N & (positions_N - 1)) == 0)
+        lengths_R, drift_N = np.diff(starts_R, append=len(positions_N)), metrics.cumulative_l(-terms["kl"], lengths_S)
+        names = [name for name in POSITION_TERMS if name in terms]
+        sums = {name: (metrics.segment_sums(terms[name], lengths_R), lengths_R) for name in names}
+        self._buckets.append(sums | {"cumulative_l": (drift_N[starts_R], np.ones(len(starts_R)))})
         self._keys += [pair.key for pair in pairs]
         self._groups += [pair.groups for pair in pairs]
-        token_ids_N = join(pairs, "target", "token_ids_T")
-        kept = {"token_ids": token_ids_N, "behaviour": behaviour_N, "target": target_N, "lengths": lengths_S}
+        kept = {"token_ids": p.token_ids_T, "behaviour": q_N, "target": p_N}
         kept |= {name: terms[name].astype(np.float32) for name in ENTROPIES if name in terms}
+        kept |= {"lengths": lengths_S, "buckets": np.frexp(positions_N[starts_R])[1]}
         for name, column in kept.items():
             self._columns[name].append(column)
         self._waiting, self._num_waiting = [], 0
 
-    def _add_positions(self, terms: Mapping[str, np.ndarray], lengths_S: np.ndarray) -> None:
-        """Sums over the part of each response in each bucket: the buckets cut a response into consecutive pieces."""
-        edges = _bucket_edges(int(lengths_S.max()))
-        inside = edges < lengths_S[:, None]
-        starts_R = (segment_starts(lengths_S)[:, None] + edges)[inside]
-        lengths_R = np.diff(starts_R, append=lengths_S.sum())
-        sums = {name: segment_sums(terms[name], lengths_R) for name in POSITION_TERMS if name in terms}
-        counts = dict.fromkeys(sums, lengths_R) | {"cumulative_l": np.ones(len(starts_R))}
-        self._buckets.append(sums | {"cumulative_l": cumulative_l(-terms["kl"], lengths_S)[starts_R]}, counts)
-        self._columns["buckets"].append(np.broadcast_to(np.arange(len(edges)), inside.shape)[inside])
-
     def _summary(self, sums: Sums, tokens: Tokens, chosen_S: np.ndarray, num_empty: int = 0) -> Summary:
-        sums = sums.rows(chosen_S)
-        metrics = sums.estimates(self.num_resamples, self.seed)
-        chosen_N, lengths_S = np.repeat(chosen_S, tokens.lengths_S), tokens.lengths_S[chosen_S]
-        q_N, p_N = (tokens.columns[side][chosen_N] for side in ("behaviour", "target"))
-        metrics |= {name: Estimate(value) for name, value in order_metrics(q_N, p_N, lengths_S).items()}
+        sums, lengths_S = sums.rows(chosen_S), tokens.lengths_S[chosen_S]
+        chosen_N = np.repeat(chosen_S, tokens.lengths_S)
+        q_N, p_N = tokens.columns["behaviour"][chosen_N], tokens.columns["target"][chosen_N]
         counts = {"responses": len(lengths_S), "responses_empty": num_empty, "tokens": int(lengths_S.sum())}
-        counted = [name for name in sums.names if name.startswith(("_tokens_", "_responses_"))]
-        return Summary(metrics=metrics, counts=counts | {name[1:]: round(sums.total(name)) for name in counted})
+        counts |= {name[1:]: sums.total(name) for name in sums.names if name.startswith(("_tokens_", "_responses_"))}
+        estimates = sums.estimates(self.num_resamples, self.seed, metrics.order_metrics(q_N, p_N, lengths_S))
+        return Summary(metrics=estimates, counts=counts)
 
     def _positions(self, tokens: Tokens) -> list[PositionBucket]:
-        sums, buckets_R = self._buckets.finish(), tokens.columns["buckets"]
-        longest = int(tokens.lengths_S.max())
-        found = []
-        for bucket, (start, end) in enumerate(pairwise([*_bucket_edges(longest).tolist(), longest])):
-            rows = sums.rows(buckets_R == bucket)
-            abs_l_N = np.abs(tokens.l_N[(tokens.positions_N >= start) & (tokens.positions_N < end)])
-            clamped = round(rows.total("_tokens_clamped"))
-            counts = {"responses": len(rows.sums_RF), "tokens": len(abs_l_N), "tokens_clamped": clamped}
-            percentiles = zip(("p50", "p95", "p99", "max"), np.percentile(abs_l_N, (50, 95, 99, 100)), strict=True)
-            metrics = rows.estimates(self.num_resamples, self.seed)
-            metrics |= {f"logprob_diff_{name}": Estimate(float(value)) for name, value in percentiles}
-            found.append(PositionBucket(start=start, end=end, summary=Summary(metrics=metrics, counts=counts)))
+        sums, buckets_R, buckets_N = Sums.of(self._buckets), tokens.columns["buckets"], np.frexp(tokens.positions_N)[1]
+        longest, found = int(tokens.lengths_S.max()), []
+        for bucket in range(buckets_R.max() + 1):
+            rows, l_N = sums.rows(buckets_R == bucket), tokens.l_N[buckets_N == bucket]
+            counts = {"responses": len(rows.sums_RF), "tokens": len(l_N)}
+            counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
+            start, end = (1 << bucket) >> 1, min(1 << bucket, longest)
+            estimates = rows.estimates(self.num_resamples, self.seed, metrics.percentiles(l_N))
+            found.append(PositionBucket(start=start, end=end, metrics=estimates, counts=counts))
         return found
 
 
@@ -182,91 +164,60 @@ class Tokens:
 
     def __init__(self, columns: dict[str, np.ndarray], keys: list[Key]) -> None:
         self.columns, self.keys, self.lengths_S = columns, keys, columns["lengths"]
-        self.starts_S = segment_starts(self.lengths_S)
-        self.l_N = log_ratios(columns["behaviour"], columns["target"])
-        self.positions_N = (np.arange(len(self.l_N)) - np.repeat(self.starts_S, self.lengths_S)).astype(np.int32)
+        self.starts_S = metrics.segment_starts(self.lengths_S)
+        self.l_N = metrics.log_ratios(columns["behaviour"], columns["target"])
+        self.positions_N = metrics.segment_positions(self.lengths_S)
 
     def histograms(self) -> dict[str, Any]:
-        """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response; ready for JSON."""
-        entropies = {name: self.columns[name] for name in ("entropy_behaviour", "entropy_target")}
+        """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response; ready for JSON.
+
+        probabilities: counts[i][j] tokens have q in bin i and p in bin j of [0, 1].
+        cumulative_l: mean of Σ_{s≤t} l_s over the `num` responses that reach position t, at no more than 200 positions.
+        Long responses are not short ones continued: where `num` falls, the curve changes population.
+        """
         limit = max(float(np.percentile(np.abs(self.l_N), 99.5)), 1e-6)
+        entropies = {name: self.columns.get(name, np.zeros(0)) for name in ENTROPIES}
         edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in entropies.values()) or 1.0, 61)
+        probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in ("behaviour", "target"))
+        q_N, p_N = (np.minimum(x_N * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in probs)
+        counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
+        sum_N = metrics.cumulative_l(self.l_N, self.lengths_S)
+        positions = np.unique(np.linspace(0, np.max(self.lengths_S) - 1, MAX_POSITIONS).astype(np.int64)).tolist()
+        reached = [sum_N[self.starts_S[self.lengths_S > t] + t] for t in positions]
+        curve = {"position": positions, "mean": [float(x.mean()) for x in reached], "num": [len(x) for x in reached]}
         return {
             "l": _histogram(self.l_N, np.linspace(-limit, limit, 102)),
             "abs_l": _histogram(np.abs(self.l_N), ABS_EDGES),
-            "probabilities": self._probability_grid(),
+            "probabilities": {"edges": np.linspace(0, 1, PROB_BINS + 1).tolist(), "counts": counts.tolist()},
             **{name: _histogram(values_N, edges) for name, values_N in entropies.items()},
-            "cumulative_l": self._cumulative_curve(),
+            "cumulative_l": curve,
         }
 
-    def worst(self, num: int) -> list[dict[str, Any]]:
-        """The tokens with the largest |l|; a logprob of −inf is null, since JSON has no infinity."""
-        at_W = np.argsort(-np.abs(self.l_N), kind="stable")[:num]
-        responses_W = np.searchsorted(self.starts_S, at_W, side="right") - 1
-        return [
-            {
-                "request_id": self.keys[s][0],
-                "sample": self.keys[s][1],
-                "position": int(self.positions_N[n]),
-                "token_id": int(self.columns["token_ids"][n]),
-                "behaviour_logprob": finite(float(self.columns["behaviour"][n])),
-                "target_logprob": finite(float(self.columns["target"][n])),
-                "l": float(self.l_N[n]),
-            }
-            for n, s in zip(at_W, responses_W, strict=True)
-        ]
+    def worst(self, num: int) -> dict[str, list[dict[str, Any]]]:
+        """The tokens with the largest |l| and the responses with the largest mean |l|, one dict each.
 
-    def worst_responses(self, num: int) -> list[dict[str, Any]]:
-        """The responses with the largest mean |l|."""
-        abs_N = np.abs(self.l_N)
-        mean_S = segment_sums(abs_N, self.lengths_S) / self.lengths_S
-        max_S, sum_S = np.maximum.reduceat(abs_N, self.starts_S), segment_sums(self.l_N, self.lengths_S)
-        return [
-            {
-                "request_id": self.keys[s][0],
-                "sample": self.keys[s][1],
-                "tokens": int(self.lengths_S[s]),
-                "mean_abs_l": float(mean_S[s]),
-                "max_abs_l": float(max_S[s]),
-                "sum_l": float(sum_S[s]),
-            }
-            for s in np.argsort(-mean_S, kind="stable")[:num]
-        ]
-
-    def _probability_grid(self) -> dict[str, Any]:
-        """counts[i][j]: tokens whose q lies in bin i and p in bin j of [0, 1]."""
-        logprobs = (np.asarray(self.columns[side], np.float64) for side in ("behaviour", "target"))
-        q_N, p_N = (np.minimum(np.exp(x_N) * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in logprobs)
-        counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
-        return {"edges": np.linspace(0, 1, PROB_BINS + 1).tolist(), "counts": counts.tolist()}
-
-    def _cumulative_curve(self) -> dict[str, Any]:
-        """Mean of Σ_{s≤t} l_s over the `num` responses that reach position t, at no more than 200 positions.
-
-        Long responses are not short ones continued: where `num` falls, the curve changes population.
+        A logprob of −inf is null, since JSON has no infinity.
         """
-        sum_N = cumulative_l(self.l_N, self.lengths_S)
-        positions = np.unique(np.linspace(0, np.max(self.lengths_S) - 1, MAX_POSITIONS).astype(np.int64))
-        reached = [self.starts_S[self.lengths_S > t] + t for t in positions]
-        means = [float(sum_N[at].mean()) for at in reached]
-        return {"position": positions.tolist(), "mean": means, "num": [len(at) for at in reached]}
+        abs_N, responses_S = np.abs(self.l_N), np.arange(len(self.keys))
+        mean_S = metrics.segment_sums(abs_N, self.lengths_S) / self.lengths_S
+        tokens = {"position": self.positions_N, "token_id": self.columns["token_ids"]}
+        tokens |= {f"{side}_logprob": self.columns[side] for side in ("behaviour", "target")} | {"l": self.l_N}
+        responses = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
+        responses |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
+        responses |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}
+        found: dict[str, list[dict[str, Any]]] = {"worst": [], "worst_responses": []}
+        for rows, size, response, columns in (
+            (found["worst"], abs_N, np.repeat(responses_S, self.lengths_S), tokens),
+            (found["worst_responses"], mean_S, responses_S, responses),
+        ):
+            for at in np.argsort(-size, kind="stable")[:num]:
+                values = {name: column[at].item() for name, column in columns.items()}
+                named = dict(zip(("request_id", "sample"), self.keys[response[at]], strict=True))
+                rows.append(named | {name: x if math.isfinite(x) else None for name, x in values.items()})
+        return found
 
 
 def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
     counts = np.histogram(values_N, edges)[0]
     below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())
     return {"edges": edges.tolist(), "counts": counts.tolist(), "below": below, "above": above}
-
-
-def _bucket_edges(length: int) -> np.ndarray:
-    """Starts of the position buckets that a response of this length reaches: 0, 1, 2, 4, 8, …"""
-    return np.array([0] + [1 << i for i in range(length.bit_length()) if 1 << i < length])
-
-
-def _group_masks(groups_S: list[Mapping[str, str]]) -> dict[str, dict[str, np.ndarray]]:
-    """Which responses have each value of each group column, values in order."""
-    masks: dict[str, dict[str, np.ndarray]] = {}
-    for key in sorted({key for groups in groups_S for key in groups}):
-        values_S = np.array([groups.get(key) for groups in groups_S], object)
-        masks[key] = {value: values_S == value for value in sorted({v for v in values_S if v is not None})}
-    return masks

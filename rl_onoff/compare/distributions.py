@@ -7,16 +7,13 @@ see metrics.py. All distributions are raw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import wraps
+from collections.abc import Callable
 
 import numpy as np
 
 from rl_onoff.compare.metrics import CLAMP, Metric, family
-from rl_onoff.compare.pair import Pair, join
 from rl_onoff.errors import UsageError
-from rl_onoff.types import LogprobKind
+from rl_onoff.types import LogprobKind, TokenScores
 
 DISTRIBUTION_METRICS: dict[str, Metric] = family(
     "Whole distributions",
@@ -51,66 +48,35 @@ DISTRIBUTION_METRICS: dict[str, Metric] = family(
 CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
 
 
-def reduce_logits(pair: Pair) -> tuple[Pair, dict[str, np.ndarray]]:
-    """The exact terms of a pair with both sides' logits, and the pair without logits, too large to wait in a batch."""
-    q, p = pair.behaviour, pair.target
-    exact: dict[str, np.ndarray] = {}
-    if q.logits_TV is not None and p.logits_TV is not None:
-        exact = distribution_terms(q.logits_TV, p.logits_TV, p.token_ids_T)
-    return replace(pair, behaviour=replace(q, logits_TV=None), target=replace(p, logits_TV=None)), exact
-
-
-def optional_terms(pairs: Sequence[Pair], is_exact: bool) -> dict[str, np.ndarray]:
-    """The terms of what else a side knows of the tokens of pairs of one form; no bounds where the exact is known."""
-    q, p = pairs[0].behaviour, pairs[0].target
-    terms: dict[str, np.ndarray] = {}
-    for term, who, array in (
-        ("entropy_behaviour", "behaviour", "entropy_T"),
-        ("entropy_target", "target", "entropy_T"),
-        ("rank_behaviour", "behaviour", "rank_T"),
-        ("rank_target", "target", "rank_T"),
-        ("nucleus_mass", "behaviour", "nucleus_mass_T"),
-        ("nucleus_mass_target", "target", "nucleus_mass_T"),
-    ):
-        if getattr(getattr(pairs[0], who), array) is not None:
-            terms[term] = join(pairs, who, array).astype(np.float64)
+def optional_terms(q: TokenScores, p: TokenScores, kind: LogprobKind, is_exact: bool) -> dict[str, np.ndarray]:
+    """The terms of what else the sides know of their tokens; no bounds where the exact is known."""
+    known = {"entropy_behaviour": q.entropy_T, "entropy_target": p.entropy_T}
+    known |= {"rank_behaviour": q.rank_T, "rank_target": p.rank_T}
+    known |= {"nucleus_mass": q.nucleus_mass_T, "nucleus_mass_target": p.nucleus_mass_T}
+    terms = {name: array.astype(np.float64) for name, array in known.items() if array is not None}
     if "entropy_behaviour" in terms and "entropy_target" in terms:
         terms["entropy_diff"] = terms["entropy_target"] - terms["entropy_behaviour"]
-    if p.processed_logprobs_T is not None or p.kind is LogprobKind.processed:
-        source = "logprobs_T" if p.processed_logprobs_T is None else "processed_logprobs_T"
-        terms["impossible_fraction"] = np.isneginf(join(pairs, "target", source)).astype(np.float64)
-        terms["_tokens_impossible_sampler"] = terms["impossible_fraction"]
-    if q.top_ids_TK is not None and p.top_ids_TK is not None and not is_exact:
-        arrays = [(who, name) for who in ("behaviour", "target") for name in ("top_ids_TK", "top_logprobs_TK")]
-        if q.kind is p.kind is LogprobKind.raw:  # else the sampled tokens' logprobs are of another distribution
-            arrays += [("target", "token_ids_T"), ("behaviour", "logprobs_T"), ("target", "logprobs_T")]
-        bounds = topk_terms(*(join(pairs, who, name) for who, name in arrays))
-        for who, side in (("behaviour", q), ("target", p)):
-            if side.entropy_T is not None:
-                del bounds[f"entropy_{who}_topk"]  # the exact one is known
-        terms |= bounds
+    if p.processed_logprobs_T is not None or kind is LogprobKind.processed:
+        impossible_N = np.isneginf(p.logprobs_T if p.processed_logprobs_T is None else p.processed_logprobs_T)
+        terms |= {"impossible_fraction": impossible_N, "_tokens_impossible_sampler": impossible_N}
+    lists = [x for x in (q.top_ids_TK, q.top_logprobs_TK, p.top_ids_TK, p.top_logprobs_TK) if x is not None]
+    if len(lists) == 4 and not is_exact:
+        # where the sampled tokens' logprobs are not raw, they are of another distribution than the lists
+        sampled = (p.token_ids_T, q.logprobs_T, p.logprobs_T) if kind is LogprobKind.raw else ()
+        bounds = by_rows(topk_terms, *lists, *sampled)
+        terms |= {name: term for name, term in bounds.items() if name.removesuffix("_topk") not in terms}
     return terms
 
 
-Terms = Callable[..., dict[str, np.ndarray]]
+def by_rows(function: Callable[..., dict[str, np.ndarray]], *arrays: np.ndarray) -> dict[str, np.ndarray]:
+    """The function on some rows of the arrays at a time, so that its float64 copies stay small whatever T is."""
+    num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
+    assert all(len(array) == num_rows for array in arrays)
+    step = max(1, CHUNK // max(width, 1))
+    parts = [function(*(array[at : at + step] for array in arrays)) for at in range(0, num_rows, step)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def by_rows(function: Terms) -> Terms:
-    """The function on some rows of its arrays at a time, so that its float64 copies stay small whatever T is."""
-
-    @wraps(function)
-    def in_parts(*arrays: np.ndarray, **options: int) -> dict[str, np.ndarray]:
-        num_rows, width = len(arrays[0]), max(array.shape[1] for array in arrays if array.ndim == 2)
-        assert all(len(array) == num_rows for array in arrays)
-        step = max(1, CHUNK // max(width, 1))
-        starts = range(0, num_rows, step)
-        parts = [function(*(array[start : start + step] for array in arrays), **options) for start in starts]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    return in_parts
-
-
-@by_rows
 def distribution_terms(
     logits_q_TV: np.ndarray, logits_p_TV: np.ndarray, token_ids_T: np.ndarray | None = None, *, k: int = 20
 ) -> dict[str, np.ndarray]:
@@ -120,19 +86,16 @@ def distribution_terms(
     """
     size_q, size_p = logits_q_TV.shape[1], logits_p_TV.shape[1]
     if size_q != size_p:
-        raise UsageError(f"the logits of the two sides are over {size_q} and {size_p} tokens: compare models with the "
-                         "same vocabulary")  # fmt: skip
+        both = f"the logits of the two sides are over {size_q} and {size_p} tokens"
+        raise UsageError(f"{both}: compare models with the same vocabulary")
     logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
-    entropy_q_T, entropy_p_T = entropy(logq_TV), entropy(logp_TV)
     k = min(k, size_p)
     shared_T = _shared(*(np.argpartition(x_TV, -k, axis=1)[:, -k:] for x_TV in (logq_TV, logp_TV)))[0].sum(axis=1)
-    terms = divergence_terms(logq_TV, logp_TV) | {
-        "entropy_behaviour": entropy_q_T,
-        "entropy_target": entropy_p_T,
-        "entropy_diff": entropy_p_T - entropy_q_T,
-        "argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1)).astype(np.float64),
-        "topk_jaccard": shared_T / (2 * k - shared_T),
-    }
+    terms = divergence_terms(logq_TV, logp_TV)
+    terms |= {"entropy_behaviour": entropy(logq_TV), "entropy_target": entropy(logp_TV)}
+    terms |= {"entropy_diff": terms["entropy_target"] - terms["entropy_behaviour"]}
+    terms |= {"argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1))}
+    terms |= {"topk_jaccard": shared_T / (2 * k - shared_T)}
     if token_ids_T is not None:
         ids_T1 = np.asarray(token_ids_T, np.int64)[:, None]
         for name, logits_TV in (("rank_behaviour", logits_q_TV), ("rank_target", logits_p_TV)):
@@ -140,7 +103,6 @@ def distribution_terms(
     return terms
 
 
-@by_rows
 def topk_terms(
     q_ids_TK: np.ndarray, q_logs_TK: np.ndarray, p_ids_TK: np.ndarray, p_logs_TK: np.ndarray,
     token_ids_T: np.ndarray | None = None, logq_T: np.ndarray | None = None, logp_T: np.ndarray | None = None,
@@ -155,26 +117,28 @@ def topk_terms(
     """
     k = min(q_ids_TK.shape[1], p_ids_TK.shape[1])
     tiny = 8 * float(np.finfo(np.result_type(q_logs_TK, p_logs_TK)).eps)  # rounding of 1 − Σ
-    ids_q_TA, logs_q_TA = _with_sampled(q_ids_TK, q_logs_TK, token_ids_T, logq_T)
-    ids_p_TA, logs_p_TA = _with_sampled(p_ids_TK, p_logs_TK, token_ids_T, logp_T)
+    sides = []
+    for ids_TA, logs_TA, own_T in ((q_ids_TK, q_logs_TK, logq_T), (p_ids_TK, p_logs_TK, logp_T)):
+        if token_ids_T is not None and own_T is not None:  # one more column, padding where the list has the token
+            extra_T = np.where((ids_TA == token_ids_T[:, None]).any(axis=1), -1, token_ids_T)
+            ids_TA, logs_TA = np.column_stack([ids_TA, extra_T]), np.column_stack([logs_TA, own_T])
+        sides += [ids_TA.astype(np.int64), logs_TA.astype(np.float64)]
+    ids_q_TA, logs_q_TA, ids_p_TA, logs_p_TA = sides
     shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
-    logq_TA = _add_rest(np.where(shared_TA, logs_q_TA, -np.inf), tiny)
-    logp_TA = _add_rest(np.where(shared_TA, np.take_along_axis(logs_p_TA, columns_p_TA, axis=1), -np.inf), tiny)
+    logs_p_TA = np.take_along_axis(logs_p_TA, columns_p_TA, axis=1)
+    logq_TA, logp_TA = (np.where(shared_TA, x_TA, -np.inf) for x_TA in (logs_q_TA, logs_p_TA))
+    logq_TA, logp_TA = (  # and what they leave of 1 for the rest, at least what rounding could have made of 0
+        np.column_stack([x_TA, np.log(np.maximum(1 - np.exp(x_TA).sum(axis=1), tiny))]) for x_TA in (logq_TA, logp_TA)
+    )
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
     either_T = (q_ids_TK[:, :k] >= 0).sum(axis=1) + (p_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
-    likeliest_q_T1, likeliest_p_T1 = (
-        np.take_along_axis(ids_TK, logs_TK.argmax(axis=1)[:, None], axis=1)
-        for ids_TK, logs_TK in ((q_ids_TK, q_logs_TK), (p_ids_TK, p_logs_TK))
-    )
-    divergences = divergence_terms(logq_TA, logp_TA)
-    return {name if name.startswith("_") else f"{name}_topk": term for name, term in divergences.items()} | {
-        "entropy_behaviour_topk": entropy(logq_TA),
-        "entropy_target_topk": entropy(logp_TA),
-        "mass_outside_behaviour": np.exp(logq_TA[:, -1]),
-        "mass_outside_target": np.exp(logp_TA[:, -1]),
-        "argmax_agreement": np.equal(likeliest_q_T1, likeliest_p_T1)[:, 0].astype(np.float64),
-        "topk_jaccard": both_T / np.maximum(either_T, 1),
-    }
+    rows_T = np.arange(len(both_T))
+    agree_T = q_ids_TK[rows_T, q_logs_TK.argmax(axis=1)] == p_ids_TK[rows_T, p_logs_TK.argmax(axis=1)]
+    exact = divergence_terms(logq_TA, logp_TA)
+    terms = {name if name.startswith("_") else f"{name}_topk": term for name, term in exact.items()}
+    terms |= {"entropy_behaviour_topk": entropy(logq_TA), "entropy_target_topk": entropy(logp_TA)}
+    terms |= {"mass_outside_behaviour": np.exp(logq_TA[:, -1]), "mass_outside_target": np.exp(logp_TA[:, -1])}
+    return terms | {"argmax_agreement": agree_T, "topk_jaccard": both_T / np.maximum(either_T, 1)}
 
 
 def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
@@ -205,25 +169,13 @@ def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.n
         "kl_reverse": np.maximum(-p_TA * ratio_TA - gap_TA, 0.0).sum(axis=1),
         "js": np.asarray(np.maximum(0.5 * (q_TA * to_q_TA + p_TA * to_p_TA).sum(axis=1), 0.0)),
         "tv": np.abs(0.5 * gap_TA).sum(axis=1),
-        "_tokens_infinite_kl": infinite_T.astype(np.float64),
+        "_tokens_infinite_kl": infinite_T,
     }
 
 
 def entropy(logq_TA: np.ndarray) -> np.ndarray:
     """−Σ q log q in nats, 0 log 0 = 0."""
     return -(np.exp(logq_TA) * np.where(np.isneginf(logq_TA), 0.0, logq_TA)).sum(axis=1)
-
-
-def _with_sampled(
-    ids_TK: np.ndarray, logprobs_TK: np.ndarray, token_ids_T: np.ndarray | None, logprobs_T: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The list with the sampled token as its last column, where the list has it not (else −1, padding)."""
-    ids_TK, logprobs_TK = np.asarray(ids_TK, np.int64), np.asarray(logprobs_TK, np.float64)
-    if token_ids_T is None or logprobs_T is None:
-        return ids_TK, logprobs_TK
-    token_ids_T = np.asarray(token_ids_T, np.int64)
-    extra_T = np.where((ids_TK == token_ids_T[:, None]).any(axis=1), -1, token_ids_T)
-    return np.column_stack([ids_TK, extra_T]), np.column_stack([logprobs_TK, np.asarray(logprobs_T, np.float64)])
 
 
 def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -243,9 +195,3 @@ def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.
     shared_TA, columns_TA = np.zeros(ids_q_TA.shape, bool), np.zeros(ids_q_TA.shape, np.int64)
     shared_TA[rows, columns_q], columns_TA[rows, columns_q] = True, columns_p
     return shared_TA, columns_TA
-
-
-def _add_rest(logprobs_TA: np.ndarray, tiny: float) -> np.ndarray:
-    """One more column: what the others leave of 1, at least what rounding could have made of 0."""
-    rest_T = np.maximum(1 - np.exp(logprobs_TA).sum(axis=1), tiny)
-    return np.column_stack([logprobs_TA, np.log(rest_T)])

@@ -131,31 +131,19 @@ def token_terms(
 
     k1, k2, k3 after Schulman, "Approximating KL divergence"; the rest as verl's rollout_corr, TRL, NeMo-RL, prime-rl.
     """
-    l_N = log_ratios(logq_N, logp_N)
-    excess_N = _expm1(l_N)  # rho − 1
+    l_N, no_q_N, no_p_N = log_ratios(logq_N, logp_N), np.isneginf(logq_N), np.isneginf(logp_N)
+    weights = _weight_terms("token", l_N, thresholds.ess_cap)
+    excess_N = weights["_excess_token"]  # rho − 1
     q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
-    no_q_N, no_p_N = np.isneginf(logq_N), np.isneginf(logp_N)
-    diff_N = np.abs(p_N - q_N)
-    return {
-        "kl": -l_N,
-        "kl_k2": 0.5 * l_N**2,
-        "kl_k3": np.maximum(excess_N - l_N, 0.0),
-        "logprob_diff_mean": np.abs(l_N),
-        "prob_diff_mean": diff_N,
-        "mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP)),
-        "fraction_outside": _flag((excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high)),
-        "masked_fraction_token_tis": _flag(excess_N > thresholds.token_cap - 1),
-        **_weight_terms("token", l_N, thresholds.ess_cap),
-        "_prob_diff2": diff_N**2,
-        "_q": q_N,
-        "_p": p_N,
-        "_qq": q_N * q_N,
-        "_pp": p_N * p_N,
-        "_pq": p_N * q_N,
-        "_tokens_clamped": _flag((no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)),
-        "_tokens_impossible_behaviour": _flag(no_q_N),
-        "_tokens_impossible_target": _flag(no_p_N),
-    }
+    diff_N, outside_N = np.abs(p_N - q_N), (excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high)
+    terms = {"kl": -l_N, "kl_k2": 0.5 * l_N**2, "kl_k3": np.maximum(excess_N - l_N, 0.0)}
+    terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N}
+    terms |= {"mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP))}
+    terms |= {"fraction_outside": outside_N, "masked_fraction_token_tis": excess_N > thresholds.token_cap - 1}
+    terms |= weights | {"_prob_diff2": diff_N**2}
+    terms |= {"_q": q_N, "_p": p_N, "_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
+    terms |= {"_tokens_clamped": (no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)}
+    return terms | {"_tokens_impossible_behaviour": no_q_N, "_tokens_impossible_target": no_p_N}
 
 
 def sequence_terms(
@@ -166,65 +154,64 @@ def sequence_terms(
     Perplexities, ratios and rejection rules as in verl's rollout_corr_helper. Every length must be at least 1.
     """
     logq_N, logp_N = finite_logprobs(logq_N, logp_N)
-    sum_S = segment_sums(logp_N - logq_N, lengths_S)
+    sum_S, log_cap = segment_sums(logp_N - logq_N, lengths_S), np.log(thresholds.sequence_cap)
     diff_S = -sum_S / lengths_S  # log ppl(p) − log ppl(q)
-    log_cap, log_geometric_cap = np.log(thresholds.sequence_cap), np.log(thresholds.geometric_cap)
-    return {
-        "ppl_behaviour": _exp(-segment_sums(logq_N, lengths_S) / lengths_S),
-        "ppl_target": _exp(-segment_sums(logp_N, lengths_S) / lengths_S),
-        "log_ppl_diff_mean": diff_S,
-        "log_ppl_diff_abs": np.abs(diff_S),
-        "ppl_ratio": _exp(diff_S),
-        "masked_fraction_sequence_tis": _flag(sum_S > log_cap),
-        "masked_fraction_sequence_mask": _flag(np.abs(sum_S) > log_cap),
-        "masked_fraction_geometric": _flag(np.abs(diff_S) > log_geometric_cap),
-        **_weight_terms("seq", sum_S, thresholds.ess_cap),
-        "_responses_clamped": _flag(np.abs(sum_S) > CLAMP),
-        "_sum_l": sum_S,
-    }
+    ppl_q_S, ppl_p_S = (_exp(-segment_sums(x_N, lengths_S) / lengths_S) for x_N in (logq_N, logp_N))
+    terms = {"ppl_behaviour": ppl_q_S, "ppl_target": ppl_p_S}
+    terms |= {"log_ppl_diff_mean": diff_S, "log_ppl_diff_abs": np.abs(diff_S), "ppl_ratio": _exp(diff_S)}
+    dropped = {"sequence_tis": sum_S > log_cap, "sequence_mask": np.abs(sum_S) > log_cap}
+    dropped |= {"geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap)}
+    terms |= {f"masked_fraction_{rule}": dropped_S for rule, dropped_S in dropped.items()}
+    return terms | _weight_terms("seq", sum_S, thresholds.ess_cap) | {"_responses_clamped": np.abs(sum_S) > CLAMP}
 
 
 def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.ndarray]:
     """Metrics from the means of their terms; means may have any shape (one number, or one for every resample)."""
-    metrics = {name: np.asarray(mean, np.float64) for name, mean in means.items() if not name.startswith("_")}
-    m = {name: np.asarray(mean, np.float64) for name, mean in means.items() if name.startswith("_")}
+    m = {name: np.asarray(mean, np.float64) for name, mean in means.items()}
+    metrics = {name: mean for name, mean in m.items() if not name.startswith("_")}
     for level in ("token", "seq"):
         if f"_w2_{level}" in m:
-            mean, square = metrics[f"is_ratio_mean_{level}"], m[f"_w2_{level}"]
+            mean, square = m[f"is_ratio_mean_{level}"], m[f"_w2_{level}"]
             excess, excess_square = m[f"_excess_{level}"], m[f"_excess2_{level}"]
             # A variance is E x² − (E x)² about any origin; far from it digits cancel, so take the nearer of 0 and 1.
             variance = np.where(mean < 0.5, square - mean**2, excess_square - excess**2)
             metrics[f"is_ratio_std_{level}"] = np.sqrt(np.maximum(variance, 0))
             metrics[f"chi2_{level}"] = 2 * excess + excess_square
-            metrics[f"ess_{level}"] = _ess(mean, square)
-            metrics[f"ess_{level}_clamped"] = _ess(m[f"_limited_{level}"], m[f"_limited2_{level}"])
+            # (E w)² ≤ E w², and rounding may not lift their ratio over 1
+            metrics[f"ess_{level}"] = np.minimum(mean**2 / square, 1.0)
+            metrics[f"ess_{level}_clamped"] = np.minimum(m[f"_limited_{level}"] ** 2 / m[f"_limited2_{level}"], 1.0)
     if "_prob_diff2" in m:
-        metrics["prob_diff_std"] = np.sqrt(np.maximum(m["_prob_diff2"] - metrics["prob_diff_mean"] ** 2, 0))
-        metrics["prob_pearson"] = _pearson(m)
+        metrics["prob_diff_std"] = np.sqrt(np.maximum(m["_prob_diff2"] - m["prob_diff_mean"] ** 2, 0))
+        var_q, var_p, cov = m["_qq"] - m["_q"] ** 2, m["_pp"] - m["_p"] ** 2, m["_pq"] - m["_p"] * m["_q"]
+        varies = (var_q > 1e-15) & (var_p > 1e-15)  # by more than rounding
+        pearson = np.clip(cov / np.sqrt(np.where(varies, var_q * var_p, 1.0)), -1, 1)
+        metrics["prob_pearson"] = np.where(varies, pearson, np.nan)
     return metrics
 
 
 def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray) -> dict[str, float]:
-    """Percentiles (exact, linearly interpolated) and extremes: what cannot be had from sums."""
+    """Percentiles and extremes: what cannot be had from sums."""
     l_N = log_ratios(logq_N, logp_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
-    top, p50, p95, p99 = np.percentile(np.abs(l_N), (100, 50, 95, 99))
     q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
-    values = {"logprob_diff_max": top, "logprob_diff_p50": p50, "logprob_diff_p95": p95, "logprob_diff_p99": p99}
-    values |= {"prob_diff_max": np.abs(p_N - q_N).max()}
+    values = {"prob_diff_max": np.abs(p_N - q_N).max()}
     values |= {"log_ppl_diff_min": diff_S.min(), "log_ppl_diff_max": diff_S.max()}
     values |= {"is_ratio_min_token": _exp(l_N.min()), "is_ratio_max_token": _exp(l_N.max())}
     values |= {"is_ratio_min_seq": _exp(sum_S.min()), "is_ratio_max_seq": _exp(sum_S.max())}
-    return {name: float(value) for name, value in values.items()}
+    return percentiles(l_N) | {name: float(value) for name, value in values.items()}
+
+
+def percentiles(l_N: np.ndarray) -> dict[str, float]:
+    """Exact percentiles of |l|, linearly interpolated, and the largest."""
+    values = np.percentile(np.abs(l_N), (50, 95, 99, 100))
+    return {f"logprob_diff_{name}": float(x) for name, x in zip(("p50", "p95", "p99", "max"), values, strict=True)}
 
 
 def cumulative_l(l_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
     """Σ of l up to and with every token of its own response, (N,)."""
-    starts_S = segment_starts(lengths_S)
-    sum_N = np.cumsum(np.asarray(l_N, np.float64))
-    before_S = np.where(starts_S > 0, sum_N[starts_S - 1], 0.0)
-    return sum_N - np.repeat(before_S, lengths_S)
+    starts_S, sum_N = segment_starts(lengths_S), np.cumsum(np.asarray(l_N, np.float64))
+    return sum_N - np.repeat(np.where(starts_S > 0, sum_N[starts_S - 1], 0.0), lengths_S)
 
 
 def segment_starts(lengths_S: np.ndarray) -> np.ndarray:
@@ -232,45 +219,26 @@ def segment_starts(lengths_S: np.ndarray) -> np.ndarray:
     return np.cumsum(lengths_S) - lengths_S
 
 
+def segment_positions(lengths_S: np.ndarray) -> np.ndarray:
+    """Position of every token in its own response, (N,)."""
+    starts_N = np.repeat(segment_starts(lengths_S), lengths_S)
+    return (np.arange(len(starts_N)) - starts_N).astype(np.int32)
+
+
 def segment_sums(values_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
     """Σ over the tokens of every response; reduceat is wrong for empty ones, so there may be none."""
     assert np.all(np.asarray(lengths_S) > 0) and np.sum(lengths_S) == len(values_N)
-    return np.add.reduceat(values_N, segment_starts(lengths_S))
+    return np.add.reduceat(values_N, segment_starts(lengths_S), dtype=np.float64)
 
 
 def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, np.ndarray]:
     """Moments of w, of w − 1 (by expm1: it has digits near 0 where w has none), and of w limited to [1/cap, cap]."""
-    weights, excess = _exp(log_weights), _expm1(log_weights)
+    weights, excess = _exp(log_weights), np.expm1(np.clip(log_weights, -CLAMP, CLAMP))
+    moments = {"is_ratio_mean": weights, "_w2": weights**2, "_excess": excess, "_excess2": excess**2}
     limited = np.clip(weights, 1 / cap, cap)
-    return {
-        f"is_ratio_mean_{level}": weights,
-        f"_w2_{level}": weights**2,
-        f"_excess_{level}": excess,
-        f"_excess2_{level}": excess**2,
-        f"_limited_{level}": limited,
-        f"_limited2_{level}": limited**2,
-    }
-
-
-def _ess(mean: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """(E w)² / E w², in (0, 1] as (E w)² ≤ E w²; rounding may not lift it over 1."""
-    return np.minimum(mean**2 / square, 1.0)
-
-
-def _pearson(m: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Correlation of p(y) and q(y) from moments; NaN where either varies by no more than rounding."""
-    var_q, var_p, cov = m["_qq"] - m["_q"] ** 2, m["_pp"] - m["_p"] ** 2, m["_pq"] - m["_p"] * m["_q"]
-    varies = (var_q > 1e-15) & (var_p > 1e-15)
-    return np.where(varies, np.clip(cov / np.sqrt(np.where(varies, var_q * var_p, 1.0)), -1, 1), np.nan)
+    moments |= {"_limited": limited, "_limited2": limited**2}
+    return {f"{name}_{level}": moment for name, moment in moments.items()}
 
 
 def _exp(x: np.ndarray | float) -> np.ndarray:
     return np.exp(np.clip(x, -CLAMP, CLAMP))
-
-
-def _expm1(x: np.ndarray) -> np.ndarray:
-    return np.expm1(np.clip(x, -CLAMP, CLAMP))
-
-
-def _flag(condition: np.ndarray) -> np.ndarray:
-    return condition.astype(np.float64)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -32,17 +31,6 @@ class Pair:
     @property
     def num_tokens(self) -> int:
         return len(self.target.token_ids_T)
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """Which arrays both sides have, and their widths: pairs of one form can be joined into one batch."""
-        sides = (self.behaviour.arrays(), self.target.arrays())
-        return tuple((name, array.shape[1:]) for side in sides for name, array in side.items())
-
-
-def join(pairs: Sequence[Pair], side: str, name: str) -> np.ndarray:
-    """One array of one side, the pairs' tokens one after the other."""
-    return np.concatenate([np.asarray(getattr(getattr(pair, side), name)) for pair in pairs])
 
 
 def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = None) -> TokenScores:
@@ -81,32 +69,29 @@ def check_pair(pair: Pair) -> None:
             f"the behaviour's logprobs of response {name} are {q.kind.value} and the target's are {p.kind.value}: "
             "compare logprobs of one kind (score under the behaviour too, or use the target's processed logprobs)"
         )
-    again = "score the very token ids that were sampled"
+    again = "under the target: score the very token ids that were sampled"
     if len(q.token_ids_T) != len(p.token_ids_T):
         lengths = f"{len(q.token_ids_T)} tokens under the behaviour and {len(p.token_ids_T)}"
-        raise UsageError(f"response {name} has {lengths} under the target: {again}")
-    differ_T = np.asarray(q.token_ids_T) != np.asarray(p.token_ids_T)
-    if differ_T.any():
-        t = int(differ_T.argmax())
+        raise UsageError(f"response {name} has {lengths} {again}")
+    for t in np.flatnonzero(np.asarray(q.token_ids_T) != np.asarray(p.token_ids_T)):
         ids = f"token id {q.token_ids_T[t]} at position {t} under the behaviour and {p.token_ids_T[t]}"
-        raise UsageError(f"response {name} has {ids} under the target: {again}, with the same tokenizer")
-    _check_numbers(q, f"behaviour's {{}} of response {name}")
-    _check_numbers(p, f"target's {{}} of response {name}")
+        raise UsageError(f"response {name} has {ids} {again}, with the same tokenizer")
+    for who, scores in (("behaviour", q), ("target", p)):
+        for array, fault in _faults(scores):
+            raise UsageError(f"the {who}'s {array} of response {name} {fault}")
 
 
-def _check_numbers(scores: TokenScores, what: str) -> None:
+def _faults(scores: TokenScores) -> Iterator[tuple[str, str]]:
+    """The arrays of one side that cannot be what they are called, and why."""
     num_tokens, arrays = len(scores.token_ids_T), scores.arrays()
     for name, array in arrays.items():
-        fault = ""
         if len(array) != num_tokens:
-            fault = f"has {len(array)} rows for {num_tokens} tokens: the files do not belong together"
+            yield name, f"has {len(array)} rows for {num_tokens} tokens: the files do not belong together"
         elif not np.all(array < np.inf):  # false for NaN as for +inf
-            fault = "has NaN or +inf in it: that engine's numbers are broken there"
+            yield name, "has NaN or +inf in it: that engine's numbers are broken there"
         elif name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
-            fault = "has a position where every token is impossible: that engine's numbers are broken"
+            yield name, "has a position where every token is impossible: that engine's numbers are broken"
         elif name == "logprobs_T" and num_tokens and (most := np.max(array)) > 1:
-            fault = f"reaches {most:.3g}, and a logprob is never above 0: give natural logarithms"
+            yield name, f"reaches {most:.3g}, and a logprob is never above 0: give natural logarithms"
         elif name.startswith("top_") and any(x is None or x.shape != array.shape for x in map(arrays.get, TOP)):
-            fault = "and the other array of the top tokens have different shapes: the files do not belong together"
-        if fault:
-            raise UsageError(f"the {what.format(name)} {fault}")
+            yield name, "and the other array of the top tokens have different shapes: the files do not belong together"

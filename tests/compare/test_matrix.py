@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from rl_onoff.compare import Comparison, Estimate, verdict
+from rl_onoff.compare.comparison import Summary
 from rl_onoff.compare.metrics import Thresholds
-from rl_onoff.compare.verdict import Summary
 from rl_onoff.errors import UsageError
 from rl_onoff.report.tables import Matrix
 from rl_onoff.rundir.table import RunDir

@@ -8,19 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rl_onoff.compare import (
-    HEADLINES,
-    METRICS,
-    Aggregator,
-    Estimate,
-    Pair,
-    as_kind,
-    compare,
-    headlines,
-    judge,
-    verdict,
-    word_of,
-)
+from rl_onoff.compare import HEADLINES, METRICS, Estimate, Pair, as_kind, compare, headlines, judge, verdict, word_of
 from rl_onoff.compare.distributions import log_softmax
 from rl_onoff.errors import UsageError
 from rl_onoff.types import LogprobKind, TokenScores
@@ -164,10 +152,10 @@ def test_pairs_of_unlike_form_are_averaged_where_they_have_the_metric():
 def test_positions_by_hand():
     c = compare([make_pair([-5.0] * 5, [-4.0, -4, -4, -4, -4]), make_pair([-5.0], [-5.0], name="b")], num_resamples=100)
     assert [(b.start, b.end) for b in c.positions] == [(0, 1), (1, 2), (2, 4), (4, 5)]
-    assert [b.summary.metrics["kl"].value for b in c.positions] == [-0.5, -1, -1, -1]
-    assert [b.summary.metrics["cumulative_l"].value for b in c.positions] == [0.5, 2, 3, 5]
-    assert [b.summary.counts["tokens"] for b in c.positions] == [2, 1, 2, 1]
-    assert [b.summary.metrics["logprob_diff_max"].value for b in c.positions] == [1, 1, 1, 1]
+    assert [b.metrics["kl"].value for b in c.positions] == [-0.5, -1, -1, -1]
+    assert [b.metrics["cumulative_l"].value for b in c.positions] == [0.5, 2, 3, 5]
+    assert [b.counts["tokens"] for b in c.positions] == [2, 1, 2, 1]
+    assert [b.metrics["logprob_diff_max"].value for b in c.positions] == [1, 1, 1, 1]
     curve = c.histograms["cumulative_l"]
     assert curve == {"position": [0, 1, 2, 3, 4], "mean": [0.5, 2, 3, 4, 5], "num": [2, 1, 1, 1, 1]}
 
@@ -211,11 +199,7 @@ def test_bootstrap_covers_the_truth():
     for i in range(200):
         drift_S = 0.1 + 0.05 * rng.standard_normal(60)  # responses differ: resampling tokens would be too sure
         pairs = [make_pair(np.full(8, -2.0), -2.0 - drift + 0.02 * rng.standard_normal(8)) for drift in drift_S]
-        aggregator = Aggregator()
-        for pair in pairs:
-            aggregator.add(pair)
-        aggregator._flush()
-        kl = aggregator._responses.finish().estimates(400, seed=i)["kl"]
+        kl = compare(pairs, num_resamples=400, seed=i)["kl"]
         hits += kl.lo <= 0.1 <= kl.hi
     assert 0.88 <= hits / 200 <= 0.99
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from rl_onoff.attribution.result import Attribution, Row, tried
+from rl_onoff.attribution.ladder import Attribution
+from rl_onoff.attribution.state import Row
 from rl_onoff.config import Rung
 from rl_onoff.report import write_report
 
 
 def test_the_ladder_is_shown(page, sample_run, tmp_path):
     rows = [
-        tried(Rung.transform, "the target's <b>scaled</b> logprobs", 0.2, 0.01, 0.2, "the <i>sampler</i>"),
+        Row(
+            rung=Rung.transform,
+            changed="the target's <b>scaled</b> logprobs",
+            before=0.2,
+            after=0.01,
+            share=0.95,
+            verdict="the main cause: the <i>sampler</i>",
+        ),
         Row(rung=Rung.dtype, changed="float32", verdict="not tried: both sides are in float32"),
     ]
     found = Attribution(target="<trainer>", gap=0.2, floor=0.0, left=0.01, rows=rows, responses=3, tokens=30)
@@ -17,7 +25,7 @@ def test_the_ladder_is_shown(page, sample_run, tmp_path):
     cells = [
         [cell.text for cell in row.find_elements("css selector", "th, td")] for row in page.all("#attribution tbody tr")
     ]
-    assert cells[0][1:] == ["0.2", "0.01", "95 %", f"the main cause: {rows[0].verdict.partition(': ')[2]}"]
+    assert cells[0][1:] == ["0.2", "0.01", "95 %", rows[0].verdict]
     assert "the target's <b>scaled</b> logprobs" in cells[0][0]
     assert cells[1][1:] == ["–", "–", "–", "not tried: both sides are in float32"]
     assert (

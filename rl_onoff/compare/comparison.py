@@ -1,0 +1,185 @@
+"""What a comparison found: sums per response, the metrics with their uncertainty, and the sentence they come to.
+
+Shapes: R rows (a response, or the part of one that lies in a position bucket), F terms, B resamples. A metric is a
+function of means, a mean is a ratio of sums, and a sum over responses drawn again with replacement is a weighted sum of
+the rows. So a resample costs one row of a matrix product, and no token is looked at twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rl_onoff.compare.metrics import PRIME_RL_BAR, Thresholds, metrics_from_means
+from rl_onoff.types import LogprobKind
+
+CONFIDENCE = 0.95
+CHUNK = 1 << 22  # resampling weights made at a time: 32 MB
+FEW_RESPONSES = 10  # a bootstrap over fewer says little
+ON_POLICY_K3 = 1e-4  # nats a token: what stands in for a noise floor that was not measured
+ROUNDING_K3 = 1e-8  # nats a token: rounding in float32, log-ratios of 1.4e-4; a lower noise floor counts as this
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A metric and its 95 % bootstrap interval over responses; none where a metric is not made of sums, or R < 2."""
+
+    value: float
+    lo: float | None = None
+    hi: float | None = None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON has no NaN: an undefined metric (a correlation with a constant) is null."""
+        return {name: x if x is not None and np.isfinite(x) else None for name, x in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Σ of every term over each row's tokens, and how many tokens had the term (0 in a response without top-k, say)."""
+
+    names: tuple[str, ...]
+    sums_RF: np.ndarray
+    counts_RC: np.ndarray
+    column_F: np.ndarray  # which column of counts_RC belongs to a term: many terms share one
+
+    @classmethod
+    def of(cls, batches: Sequence[Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Sums:
+        """The rows of all batches, each the sums and counts (R,) by term; batches need not have the same terms."""
+        names = tuple(dict.fromkeys(name for batch in batches for name in batch))
+        # terms with the same count array in every batch share a column
+        shared = [tuple(id(batch[name][1]) if name in batch else 0 for batch in batches) for name in names]
+        columns = list(dict.fromkeys(shared))
+
+        def stacked(which: int, names: Sequence[str]) -> np.ndarray:
+            parts = [np.broadcast_arrays(*(batch.get(name, (0, 0))[which] for name in names)) for batch in batches]
+            return np.concatenate([np.stack(part, axis=1) for part in parts], dtype=np.float64)
+
+        counts_RC = stacked(1, [names[shared.index(column)] for column in columns])
+        return cls(names, stacked(0, names), counts_RC, np.array([columns.index(column) for column in shared]))
+
+    def rows(self, rows: np.ndarray) -> Sums:
+        return Sums(self.names, self.sums_RF[rows], self.counts_RC[rows], self.column_F)
+
+    def total(self, name: str) -> int:
+        return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
+
+    def estimates(self, num_resamples: int, seed: int, exact: Mapping[str, float]) -> dict[str, Estimate]:
+        """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
+        num_rows, totals_C = len(self.sums_RF), self.counts_RC.sum(axis=0)
+        absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
+        values = self._metrics(self.sums_RF.sum(axis=0), totals_C)
+        values = {name: float(value) for name, value in values.items() if name not in absent}
+        estimates = {name: Estimate(value) for name, value in (values | exact).items()}
+        if num_rows < 2 or num_resamples < 2:
+            return estimates
+        rng, step, parts = np.random.default_rng(seed), max(1, CHUNK // num_rows), []
+        for start in range(0, num_resamples, step):
+            shape = (min(step, num_resamples - start), num_rows)
+            drawn_BR = rng.integers(num_rows, size=shape) + np.arange(shape[0])[:, None] * num_rows
+            # how often a resample drew each row
+            weights_BR = np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
+            parts.append(self._metrics(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC))
+        tail = 100 * (1 - CONFIDENCE) / 2
+        for name, value in values.items():
+            draws_B = np.concatenate([part[name] for part in parts])
+            draws_B = draws_B[~np.isnan(draws_B)]
+            if len(draws_B):
+                estimates[name] = Estimate(value, *np.percentile(draws_B, (tail, 100 - tail)).tolist())
+        return estimates
+
+    def _metrics(self, sums_F: np.ndarray, counts_C: np.ndarray) -> dict[str, np.ndarray]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means_F = sums_F / counts_C[..., self.column_F]
+        return metrics_from_means({name: means_F[..., f] for f, name in enumerate(self.names)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """The metrics of some responses, and how many responses and tokens (clamped, impossible, …) they rest on."""
+
+    metrics: dict[str, Estimate]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionBucket(Summary):
+    """Positions start ≤ t < end of the responses longer than start; `cumulative_l` is Σ l up to and with `start`."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """How far the target is from the behaviour."""
+
+    kind: LogprobKind
+    overall: Summary
+    groups: dict[str, dict[str, Summary]]  # {"level": {"3": …}}
+    positions: list[PositionBucket]
+    histograms: dict[str, Any]
+    worst: list[dict[str, Any]]  # tokens with the largest |l|
+    worst_responses: list[dict[str, Any]]  # responses with the largest mean |l|
+    thresholds: Thresholds
+
+    def __getitem__(self, name: str) -> Estimate:
+        return self.overall.metrics[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.overall.metrics
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, where NaN and infinity are null."""
+        found = msgspec.json.decode(msgspec.json.encode(self))
+        metrics, counts = found["overall"]["metrics"], found["overall"]["counts"]
+        return {**found, "overall": metrics, "counts": counts, "confidence": CONFIDENCE}
+
+
+def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
+    """The word for a mean k3 KL (nats a token) and the reason for it; the only place where a gap is judged.
+
+    On-policy   not above the noise floor, which is the k3 of the engine against itself, or what float32 rounds to where
+                that is more; "as far as this tells" where only the interval reaches down to it. Without a noise floor:
+                under ON_POLICY_K3
+    Close       under 0.015, prime-rl's bar for accepting a model; "not surely" where the interval reaches over the bar
+    Off-policy  0.015 or more
+    """
+    lo, hi = (k3.value if end is None else end for end in (k3.lo, k3.hi))
+    if floor is None and k3.value < ON_POLICY_K3:
+        return "On-policy", f"under {ON_POLICY_K3:.0e}, which two engines in float32 stay below"
+    if floor is not None and k3.value <= floor:
+        return "On-policy", f"not above the noise floor of {floor:.2g}"
+    if floor is not None and k3.value <= ROUNDING_K3:
+        return "On-policy", f"no more than rounding in float32 makes; the noise floor is {floor:.2g}"
+    if floor is not None and lo <= max(floor, ROUNDING_K3) and k3.value < PRIME_RL_BAR:
+        return "On-policy, as far as this tells", f"and the interval reaches down to the noise floor of {floor:.2g}"
+    above = "" if floor is None else f"above the noise floor of {floor:.2g} and "
+    if k3.value >= PRIME_RL_BAR:
+        return "Off-policy", f"{above}over prime-rl's bar of {PRIME_RL_BAR}"
+    under = f"under prime-rl's bar of {PRIME_RL_BAR}"
+    if hi >= PRIME_RL_BAR:
+        return "Close, not surely", f"{above}{under}, but the interval reaches over the bar"
+    return "Close", f"{above}{under}"
+
+
+def word_of(sentence: str) -> str:
+    """On-policy, Close or Off-policy: the word of a verdict, a name of the target before it or not."""
+    found = re.search(r"(?:^|: )(On-policy|Close|Off-policy)(?:, [\w ]+)?:", sentence)
+    return found[1] if found else ""
+
+
+def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
+    """One plain sentence about a comparison: what `judge` says of its mean k3 KL, and what that rests on."""
+    k3, counts = comparison["kl_k3"], comparison.overall.counts
+    word, reason = judge(k3, noise_floor)
+    rough = ", rough with so few responses" if counts["responses"] < FEW_RESPONSES else ""
+    interval = "" if k3.lo is None else f" (95 % interval {k3.lo:.2g} to {k3.hi:.2g}{rough})"
+    over = f"over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
+    num = max(counts.get("tokens_impossible_target", 0), counts.get("tokens_impossible_sampler", 0))
+    impossible = f"; {num:,} of the sampled tokens could not have been drawn by the target's sampler" if num else ""
+    return f"{word}: the mean k3 KL is {k3.value:.2g} nats a token{interval} {over}, {reason}{impossible}."
