@@ -14,16 +14,14 @@ from typing import Any
 
 from rl_onoff.config import CompareConfig
 from rl_onoff.data.rollouts import RolloutFile, open_rollouts
+from rl_onoff.data.sources import ENDINGS, rollout_files
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.stages import take_in
-from rl_onoff.rundir.files import content_of
 from rl_onoff.rundir.provenance import changes, same_engine
 from rl_onoff.rundir.table import RunDir, Table, row_of_scores
 from rl_onoff.types import LogprobKind, Rollout, TokenScores
 
 log = logging.getLogger(__name__)
-
-FILES = (".jsonl", ".parquet")
 
 
 class Joined(RunDir):
@@ -64,11 +62,17 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
     scores: dict[str, Table] = {}
     if config.behaviour is not None and _is_file(config.behaviour, "compare.behaviour"):
         alone = config.target is None
-        file = open_rollouts(config.behaviour, key="compare.behaviour", columns=config.columns, one_of_two=not alone)
+        file = open_rollouts(
+            config.behaviour,
+            key="compare.behaviour",
+            columns=config.columns,
+            one_of_two=not alone,
+            format=config.format,
+        )
         target = file.columns.get("target")
         if alone and target is None:
             raise UsageError(
-                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
+                f"{file.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
                 " what it is compared with, or +compare.columns.target to another column"
             )
         _take_in_completions(here, file, config)
@@ -97,7 +101,9 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
     assert config.target is not None
     if _is_file(config.target, "compare.target"):
         one_of_two = config.behaviour is not None
-        file = open_rollouts(config.target, key="compare.target", columns=config.columns, one_of_two=one_of_two)
+        format = None if one_of_two and _is_file(config.behaviour or "", "compare.behaviour") else config.format
+        options = {"key": "compare.target", "columns": config.columns, "one_of_two": one_of_two, "format": format}
+        file = open_rollouts(config.target, **options)
         name = Path(config.target).stem
         return {name: _take_in_scores(here, file, name, config, completions)}
     path, _, chosen = (config.target, "", "") if Path(config.target).is_dir() else config.target.rpartition(":")
@@ -115,15 +121,18 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
 
 
 def _is_file(path: str, key: str) -> bool:
-    folder = path.rpartition(":")[0]
-    if Path(path).is_dir() or (not Path(path).is_file() and folder and Path(folder).is_dir()):
+    folder, here = path.rpartition(":")[0], Path(path).expanduser()
+    if here.is_dir():
+        run = RunDir(here)
+        return not (run.completions.exists() or run.score_names()) and bool(rollout_files(here))
+    if not here.is_file() and folder and Path(folder).is_dir():
         return False
-    if Path(path).suffix in FILES:
+    if here.suffix in ENDINGS:
         return True
-    what = f"is neither a run folder nor one of {', '.join(FILES)}" if Path(path).exists() else "does not exist"
+    what = f"is neither a run folder nor one of {', '.join(ENDINGS)}" if here.exists() else "does not exist"
     raise UsageError(
-        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)}"
-        " file"
+        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, a {' or '.join(ENDINGS)}"
+        " file, or a folder of them"
     )
 
 
@@ -162,7 +171,7 @@ def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareC
             logprobs_T = row.target_T if side == "target" else rollout.logprobs_T
             if logprobs_T is None:
                 raise UsageError(
-                    f"response {rollout.sample} to {rollout.request_id!r} in {file.table.name} has no logprobs: fill"
+                    f"response {rollout.sample} to {rollout.request_id!r} in {file.name} has no logprobs: fill"
                     f" column {file.columns[side]}, or remove the row"
                 )
             if rollout.key not in done:
@@ -175,10 +184,14 @@ def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareC
 def _claim(table: Table, file: RolloutFile, path: str | None, kind: LogprobKind | None) -> None:
     """Rows taken from a file depend on its content, and on how it was read."""
     where, columns, before = Path(path or "").absolute(), dict(file.columns), table.record().get("config", {})
-    facts: dict[str, Any] = {"content": content_of(where)}
+    known = before.get("columns", columns)  # a version that knew no steps wrote the same rows
+    columns = {role: name for role, name in columns.items() if role in known or role not in ("step", "weight_version")}
+    facts: dict[str, Any] = {"content": file.source.content()}
     if "changed" in before:  # made by a version that kept the file's size and time, and knew fewer columns
         facts = {"bytes": where.stat().st_size, "changed": int(where.stat().st_mtime)}
         columns = {role: name for role, name in columns.items() if role in before["columns"]}
+    if file.format.name != "columns":
+        facts["format"] = file.format.name
     table.claim({"file": str(where), **facts, "columns": columns, "kind": kind and kind.value}, changes)
 
 
