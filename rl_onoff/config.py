@@ -22,8 +22,7 @@ from rl_onoff.sampling import LogprobKind, Sampling
 
 COLUMN_ROLES = ("id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces",
                 "reward", "step", "weight_version")  # fmt: skip
-PARENTS = Path(__file__).resolve().parents  # the package, which has conf/ in a wheel, then a checkout
-CONF = next(folder / "conf" for folder in PARENTS if (folder / "conf").is_dir())
+CONF = next(parent / "conf" for parent in Path(__file__).resolve().parents if (parent / "conf").is_dir())
 
 
 class Stage(Enum):

@@ -105,9 +105,7 @@ class Verifiers(Format):
             parts = [(number(each.get("score")), number(each.get("weight", 1))) for each in rewards.values() if each]
             scores = [score * weight for score, weight in parts if score is not None and weight is not None]
             for sample, path in enumerate(_paths(listed(trace.get("nodes"), "token_ids"))):
-                row: Row = {
-                    role: list(chain.from_iterable(_spread(node, role) for node in path)) for role in self.roles
-                }
+                row: Row = {role: [x for node in path for x in _spread(node, role)] for role in self.roles}
                 row |= {"id": trace.get("id"), "sample": sample, "reward": sum(scores) if scores else None}
                 missing = [role for role in LOGPROBS if all(node.get(self.roles[role]) is None for node in path)]
                 yield row | dict.fromkeys(missing) | {"start": first_sampled(numbers(row["mask"], "mask"))}

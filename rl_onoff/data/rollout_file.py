@@ -146,7 +146,8 @@ class RolloutFile:
             logprobs[role] = logprobs_T.astype(np.float32)
         prompt_ids, meta = self._prompt(row, before, where)
         version = row.get("weight_version")
-        told = {"step": step, "weight_version": version if isinstance(version, str) else _step(version)}
+        known = _step(version)
+        told = {"step": step, "weight_version": version if known is None and isinstance(version, str) else known}
         meta |= {name: value for name, value in told.items() if value is not None}
         token_ids_T, text = ids_T.astype(np.int32), row.get("text")
         if not isinstance(text, str):
@@ -203,17 +204,18 @@ class RolloutFile:
             prompt_ids = ids(_filled(given), "prompt_ids")
             meta = {name: jsonable(row[name]) for name in groups}
         else:
-            role = "prompt_ids" if "prompt_ids" in self.columns else "prompt"
+            role = "prompt_ids" if "prompt_ids" in self.columns or given is not None else "prompt"
             given = row.get(role) if role == "prompt_ids" or not len(before) else before
             if getattr(given, "ndim", 0):
                 given = ids(given, "prompt_ids").astype(int).tolist()
             prompt = parse_prompt(given, where=where, column=self.columns.get(role, role), key=self.source.key)
             texts = self.texts if self.format.chat is None else replace(self.texts, chat_template=self.format.chat)
             prompt_ids = texts.of_prompt(prompt, where)
-            answer = "answer" if isinstance(row.get("answer"), str | int | float) else None
-            if isinstance(self.format, Columns):
-                answer = answer_column_of(self.table)
-            meta = meta_of(prompt, row.get("record", row), answer, groups, where=where)
+            record, answer = row.get("record"), answer_column_of(self.table)
+            if record is None:  # of a format, whose rows have the answer under that name
+                record = row | {"prompt": _question(row.get("prompt"))}
+                answer = "answer" if isinstance(row.get("answer"), str | int | float) else None
+            meta = meta_of(prompt, record, answer, groups, where=where)
         attention = numbers(_filled(row.get("attention")), "mask")
         if len(attention) >= len(prompt_ids):  # verl pads prompts on the left
             prompt_ids = prompt_ids[attention[: len(prompt_ids)] > 0]
@@ -244,6 +246,13 @@ class RolloutFile:
 
 def _filled(value: Any) -> Any:
     return value if getattr(value, "ndim", 0) else value or []
+
+
+def _question(prompt: Any) -> Any:
+    """What a prompt that may be messages asks last."""
+    messages = prompt if isinstance(prompt, list) else []
+    users = [each for each in messages if isinstance(each, Mapping) and each.get("role") == "user"]
+    return users[-1].get("content") if users else prompt
 
 
 def _digest(prefix: str, prompt_ids: np.ndarray) -> bytes:

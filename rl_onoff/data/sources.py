@@ -112,7 +112,7 @@ def step_of(path: str) -> int | None:
     if said := re.findall(r"step[_-]?(\d+)", path):
         return int(said[-1])
     for part in reversed(Path(path).with_suffix("").parts):
-        numbers = re.findall(r"(?<![\d.])\d+(?![\d.])", re.sub(r"rank[_-]?\d+|shard[_-]?\d+", "", part))
+        numbers = re.findall(r"(?<![\w.])\d+(?![\w.])", re.sub(r"(rank|shard)[_-]?\d+|_", " ", part))
         if len(numbers) == 1:
             return int(numbers[0])
     return None
