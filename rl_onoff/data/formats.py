@@ -18,7 +18,7 @@ from rl_onoff.types import LogprobKind
 
 
 class Verl(Format):
-    name, made_by, marks = "verl", "a DataProto of verl, written out", frozenset(("prompts", "responses"))
+    name, made_by, marks = "verl", "a DataProto of verl", frozenset(("prompts", "responses"))
     roles: ClassVar = {
         "id": "uid", "prompt_ids": "prompts", "token_ids": "responses", "mask": "response_mask",
         "behaviour": "rollout_log_probs", "target": "old_log_probs", "attention": "attention_mask",
@@ -39,7 +39,7 @@ class Verl(Format):
 
 
 class Trl(Format):
-    name, made_by = "trl", "a batch of TRL's GRPOTrainer, written out"
+    name, made_by = "trl", "a batch of TRL's GRPOTrainer"
     marks = frozenset(("completion_ids", "completion_mask"))
     roles: ClassVar = {
         "id": "request_id", "prompt_ids": "prompt_ids", "token_ids": "completion_ids", "mask": "completion_mask",

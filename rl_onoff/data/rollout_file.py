@@ -232,7 +232,7 @@ class RolloutFile:
         """
         kind = self.format.kind or other
         if "logprob_kind" not in self.table.columns:
-            made_by = f", as {self.format.made_by} has them" if self.format.kind else ""
+            made_by = f", the kind in {self.format.made_by}" if self.format.kind else ""
             text = "%s does not say of which kind the %s's logprobs are: taken for %s ones%s; else %s"
             log.warning(text, self.name, whose, kind.value, made_by, fix)
         return kind

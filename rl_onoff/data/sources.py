@@ -129,7 +129,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     number = 0
-    with pyarrow.parquet.ParquetFile(file) as parquet:
+    with pyarrow.parquet.ParquetFile(file, memory_map=True) as parquet:  # else a row group, often all, is held whole
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
             for record in batch.to_pylist():
                 number += 1
