@@ -101,8 +101,13 @@ class Verifiers(Format):
             agent = trace.get("agent")
             if isinstance(agent, Mapping) and agent.get("trainable") is False:
                 continue  # another model, a judge for instance: not the policy
-            rewards = trace.get("rewards") if isinstance(trace.get("rewards"), Mapping) else {}
-            parts = [(number(each.get("score")), number(each.get("weight", 1))) for each in rewards.values() if each]
+            rewards = trace.get("rewards")
+            named = rewards.values() if isinstance(rewards, Mapping) else ()
+            parts = [
+                (number(each.get("score")), number(each.get("weight", 1)))
+                for each in named
+                if isinstance(each, Mapping)
+            ]
             scores = [score * weight for score, weight in parts if score is not None and weight is not None]
             for sample, path in enumerate(_paths(listed(trace.get("nodes"), "token_ids"))):
                 row: Row = {role: [x for node in path for x in _spread(node, role)] for role in self.roles}

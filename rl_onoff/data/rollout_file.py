@@ -65,7 +65,7 @@ class RolloutFile:
         prompt_of_id: dict[str, bytes] = {}
         steps, tokens, masked = set[int](), 0, 0
         folder, is_table = len(self.source.files) > 1, isinstance(self.format, Columns)
-        for where, step, within, row in self._raw():
+        for where, step, within, row in self.raw_rows():
             try:
                 found = self._recorded(row, where, step)
                 sample = None if row.get("sample") is None else whole(row["sample"], "sample")
@@ -106,7 +106,7 @@ class RolloutFile:
             log.info(text, self.name, self.format.name, self.format.made_by, files, rows, over, tokens, beside)
         self._said.append("read")
 
-    def _raw(self) -> Iterator[tuple[str, int | None, str, Row]]:
+    def raw_rows(self) -> Iterator[tuple[str, int | None, str, Row]]:
         """(where it stands, the step that its file tells, its number in its file, the row) of every row."""
         folder = len(self.source.files) > 1
         for at, file in enumerate(self.source.files):

@@ -15,7 +15,7 @@ from rl_onoff.data.readers import Table
 from rl_onoff.data.requests import Texts
 from rl_onoff.data.rollout_file import Recorded, RolloutFile
 from rl_onoff.data.sources import Source, open_source
-from rl_onoff.data.values import LOGPROBS, numbers
+from rl_onoff.data.values import LOGPROBS
 from rl_onoff.errors import UsageError, nearest
 from rl_onoff.types import LogprobKind, Rollout
 
@@ -134,10 +134,10 @@ def _open(path: str, key: str, format: str | None, texts: Texts | None) -> Rollo
     if 0 < len(left) < len(source.files):
         source = replace(source, files=tuple(file for file in source.files if file not in left))
     file = RolloutFile(source=source, format=chosen, columns=chosen.roles, table=_no_table(source), texts=texts)
-    first = list(islice((row for _, _, _, row in file._raw()), LOOKED_AT))
+    first = list(islice((row for _, _, _, row in file.raw_rows()), LOOKED_AT))
     lacking = {role for role in LOGPROBS if role in chosen.roles and all(row.get(role) is None for row in first)}
     for role in set(chosen.skipped) - lacking:
-        if not any(numbers(row[role], role).any() for row in first if row.get(role) is not None):
+        if all(_zero(row[role]) for row in first if row.get(role) is not None):
             lacking.add(role)
             text = "%s: %s are all 0 in its first %d responses: the trainer did not compute them, and they are left out"
             log.warning(text, file.name, chosen.roles[role], len(first))
@@ -177,6 +177,11 @@ def _open_table(source: Source, texts: Texts | None) -> RolloutFile:
                 )
     format = Columns(columns, scoring=texts is not None, has_kind="logprob_kind" in first)
     return RolloutFile(source=source, format=format, columns=columns, table=table, texts=texts)
+
+
+def _zero(value: Any) -> bool:
+    """Whether logprobs are all 0, which they never are of a whole sequence."""
+    return isinstance(value, list) and not any(value)
 
 
 def _no_table(source: Source) -> Table:
