@@ -69,12 +69,14 @@ class Format:
 
 
 class Columns(Format):
-    """A row a response, in columns of any name: how everything that no other class recognises is read."""
+    """A row a response, in columns of any name: how everything that no other class recognises is read. Its roles are
+    found in each file.
+    """
 
     name, made_by, kind, chat = "columns", "a table of responses", None, None
 
-    def __init__(self, columns: Mapping[str, str], scoring: bool, has_kind: bool):
-        self.columns, self.scoring, self.has_kind = columns, scoring, has_kind
+    def __init__(self, columns: Mapping[str, str] | None = None, scoring: bool = False, has_kind: bool = False):
+        self.columns, self.scoring, self.has_kind = columns or {}, scoring, has_kind
 
     def recognises(self, record: Record, path: str) -> bool:
         return True

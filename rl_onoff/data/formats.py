@@ -11,51 +11,38 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from rl_onoff.data.columns import Format, Record, Row, apart, first_sampled, listed
+from rl_onoff.data.columns import Columns, Format, Record, Row, apart, first_sampled, listed
 from rl_onoff.data.text_formats import TEXT_FORMATS
 from rl_onoff.data.values import LOGPROBS, Wrong, ids, number, numbers, total, whole
 from rl_onoff.types import LogprobKind
 
 
-class Verl(Format):
-    name, made_by, marks = "verl", "a DataProto of verl", frozenset(("prompts", "responses"))
-    roles: ClassVar = {
-        "id": "uid", "prompt_ids": "prompts", "token_ids": "responses", "mask": "response_mask",
-        "behaviour": "rollout_log_probs", "target": "old_log_probs", "attention": "attention_mask",
-        "data_source": "data_source", "reward": "token_level_scores", "step": "step", "text": "response",
-        "pieces": "pieces",
-    }  # fmt: skip
+class Verl(Columns):
+    name, made_by, kind = "verl", "a DataProto of verl", LogprobKind.processed
 
     def recognises(self, record: Record, path: str) -> bool:
-        masked = record.keys() & {"response_mask", "attention_mask"}
-        return bool(masked) and self.marks <= record.keys() and not isinstance(record["responses"], str)
+        lists = not isinstance(record.get("responses"), str | None) and "prompts" in record
+        return lists and bool(record.keys() & {"response_mask", "attention_mask"})
+
+    def rows(self, record: Record, step: int | None) -> Iterator[Row]:
+        scores = [record[name] for name in ("token_level_scores", "rm_scores") if record.get(name) is not None]
+        for row in super().rows(record, step):
+            yield row if row.get("reward") is not None or not scores else row | {"reward": total(scores[0])}
+
+
+class Trl(Columns):
+    name, made_by, kind = "trl", "a batch of TRL's GRPOTrainer", LogprobKind.processed
+    marks = frozenset(("completion_ids", "completion_mask", "prompt_ids"))
+
+    def recognises(self, record: Record, path: str) -> bool:
+        return self.marks <= record.keys()
 
     def rows(self, record: Record, step: int | None) -> Iterator[Row]:
         for row in super().rows(record, step):
-            reward = next(
-                (record[name] for name in ("token_level_scores", "rm_scores", "score") if name in record), None
-            )
-            yield row | {"reward": total(reward)}
-
-
-class Trl(Format):
-    name, made_by = "trl", "a batch of TRL's GRPOTrainer"
-    marks = frozenset(("completion_ids", "completion_mask"))
-    roles: ClassVar = {
-        "id": "request_id", "prompt_ids": "prompt_ids", "token_ids": "completion_ids", "mask": "completion_mask",
-        "behaviour": "sampling_per_token_logps", "target": "old_per_token_logps", "text": "completion",
-        "step": "step", "prompt": "prompt", "reward": "reward",
-    }  # fmt: skip
-
-    def recognises(self, record: Record, path: str) -> bool:
-        return self.marks <= record.keys() and record.keys() & {"prompt_ids", *map(self.roles.get, LOGPROBS)} != set()
-
-    def rows(self, record: Record, step: int | None) -> Iterator[Row]:
-        for row in super().rows(record, step):
-            if record.get("prompt_mask") is not None and row["prompt_ids"] is not None:  # padded on the left
+            if record.get("prompt_mask") is not None and row.get("prompt_ids") is not None:  # padded on the left
                 prompt, valid = ids(row["prompt_ids"], "prompt_ids"), numbers(record["prompt_mask"], "mask")
                 row["prompt_ids"] = prompt[same_size(valid, prompt, "mask") > 0]
-            if record.get("tool_mask") is not None and row["mask"] is not None:
+            if record.get("tool_mask") is not None and row.get("mask") is not None:
                 valid, sampled = numbers(row["mask"], "mask"), numbers(record["tool_mask"], "mask")
                 row["mask"] = valid * same_size(sampled, valid, "mask")
             yield row

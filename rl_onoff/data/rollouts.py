@@ -58,6 +58,11 @@ def open_rollouts(
             file.table.column(name, f"+compare.columns.{role}")
         file.format.columns = {**file.columns, **said}
         file = replace(file, columns=file.format.columns)
+    elif columns and not one_of_two:
+        raise UsageError(
+            f"compare.columns names the columns of a table, and {file.name} is read as {file.format.name}: leave"
+            " compare.columns out, or set compare.format=columns"
+        )
     elif "token_ids" not in file.columns:
         raise UsageError(
             f"{file.name} is of {file.format.made_by}, which is text without token ids and logprobs, and nothing to"
@@ -121,15 +126,15 @@ def load_responses(
 def _open(path: str, key: str, format: str | None, texts: Texts | None) -> RolloutFile:
     """A file whose format is recognised by its first record, or said; a table's columns are found in all its rows."""
     source = open_source(path, key)
-    known = {each.name: each for each in FORMATS}
-    if format is not None and format not in (*known, Columns.name):
-        near = nearest(format, (*known, Columns.name)) or Columns.name
+    known = {each.name: each for each in (*FORMATS, Columns())}
+    if format is not None and format not in known:
+        near = nearest(format, known) or Columns.name
         raise UsageError(
             f"compare.format is {format!r}, which is none of {', '.join(known)}: set compare.format={near}"
         )
-    chosen = known.get(format or "") or (None if format else _recognised(source))
-    if chosen is None:
-        return _open_table(source, texts)
+    chosen = _recognised(source) if format is None else known[format]
+    if isinstance(chosen, Columns):
+        return _open_table(source, texts, type(chosen))
     left = {file for file in source.files if any(fnmatch(file.name, pattern) for pattern in chosen.left_out)}
     if 0 < len(left) < len(source.files):
         source = replace(source, files=tuple(file for file in source.files if file not in left))
@@ -144,16 +149,16 @@ def _open(path: str, key: str, format: str | None, texts: Texts | None) -> Rollo
     return replace(file, columns={role: name for role, name in chosen.roles.items() if role not in lacking})
 
 
-def _recognised(source: Source) -> Format | None:
+def _recognised(source: Source) -> Format:
     """The format of the first file that has a known one; files of metadata may stand before it."""
     for file in source.files[:LOOKED_AT]:
         _, record = next(source.records(file), ("", None))
         if record is not None and (found := next((f for f in FORMATS if f.recognises(record, str(file))), None)):
             return found
-    return None
+    return Columns()
 
 
-def _open_table(source: Source, texts: Texts | None) -> RolloutFile:
+def _open_table(source: Source, texts: Texts | None, format: type[Columns]) -> RolloutFile:
     first: dict[str, Any] = {}
     for file in source.files:
         for _, record in source.records(file):
@@ -175,8 +180,8 @@ def _open_table(source: Source, texts: Texts | None) -> RolloutFile:
                     f"{source.name} has none of the columns {', '.join(names)} but {', '.join(first)}: rename one, or"
                     " set score.responses to another file"
                 )
-    format = Columns(columns, scoring=texts is not None, has_kind="logprob_kind" in first)
-    return RolloutFile(source=source, format=format, columns=columns, table=table, texts=texts)
+    made = format(columns, scoring=texts is not None, has_kind="logprob_kind" in first)
+    return RolloutFile(source=source, format=made, columns=columns, table=table, texts=texts)
 
 
 def _zero(value: Any) -> bool:

@@ -97,7 +97,7 @@ def open_source(path: str, key: str) -> Source:
 
 def rollout_files(folder: Path) -> tuple[Path, ...]:
     """The files of rollouts in a folder and the folders in it, in the order of their steps, else of the numbers in
-    their names. Hidden files and Weights & Biases' own are none.
+    their names. Hidden files are none of them.
     """
     found = [file for ending in ENDINGS for file in folder.rglob(f"*{ending}") if file.is_file()]
     paths = {file: file.relative_to(folder) for file in found}
