@@ -123,7 +123,8 @@ def _fits(role: str, value: Any) -> bool:
     if role in ("prompt", "text"):
         return value is None or isinstance(value, str | list if role == "prompt" else str)
     if role in ("reward", "step", "weight_version"):
-        return isinstance(value, int | float) or (role == "weight_version" and isinstance(value, str))
+        is_number = isinstance(value, int | float) or getattr(value, "ndim", None) == 0
+        return is_number or (role == "weight_version" and isinstance(value, str))
     return value is not None
 
 

@@ -6,6 +6,7 @@ plain containers are taken from them, and what needs more is refused with the wa
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -191,7 +192,8 @@ def _arrays() -> list[Any]:
     """What numpy's arrays and numbers are pickled as."""
     import numpy as np
 
-    made_by = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct]  # type: ignore[attr-defined]
+    core: Any = np._core
+    made_by = [np.dtype, np.ndarray, core.multiarray.scalar, core.multiarray._reconstruct, core.numeric._frombuffer]
     return [*made_by, *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdgSUO"}]
 
 
@@ -214,6 +216,7 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         import torch
+        from torch._utils import _rebuild_tensor_v2
 
         if name in ("TrainingInputBatch", "TensorBatch"):
             return Batch
@@ -221,12 +224,12 @@ class Unpickler(pickle.Unpickler):
             return _load_saved
         known: dict[tuple[str, str], Callable[..., Any]] = {
             (each.__module__, each.__name__): each
-            for each in (torch._utils._rebuild_tensor_v2, torch.device, torch.Size, *_arrays())
+            for each in (_rebuild_tensor_v2, torch.device, torch.Size, codecs.encode, *_arrays())
         }
         dtype = getattr(torch, name, None) if module == "torch" else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        module = module.replace("numpy.core", "numpy._core")  # numpy 1's name
+        module = module.replace("numpy.core", "numpy._core").replace("__builtin__", "builtins")  # older names
         if module in ("builtins", "collections") and name in ("OrderedDict", "set", "frozenset", "bytearray"):
             return super().find_class(module, name)
         if (module, name) not in known:

@@ -215,6 +215,21 @@ def test_the_format_can_be_said() -> None:
         opened("verl.jsonl", format="slime")
 
 
+def test_a_tables_columns_groups_and_kind_can_be_named_in_a_format_of_columns(tmp_path: Path) -> None:
+    row = json.loads((FILES / "verl.jsonl").read_text().splitlines()[0])
+    row |= {"vllm": row.pop("rollout_log_probs"), "level": 3, "sample": 2, "logprob_kind": "raw"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    file = open_rollouts(str(tmp_path / "x.jsonl"), key="compare.behaviour", columns={"behaviour": "vllm"})
+    (found,) = file.rows()
+    assert file.format.name == "verl" and found.rollout.key == ("row-0", 2) and found.rollout.meta == {"level": 3}
+    assert found.rollout.logprobs_T is not None and found.rollout.logprobs_T.tolist() == Q[0]
+    assert found.rollout.kind is LogprobKind.raw
+    with pytest.raises(
+        UsageError, match=r"is read as slime: leave compare\.columns out, or set compare\.format=columns"
+    ):
+        open_rollouts(str(FILES / "slime/2.pt"), key="compare.behaviour", columns={"behaviour": "x"})
+
+
 def test_a_trainer_that_skipped_its_logprobs_is_said(caplog: pytest.LogCaptureFixture) -> None:
     file = open_rollouts(str(FILES / "nemo-rl-skipped.jsonl"), key="compare.behaviour", columns={})
     assert "target" not in file.columns and "prev_logprobs are all 0 in its first 3 responses" in caplog.text
@@ -248,6 +263,24 @@ def test_a_pickle_runs_no_code(ending: str, tmp_path: Path, capsys: pytest.Captu
             open_rollouts(str(path), key="compare.behaviour", columns={})
         assert len(str(caught.value).splitlines()) == 1
     assert "run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_tables_in_pickles_of_every_protocol(protocol: int, tmp_path: Path) -> None:
+    import torch
+
+    row = {
+        "id": "a", "token_ids": np.array([4, 5]), "logprobs": torch.tensor([-1.0, -2.0], dtype=torch.bfloat16),
+        "target_logprobs": [np.float32(-0.5), -0.25], "reward": np.float64(0.5), "step": torch.tensor(3),
+        "tags": {"x"}, "raw": b"bytes",
+    }  # fmt: skip
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps([row], protocol=protocol))
+    torch.save([row], tmp_path / "x.pt", pickle_protocol=protocol)
+    for path in tmp_path.iterdir():
+        (found,) = open_rollouts(str(path), key="compare.behaviour", columns={}).rows()
+        assert ids_of(found) == [4, 5] and found.rollout.logprobs_T is not None and found.target_T is not None
+        assert found.rollout.logprobs_T.tolist() == [-1, -2] and found.target_T.tolist() == [-0.5, -0.25]
+        assert (found.rollout.reward, found.rollout.meta) == (0.5, {"step": 3})
 
 
 def test_open_instruct_rows_with_a_tools_output_need_a_mask(tmp_path: Path) -> None:
