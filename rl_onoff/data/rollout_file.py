@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -108,12 +109,11 @@ class RolloutFile:
 
     def raw_rows(self) -> Iterator[tuple[str, int | None, str, Row]]:
         """(where it stands, the step that its file tells, its number in its file, the row) of every row."""
-        folder = len(self.source.files) > 1
+        folder, counts = len(self.source.files) > 1, Counter[int]()
         for at, file in enumerate(self.source.files):
             told = self.source.step(file) if folder or not isinstance(self.format, Columns) else None
-            count = 0
-            for where, record in self.source.records(file):
-                if not count and folder and not self._said and not self.format.recognises(record, str(file)):
+            for place, (where, record) in enumerate(self.source.records(file)):
+                if folder and not place and not self._said and not self.format.recognises(record, str(file)):
                     raise UsageError(
                         f"{self.source.label(file)} is not read as {self.format.name} like the files before it: set"
                         f" {self.source.key} to a folder or a file of one kind"
@@ -121,8 +121,9 @@ class RolloutFile:
                 rows = self.format.rows(record, told)
                 while (row := self._next(rows, where)) is not None:
                     step = told if row.get("step") is None else _step(row["step"])
-                    yield where, step, f"{at if step is None else step}/{count}" if folder else str(count), row
-                    count += 1
+                    begins = (at if step is None else step) if folder else 0  # files of one step go on numbering
+                    yield where, step, f"{begins}/{counts[begins]}" if folder else str(counts[begins]), row
+                    counts[begins] += 1
 
     def _next(self, rows: Iterator[Row], where: str) -> Row | None:
         try:

@@ -47,7 +47,9 @@ class Source:
 
     def step(self, file: Path) -> int | None:
         """The training step that the file's path tells, for files whose rows do not say it."""
-        return step_of(file.name if file == self.path else str(file.relative_to(self.path)))
+        step = step_of(file.name if file == self.path else str(file.relative_to(self.path)))
+        above = re.findall(r"step[_-]?(\d+)", str(file.absolute()))
+        return int(above[-1]) if step is None and above else step
 
     def records(self, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each record of a file with its place for messages ("line 3 of 7.jsonl"); a broken file is one sentence."""
@@ -142,7 +144,11 @@ def _pickled(file: Path, name: str, key: str) -> Iterator[tuple[int, Any]]:
     rows in a list of its own.
     """
     try:
-        value = _load_pt(file) if file.suffix.lower() == ".pt" else Unpickler(file.open("rb")).load()
+        if file.suffix.lower() == ".pt":
+            value = _load_pt(file)
+        else:
+            with file.open("rb") as stream:
+                value = Unpickler(stream).load()
     except Exception as error:  # a broken or foreign pickle fails wherever its instructions lead
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(

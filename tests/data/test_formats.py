@@ -37,6 +37,7 @@ BOTH = {  # file -> (format, kind, step) of those with the logprobs of sampler a
 }
 ONE = {  # of the sampler alone
     "verifiers": ("verifiers", "processed", 3),
+    "verifiers/step_3/train/gsm8k/traces.jsonl": ("verifiers", "processed", 3),
     "slime/10.pt": ("slime", "scaled", 10),
     "nemo-rl-skipped.jsonl": ("nemo-rl", "processed", None),
     "open-instruct": ("open-instruct", "processed", 7),
@@ -275,7 +276,7 @@ def test_tables_in_pickles_of_every_protocol(protocol: int, tmp_path: Path) -> N
         "tags": {"x"}, "raw": b"bytes",
     }  # fmt: skip
     (tmp_path / "x.pkl").write_bytes(pickle.dumps([row], protocol=protocol))
-    torch.save([row], tmp_path / "x.pt", pickle_protocol=protocol)
+    torch.save([row], tmp_path / "x.pt")  # which knows its own protocol alone
     for path in tmp_path.iterdir():
         (found,) = open_rollouts(str(path), key="compare.behaviour", columns={}).rows()
         assert ids_of(found) == [4, 5] and found.rollout.logprobs_T is not None and found.target_T is not None
@@ -305,6 +306,31 @@ def test_a_run_scores_a_folder(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", *options)
     assert len(list(folder.completions.rows())) == 6
     assert {json.loads(row["meta"])["step"] for row in folder.completions.rows()} == {2, 10}
+    shutil.copytree(FILES / "slime", tmp_path / "slime")
+    options = ("experiment=score", "backend=fake", "model.name=x", f"score.responses={tmp_path / 'slime'}")
+    run_in(tmp_path / "other", *options)
+    (tmp_path / "slime/10.pt").rename(tmp_path / "slime/11.pt")
+    with pytest.raises(UsageError, match=r"other/completions holds rows of another config \(content: "):
+        run_in(tmp_path / "other", *options)
+
+
+def test_rollouts_that_are_too_many_to_hold_are_read_again(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def read() -> list[Any]:
+        return [(r.key, r.token_ids_T.tolist(), r.kind) for r in load_responses(str(FILES / "slime"))]
+
+    held, warnings = read(), caplog.messages[:]
+    caplog.clear()
+    monkeypatch.setattr("rl_onoff.data.rollouts.KEPT_BYTES", 0)
+    assert read() == held and caplog.messages == warnings
+
+
+def test_files_of_one_step_go_on_numbering(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        row = {"prompt_ids": [rank + 1], "token_ids": [rank], "step": 4, "logprobs": [-1.0]}
+        (tmp_path / f"rank_{rank}.jsonl").write_text(json.dumps(row))
+    assert [given.key for given in load_responses(str(tmp_path))] == [("4/0", 0), ("4/1", 0)]
+    found = open_rollouts(str(tmp_path), key="compare.behaviour", columns={}).rows()
+    assert [row.rollout.key for row in found] == [("4/0", 0), ("4/1", 0)]
 
 
 def test_every_format_has_a_file_here_and_a_row_in_the_docs() -> None:
