@@ -89,12 +89,8 @@ class Verifiers(Format):
             if isinstance(agent, Mapping) and agent.get("trainable") is False:
                 continue  # another model, a judge for instance: not the policy
             rewards = trace.get("rewards")
-            named = rewards.values() if isinstance(rewards, Mapping) else ()
-            parts = [
-                (number(each.get("score")), number(each.get("weight", 1)))
-                for each in named
-                if isinstance(each, Mapping)
-            ]
+            named = [each for each in rewards.values() if each] if isinstance(rewards, Mapping) else []
+            parts = [(number(each.get("score")), number(each.get("weight", 1))) for each in listed(named, "reward")]
             scores = [score * weight for score, weight in parts if score is not None and weight is not None]
             for sample, path in enumerate(_paths(listed(trace.get("nodes"), "token_ids"))):
                 row: Row = {role: [x for node in path for x in _spread(node, role)] for role in self.roles}
@@ -140,9 +136,7 @@ class NemoRl(Format):
     }  # fmt: skip
 
     def rows(self, record: Record, step: int | None) -> Iterator[Row]:
-        single = {
-            name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in record.items()
-        }
+        single = {name: _only(value) for name, value in record.items()}
         for row in super().rows(single, step):
             if single.get("input_lengths") is not None:  # padded on the right
                 length = whole(single["input_lengths"], "input_lengths")

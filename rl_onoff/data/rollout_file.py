@@ -144,7 +144,8 @@ class RolloutFile:
         for role, logprobs_T in logprobs.items():
             if np.isnan(logprobs_T[sampled_T[kept_T]]).any():
                 raise Wrong(f"{PER_TOKEN[role]} that are not a list of numbers", role)
-            logprobs[role] = logprobs_T.astype(np.float32)
+            # files have 0, 1, -9999 or nothing for tokens that nobody sampled; here it is 0, and no logprob
+            logprobs[role] = np.where(sampled_T[kept_T], logprobs_T, 0).astype(np.float32)
         prompt_ids, meta = self._prompt(row, before, where)
         version = row.get("weight_version")
         known = _step(version)

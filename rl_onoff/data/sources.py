@@ -198,7 +198,7 @@ def _arrays() -> list[Any]:
     """What numpy's arrays and numbers are pickled as."""
     import numpy as np
 
-    core: Any = np._core
+    core: Any = np._core  # pyright: ignore[reportAttributeAccessIssue]
     made_by = [np.dtype, np.ndarray, core.multiarray.scalar, core.multiarray._reconstruct, core.numeric._frombuffer]
     return [*made_by, *{type(np.dtype(letter)) for letter in "?bBhHiIlLqQefdgSUO"}]
 

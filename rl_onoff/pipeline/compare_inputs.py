@@ -71,9 +71,12 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         )
         target = file.columns.get("target")
         if alone and target is None:
+            other = (
+                "+compare.columns.target to another column" if file.table.columns else "experiment=score to score it"
+            )
             raise UsageError(
-                f"{file.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
-                " what it is compared with, or +compare.columns.target to another column"
+                f"{file.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to what it"
+                f" is compared with, or {other}"
             )
         _take_in_completions(here, file, config)
         behaviour, own = here, None

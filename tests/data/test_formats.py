@@ -105,6 +105,7 @@ def test_a_tools_tokens_are_context_for_scoring(name: str, caplog: pytest.LogCap
         assert rollout.logprobs_T is not None
         sampled = rollout.logprobs_T if rollout.mask_T is None else rollout.logprobs_T[rollout.mask_T]
         assert sampled.tolist() == [Q[i][t] for t in SAMPLED[i]]
+        assert rollout.mask_T is None or set(rollout.logprobs_T[~rollout.mask_T].tolist()) == {0.0}
         assert rollout.kind is not None and rollout.kind.value == (BOTH | ONE)[name][1]
     assert len(found) == 3 and ("2 of them masked" in caplog.text) is masked
 
