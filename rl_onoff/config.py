@@ -18,11 +18,9 @@ from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind, Sampling
 
-COLUMN_ROLES = (
-    "id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces", "reward",
-)  # fmt: skip
-PARENTS = Path(__file__).resolve().parents  # the package, which has conf/ in a wheel, then a checkout
-CONF = next(folder / "conf" for folder in PARENTS if (folder / "conf").is_dir())
+COLUMN_ROLES = ("id", "sample", "token_ids", "mask", "behaviour", "target", "prompt_ids", "prompt", "text", "pieces",
+                "reward", "step", "weight_version")  # fmt: skip
+CONF = next(parent / "conf" for parent in Path(__file__).resolve().parents if (parent / "conf").is_dir())
 
 
 class Stage(Enum):
@@ -132,7 +130,7 @@ class ScoreConfig:
     name: str | None = None
     """Folder under scores/ that holds the result; null is made of engine, model and dtype."""
     responses: str | None = None
-    """A .parquet or .jsonl of prompts and responses made elsewhere; null scores this run folder's completions."""
+    """A file or folder of responses made elsewhere (docs/rollouts.md); null scores this run folder's completions."""
     top_k: int = 20
     """How many of the most likely tokens to keep at every position."""
     own: bool = True
@@ -148,15 +146,17 @@ class CompareConfig:
     """What the compare stage reads, where it is not this run folder: earlier runs, and files made elsewhere."""
 
     behaviour: str | None = None
-    """Who sampled: a run folder, or a .jsonl or .parquet file with token ids and logprobs; null is this run folder."""
+    """Who sampled: a run folder, or a file or folder of rollouts (docs/rollouts.md); null is this run folder."""
     target: str | None = None
     """Who scored: a run folder, one of its scores as FOLDER:NAME, or a file; null is what scored the behaviour."""
+    format: str | None = None
+    """Format of the rollouts, by its name in docs/rollouts.md, here and in score.responses; null recognises it."""
     columns: dict[str, str] = field(default_factory=dict)
     """What a file's columns are called where that is not found out, e.g. +compare.columns.behaviour=vllm_logprobs."""
     behaviour_kind: LogprobKind | None = None
-    """Kind of the behaviour's logprobs in a file; null is what its column logprob_kind says, else raw."""
+    """Kind of the behaviour's logprobs in a file; null is its column logprob_kind, else its format's, else raw."""
     target_kind: LogprobKind | None = None
-    """Kind of the target's logprobs in a file; null is the kind of the behaviour's."""
+    """Kind of the target's logprobs in a file; null is its format's kind, else that of the behaviour's."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
 

@@ -31,7 +31,6 @@ from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, 
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import summary_text
 from rl_onoff.rewards import load_reward
-from rl_onoff.rundir.files import content_of
 from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of
 from rl_onoff.rundir.summary import Summary, summarise
 from rl_onoff.rundir.table import RunDir, Table
@@ -121,8 +120,9 @@ def score(this: Run) -> Steps:
     if config.score.responses is not None:
         file, data = Path(config.score.responses), config.data
         tokenizer = create_backend(next(iter(scorers(config).values()))).get_tokenizer()
-        given = load_responses(config.score.responses, tokenizer, chat_template=data.chat_template, system=data.system)
-        made_of = {"responses": str(file.absolute()), "content": content_of(file.expanduser())}
+        options = {"chat_template": data.chat_template, "system": data.system, "format": config.compare.format}
+        given = load_responses(config.score.responses, tokenizer, **options)
+        made_of = {"responses": str(file.absolute()), "content": given.file.source.content()}
         folder.completions.claim(made_of, changes)
         stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
     if not folder.completions.exists():

@@ -1,235 +1,193 @@
-"""Responses made elsewhere -> Rollouts: files that trainers and other tools wrote, a response a row.
-
-Trainers name the same things differently, pad them to a rectangle, and some put prompt and response into one list. Here
-that is undone once, by the names in `columns` and the file's own masks; what cannot be told apart is refused, never
-guessed.
-"""
+"""Responses made elsewhere: the files that trainers and other tools wrote, opened to be compared or to be scored."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import compress
+from fnmatch import fnmatch
+from itertools import islice
 from typing import Any
 
-import numpy as np
-
-from rl_onoff.data.columns import COLUMNS, PER_TOKEN, SHOWN, WHOLE, Columns, Row, find_columns
-from rl_onoff.data.prompts import GROUP_COLUMNS, answer_column_of, jsonable, meta_of, parse_prompt
-from rl_onoff.data.readers import look_up, read_table
+from rl_onoff.data.columns import COLUMNS, SHOWN, WHOLE, Columns, Format, find_columns
+from rl_onoff.data.formats import FORMATS
+from rl_onoff.data.readers import Table
 from rl_onoff.data.requests import Texts
-from rl_onoff.errors import UsageError
-from rl_onoff.types import Key, LogprobKind, Rollout
+from rl_onoff.data.rollout_file import Recorded, RolloutFile
+from rl_onoff.data.sources import Source, open_source
+from rl_onoff.data.values import LOGPROBS
+from rl_onoff.errors import UsageError, nearest
+from rl_onoff.types import LogprobKind, Rollout
+
+__all__ = ["Recorded", "RolloutFile", "load_responses", "open_rollouts"]
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recorded:
-    """One row of a file: a response with what its sampler said of it, and what the row has beside it."""
-
-    rollout: Rollout  # its kind is None where the row does not say it
-    target_T: np.ndarray | None  # float32: the target's logprobs
-    prompt: str  # empty where it is not text
-    pieces: list[str]  # text of every token, or empty
+KEPT_BYTES = 64 << 20  # of a file whose rollouts are held; those of a larger one are read again when they are wanted
+LOOKED_AT = 100  # first rows that tell which roles a format's file really has
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutFile(Columns):
-    """A file of responses. Without `texts` they are to be compared: tokens that a mask leaves out are dropped. With
-    `texts` they are to be scored: every row has a prompt, and such tokens stay as context, all but padding at the end.
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """The rollouts of a file that are to be scored, as often as they are asked for."""
+
+    file: RolloutFile
+    kept: list[Rollout] | None  # None: too many to hold
+    kind: LogprobKind | None  # of logprobs whose row does not say it
+
+    def __iter__(self) -> Iterator[Rollout]:
+        found = self.kept if self.kept is not None else (each.rollout for each in self.file.rows())
+        for rollout in found:
+            if len(rollout.token_ids_T):
+                yield rollout if rollout.logprobs_T is None else replace(rollout, kind=rollout.kind or self.kind)
+
+
+def open_rollouts(
+    path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False, format: str | None = None
+) -> RolloutFile:
+    """A file, or a folder of step files, with logprobs.
+
+    `columns` (compare.columns) says what a table's columns are called where that is not known. It counts for both files
+    of a comparison, so with `one_of_two` a column that this file lacks is left out. `format` names the format that is
+    otherwise recognised.
     """
-
-    texts: Texts | None = None
-
-    def rows(self) -> Iterator[Recorded]:
-        """Every response under its (request id, sample). Rows without an id have their number; to be scored, the number
-        of the first row with the same prompt.
-        """
-        counted: dict[str, int] = {}
-        seen: set[Key] = set()
-        id_of_prompt: dict[bytes, str] = {}
-        prompt_of_id: dict[str, bytes] = {}
-        for index, record in enumerate(self.table.records):
-            where = self.table.where(index)
-            row = {role: look_up(record, column) for role, column in self.columns.items()}
-            found = self._recorded(row, record, where)
-            prompt = found.rollout.prompt_ids.tobytes()
-            request_id = str(index) if self.texts is None else id_of_prompt.setdefault(prompt, str(index))
-            if row.get("id") is not None:
-                request_id = self.name(row["id"], where)
-            if self.texts is not None and prompt_of_id.setdefault(request_id, prompt) != prompt:
-                self.refuse(where, f"the id {request_id!r} of a row with another prompt", "id")
-            sample = counted.get(request_id, 0)
-            if row.get("sample") is not None:
-                sample = self.whole(row["sample"], "sample", where)
-            counted[request_id] = sample + 1
-            if (request_id, sample) in seen:  # rows are joined by the two
-                self.refuse(where, f"the id {request_id!r} and sample {sample} of an earlier row", "id")
-            seen.add((request_id, sample))
-            yield replace(found, rollout=replace(found.rollout, request_id=request_id, sample=sample))
-
-    def _recorded(self, row: Row, record: Row, where: str) -> Recorded:
-        """What a row holds, under no name yet."""
-        arrays, before = self._response_part(row, record, where)
-        sampled_T = kept_T = arrays.pop("mask") > 0
-        if self.texts is not None:
-            kept_T = np.cumsum(sampled_T[::-1])[::-1] > 0  # up to the last token that was sampled
-        ids_T = arrays["token_ids"][kept_T]
-        if (ids_T < 0).any():
-            self.refuse(where, "a negative token id in its response", "token_ids")
-        logprobs = {role: arrays[role][kept_T] for role in ("behaviour", "target") if role in arrays}
-        for role, logprobs_T in logprobs.items():
-            if np.isnan(logprobs_T[sampled_T[kept_T]]).any():
-                self.refuse(where, f"{PER_TOKEN[role]} that are not a list of numbers", role)
-            logprobs[role] = logprobs_T.astype(np.float32)
-        prompt_ids, meta = self._prompt(row, record, before, where)
-        token_ids_T, reward, text = ids_T.astype(np.int32), row.get("reward"), row.get("text")
-        if not isinstance(text, str):
-            tokenizer = self.texts and self.texts.tokenizer
-            text = tokenizer.decode(token_ids_T.tolist(), skip_special_tokens=True) if tokenizer is not None else ""
-        rollout = Rollout(
-            request_id="",
-            sample=0,
-            prompt_ids=prompt_ids.astype(np.int32),
-            token_ids_T=token_ids_T,
-            mask_T=None if sampled_T[kept_T].all() else sampled_T[kept_T],
-            logprobs_T=logprobs.get("behaviour"),
-            kind=self.kind(record, where) if logprobs else None,
-            text=text,
-            reward=float(reward) if isinstance(reward, int | float) and abs(reward) <= sys.float_info.max else None,
-            meta=meta,
+    file = _open(path, key, format, None)
+    if isinstance(file.format, Columns):
+        said = {role: name for role, name in columns.items() if name in file.table.columns or not one_of_two}
+        for role, name in said.items():
+            file.table.column(name, f"+compare.columns.{role}")
+        file.format.columns = {**file.columns, **said}
+        file = replace(file, columns=file.format.columns)
+    elif columns and not one_of_two:
+        raise UsageError(
+            f"compare.columns names the columns of a table, and {file.name} is read as {file.format.name}: leave"
+            " compare.columns out, or set compare.format=columns"
         )
-        pieces = row["pieces"] if isinstance(row.get("pieces"), list) else []
-        fits = len(pieces) in (len(kept_T), len(before) + len(kept_T))
-        return Recorded(
-            rollout=rollout,
-            target_T=logprobs.get("target"),
-            prompt=row["prompt"] if isinstance(row.get("prompt"), str) else "",
-            pieces=list(compress(pieces[-len(kept_T) :], kept_T)) if fits else [],
+    elif "token_ids" not in file.columns:
+        raise UsageError(
+            f"{file.name} is of {file.format.made_by}, which is text without token ids and logprobs, and nothing to"
+            f" compare: set score.responses={path} to score it, or write token ids out as docs/rollouts.md says"
         )
-
-    def _response_part(self, row: Row, record: Row, where: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Ids, mask and logprobs of the response alone, and the ids that stand before it in its list of ids."""
-        ids = row.get("token_ids") if "token_ids" in self.columns else row.get("text")
-        if ids is None:
-            self.refuse(where, "no response", "token_ids")
-        if self.texts is not None and isinstance(ids, str):
-            ids = self.texts.of_response(ids, where)
-        arrays = {"token_ids": self.ids(ids, "token_ids", where)}
-        roles = (role for role in ("mask", "behaviour", "target") if row.get(role) is not None)
-        arrays |= {role: self.numbers(row[role], role, where) for role in roles}
-        size = len(arrays["token_ids"])
-        start = self._start(arrays, record, where)
-        if "mask" not in arrays:
-            attention = self.numbers(record.get("attention_mask") or [], "mask", where)
-            arrays["mask"] = attention[len(attention) - size :] if len(attention) >= size else np.ones(size)
-        before = arrays["token_ids"][:start]
-        for role, array in arrays.items():
-            arrays[role] = array = array[start:] if len(array) == size else array
-            if len(array) != size - start:
-                self.refuse(where, f"{len(array)} {PER_TOKEN[role]} for {size - start} token ids", role)
-        return arrays, before
-
-    def _start(self, arrays: Mapping[str, np.ndarray], record: Row, where: str) -> int:
-        """How many ids stand before the response: believed only where the row says how long the response is, by a
-        response_length or by a mask.
-        """
-        size, mask = len(arrays["token_ids"]), arrays.get("mask")
-        whole = self.columns.get("token_ids") in WHOLE
-        said = record.get("response_length", None if mask is None else len(mask))
-        if said is not None and (said := self.whole(said, "response_length", where)) < size:
-            logprobs = [arrays[role] for role in ("behaviour", "target") if role in arrays]
-            if all(len(logprobs_T) == said for logprobs_T in logprobs) if logprobs else whole:
-                return size - said
-        if whole and mask is not None and len(mask) == size:
-            return int(np.argmax(mask > 0)) if (mask > 0).any() else size
-        if whole and self.texts is not None:
-            self.refuse(where, "neither response_length nor a mask to say where in its ids the response is", "mask")
-        return 0
-
-    def _prompt(self, row: Row, record: Row, before: np.ndarray, where: str) -> tuple[np.ndarray, dict[str, Any]]:
-        """The prompt's ids, and what people want to know of the row."""
-        groups = [name for name in GROUP_COLUMNS if record.get(name) is not None]
-        if self.texts is None:
-            ids = self.ids(row.get("prompt_ids") or [], "prompt_ids", where)
-            meta = {name: jsonable(record[name]) for name in groups}
-        else:
-            role = "prompt_ids" if "prompt_ids" in self.columns else "prompt"
-            given = row[role] if role == "prompt_ids" or not len(before) else before.astype(int).tolist()
-            prompt = parse_prompt(given, where=where, column=self.columns[role], key=self.table.key)
-            ids = self.texts.of_prompt(prompt, where)
-            meta = meta_of(prompt, record, answer_column_of(self.table), groups, where=where)
-        attention = self.numbers(record.get("attention_mask") or [], "mask", where)
-        if len(attention) >= len(ids):  # verl pads prompts on the left
-            ids = ids[attention[: len(ids)] > 0]
-        ids = ids if len(ids) else before
-        if (ids < 0).any():
-            self.refuse(where, "a negative token id in its prompt", "prompt_ids")
-        if self.texts is not None and not len(ids):
-            self.refuse(where, "an empty prompt", "prompt_ids")
-        return ids, meta
-
-
-def open_rollouts(path: str, *, key: str, columns: Mapping[str, str], one_of_two: bool = False) -> RolloutFile:
-    """A .jsonl or .parquet file with logprobs.
-
-    `columns` (compare.columns) says what its columns are called where that is not known. It counts for both files of a
-    comparison, so with `one_of_two` a column that this file lacks is left out.
-    """
-    table = read_table(path, key=key)
-    columns = {role: name for role, name in columns.items() if name in table.columns or not one_of_two}
-    said = {role: table.column(name, f"+compare.columns.{role}") for role, name in columns.items()}
-    found = {**find_columns(table), **said}
-    sides = {"compare.behaviour": ("behaviour",)}.get(key, ("behaviour", "target"))
+    sides = {"compare.behaviour": ("behaviour",)}.get(key, LOGPROBS)
     for what, roles in (("lists of token ids", ("token_ids",)), (f"logprobs of the {' or '.join(sides)}", sides)):
-        if not found.keys() & set(roles):
+        if not file.columns.keys() & set(roles):
             fix = " or ".join(f"+compare.columns.{role}=NAME" for role in roles)
-            raise UsageError(f"{table.name} has no column with {what} but {', '.join(table.columns)}: set {fix}")
-    return RolloutFile(table=table, columns=found)
+            fix = f"set {fix}" if isinstance(file.format, Columns) else f"set {key} to a file that has them"
+            there = ", ".join(file.table.columns or file.columns.values())
+            raise UsageError(f"{file.name} has no column with {what} but {there}: {fix}")
+    return file
 
 
 def load_responses(
-    path: str, tokenizer: Any = None, *, chat_template: bool = False, system: str | None = None
-) -> list[Rollout]:
-    """The prompts and responses in a .parquet or .jsonl file, to be scored.
+    path: str,
+    tokenizer: Any = None,
+    *,
+    chat_template: bool = False,
+    system: str | None = None,
+    format: str | None = None,
+) -> Responses:
+    """The prompts and responses in a file or a folder of step files, to be scored, all of them checked.
 
     Best are token ids: nothing is tokenised. Text is tokenised once: a prompt that is a list of messages goes through
     the chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already.
     A response that is text is taken as it is. Rows with an empty response are left out, with a warning.
     """
-    table = read_table(path, key="score.responses")
-    columns = {role: name for role, name in find_columns(table).items() if role != "target" and name not in SHOWN}
-    said = {"mask", "response_length"} & {*columns, *table.columns}
-    if columns.get("token_ids") in WHOLE and "text" in columns and not said:
-        del columns["token_ids"]  # nothing says where in them the response is
-    for ids, text in (("prompt_ids", "prompt"), ("token_ids", "text")):
-        if not {ids, text} & columns.keys():
-            names = dict.fromkeys(name for name in (*COLUMNS[ids], *COLUMNS[text]) if name not in SHOWN)
-            raise UsageError(
-                f"{table.name} has none of the columns {', '.join(names)} but {', '.join(table.columns)}: rename one,"
-                " or set score.responses to another file"
-            )
-    file = RolloutFile(table=table, columns=columns, texts=Texts(tokenizer, chat_template, system))
-    rollouts = [recorded.rollout for recorded in file.rows()]
-    found = [rollout for rollout in rollouts if len(rollout.token_ids_T)]
+    file = _open(path, "score.responses", format, Texts(tokenizer, chat_template, system))
+    columns = file.columns
+    if "token_ids" not in columns and not isinstance(file.format, Columns):
+        text = "%s is text, which is tokenised once: its ids need not be those that were sampled%s"
+        log.warning(text, file.name, file.format.lost)
+    small = sum(each.stat().st_size for each in file.source.files) <= KEPT_BYTES
+    kept, total, found, masked = [], 0, 0, 0
+    for total, recorded in enumerate(file.rows(), 1):  # noqa: B007 - counted
+        rollout = recorded.rollout
+        found += bool(len(rollout.token_ids_T))
+        masked += rollout.mask_T is not None
+        if small and len(rollout.token_ids_T):
+            kept.append(rollout)
     if not found:
         column = columns.get("token_ids") or columns["text"]
         raise UsageError(
-            f"{table.name} has empty responses only: fill column {column}, or set score.responses to another file"
+            f"{file.name} has empty responses only: fill column {column}, or set score.responses to another file"
         )
-    if empty := len(rollouts) - len(found):
-        log.warning(
-            "%s: %d of %d rows left out: their response is empty, nothing to score", table.name, empty, len(rollouts)
-        )
-    if masked := sum(rollout.mask_T is not None for rollout in found):
+    if empty := total - found:
+        log.warning("%s: %d of %d rows left out: their response is empty, nothing to score", file.name, empty, total)
+    if masked:
         log.warning(
             "%s: %d of %d responses hold tokens that their mask leaves out: they are scored and counted like any",
-            table.name, masked, len(found),
+            file.name, masked, found,
         )  # fmt: skip
-    if "behaviour" not in columns:
-        return found
-    kind = file.assumed_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")
-    return [r if r.logprobs_T is None else replace(r, kind=r.kind or kind) for r in found]
+    kind = None
+    if "behaviour" in columns:
+        kind = file.assumed_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")
+    return Responses(file, kept if small else None, kind)
+
+
+def _open(path: str, key: str, format: str | None, texts: Texts | None) -> RolloutFile:
+    """A file whose format is recognised by its first record, or said; a table's columns are found in all its rows."""
+    source = open_source(path, key)
+    known = {each.name: each for each in (*FORMATS, Columns())}
+    if format is not None and format not in known:
+        near = nearest(format, known) or Columns.name
+        raise UsageError(
+            f"compare.format is {format!r}, which is none of {', '.join(known)}: set compare.format={near}"
+        )
+    chosen = _recognised(source) if format is None else known[format]
+    if isinstance(chosen, Columns):
+        return _open_table(source, texts, type(chosen))
+    left = {file for file in source.files if any(fnmatch(file.name, pattern) for pattern in chosen.left_out)}
+    if 0 < len(left) < len(source.files):
+        source = replace(source, files=tuple(file for file in source.files if file not in left))
+    file = RolloutFile(source=source, format=chosen, columns=chosen.roles, table=_no_table(source), texts=texts)
+    first = list(islice((row for _, _, _, row in file.raw_rows()), LOOKED_AT))
+    lacking = {role for role in LOGPROBS if role in chosen.roles and all(row.get(role) is None for row in first)}
+    for role in set(chosen.skipped) - lacking:
+        if all(_zero(row[role]) for row in first if row.get(role) is not None):
+            lacking.add(role)
+            text = "%s: %s are all 0 in its first %d responses: the trainer did not compute them, and they are left out"
+            log.warning(text, file.name, chosen.roles[role], len(first))
+    return replace(file, columns={role: name for role, name in chosen.roles.items() if role not in lacking})
+
+
+def _recognised(source: Source) -> Format:
+    """The format of the first file that has a known one; files of metadata may stand before it."""
+    for file in source.files[:LOOKED_AT]:
+        _, record = next(source.records(file), ("", None))
+        if record is not None and (found := next((f for f in FORMATS if f.recognises(record, str(file))), None)):
+            return found
+    return Columns()
+
+
+def _open_table(source: Source, texts: Texts | None, format: type[Columns]) -> RolloutFile:
+    first: dict[str, Any] = {}
+    for file in source.files:
+        for _, record in source.records(file):
+            for name, value in record.items():
+                if first.get(name) is None:
+                    first[name] = value
+    table, columns = replace(_no_table(source), columns=tuple(first)), find_columns(first)
+    if not first:
+        raise UsageError(f"{source.name} has no rows: set {source.key} to a file that has some")
+    if texts is not None:
+        columns = {role: name for role, name in columns.items() if role != "target" and name not in SHOWN}
+        said = {"mask", "response_length"} & {*columns, *first}
+        if columns.get("token_ids") in WHOLE and "text" in columns and not said:
+            del columns["token_ids"]  # nothing says where in them the response is
+        for in_ids, in_text in (("prompt_ids", "prompt"), ("token_ids", "text")):
+            if not {in_ids, in_text} & columns.keys():
+                names = dict.fromkeys(name for name in (*COLUMNS[in_ids], *COLUMNS[in_text]) if name not in SHOWN)
+                raise UsageError(
+                    f"{source.name} has none of the columns {', '.join(names)} but {', '.join(first)}: rename one, or"
+                    " set score.responses to another file"
+                )
+    made = format(columns, scoring=texts is not None, has_kind="logprob_kind" in first)
+    return RolloutFile(source=source, format=made, columns=columns, table=table, texts=texts)
+
+
+def _zero(value: Any) -> bool:
+    """Whether logprobs are all 0, which they never are of a whole sequence."""
+    return isinstance(value, list) and not any(value)
+
+
+def _no_table(source: Source) -> Table:
+    return Table(name=source.name, key=source.key, unit="row", columns=(), records=(), numbers=())

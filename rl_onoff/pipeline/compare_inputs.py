@@ -12,16 +12,14 @@ from typing import Any
 
 from rl_onoff.config import CompareConfig
 from rl_onoff.data.rollouts import RolloutFile, open_rollouts
+from rl_onoff.data.sources import ENDINGS, rollout_files
 from rl_onoff.errors import UsageError
 from rl_onoff.pipeline.stages import take_in
-from rl_onoff.rundir.files import content_of
 from rl_onoff.rundir.provenance import changes, same_engine
 from rl_onoff.rundir.table import RunDir, Table, row_of_scores
 from rl_onoff.types import LogprobKind, Rollout, TokenScores
 
 log = logging.getLogger(__name__)
-
-FILES = (".jsonl", ".parquet")
 
 
 class Sources(RunDir):
@@ -70,9 +68,10 @@ def open_sources(config: CompareConfig, here: RunDir) -> RunDir:
         behaviour, file = here, _file(config, "behaviour")
         column = file.columns.get("target") if config.target is None else None
         if config.target is None and column is None:
+            other = "+compare.columns.target to another column" if file.table.columns else "score it: experiment=score"
             raise UsageError(
-                f"{file.table.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to"
-                " what it is compared with, or +compare.columns.target to another column"
+                f"{file.name} has one column with logprobs, {file.columns['behaviour']}: set compare.target to what it"
+                f" is compared with, or {other}"
             )
         _take_in_completions(here, file, config)
         if column is not None:
@@ -108,20 +107,27 @@ def _target(config: CompareConfig, here: RunDir, completions: Table, taken: Mapp
 
 
 def _folder(path: str, key: str) -> RunDir | None:
-    """The run folder at a path; None for a file."""
-    folder = RunDir(path)
-    if folder.path.is_dir() or folder.path.suffix in FILES:
-        return folder if folder.path.is_dir() else None
-    what = f"is neither a run folder nor one of {', '.join(FILES)}" if folder.path.exists() else "does not exist"
+    """The run folder at a path; None for a file that a trainer wrote, and for a folder of such files."""
+    folder = RunDir(Path(path).expanduser())
+    if folder.path.is_dir():
+        empty = not (folder.completions.exists() or folder.score_names())
+        return None if empty and rollout_files(folder.path) else folder
+    if folder.path.suffix in ENDINGS:
+        return None
+    what = f"is neither a run folder nor one of {', '.join(ENDINGS)}" if folder.path.exists() else "does not exist"
     raise UsageError(
-        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, or a {' or '.join(FILES)}"
-        " file"
+        f"{key}={path} {what}: set {key} to a run folder, FOLDER:NAME for one of its scores, a {' or '.join(ENDINGS)}"
+        " file, or a folder of them"
     )
 
 
 def _file(config: CompareConfig, side: str) -> RolloutFile:
     both = config.behaviour is not None and config.target is not None
-    return open_rollouts(getattr(config, side), key=f"compare.{side}", columns=config.columns, one_of_two=both)
+    format = config.format
+    if side == "target" and both and _folder(config.behaviour or "", "compare.behaviour") is None:
+        format = None  # it is the behaviour's
+    path, key = getattr(config, side), f"compare.{side}"
+    return open_rollouts(path, key=key, columns=config.columns, one_of_two=both, format=format)
 
 
 def _take_in_completions(here: RunDir, file: RolloutFile, config: CompareConfig) -> None:
@@ -153,7 +159,7 @@ def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareC
             logprobs_T = row.target_T if side == "target" else rollout.logprobs_T
             if logprobs_T is None:
                 raise UsageError(
-                    f"response {rollout.sample} to {rollout.request_id!r} in {file.table.name} has no logprobs: fill"
+                    f"response {rollout.sample} to {rollout.request_id!r} in {file.name} has no logprobs: fill"
                     f" column {file.columns[side]}, or remove the row"
                 )
             if rollout.key not in done:
@@ -166,10 +172,14 @@ def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareC
 def _claim(table: Table, file: RolloutFile, path: str | None, kind: LogprobKind | None) -> None:
     """Rows taken from a file depend on its content, and on how it was read."""
     where, columns, before = Path(path or "").absolute(), dict(file.columns), table.record().get("config", {})
-    facts: dict[str, Any] = {"content": content_of(where)}
+    known = before.get("columns", columns)  # a version that knew no steps wrote the same rows
+    columns = {role: name for role, name in columns.items() if role in known or role not in ("step", "weight_version")}
+    facts: dict[str, Any] = {"content": file.source.content()}
     if "changed" in before:  # made by a version that kept the file's size and time, and knew fewer columns
         facts = {"bytes": where.stat().st_size, "changed": int(where.stat().st_mtime)}
         columns = {role: name for role, name in columns.items() if role in before["columns"]}
+    if file.format.name != "columns":
+        facts["format"] = file.format.name
     table.claim({"file": str(where), **facts, "columns": columns, "kind": kind and kind.value}, changes)
 
 
