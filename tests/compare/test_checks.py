@@ -7,6 +7,7 @@ raw logprobs in bfloat16 as they were drawn, in bfloat16 scored again, and in fl
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ TEMPERATURES = (0.3, 0.6, 1.0, 1.3)
 FILE = np.load(Path(__file__).parent / "rollouts.npz")
 
 
-def of(*responses: tuple[list[float], list[float]], ids: list[list[int]] | None = None, recorded=("behaviour",)):
+def of(*responses: tuple[Any, Any], ids: list[list[int]] | None = None, recorded=("behaviour",)):
     """Responses given as (behaviour's logprobs, target's)."""
     q, p = ([np.asarray(r[side], np.float32) for r in responses] for side in (0, 1))
     ids_N = np.concatenate(ids) if ids else np.arange(sum(map(len, q)))

@@ -1,6 +1,7 @@
 """The monitor: every form of input, the numbers of `compare`, what it keeps, and what it says of bad numbers."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ P = [[-1.25, -0.5, -1.5, -0.5], [-0.75, -2.0]]
 ROWS = {"token_ids": IDS, "behaviour_logprobs": Q, "target_logprobs": P}
 
 
-def padded(fill: float, rows: list[list[float]]) -> np.ndarray:
+def padded(fill: float, rows: Sequence[Sequence[float]]) -> np.ndarray:
     return np.array([row + [fill] * (4 - len(row)) for row in rows])
 
 
