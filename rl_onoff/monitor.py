@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class Monitor:
         prompts = _rows(prompt_ids) if prompt_ids is not None else [np.zeros(0, np.int32)] * len(ids)
         self._store(start, prompts, rewards, texts, meta)
         with (self.folder.path / STEPS).open("a") as lines:
-            told = {"findings": [finding.to_dict() for finding in findings]} if findings else {}
+            told = {"findings": [asdict(finding) for finding in findings]} if findings else {}
             lines.write(json.dumps({**meta, **metrics, **told}) + "\n")
         return metrics
 

@@ -9,10 +9,9 @@ Shapes: S responses, N tokens of all of them one after the other; sampled tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
@@ -43,9 +42,6 @@ class Finding:
     def sentence(self) -> str:
         return f"{self.what} (first in {self.example}): {self.fix}"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
@@ -57,6 +53,7 @@ class Sampled:
     behaviour_N: np.ndarray  # float32 or float64, nats
     target_N: np.ndarray
     recorded: Collection[str] = ()
+    positions_N: np.ndarray | None = None  # of each token in its response, where masks leave tokens out
 
     @property
     def sides(self) -> dict[str, np.ndarray]:
@@ -83,6 +80,7 @@ class Sampled:
             token_ids_N=self.token_ids_N[kept_N],
             behaviour_N=self.behaviour_N[kept_N],
             target_N=self.target_N[kept_N],
+            positions_N=None if self.positions_N is None else self.positions_N[kept_N],
         )
 
     def finding(self, check: str, bad_N: np.ndarray, what: str, fix: str, *, fatal: bool = False) -> Found:
@@ -92,7 +90,7 @@ class Sampled:
         bad_S = np.bincount(self.responses_N, weights=bad_N, minlength=len(self.lengths_S)) > 0
         n, responses, tokens = int(bad_N.argmax()), int(bad_S.sum()), int(bad_N.sum())
         s = int(self.responses_N[n])
-        position = n - int(self.ends_S[s] - self.lengths_S[s])
+        position = n - int(self.ends_S[s] - self.lengths_S[s]) if self.positions_N is None else self.positions_N[n]
         found = Finding(
             check=check,
             what=f"{what}: {tokens:,} tokens of {responses:,} of {len(bad_S):,} responses",
@@ -100,9 +98,14 @@ class Sampled:
             responses=responses,
             tokens=tokens,
             example="{}/{}".format(*self.keys[s]) + f" at token {position}",
-            fatal=fatal or responses == len(bad_S) or responses > max(1, FEW * len(bad_S)),
+            fatal=fatal or is_many(responses, len(bad_S)),
         )
         return found, bad_S
+
+
+def is_many(responses: int, of: int) -> bool:
+    """Whether so many responses have a fault that it is the file's."""
+    return responses == of or responses > max(1, FEW * of)
 
 
 Found = tuple[Finding, np.ndarray] | None
@@ -256,6 +259,20 @@ def temperature(tokens: Sampled) -> Found:
         )
         return tokens.finding("temperature", np.ones(len(tokens.target_N), bool), what, OTHER_KIND, fatal=True)
     return None
+
+
+def other_tokens(misfits: Mapping[Key, str], num_responses: int) -> Finding | None:
+    """Responses whose two sides are not the same tokens: of another length, or tokenised again."""
+    if not misfits:
+        return None
+    key, first = next(iter(misfits.items()))
+    return Finding(
+        check="other_tokens",
+        what=f"the two sides hold other tokens in {len(misfits):,} of {num_responses:,} responses",
+        fix="score the very token ids that were sampled, with the same tokenizer",
+        responses=len(misfits), tokens=0, example="{}/{}: ".format(*key) + first,
+        fatal=is_many(len(misfits), num_responses),
+    )  # fmt: skip
 
 
 ROWS: tuple[Callable[[Sampled], Found], ...] = (no_numbers, positive, sentinels, zero_runs)
