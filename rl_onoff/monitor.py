@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import HEADLINES
-from rl_onoff.compare.bootstrap import SumTable
 from rl_onoff.compare.checks import Finding, Sampled, examine
+from rl_onoff.compare.comparison import Sums
 from rl_onoff.compare.metrics import order_metrics, segment_sums, sequence_terms, token_terms
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir, row_of_rollout, row_of_scores
@@ -131,13 +131,10 @@ class Monitor:
         if comparable:
             lengths_S, q_N, p_N = counted.lengths_S, counted.behaviour_N, counted.target_N
             terms, per_response = token_terms(q_N, p_N), sequence_terms(q_N, p_N, lengths_S)
-            sums = SumTable()
-            sums.append(
-                {name: segment_sums(term, lengths_S) for name, term in terms.items()} | per_response,
-                dict.fromkeys(terms, lengths_S) | dict.fromkeys(per_response, np.ones(len(lengths_S))),
-            )
-            found = {name: estimate.value for name, estimate in sums.finish().estimates(0, 0).items()}
-            found |= order_metrics(q_N, p_N, lengths_S)
+            sums = {name: (segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
+            sums |= {name: (term, np.ones(len(lengths_S))) for name, term in per_response.items()}
+            estimates = Sums.of([sums]).estimates(0, 0, order_metrics(q_N, p_N, lengths_S))
+            found = {name: estimate.value for name, estimate in estimates.items()}
             metrics |= {name: found[name] for name in HEADLINES if np.isfinite(found.get(name, np.nan))}
         return findings, {f"onoff/{name}": value for name, value in metrics.items()}
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -77,9 +78,7 @@ class Sampled:
             self,
             keys=[key for key, kept in zip(self.keys, kept_S, strict=True) if kept],
             lengths_S=self.lengths_S[kept_S],
-            token_ids_N=self.token_ids_N[kept_N],
-            behaviour_N=self.behaviour_N[kept_N],
-            target_N=self.target_N[kept_N],
+            **{name: getattr(self, name)[kept_N] for name in ("token_ids_N", "behaviour_N", "target_N")},
             positions_N=None if self.positions_N is None else self.positions_N[kept_N],
         )
 
@@ -91,16 +90,11 @@ class Sampled:
         n, responses, tokens = int(bad_N.argmax()), int(bad_S.sum()), int(bad_N.sum())
         s = int(self.responses_N[n])
         position = n - int(self.ends_S[s] - self.lengths_S[s]) if self.positions_N is None else self.positions_N[n]
-        found = Finding(
-            check=check,
-            what=f"{what}: {tokens:,} tokens of {responses:,} of {len(bad_S):,} responses",
-            fix=fix,
-            responses=responses,
-            tokens=tokens,
-            example="{}/{}".format(*self.keys[s]) + f" at token {position}",
-            fatal=fatal or is_many(responses, len(bad_S)),
-        )
-        return found, bad_S
+        what = f"{what}: {tokens:,} tokens of {responses:,} of {len(bad_S):,} responses"
+        example = "{}/{}".format(*self.keys[s]) + f" at token {position}"
+        told: dict[str, Any] = {"check": check, "what": what, "fix": fix, "example": example}
+        fatal = fatal or is_many(responses, len(bad_S))
+        return Finding(**told, responses=responses, tokens=tokens, fatal=fatal), bad_S
 
 
 def is_many(responses: int, of: int) -> bool:
