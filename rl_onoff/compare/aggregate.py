@@ -111,6 +111,7 @@ class Aggregator:
         counts = {"responses_empty": self._num_empty, "responses_set_aside": aside}
         if any(finding.fatal for finding in findings):
             counts |= {"responses": len(self._keys), "tokens": int(columns.get("lengths", kept_S).sum())}
+            counts["responses_set_aside"] = len(self._misfits)
             nothing: dict[str, Any] = {"groups": {}, "positions": [], "histograms": {}, "worst": []}
             nothing |= {"worst_responses": [], "overall": Summary(metrics={}, counts=counts)}
             return Comparison(kind=kind, thresholds=self.thresholds, findings=findings, **nothing)
