@@ -103,13 +103,13 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
     name, own_name = _target(this), own_scores(folder)
     table = folder.scores(name)
     records = {"behaviour": folder.completions.record(), "target": table.record()}
-    engines = {who: engine_of(record, known) for who, record in records.items()}
-    engines["target"] = engines["target"] or this.config.target
     rollouts = chosen_rollouts(folder.completions, table, config.limit)
     if not rollouts:
         raise UsageError(
             f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first"
         )
+    engines = {who: engine_of(record, known) for who, record in records.items()}
+    engines["target"] = engines["target"] or this.config.target
     state = State.of(rollouts, table, engines)
     own = None if own_name in (None, name) else scored(folder.scores(own_name), rollouts.keys(), engines["behaviour"])
     dtypes = {who: engine.weights_dtype for who, engine in state.engines.items()}

@@ -5,8 +5,7 @@ Shapes: N tokens of all responses one after the other, S responses (sequences), 
 
 Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's
 own name; terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an
-effective sample size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it,
-and every bootstrap resample.
+effective sample size), which `metrics_from_means` puts together: one formula for the whole, a group, and a resample.
 
 Two rules for extreme numbers, both counted and reported beside the figures: exponents are clamped to ±20 before exp, as
 verl does; an infinite log-ratio (one side says the token is impossible) counts as ±20.
@@ -137,8 +136,7 @@ def token_terms(
     q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
     diff_N, outside_N = np.abs(p_N - q_N), (excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high)
     terms = {"kl": -l_N, "kl_k2": 0.5 * l_N**2, "kl_k3": np.maximum(excess_N - l_N, 0.0)}
-    terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N}
-    terms |= {"mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP))}
+    terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N, "mult_prob_error": _exp(np.abs(l_N))}
     terms |= {"fraction_outside": outside_N, "masked_fraction_token_tis": excess_N > thresholds.token_cap - 1}
     terms |= weights | {"_prob_diff2": diff_N**2}
     terms |= {"_q": q_N, "_p": p_N, "_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
