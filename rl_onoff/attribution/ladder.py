@@ -52,9 +52,8 @@ class Attribution:
         size = f"the gap between the behaviour and {self.target}, {gap},"
         if self.gap <= self.floor:
             return f"Nothing to explain: {size} is not above the noise floor of {self.floor:.2g}."
-        noisy, after = self.floor > KEEP * self.gap, ""
-        if noisy:
-            after = f" One engine against itself in other batches shows {self.floor:.2g}."
+        noisy = self.floor > KEEP * self.gap
+        after = f" One engine against itself in other batches shows {self.floor:.2g}." if noisy else ""
         if self.gap < ON_POLICY_K3:
             after += f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below."
         causes = [row for row in self.rows if row.rung is not Rung.noise and (row.share or 0) >= KEEP]

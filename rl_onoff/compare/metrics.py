@@ -157,9 +157,8 @@ def sequence_terms(
     ppl_q_S, ppl_p_S = (_exp(-segment_sums(x_N, lengths_S) / lengths_S) for x_N in (logq_N, logp_N))
     terms = {"ppl_behaviour": ppl_q_S, "ppl_target": ppl_p_S}
     terms |= {"log_ppl_diff_mean": diff_S, "log_ppl_diff_abs": np.abs(diff_S), "ppl_ratio": _exp(diff_S)}
-    dropped = {"sequence_tis": sum_S > log_cap, "sequence_mask": np.abs(sum_S) > log_cap}
-    dropped |= {"geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap)}
-    terms |= {f"masked_fraction_{rule}": dropped_S for rule, dropped_S in dropped.items()}
+    terms |= {"masked_fraction_sequence_tis": sum_S > log_cap, "masked_fraction_sequence_mask": np.abs(sum_S) > log_cap}
+    terms |= {"masked_fraction_geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap)}
     return terms | _weight_terms("seq", sum_S, thresholds.ess_cap) | {"_responses_clamped": np.abs(sum_S) > CLAMP}
 
 
