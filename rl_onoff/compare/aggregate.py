@@ -4,8 +4,7 @@ Of a response that went by, only its token ids, the two logprobs and entropies o
 sums of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
 A histogram is {"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too.
 
-Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one for each position bucket
-they reach.
+Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one a position bucket.
 """
 
 from __future__ import annotations

@@ -138,8 +138,8 @@ def token_terms(
     terms = {"kl": -l_N, "kl_k2": 0.5 * l_N**2, "kl_k3": np.maximum(excess_N - l_N, 0.0)}
     terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N, "mult_prob_error": _exp(np.abs(l_N))}
     terms |= {"fraction_outside": outside_N, "masked_fraction_token_tis": excess_N > thresholds.token_cap - 1}
-    terms |= weights | {"_prob_diff2": diff_N**2}
-    terms |= {"_q": q_N, "_p": p_N, "_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
+    terms |= weights | {"_prob_diff2": diff_N**2, "_q": q_N, "_p": p_N}
+    terms |= {"_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
     terms |= {"_tokens_clamped": (no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)}
     return terms | {"_tokens_impossible_behaviour": no_q_N, "_tokens_impossible_target": no_p_N}
 
