@@ -5,8 +5,7 @@ sums of its terms are kept; top-k lists and logits are reduced to sums as they p
 Tokens that a mask leaves out are dropped first. What the checks (`checks.py`) set aside is taken out at the end.
 A histogram is {"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too.
 
-Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one for each position bucket
-they reach.
+Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one a position bucket.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ BATCH_TOKENS = 16_384
 ABS_EDGES = np.logspace(-8, 2, 81)
 PROB_BINS = 50
 MAX_POSITIONS = 200
+SIDES = ("behaviour", "target")
 ENTROPIES = ("entropy_behaviour", "entropy_target")
 POSITION_TERMS = (
     "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token",
@@ -180,10 +180,10 @@ class Aggregator:
         if not self._waiting:
             return
         pairs, exact = zip(*self._waiting, strict=True)
-        lengths_S, sides = np.array([pair.num_tokens for pair in pairs]), [(x.behaviour, x.target) for x in pairs]
-        q, p = (TokenScores.collect(side, self._num_waiting) for side in zip(*sides, strict=True))
-        q_N, p_N = q.logprobs_T, p.logprobs_T
-        terms = metrics.token_terms(q_N, p_N, self.thresholds) | optional_terms(q, p, self._kind, bool(exact[0]))
+        q, p = (TokenScores.collect((getattr(x, side) for x in pairs), self._num_waiting) for side in SIDES)
+        q_N, p_N, lengths_S = q.logprobs_T, p.logprobs_T, np.array([pair.num_tokens for pair in pairs])
+        terms = metrics.token_terms(q_N, p_N, self.thresholds)
+        terms |= optional_terms(q, p, pairs[0].target.kind, is_exact=bool(exact[0]))
         terms |= {name: np.concatenate([part[name] for part in exact]) for name in exact[0]}
         once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
         sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
@@ -249,7 +249,7 @@ class Tokens:
         limit = max(float(np.percentile(np.abs(self.l_N), 99.5)), 1e-6)
         entropies = {name: self.columns[name][~np.isnan(self.columns[name])] for name in ENTROPIES}
         edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in entropies.values()) or 1.0, 61)
-        probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in ("behaviour", "target"))
+        probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in SIDES)
         q_N, p_N = (np.minimum(x_N * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in probs)
         counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
         sum_N = metrics.cumulative_l(self.l_N, self.lengths_S)
@@ -272,7 +272,7 @@ class Tokens:
         abs_N, responses_S = np.abs(self.l_N), np.arange(len(self.keys))
         mean_S = metrics.segment_sums(abs_N, self.lengths_S) / self.lengths_S
         tokens = {"position": self.columns["positions"], "token_id": self.columns["token_ids"]}
-        tokens |= {f"{side}_logprob": self.columns[side] for side in ("behaviour", "target")} | {"l": self.l_N}
+        tokens |= {f"{side}_logprob": self.columns[side] for side in SIDES} | {"l": self.l_N}
         responses = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
         responses |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
         responses |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}

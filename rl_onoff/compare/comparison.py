@@ -69,7 +69,7 @@ class Sums:
     def total(self, name: str) -> int:
         return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
 
-    def estimates(self, num_resamples: int, seed: int, exact: Mapping[str, float]) -> dict[str, Estimate]:
+    def estimates(self, num_resamples: int, seed: int, exact: dict[str, float]) -> dict[str, Estimate]:
         """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
         num_rows, totals_C = len(self.sums_RF), self.counts_RC.sum(axis=0)
         absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
