@@ -157,6 +157,11 @@ class CompareConfig:
     """Kind of the behaviour's logprobs in a file; null is its column logprob_kind, else its format's, else raw."""
     target_kind: LogprobKind | None = None
     """Kind of the target's logprobs in a file; null is its format's kind, else that of the behaviour's."""
+    fail_above: float | None = None
+    """Bar for a gate in CI: end with exit code 4 when fail_metric of a target is above it; null never does. Of a metric
+    that should be 1 its distance from 1 counts, and one of which more is better must not be below."""
+    fail_metric: str = "kl_k3"
+    """The metric that fail_above is a bar for: kl_k3, logprob_diff_mean, ess_token or another headline."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
 

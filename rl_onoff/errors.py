@@ -29,6 +29,18 @@ class MetricError(UsageError):
     """What a sweeper shall optimise is not a number of its runs: trying more of them is in vain."""
 
 
+class NotComparableError(OnOffError):
+    """The numbers of two policies mean nothing beside each other; everything is written, the reason too."""
+
+    exit_code = 3
+
+
+class GateError(OnOffError):
+    """A metric is beyond `compare.fail_above`; everything is written."""
+
+    exit_code = 4
+
+
 class EngineError(OnOffError, RuntimeError):
     """The engine could not do what it was asked (load, generate, score)."""
 

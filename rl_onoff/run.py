@@ -17,16 +17,16 @@ from rl_onoff.attribution.ladder import run_attribute
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import check_installed
-from rl_onoff.compare import HEADLINES
+from rl_onoff.compare import HEADLINES, METRICS
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows
 from rl_onoff.data.rollouts import load_responses
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import GateError, NotComparableError, UsageError, nearest
 from rl_onoff.models.resolve import model_sampling
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare import check_policies, compare_run, gap_of, run_matrix, verdict_of, write_page
-from rl_onoff.pipeline.compare_inputs import open_sources
+from rl_onoff.pipeline.compare_inputs import open_sources, own_scores
 from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import summary_text
@@ -53,6 +53,9 @@ def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | N
 
 def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = None) -> Steps:
     """A run, step by step: yields what the next step wants of the slot, first when all is checked and nothing begun."""
+    if (metric := config.compare.fail_metric) not in HEADLINES:
+        fix = f"set compare.fail_metric={nearest(metric, HEADLINES) or 'kl_k3'}"
+        raise UsageError(f"compare.fail_metric is {metric!r} but must be one of {', '.join(HEADLINES)}: {fix}")
     if Stage.matrix in config.stages:
         check_policies(config)
     for engine in engines(config).values():
@@ -80,6 +83,7 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
         tracker.close(failed=True)
         raise
     tracker.close(failed=False)
+    gate(this)
     if config.metric is not None and config.metric not in values:
         log.warning("metric=%s is not among this run's numbers, the values in metrics.json", config.metric)
     return None if config.metric is None else values.get(config.metric)
@@ -211,10 +215,29 @@ def conclude(this: Run) -> dict[str, float]:
     in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
     texts = [] if this.brief else [summary_text(shown)]
-    texts += [*this.texts, *(f"  {sentence}" for sentence in said.values())]
+    texts += this.texts
+    if comparisons and all(comparison.comparable for comparison in comparisons.values()):  # else `gate` says it
+        texts += [f"  {name}: set aside, {x.sentence()}" for name, each in comparisons.items() for x in each.findings]
+        texts += [f"  {sentence}" for sentence in said.values()]
     where = {"run folder": folder.path, "page": this.page, "W&B": this.tracker.where}
     print("\n\n".join([*texts, "\n".join(f"  {name:10}  {place}" for name, place in where.items() if place)]))
     return summary.values
+
+
+def gate(this: Run) -> None:
+    """NotComparableError (exit code 3) when numbers mean nothing, GateError (4) when one is beyond compare.fail_above."""
+    asked, own = this.config.compare, own_scores(this.folder) if this.comparisons else None
+    if not all(comparison.comparable for comparison in this.comparisons.values()):
+        raise NotComparableError(verdict_of(this.folder, this.comparisons))
+    metric, bar = METRICS[asked.fail_metric], asked.fail_above
+    for name, comparison in this.comparisons.items():
+        if bar is None or (name == own and len(this.comparisons) > 1) or asked.fail_metric not in comparison:
+            continue
+        value = comparison[asked.fail_metric].value
+        size = abs(value - 1) if metric.better == "one" else abs(value)
+        if value < bar if metric.better == "higher" else size > bar:
+            which = "below" if metric.better == "higher" else "beyond"
+            raise GateError(f"{asked.fail_metric} of {name} is {value:.4g}, {which} compare.fail_above={bar:g}")
 
 
 def track(this: Run, summary: Summary) -> None:

@@ -52,9 +52,8 @@ class Attribution:
         size = f"the gap between the behaviour and {self.target}, {gap},"
         if self.gap <= self.floor:
             return f"Nothing to explain: {size} is not above the noise floor of {self.floor:.2g}."
-        noisy, after = self.floor > KEEP * self.gap, ""
-        if noisy:
-            after = f" One engine against itself in other batches shows {self.floor:.2g}."
+        noisy = self.floor > KEEP * self.gap
+        after = f" One engine against itself in other batches shows {self.floor:.2g}." if noisy else ""
         if self.gap < ON_POLICY_K3:
             after += f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below."
         causes = [row for row in self.rows if row.rung is not Rung.noise and (row.share or 0) >= KEEP]
@@ -103,13 +102,13 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
     name, own_name = _target(this), own_scores(folder)
     table = folder.scores(name)
     records = {"behaviour": folder.completions.record(), "target": table.record()}
-    engines = {who: engine_of(record, known) for who, record in records.items()}
-    engines["target"] = engines["target"] or this.config.target
     rollouts = chosen_rollouts(folder.completions, table, config.limit)
     if not rollouts:
         raise UsageError(
             f"{folder.path} has no responses with logprobs that {name} has scored: score it with experiment=score first"
         )
+    engines = {who: engine_of(record, known) for who, record in records.items()}
+    engines["target"] = engines["target"] or this.config.target
     state = State.of(rollouts, table, engines)
     own = None if own_name in (None, name) else scored(folder.scores(own_name), rollouts.keys(), engines["behaviour"])
     dtypes = {who: engine.weights_dtype for who, engine in state.engines.items()}

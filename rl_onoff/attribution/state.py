@@ -146,7 +146,7 @@ class Case:
 
     this: Run
     rollouts: dict[Key, Rollout]
-    records: dict[str, Mapping[str, Any]]  # of the tables of behaviour and target
+    records: Mapping[str, Mapping[str, Any]]  # of the tables of behaviour and target
     sampler: Sampling  # that drew the tokens, as far as is known
     own: Side | None  # the behaviour's own scores, where the run has them of all responses
     low: set[str]  # the sides in lower precision than float32, as far as is known

@@ -1,28 +1,30 @@
 """The stream: pairs come in one by one, are joined into batches, reduced to sums, and forgotten.
 
-Of a response that went by, only its token ids, the two logprobs and entropies of each token (20 bytes a token) and the
+Of a response that went by, only its token ids, the two logprobs and entropies of each token (24 bytes a token) and the
 sums of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
+Tokens that a mask leaves out are dropped first. What the checks (`checks.py`) set aside is taken out at the end.
 A histogram is {"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too.
 
-Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one for each position bucket
-they reach.
+Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one a position bucket.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from rl_onoff.compare import metrics
+from rl_onoff.compare.checks import Finding, Sampled, examine, other_tokens
 from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
 from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
-from rl_onoff.compare.pair import Pair, check_pair
+from rl_onoff.compare.pair import Pair, check_pair, misfit
+from rl_onoff.compare.steps import STEP_METRICS, departure
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind, TokenScores
 
@@ -30,6 +32,7 @@ BATCH_TOKENS = 16_384
 ABS_EDGES = np.logspace(-8, 2, 81)
 PROB_BINS = 50
 MAX_POSITIONS = 200
+SIDES = ("behaviour", "target")
 ENTROPIES = ("entropy_behaviour", "entropy_target")
 POSITION_TERMS = (
     "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token",
@@ -54,11 +57,14 @@ class Aggregator:
     num_resamples: int = 1000
     seed: int = 0
     num_worst: int = 50
+    recorded: Collection[str] = ()  # the sides that another program wrote, whose patterns are looked at
 
     def __post_init__(self) -> None:
         self._kind: LogprobKind | None = None
         self._keys: list[Key] = []
         self._groups: list[Mapping[str, str]] = []
+        self._facts: list[Mapping[str, float]] = []
+        self._misfits: dict[Key, str] = {}
         self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
         self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
         self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
@@ -66,8 +72,15 @@ class Aggregator:
         self._num_waiting, self._num_empty, self._form = 0, 0, None
 
     def add(self, pair: Pair) -> None:
-        """Check a pair and take it in; a response without tokens is counted and says nothing."""
+        """Check a pair and take it in; a response without sampled tokens is counted and says nothing."""
+        if other := misfit(pair):
+            self._misfits[pair.key] = other
+            return
         check_pair(pair)
+        positions_T = np.arange(pair.num_tokens, dtype=np.int32)
+        if pair.mask_T is not None:
+            positions_T = positions_T[pair.mask_T]
+            pair = replace(pair, behaviour=pair.behaviour[positions_T], target=pair.target[positions_T])
         q, p, exact = pair.behaviour, pair.target, {}
         self._kind = self._kind or p.kind
         if p.kind is not self._kind:
@@ -84,39 +97,93 @@ class Aggregator:
         if form != self._form or self._num_waiting + pair.num_tokens > BATCH_TOKENS:
             self._flush()
         self._waiting.append((replace(pair, behaviour=sides[0], target=sides[1]), exact))
+        self._columns["positions"].append(positions_T)
         self._form = form
         self._num_waiting += pair.num_tokens
 
     def result(self) -> Comparison:
         self._flush()
-        if not self._keys or self._kind is None:
+        if not self._keys and not self._misfits:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        tokens, sums = Tokens(columns, self._keys), Sums.of(self._responses)
+        findings, kept_S = self._examine(columns)
+        kind, aside = self._kind or LogprobKind.raw, len(self._misfits) + int((~kept_S).sum())
+        counts = {"responses_empty": self._num_empty, "responses_set_aside": aside}
+        if any(finding.fatal for finding in findings):
+            counts |= {"responses": len(self._keys), "tokens": int(columns.get("lengths", kept_S).sum())}
+            counts["responses_set_aside"] = len(self._misfits)
+            nothing: dict[str, Any] = {"groups": {}, "positions": [], "histograms": {}, "worst": []}
+            nothing |= {"worst_responses": [], "overall": Summary(metrics={}, counts=counts)}
+            return Comparison(kind=kind, thresholds=self.thresholds, findings=findings, **nothing)
+        sums, buckets = Sums.of(self._responses).rows(kept_S), Sums.of(self._buckets)
+        kept_R = np.repeat(kept_S, np.frexp(columns["lengths"] - 1)[1] + 1)  # a response reaches so many buckets
+        kept_N = np.repeat(kept_S, columns["lengths"])
+        for name, column in columns.items():
+            columns[name] = column[{"lengths": kept_S, "buckets": kept_R}.get(name, kept_N)]
+        of_kept = [(key, of, facts) for key, of, facts, kept in zip(
+            self._keys, self._groups, self._facts, kept_S, strict=True) if kept]  # fmt: skip
+        tokens = Tokens(columns, [key for key, _, _ in of_kept])
         groups: dict[str, dict[str, Summary]] = {}
-        for name in sorted({name for groups_of in self._groups for name in groups_of}):
-            values_S = np.array([groups_of.get(name) for groups_of in self._groups], object)
+        for name in sorted({name for _, of, _ in of_kept for name in of}):
+            values_S = np.array([of.get(name) for _, of, _ in of_kept], object)
             values = sorted({value for value in values_S if value is not None})
             groups[name] = {value: self._summary(sums, tokens, values_S == value) for value in values}
+        facts_S = {
+            name: np.array([facts.get(name, np.nan) for _, _, facts in of_kept], np.float64)
+            for name in ("step", "staleness", "reward")
+        }
+        steps = self._steps("step", facts_S, sums, tokens)
+        overall = self._summary(sums, tokens, np.ones(len(of_kept), bool))
         return Comparison(
-            kind=self._kind,
-            overall=self._summary(sums, tokens, np.ones(len(self._keys), bool), self._num_empty),
+            kind=kind,
+            overall=replace(overall, counts=overall.counts | counts),
             groups=groups,
-            positions=self._positions(tokens),
+            positions=self._positions(buckets.rows(kept_R), tokens),
             histograms=tokens.histograms(),
             thresholds=self.thresholds,
+            findings=findings,
+            steps=steps,
+            staleness=self._steps("staleness", facts_S, sums, tokens),
+            departure=departure(steps),
             **tokens.worst(self.num_worst),
         )
+
+    def _examine(self, columns: Mapping[str, np.ndarray]) -> tuple[list[Finding], np.ndarray]:
+        """What the checks find, and which responses are worth comparing: (S,)."""
+        found, kept_S = [], np.ones(len(self._keys), bool)
+        if self._keys:
+            sides = {f"{name}_N": columns[name] for name in ("token_ids", "behaviour", "target")}
+            lengths = {"lengths_S": columns["lengths"], "positions_N": columns["positions"]}
+            found, kept_S = examine(Sampled(keys=self._keys, recorded=self.recorded, **sides, **lengths))
+        others = other_tokens(self._misfits, len(self._keys) + len(self._misfits))
+        return ([others, *found] if others else found), kept_S
+
+    def _steps(self, name: str, facts_S: Mapping[str, np.ndarray], sums: Sums, tokens: Tokens) -> list[dict[str, Any]]:
+        """The metrics of the responses of each training step (or staleness), and its worst responses."""
+        found, abs_S = [], metrics.segment_sums(np.abs(tokens.l_N), tokens.lengths_S) / tokens.lengths_S
+        values_S = facts_S[name]
+        for value in np.unique(values_S[~np.isnan(values_S)]).tolist():
+            chosen_S = values_S == value
+            summary = self._summary(sums, tokens, chosen_S)
+            estimates = {x: summary.metrics[x].to_dict() for x in STEP_METRICS if x in summary.metrics}
+            if not np.isnan(rewards := facts_S["reward"][chosen_S]).all():
+                estimates["reward"] = {"value": float(np.nanmean(rewards)), "lo": None, "hi": None}
+            worst = sorted(np.flatnonzero(chosen_S).tolist(), key=lambda s: -abs_S[s])[:5]
+            named = [dict(zip(("request_id", "sample"), tokens.keys[s], strict=True)) for s in worst]
+            named = [row | {"mean_abs_l": float(abs_S[s])} for row, s in zip(named, worst, strict=True)]
+            number = int(value) if value.is_integer() else value
+            found.append({name: number, "metrics": estimates, "counts": summary.counts, "worst": named})
+        return found
 
     def _flush(self) -> None:
         """Reduce the waiting pairs to sums and forget their lists."""
         if not self._waiting:
             return
         pairs, exact = zip(*self._waiting, strict=True)
-        lengths_S, sides = np.array([pair.num_tokens for pair in pairs]), [(x.behaviour, x.target) for x in pairs]
-        q, p = (TokenScores.collect(side, self._num_waiting) for side in zip(*sides, strict=True))
-        q_N, p_N = q.logprobs_T, p.logprobs_T
-        terms = metrics.token_terms(q_N, p_N, self.thresholds) | optional_terms(q, p, self._kind, bool(exact[0]))
+        q, p = (TokenScores.collect((getattr(x, side) for x in pairs), self._num_waiting) for side in SIDES)
+        q_N, p_N, lengths_S = q.logprobs_T, p.logprobs_T, np.array([pair.num_tokens for pair in pairs])
+        terms = metrics.token_terms(q_N, p_N, self.thresholds)
+        terms |= optional_terms(q, p, pairs[0].target.kind, is_exact=bool(exact[0]))
         terms |= {name: np.concatenate([part[name] for part in exact]) for name in exact[0]}
         once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
         sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
@@ -124,30 +191,34 @@ class Aggregator:
         # the position buckets (0, 1, 2 to 3, 4 to 7, …: the bits of a position) cut a response into consecutive pieces
         positions_N = metrics.segment_positions(lengths_S)
         starts_R = np.flatnonzero((positions_N & (positions_N - 1)) == 0)
-        lengths_R, drift_N = np.diff(starts_R, append=len(positions_N)), metrics.cumulative_l(-terms["kl"], lengths_S)
+        lengths_R = np.diff(starts_R, append=len(positions_N))
+        l_N = np.where(np.isfinite(terms["kl"]), -terms["kl"], 0)  # a sum over all: no NaN of a row may reach the next
+        drift_N = metrics.cumulative_l(l_N, lengths_S)
         names = [name for name in POSITION_TERMS if name in terms]
         sums = {name: (metrics.segment_sums(terms[name], lengths_R), lengths_R) for name in names}
         self._buckets.append(sums | {"cumulative_l": (drift_N[starts_R], np.ones(len(starts_R)))})
         self._keys += [pair.key for pair in pairs]
         self._groups += [pair.groups for pair in pairs]
+        self._facts += [pair.facts for pair in pairs]
         kept = {"token_ids": p.token_ids_T, "behaviour": q_N, "target": p_N}
-        kept |= {name: terms[name].astype(np.float32) for name in ENTROPIES if name in terms}
+        unknown_N = np.full(len(positions_N), np.nan, np.float32)
+        kept |= {name: terms.get(name, unknown_N).astype(np.float32) for name in ENTROPIES}
         kept |= {"lengths": lengths_S, "buckets": np.frexp(positions_N[starts_R])[1]}
         for name, column in kept.items():
             self._columns[name].append(column)
         self._waiting, self._num_waiting = [], 0
 
-    def _summary(self, sums: Sums, tokens: Tokens, chosen_S: np.ndarray, num_empty: int = 0) -> Summary:
+    def _summary(self, sums: Sums, tokens: Tokens, chosen_S: np.ndarray) -> Summary:
         sums, lengths_S = sums.rows(chosen_S), tokens.lengths_S[chosen_S]
         chosen_N = np.repeat(chosen_S, tokens.lengths_S)
         q_N, p_N = tokens.columns["behaviour"][chosen_N], tokens.columns["target"][chosen_N]
-        counts = {"responses": len(lengths_S), "responses_empty": num_empty, "tokens": int(lengths_S.sum())}
+        counts = {"responses": len(lengths_S), "tokens": int(lengths_S.sum())}
         counts |= {name[1:]: sums.total(name) for name in sums.names if name.startswith(("_tokens_", "_responses_"))}
         estimates = sums.estimates(self.num_resamples, self.seed, metrics.order_metrics(q_N, p_N, lengths_S))
         return Summary(metrics=estimates, counts=counts)
 
-    def _positions(self, tokens: Tokens) -> list[PositionBucket]:
-        sums, buckets_R, buckets_N = Sums.of(self._buckets), tokens.columns["buckets"], np.frexp(tokens.positions_N)[1]
+    def _positions(self, sums: Sums, tokens: Tokens) -> list[PositionBucket]:
+        buckets_R, buckets_N = tokens.columns["buckets"], np.frexp(tokens.positions_N)[1]
         longest, found = int(tokens.lengths_S.max()), []
         for bucket in range(buckets_R.max() + 1):
             rows, l_N = sums.rows(buckets_R == bucket), tokens.l_N[buckets_N == bucket]
@@ -176,9 +247,9 @@ class Tokens:
         Long responses are not short ones continued: where `num` falls, the curve changes population.
         """
         limit = max(float(np.percentile(np.abs(self.l_N), 99.5)), 1e-6)
-        entropies = {name: self.columns.get(name, np.zeros(0)) for name in ENTROPIES}
+        entropies = {name: self.columns[name][~np.isnan(self.columns[name])] for name in ENTROPIES}
         edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in entropies.values()) or 1.0, 61)
-        probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in ("behaviour", "target"))
+        probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in SIDES)
         q_N, p_N = (np.minimum(x_N * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in probs)
         counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
         sum_N = metrics.cumulative_l(self.l_N, self.lengths_S)
@@ -200,8 +271,8 @@ class Tokens:
         """
         abs_N, responses_S = np.abs(self.l_N), np.arange(len(self.keys))
         mean_S = metrics.segment_sums(abs_N, self.lengths_S) / self.lengths_S
-        tokens = {"position": self.positions_N, "token_id": self.columns["token_ids"]}
-        tokens |= {f"{side}_logprob": self.columns[side] for side in ("behaviour", "target")} | {"l": self.l_N}
+        tokens = {"position": self.columns["positions"], "token_id": self.columns["token_ids"]}
+        tokens |= {f"{side}_logprob": self.columns[side] for side in SIDES} | {"l": self.l_N}
         responses = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
         responses |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
         responses |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}

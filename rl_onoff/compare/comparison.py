@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from rl_onoff.compare.checks import Finding
 from rl_onoff.compare.metrics import PRIME_RL_BAR, Thresholds, metrics_from_means
 from rl_onoff.types import LogprobKind
 
@@ -68,7 +69,7 @@ class Sums:
     def total(self, name: str) -> int:
         return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
 
-    def estimates(self, num_resamples: int, seed: int, exact: Mapping[str, float]) -> dict[str, Estimate]:
+    def estimates(self, num_resamples: int, seed: int, exact: dict[str, float]) -> dict[str, Estimate]:
         """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
         num_rows, totals_C = len(self.sums_RF), self.counts_RC.sum(axis=0)
         absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
@@ -126,6 +127,15 @@ class Comparison:
     worst: list[dict[str, Any]]  # tokens with the largest |l|
     worst_responses: list[dict[str, Any]]  # responses with the largest mean |l|
     thresholds: Thresholds
+    findings: list[Finding] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)  # metrics, counts and worst responses by training step
+    staleness: list[dict[str, Any]] = field(default_factory=list)  # the same by step − weight version
+    departure: dict[str, Any] | None = None  # the first step that left the band of the steps before it
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the numbers mean anything; where they do not, there are no metrics."""
+        return not any(finding.fatal for finding in self.findings)
 
     def __getitem__(self, name: str) -> Estimate:
         return self.overall.metrics[name]
@@ -137,7 +147,9 @@ class Comparison:
         """Plain JSON, where NaN and infinity are null."""
         found = msgspec.json.decode(msgspec.json.encode(self))
         metrics, counts = found["overall"]["metrics"], found["overall"]["counts"]
-        return {**found, "overall": metrics, "counts": counts, "confidence": CONFIDENCE}
+        return {
+            **found, "overall": metrics, "counts": counts, "confidence": CONFIDENCE, "comparable": self.comparable
+        }  # fmt: skip
 
 
 def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
@@ -168,13 +180,17 @@ def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
 
 
 def word_of(sentence: str) -> str:
-    """On-policy, Close or Off-policy: the word of a verdict, a name of the target before it or not."""
-    found = re.search(r"(?:^|: )(On-policy|Close|Off-policy)(?:, [\w ]+)?:", sentence)
+    """On-policy, Close, Off-policy or Not comparable: the word of a verdict, a target's name before it or not."""
+    found = re.search(r"(?:^|: )(On-policy|Close|Off-policy|Not comparable)(?:, [\w ]+)?:", sentence)
     return found[1] if found else ""
 
 
 def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
-    """One plain sentence about a comparison: what `judge` says of its mean k3 KL, and what that rests on."""
+    """One plain sentence about a comparison: what `judge` says of its mean k3 KL, and what that rests on; or why its
+    numbers mean nothing.
+    """
+    if not comparison.comparable:
+        return f"Not comparable: {next(found for found in comparison.findings if found.fatal).sentence()}."
     k3, counts = comparison["kl_k3"], comparison.overall.counts
     word, reason = judge(k3, noise_floor)
     rough = ", rough with so few responses" if counts["responses"] < FEW_RESPONSES else ""
@@ -182,4 +198,8 @@ def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
     over = f"over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
     num = max(counts.get("tokens_impossible_target", 0), counts.get("tokens_impossible_sampler", 0))
     impossible = f"; {num:,} of the sampled tokens could not have been drawn by the target's sampler" if num else ""
-    return f"{word}: the mean k3 KL is {k3.value:.2g} nats a token{interval} {over}, {reason}{impossible}."
+    aside = f"; {counts['responses_set_aside']:,} responses were set aside" if counts["responses_set_aside"] else ""
+    since = f" {comparison.departure['sentence']}" if comparison.departure else ""
+    return (
+        f"{word}: the mean k3 KL is {k3.value:.2g} nats a token{interval} {over}, {reason}{impossible}{aside}.{since}"
+    )

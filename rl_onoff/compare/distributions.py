@@ -119,10 +119,11 @@ def topk_terms(
     tiny = 8 * float(np.finfo(np.result_type(q_logs_TK, p_logs_TK)).eps)  # rounding of 1 − Σ
     sides = []
     for ids_TA, logs_TA, own_T in ((q_ids_TK, q_logs_TK, logq_T), (p_ids_TK, p_logs_TK, logp_T)):
+        ids_TA, logs_TA = ids_TA.astype(np.int64), logs_TA.astype(np.float64)
         if token_ids_T is not None and own_T is not None:  # one more column, padding where the list has the token
-            extra_T = np.where((ids_TA == token_ids_T[:, None]).any(axis=1), -1, token_ids_T)
+            extra_T = np.where((ids_TA == token_ids_T[:, None]).any(axis=1), -1, token_ids_T.astype(np.int64))
             ids_TA, logs_TA = np.column_stack([ids_TA, extra_T]), np.column_stack([logs_TA, own_T])
-        sides += [ids_TA.astype(np.int64), logs_TA.astype(np.float64)]
+        sides += [ids_TA, logs_TA]
     ids_q_TA, logs_q_TA, ids_p_TA, logs_p_TA = sides
     shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
     logs_p_TA = np.take_along_axis(logs_p_TA, columns_p_TA, axis=1)

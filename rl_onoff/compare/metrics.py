@@ -5,8 +5,7 @@ Shapes: N tokens of all responses one after the other, S responses (sequences), 
 
 Almost every metric is a mean. `token_terms` and `sequence_terms` give the numbers to be averaged, under the metric's
 own name; terms that start with an underscore are ingredients of metrics that are not means (a standard deviation, an
-effective sample size), which `metrics_from_means` puts together. So one formula serves the whole batch, a group of it,
-and every bootstrap resample.
+effective sample size), which `metrics_from_means` puts together: one formula for the whole, a group, and a resample.
 
 Two rules for extreme numbers, both counted and reported beside the figures: exponents are clamped to ±20 before exp, as
 verl does; an infinite log-ratio (one side says the token is impossible) counts as ±20.
@@ -137,11 +136,10 @@ def token_terms(
     q_N, p_N = (np.exp(np.asarray(x_N, np.float64)) for x_N in (logq_N, logp_N))
     diff_N, outside_N = np.abs(p_N - q_N), (excess_N < -thresholds.eps_low) | (excess_N > thresholds.eps_high)
     terms = {"kl": -l_N, "kl_k2": 0.5 * l_N**2, "kl_k3": np.maximum(excess_N - l_N, 0.0)}
-    terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N}
-    terms |= {"mult_prob_error": np.exp(np.minimum(np.abs(l_N), CLAMP))}
+    terms |= {"logprob_diff_mean": np.abs(l_N), "prob_diff_mean": diff_N, "mult_prob_error": _exp(np.abs(l_N))}
     terms |= {"fraction_outside": outside_N, "masked_fraction_token_tis": excess_N > thresholds.token_cap - 1}
-    terms |= weights | {"_prob_diff2": diff_N**2}
-    terms |= {"_q": q_N, "_p": p_N, "_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
+    terms |= weights | {"_prob_diff2": diff_N**2, "_q": q_N, "_p": p_N}
+    terms |= {"_qq": q_N * q_N, "_pp": p_N * p_N, "_pq": p_N * q_N}
     terms |= {"_tokens_clamped": (no_q_N != no_p_N) | (np.abs(l_N) > CLAMP)}
     return terms | {"_tokens_impossible_behaviour": no_q_N, "_tokens_impossible_target": no_p_N}
 
@@ -159,9 +157,8 @@ def sequence_terms(
     ppl_q_S, ppl_p_S = (_exp(-segment_sums(x_N, lengths_S) / lengths_S) for x_N in (logq_N, logp_N))
     terms = {"ppl_behaviour": ppl_q_S, "ppl_target": ppl_p_S}
     terms |= {"log_ppl_diff_mean": diff_S, "log_ppl_diff_abs": np.abs(diff_S), "ppl_ratio": _exp(diff_S)}
-    dropped = {"sequence_tis": sum_S > log_cap, "sequence_mask": np.abs(sum_S) > log_cap}
-    dropped |= {"geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap)}
-    terms |= {f"masked_fraction_{rule}": dropped_S for rule, dropped_S in dropped.items()}
+    terms |= {"masked_fraction_sequence_tis": sum_S > log_cap, "masked_fraction_sequence_mask": np.abs(sum_S) > log_cap}
+    terms |= {"masked_fraction_geometric": np.abs(diff_S) > np.log(thresholds.geometric_cap)}
     return terms | _weight_terms("seq", sum_S, thresholds.ess_cap) | {"_responses_clamped": np.abs(sum_S) > CLAMP}
 
 

@@ -22,7 +22,9 @@ class Pair:
 
     behaviour: TokenScores
     target: TokenScores
+    mask_T: np.ndarray | None = None  # bool: the policy sampled this token; None: all of them
     groups: Mapping[str, str] = field(default_factory=dict)  # e.g. {"level": "3", "reward": "right"}
+    facts: Mapping[str, float] = field(default_factory=dict)  # step, staleness (step − weight version), reward
 
     @property
     def key(self) -> Key:
@@ -61,21 +63,26 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
     return replace(scores, kind=kind, logprobs_T=processed_T + np.log(mass_T))
 
 
+def misfit(pair: Pair) -> str:
+    """In what the tokens of the two sides differ; empty where they are the same tokens."""
+    q_T, p_T = (np.asarray(scores.token_ids_T) for scores in (pair.behaviour, pair.target))
+    if len(q_T) != len(p_T):
+        return f"{len(q_T)} tokens under the behaviour and {len(p_T)} under the target"
+    at = np.flatnonzero(q_T != p_T)[:1].tolist()
+    return "".join(f"token id {q_T[t]} at {t} under the behaviour and {p_T[t]} under the target" for t in at)
+
+
 def check_pair(pair: Pair) -> None:
-    """Refuse, in one sentence, two sides whose difference would not be a number about the policies."""
+    """Refuse, in one sentence, two sides whose difference would not be a number about the policies.
+
+    The chosen tokens' logprobs are not looked at here but in all responses together (`checks.py`).
+    """
     q, p, name = pair.behaviour, pair.target, "{}/{}".format(*pair.key)
     if q.kind is not p.kind:
         raise UsageError(
             f"the behaviour's logprobs of response {name} are {q.kind.value} and the target's are {p.kind.value}: "
             "compare logprobs of one kind (score under the behaviour too, or use the target's processed logprobs)"
         )
-    again = "under the target: score the very token ids that were sampled"
-    if len(q.token_ids_T) != len(p.token_ids_T):
-        lengths = f"{len(q.token_ids_T)} tokens under the behaviour and {len(p.token_ids_T)}"
-        raise UsageError(f"response {name} has {lengths} {again}")
-    for t in np.flatnonzero(np.asarray(q.token_ids_T) != np.asarray(p.token_ids_T)):
-        ids = f"token id {q.token_ids_T[t]} at position {t} under the behaviour and {p.token_ids_T[t]}"
-        raise UsageError(f"response {name} has {ids} {again}, with the same tokenizer")
     for who, scores in (("behaviour", q), ("target", p)):
         for array, fault in _faults(scores):
             raise UsageError(f"the {who}'s {array} of response {name} {fault}")
@@ -87,11 +94,9 @@ def _faults(scores: TokenScores) -> Iterator[tuple[str, str]]:
     for name, array in arrays.items():
         if len(array) != num_tokens:
             yield name, f"has {len(array)} rows for {num_tokens} tokens: the files do not belong together"
-        elif not np.all(array < np.inf):  # false for NaN as for +inf
+        elif name != "logprobs_T" and not np.all(array < np.inf):  # false for NaN as for +inf
             yield name, "has NaN or +inf in it: that engine's numbers are broken there"
         elif name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():
             yield name, "has a position where every token is impossible: that engine's numbers are broken"
-        elif name == "logprobs_T" and num_tokens and (most := np.max(array)) > 1:
-            yield name, f"reaches {most:.3g}, and a logprob is never above 0: give natural logarithms"
         elif name.startswith("top_") and any(x is None or x.shape != array.shape for x in map(arrays.get, TOP)):
             yield name, "and the other array of the top tokens have different shapes: the files do not belong together"

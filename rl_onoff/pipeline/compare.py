@@ -16,7 +16,7 @@ from typing import Any
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import METRICS, Comparison, compare, verdict
 from rl_onoff.config import RunConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import NotComparableError, UsageError
 from rl_onoff.pipeline.compare_inputs import Sources, own_scores
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
@@ -31,6 +31,8 @@ from rl_onoff.types import LogprobKind, Sampling
 
 log = logging.getLogger(__name__)
 
+TAKEN_FROM = {"file", "responses", "monitor"}  # keys of the record of rows that another program wrote
+
 
 def compare_run(run: RunDir) -> dict[str, Comparison]:
     """Every table of scores against what was sampled, by the table's name; the behaviour's own scores come first."""
@@ -38,9 +40,16 @@ def compare_run(run: RunDir) -> dict[str, Comparison]:
     for name in sorted(run.score_names(), key=lambda name: (name != own, name)):
         check_tokenizers(run.completions.record(), run.scores(name).record(), name)
         found = pairs(run, name, own, group_columns=columns)
+        sides = {"behaviour": run.completions.record(), "target": run.scores(name).record()}
+        recorded = [side for side, record in sides.items() if TAKEN_FROM & record.get("config", {}).keys()]
         if (first := next(found, None)) is not None:
-            comparisons[name] = compare(chain([first], found))
+            comparisons[name] = compare(chain([first], found), recorded=recorded)
     return comparisons
+
+
+def distance(comparison: Comparison) -> float:
+    """The mean k3 KL; infinite where nothing can be compared."""
+    return comparison["kl_k3"].value if comparison.comparable else math.inf
 
 
 def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> tuple[str, float | None]:
@@ -48,14 +57,15 @@ def furthest(own: str | None, comparisons: Mapping[str, Comparison]) -> tuple[st
     floor: the mean k3 KL between what the engine said while it sampled and when it scored, None when not measured.
     """
     others = [name for name in comparisons if name != own]
-    name = max(others or comparisons, key=lambda name: comparisons[name]["kl_k3"].value)
-    return name, comparisons[own]["kl_k3"].value if own and own in comparisons and others else None
+    name = max(others or comparisons, key=lambda name: distance(comparisons[name]))
+    floor = distance(comparisons[own]) if own and own in comparisons and others else math.inf
+    return name, floor if math.isfinite(floor) else None
 
 
 def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, float]:
     """The verdict's numbers, by names that no target's name is part of: what sweeps are looked at and optimised by."""
     name, floor = furthest(own_scores(run), comparisons)
-    found = {"kl_k3": comparisons[name]["kl_k3"].value, "kl_k3_floor": math.nan if floor is None else floor}
+    found = {"kl_k3": distance(comparisons[name]), "kl_k3_floor": math.nan if floor is None else floor}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
@@ -65,7 +75,7 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
     """
     own = own_scores(run)
     name, floor = furthest(own, comparisons)
-    if name == own:
+    if name == own and comparisons[name].comparable:
         return (
             "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
             f"{comparisons[name]['kl_k3'].value:.2g} nats a token apart (mean k3 KL). That is the noise floor; set "
@@ -74,7 +84,7 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
     said = verdict(comparisons[name], floor)
     drawn, default = sampling_of(run.completions.record()) or Sampling(), Sampling()
     how = [f"{x}={getattr(drawn, x):g}" for x in TRANSFORM if getattr(drawn, x) != getattr(default, x)]
-    if how and comparisons[name].kind is LogprobKind.raw:
+    if how and comparisons[name].comparable and comparisons[name].kind is LogprobKind.raw:
         said += (
             f" The tokens were drawn with {', '.join(how)}, but these are raw logprobs (temperature 1, nothing cut "
             "off): a distance at these tokens, not the KL of what they were drawn from, which "
@@ -86,7 +96,7 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
 def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str]) -> Path:
     """`report.html`: targets in the order of how far they are, the behaviour's own scores last."""
     own = own_scores(run)
-    names = sorted(comparisons, key=lambda name: (name == own, -comparisons[name]["kl_k3"].value))
+    names = sorted(comparisons, key=lambda name: (name == own, -distance(comparisons[name])))
     behaviour = _facts("behaviour", run.completions.record(), "behaviour")
     counts = [comparison.overall.counts for comparison in comparisons.values()]
     report = ReportInput(
@@ -168,6 +178,9 @@ def run_matrix(
         completions, scores = sub.folder.completions, {b: sub.folder.scores(b) for b in policies}
         folder = Sources(sub.folder.path, completions, scores, own=a)
         comparisons = compare_run(folder)
+        for b, comparison in comparisons.items():
+            if not comparison.comparable:
+                raise NotComparableError(f"{a} (sampled) and {b} (scored): {verdict(comparison)}")
         if missing := [b for b in policies if b not in comparisons]:
             raise UsageError(
                 f"{folder.path} has no response with tokens to compare with {missing[0]}: change data.path"

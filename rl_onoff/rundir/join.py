@@ -18,6 +18,7 @@ from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores
 
 BLOCK_BYTES = 256 << 20  # of scores, as on the disk, that are held at a time
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
+STEPS = ("step", "weight_version")  # of the meta of a response that a trainer wrote
 TRANSFORM = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -95,8 +96,9 @@ def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[
     """Every response of the run that has a behaviour and that `scores/<target>` has."""
     for found in joined(run, [target], own if own != target else None):
         if found.behaviour is not None and target in found.targets:
-            groups = groups_of(found.rollout, group_columns)
-            yield Pair(behaviour=found.behaviour, target=found.targets[target], groups=groups)
+            rollout, (q, p) = found.rollout, (found.behaviour, found.targets[target])
+            groups, facts = groups_of(rollout, group_columns), facts_of(rollout)
+            yield Pair(behaviour=q, target=p, mask_T=rollout.mask_T, groups=groups, facts=facts)
 
 
 def sampler_of(table: Table) -> Sampling | None:
@@ -113,11 +115,19 @@ def groups_of(rollout: Rollout, columns: Sequence[str]) -> dict[str, str]:
     return groups
 
 
+def facts_of(rollout: Rollout) -> dict[str, float]:
+    """The training step of a response, how many steps its sampler's weights were behind, and its reward, if known."""
+    step, version = (rollout.meta.get(name) for name in STEPS)
+    staleness = step - version if isinstance(step, int | float) and isinstance(version, int | float) else None
+    found = {"step": step, "staleness": staleness, "reward": rollout.reward}
+    return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+
+
 def group_columns(run: RunDir) -> list[str]:
     """Columns of the data that make groups: all but question, answer and a failed reward that have few values."""
     values: dict[str, set[str]] = {}
     for row in run.completions.rows(["meta"]):
         for name, value in json.loads(row["meta"] or "{}").items():
-            if name not in ("question", "answer", FAILED) and isinstance(value, str | int | float | bool):
+            if name not in ("question", "answer", FAILED, *STEPS) and isinstance(value, str | int | float | bool):
                 values.setdefault(name, set()).add(str(value))
     return [name for name, seen in values.items() if 1 < len(seen) <= GROUP_LIMIT]

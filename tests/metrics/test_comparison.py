@@ -10,6 +10,7 @@ import pytest
 
 from rl_onoff.compare import HEADLINES, METRICS, Estimate, Pair, as_kind, compare, headlines, judge, verdict, word_of
 from rl_onoff.compare.distributions import log_softmax
+from rl_onoff.compare.steps import departure
 from rl_onoff.errors import UsageError
 from rl_onoff.types import LogprobKind, TokenScores
 from tests.metrics.at_once import chosen_token_metrics
@@ -36,7 +37,8 @@ def random_pairs(num: int, seed: int = 0, noise: float = 0.05, mean_length: int 
     for i in range(num):
         q_T = -rng.exponential(1.0, rng.integers(1, 2 * mean_length)).astype(np.float32) - 0.5
         groups = {"level": str(i % 3), "reward": "right" if i % 2 else "wrong"}
-        pairs.append(make_pair(q_T, q_T + noise * rng.standard_normal(len(q_T)), name=f"r{i}", groups=groups))
+        p_T = np.minimum(q_T + noise * rng.standard_normal(len(q_T)), 0)
+        pairs.append(make_pair(q_T, p_T, name=f"r{i}", groups=groups))
     return pairs
 
 
@@ -218,11 +220,6 @@ def test_json_round_trip():
     ("pair", "reason"),
     [
         (joined(make_pair([-1], [-1]), make_pair([-1], [-1], kind=PROCESSED)), "raw and the target's are processed"),
-        (joined(make_pair([-1, -1], [-1, -1]), make_pair([-1], [-1])), "2 tokens under the behaviour and 1"),
-        (joined(make_pair([-1], [-1]), make_pair([-1], [-1], ids_T=np.array([3]))),
-         "token id 0 at position 0 under the behaviour and 3"),
-        (make_pair([-1.0], [np.nan]), "NaN"),
-        (make_pair([0.9, 3.0], [-1.0, -1.0]), "never above 0"),
         (make_pair([-1.0], [-1.0, -1.0], ids_T=np.array([0])), "has 2 rows for 1 tokens"),
         (make_pair([-1.0], [-1.0], logits_TV=np.array([[np.nan, 1.0]])), "NaN"),
         (make_pair([-1.0], [-1.0], entropy_T=np.array([np.inf])), "inf in it"),
@@ -235,6 +232,94 @@ def test_refusals_name_the_response_and_the_reason(pair, reason):
     with pytest.raises(UsageError, match=reason) as refused:
         compare([pair])
     assert "a/0" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("pair", "reason"),
+    [
+        (joined(make_pair([-1, -1], [-1, -1]), make_pair([-1], [-1])), "2 tokens under the behaviour and 1"),
+        (joined(make_pair([-1], [-1]), make_pair([-1], [-1], ids_T=np.array([3]))),
+         "token id 0 at 0 under the behaviour and 3"),
+        (make_pair([-1.0], [np.nan]), "NaN"),
+        (make_pair([0.9, 3.0], [-1.0, -1.0]), "above 0"),
+        (make_pair([-1.0], [-9999.0]), "-9999 stands"),
+    ],
+)  # fmt: skip
+def test_a_row_whose_numbers_mean_nothing(pair, reason):
+    """Alone it makes the comparison meaningless; among many it is set aside, and no number knows of it."""
+    alone, others = compare([pair]), random_pairs(30)
+    assert not alone.comparable and "kl_k3" not in alone and alone.to_dict()["overall"] == {}
+    said = verdict(alone)
+    assert said.startswith("Not comparable: ") and reason in said and "a/0" in said
+    assert word_of(said) == "Not comparable"
+    c, without = compare([*others[:9], pair, *others[9:]], num_resamples=50), compare(others, num_resamples=50)
+    [finding] = c.findings
+    assert c.comparable and (finding.responses, finding.fatal) == (1, False) and "a/0" in finding.example
+    assert c.overall.counts == without.overall.counts | {"responses_set_aside": 1}
+    assert "1 responses were set aside" in verdict(c)
+    same, expected = c.to_dict(), without.to_dict()
+    for name in ("overall", "groups", "positions", "histograms", "worst", "worst_responses"):
+        assert same[name] == expected[name], name
+
+
+@pytest.mark.parametrize("filling", [0.0, 1.0, -9999.0, np.nan])
+def test_masked_tokens_change_no_metric_by_a_bit(filling):
+    """Tokens of tools between the sampled ones, with whatever a framework writes there: as if they were not there."""
+    pairs, masked = random_pairs(20), []
+    for i, pair in enumerate(pairs):
+        size = pair.num_tokens
+        at = np.sort(np.random.default_rng(i).integers(0, size + 1, 5))
+        put = {name: np.insert(getattr(pair.target, name), at, 7) for name in ("token_ids_T",)}
+        sides = [
+            replace(side, **put, logprobs_T=np.insert(side.logprobs_T, at, np.float32(filling)))
+            for side in (pair.behaviour, pair.target)
+        ]
+        mask_T = np.insert(np.ones(size, bool), at, False)
+        masked.append(replace(pair, behaviour=sides[0], target=sides[1], mask_T=mask_T))
+    c, without = (compare(x, num_resamples=50).to_dict() for x in (masked, pairs))
+    for row, plain in zip(c["worst"], without["worst"], strict=True):
+        of = next(pair for pair in masked if pair.key == (row["request_id"], row["sample"]))
+        assert np.flatnonzero(of.mask_T)[plain["position"]] == row["position"]
+        plain["position"] = row["position"]
+    assert c == without
+
+
+def test_a_response_without_a_sampled_token_is_empty():
+    pair = replace(make_pair([-1.0], [-2.0]), mask_T=np.zeros(1, bool))
+    c = compare([pair, *random_pairs(3)], num_resamples=2)
+    assert (c.overall.counts["responses"], c.overall.counts["responses_empty"]) == (3, 1)
+
+
+def test_metrics_over_steps_and_the_step_that_leaves_the_band():
+    pairs = []
+    for step in range(1, 9):
+        for pair in random_pairs(20, seed=step, noise=0.03 if step < 6 else 0.3):
+            facts = {"step": step, "staleness": step % 2, "reward": step / 10}
+            pairs.append(replace(pair, facts=facts))
+    c = compare(pairs, num_resamples=100)
+    assert [row["step"] for row in c.steps] == list(range(1, 9)) and [row["staleness"] for row in c.staleness] == [0, 1]
+    for step, row in enumerate(c.steps, 1):
+        alone = compare([pair for pair in pairs if pair.facts["step"] == step], num_resamples=100)
+        assert row["metrics"]["kl_k3"] == alone["kl_k3"].to_dict() and row["counts"]["responses"] == 20
+        assert row["metrics"]["reward"]["value"] == pytest.approx(step / 10)
+        assert [w["request_id"] for w in row["worst"]] == [w["request_id"] for w in alone.worst_responses[:5]]
+    assert c.departure["step"] == 6 and c.departure["band"][1] < c.departure["k3"]
+    assert verdict(c).endswith(c.departure["sentence"])
+    assert compare([pair for pair in pairs if pair.facts["step"] < 6], num_resamples=100).departure is None
+
+
+def test_the_band_by_hand():
+    def steps(*values):
+        return [{"step": i, "metrics": {"kl_k3": {"value": x, "lo": x, "hi": x}}} for i, x in enumerate(values)]
+
+    assert departure(steps(1e-3, 1e-3)) is None
+    assert departure(steps(1e-3, 1e-3, 1e-3, 1.4e-3)) is None, "less than a factor of 1.5"
+    assert departure(steps(1e-3, 1e-3, 1e-3, 1.6e-3))["band"] == pytest.approx(
+        [1e-3 * np.exp(-0.4), 1e-3 * np.exp(0.4)]
+    )
+    # median of 1, 2, 4, 30 (×1e-3): 2.83e-3; deviations of the logs: 1.04, 0.35, 0.35, 2.36, their median 0.69
+    found = departure(steps(1e-3, 2e-3, 4e-3, 3e-2, 1))
+    assert found["step"] == 4 and found["band"][1] == pytest.approx(np.sqrt(8) * 1e-3 * 2 ** (4 * 1.4826), rel=1e-6)
 
 
 def test_refuses_no_pair_and_mixed_kinds():

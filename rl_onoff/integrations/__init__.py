@@ -1,0 +1,1 @@
+"""Other programs that rl_onoff is fed by."""
