@@ -134,16 +134,13 @@ class RolloutFile:
     def _recorded(self, row: Row, where: str, step: int | None) -> Recorded:
         """What a row holds, under no name yet."""
         arrays, before = self._response_part(row, where)
-        sampled_T = kept_T = arrays.pop("mask") > 0
-        if self.texts is not None:
-            kept_T = np.cumsum(sampled_T[::-1])[::-1] > 0  # up to the last token that was sampled
+        sampled_T = arrays.pop("mask") > 0
+        kept_T = np.cumsum(sampled_T[::-1])[::-1] > 0  # up to the last token that was sampled
         ids_T = arrays["token_ids"][kept_T]
         if (ids_T < 0).any():
             raise Wrong("a negative token id in its response", "token_ids")
         logprobs = {role: arrays[role][kept_T] for role in LOGPROBS if role in arrays}
         for role, logprobs_T in logprobs.items():
-            if np.isnan(logprobs_T[sampled_T[kept_T]]).any():
-                raise Wrong(f"{PER_TOKEN[role]} that are not a list of numbers", role)
             # files have 0, 1, -9999 or nothing for tokens that nobody sampled; here it is 0, and no logprob
             logprobs[role] = np.where(sampled_T[kept_T], logprobs_T, 0).astype(np.float32)
         prompt_ids, meta = self._prompt(row, before, where)

@@ -112,11 +112,6 @@ def load_responses(
         )
     if empty := total - found:
         log.warning("%s: %d of %d rows left out: their response is empty, nothing to score", file.name, empty, total)
-    if masked:
-        log.warning(
-            "%s: %d of %d responses hold tokens that their mask leaves out: they are scored and counted like any",
-            file.name, masked, found,
-        )  # fmt: skip
     kind = None
     if "behaviour" in columns:
         kind = file.assumed_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")
