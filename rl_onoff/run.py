@@ -225,7 +225,7 @@ def conclude(this: Run) -> dict[str, float]:
 
 
 def gate(this: Run) -> None:
-    """NotComparableError (exit code 3) when numbers mean nothing, GateError (4) when one is beyond compare.fail_above."""
+    """NotComparableError (exit code 3) where numbers mean nothing, GateError (4) beyond compare.fail_above."""
     asked, own = this.config.compare, own_scores(this.folder) if this.comparisons else None
     if not all(comparison.comparable for comparison in this.comparisons.values()):
         raise NotComparableError(verdict_of(this.folder, this.comparisons))

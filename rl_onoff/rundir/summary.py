@@ -36,10 +36,11 @@ def summarise(run: RunDir) -> Summary:
 def _completions(table: Table, summary: Summary) -> None:
     lengths, rewards, reasons, failed = [], defaultdict(list), Counter(), 0
     logprobs = _Histogram(LOGPROB_EDGES)
-    for row in table.rows(["request_id", "sample", "token_ids", "logprobs", "finish_reason", "reward", "meta"]):
-        rollout = rollout_of(row)
-        lengths.append(len(rollout.token_ids_T))
-        logprobs.add(rollout.logprobs_T)
+    for rollout in map(rollout_of, table.rows()):
+        mask_T = np.ones(len(rollout.token_ids_T), bool) if rollout.mask_T is None else rollout.mask_T
+        lengths.append(int(mask_T.sum()))
+        if rollout.logprobs_T is not None:
+            logprobs.add(rollout.logprobs_T[mask_T])
         if rollout.finish_reason is not None:  # responses made elsewhere do not say
             reasons[rollout.finish_reason.value] += 1
         if rollout.reward is not None:
@@ -87,6 +88,7 @@ class _Histogram:
 
     def add(self, values: np.ndarray | None) -> None:
         if values is not None:
+            values = values[~np.isnan(values)]  # a file's, which the checks name
             self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
             self.count += len(values)
             self._sum += float(values.sum(dtype=np.float64))

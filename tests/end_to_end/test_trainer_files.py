@@ -1,0 +1,132 @@
+"""Files that a trainer wrote, from the command line: the step at which it began, what cannot be compared, the gate.
+
+The numbers are those of SmolLM2's rollouts (tests/compare/rollouts.npz), written as a trainer writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rl_onoff.monitor import Monitor
+from tests.conftest import ROOT
+from tests.end_to_end.conftest import refused, rl_onoff
+
+FILE = np.load(ROOT / "tests/compare/rollouts.npz")
+COMPARE = ("experiment=compare", "tracking=none", "run_dir=run")
+
+
+def rows(num: int = 120) -> list[dict]:
+    """Responses over 8 steps: in bfloat16 as drawn, and in float32."""
+    ends = np.cumsum(FILE["lengths_1.0"])[:-1]
+    ids, q, p = (np.split(FILE[f"{name}_1.0"].astype(float), ends) for name in ("ids", "drawn", "f32"))
+    return [
+        {"step": 1 + i * 8 // num, "responses": ids[i].astype(int).tolist(), "rollout_log_probs": q[i].tolist(),
+         "old_log_probs": p[i].tolist(), "reward": float(i % 2)}
+        for i in range(num)
+    ]  # fmt: skip
+
+
+def write(folder: Path, given: list[dict]) -> Path:
+    """Step files, as most trainers write them."""
+    for step in {row["step"] for row in given}:
+        file = folder / "rollouts" / f"{step}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in given if row["step"] == step))
+    return folder / "rollouts"
+
+
+def found(folder: Path) -> dict:
+    return json.loads((folder / "run" / "metrics.json").read_text())
+
+
+def test_the_step_at_which_sampler_and_trainer_parted_is_named(tmp_path):
+    given = rows()
+    for row in given[75:]:  # steps 6 to 8: weights that did not arrive
+        noise = np.random.default_rng(len(row["responses"])).normal(0, 0.5, len(row["responses"]))
+        row["old_log_probs"] = np.minimum(np.array(row["old_log_probs"]) + noise, 0).tolist()
+    done = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, given)}", cwd=tmp_path)
+    [comparison] = found(tmp_path)["comparisons"].values()
+    assert [row["step"] for row in comparison["steps"]] == list(range(1, 9))
+    assert comparison["departure"]["step"] == 6 and comparison["comparable"] and comparison["findings"] == []
+    assert "Step 6 is the first to leave the band" in done.stdout and "Step 6" in found(tmp_path)["verdict"]
+    assert sum(row["counts"]["responses"] for row in comparison["steps"]) == 120
+
+
+def shifted(given: list[dict]) -> str:
+    for row in given:
+        row["rollout_log_probs"] = np.roll(row["rollout_log_probs"], 1).tolist()
+    return "shifted by +1"
+
+
+def probabilities(given: list[dict]) -> str:
+    for row in given:
+        row["old_log_probs"] = np.exp(row["old_log_probs"]).tolist()
+    return "probabilities"
+
+
+def copied(given: list[dict]) -> str:
+    for row in given:
+        row["old_log_probs"] = row["rollout_log_probs"]
+    return "one is a copy of the other"
+
+
+@pytest.mark.parametrize("plant", [shifted, probabilities, copied])
+def test_what_cannot_be_compared_ends_with_3_and_no_kl(tmp_path, plant):
+    given = rows()
+    words = plant(given)
+    sentence = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, given)}", cwd=tmp_path, code=3).stderr
+    last = sentence.strip().splitlines()[-1]
+    assert last.startswith("rl-onoff: Not comparable: ") and words in last and "Traceback" not in sentence
+    told = found(tmp_path)
+    [comparison] = told["comparisons"].values()
+    assert told["verdict"].startswith("Not comparable: ") and comparison["overall"] == {}
+    assert not [name for name in told["values"] if "kl" in name]
+    assert any(finding["fatal"] for finding in comparison["findings"])
+    assert "Not comparable" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_row_with_a_fault_is_set_aside_and_said(tmp_path):
+    given = rows()
+    given[40]["rollout_log_probs"][3] = None
+    given[50]["old_log_probs"][0] = -9999.0
+    done = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, given)}", cwd=tmp_path)
+    [comparison] = found(tmp_path)["comparisons"].values()
+    assert {finding["check"] for finding in comparison["findings"]} == {"no_numbers", "sentinels"}
+    assert comparison["counts"]["responses"] == 118 and comparison["counts"]["responses_set_aside"] == 2
+    assert done.stdout.count("set aside, ") == 2 and "2 responses were set aside" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("metric", "bar", "code"),
+    [("kl_k3", 1e-9, 4), ("kl_k3", 0.015, 0), ("ess_token", 0.5, 0), ("ess_token", 1.5, 4), ("ppl_ratio", 1e-9, 4)],
+)
+def test_the_gate(tmp_path, metric, bar, code):
+    gate = (f"compare.fail_above={bar}", f"compare.fail_metric={metric}")
+    done = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, rows())}", *gate, cwd=tmp_path, code=code)
+    assert "kl_k3" in str(found(tmp_path)["values"]) and (tmp_path / "run" / "report.html").exists()
+    if code:
+        assert done.stderr.strip().splitlines()[-1].startswith(f"rl-onoff: {metric} of ")
+
+
+def test_a_bar_for_no_metric_is_refused_before_anything_is_read(tmp_path):
+    sentence = refused(*COMPARE, "compare.behaviour=no.jsonl", "compare.fail_metric=kl_k4", cwd=tmp_path)
+    assert "compare.fail_metric=kl" in sentence
+
+
+def test_a_monitors_folder_opens(tmp_path):
+    with Monitor(tmp_path / "run", keep=20) as monitor:
+        for step in range(1, 9):
+            of = [row for row in rows() if row["step"] == step]
+            monitor.add(
+                step=step, token_ids=[row["responses"] for row in of], rewards=[row["reward"] for row in of],
+                behaviour_logprobs=[row["rollout_log_probs"] for row in of], weight_version=step - 1,
+                target_logprobs=[row["old_log_probs"] for row in of],
+            )  # fmt: skip
+    rl_onoff(*COMPARE, cwd=tmp_path)
+    comparison = found(tmp_path)["comparisons"]["trainer"]
+    assert len(comparison["steps"]) == 8 and comparison["counts"]["responses"] == 120
+    assert [row["staleness"] for row in comparison["staleness"]] == [1]
