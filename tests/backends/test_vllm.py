@@ -318,7 +318,7 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
         compute_prompt_logprobs=lambda logits_fn, hidden, batch, *rest: {"original": rest},
     )
     recorder = Recorder(11, keeps=True)
-    assert hook(SimpleNamespace(prompt_logprobs_worker=worker), recorder) == "V2"
+    hook(SimpleNamespace(prompt_logprobs_worker=worker), recorder)
     responses = {
         number: Rollout(
             request_id="r",
