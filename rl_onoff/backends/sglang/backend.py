@@ -23,9 +23,10 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.core import cut_at_stop, disagreement
 from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.sglang import hooks
 from rl_onoff.backends.sglang.config import MARGIN, SGLangBackendConfig
-from rl_onoff.backends.sglang.public import PublicScorer
-from rl_onoff.backends.sglang.requests import INFO, Job, check
+from rl_onoff.backends.sglang.hooks import INFO, Job
+from rl_onoff.backends.sglang.public import PublicScorer, check
 from rl_onoff.backends.token_stats import read_logits
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
@@ -56,8 +57,6 @@ class SGLangBackend(BaseBackend):
     _engine: Any = None
     _public: PublicScorer | None = None  # None: statistics are computed inside the engine
     _pool: int = 0  # tokens that the engine's key-value cache holds
-
-    # -- the engine's four calls ---------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
         from rl_onoff.models.resolve import hub_errors
@@ -136,13 +135,9 @@ class SGLangBackend(BaseBackend):
             "skip_special_tokens": True,
         }  # fmt: skip
 
-    # -- starting ------------------------------------------------------------------------------------------------------
-
     def _start(self, in_engine: bool) -> None:
         os.environ.update(self.config.environment())
         from sglang.srt.entrypoints.engine import Engine
-
-        from rl_onoff.backends.sglang import hooks
 
         ours = {"run_scheduler_process_func": staticmethod(hooks.run_scheduler)}
         options = {} if in_engine else {"enable_return_hidden_states": True}
@@ -155,7 +150,8 @@ class SGLangBackend(BaseBackend):
 
         def public(rollout: Rollout) -> np.ndarray:
             output = self._engine.generate(
-                input_ids=_sequence(rollout), sampling_params={"max_new_tokens": 0, "temperature": 0.0},
+                input_ids=[*rollout.prompt_ids.tolist(), *rollout.token_ids_T.tolist()],
+                sampling_params={"max_new_tokens": 0, "temperature": 0.0},
                 return_logprob=True, logprob_start_len=len(rollout.prompt_ids) - 1,
             )  # fmt: skip
             return np.array([entry[0] for entry in output["meta_info"]["input_token_logprobs"][1:]])
@@ -169,8 +165,6 @@ class SGLangBackend(BaseBackend):
         rids = [Job(prompt_len=3, seed=1).rid() for _ in range(4)]
         outputs = self._engine.generate(input_ids=[[1, 2, 3]] * 4, sampling_params=[args] * 4, rid=rids)
         return len({output["output_ids"][0] for output in outputs}) == 1
-
-    # -- one request ---------------------------------------------------------------------------------------------------
 
     async def _complete(self, request: SampleRequest) -> Rollout:
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
@@ -208,8 +202,8 @@ class SGLangBackend(BaseBackend):
                 logits_file=str(file) if want.full_logits else None,
             )  # fmt: skip
             output = await self._engine.async_generate(
-                input_ids=_sequence(response), sampling_params=PROBE, return_logprob=True,
-                logprob_start_len=num_prompt - 1, rid=job.rid(),
+                input_ids=[*response.prompt_ids.tolist(), *response.token_ids_T.tolist()], sampling_params=PROBE,
+                return_logprob=True, logprob_start_len=num_prompt - 1, rid=job.rid(),
             )  # fmt: skip
             check(output["meta_info"])
             arrays = (output["meta_info"].get(INFO) or [None])[0]
@@ -218,8 +212,6 @@ class SGLangBackend(BaseBackend):
             if want.full_logits:
                 arrays["logits_TV"] = read_logits(file, num_tokens)
         return TokenScores(**arrays).of(response)
-
-    # -- many requests -------------------------------------------------------------------------------------------------
 
     def _run(self, take: Take, limit: int) -> Iterator[Any]:
         """Run work side by side, as much as costs `limit` together, and yield what it gives; the first exception ends
@@ -255,7 +247,3 @@ class SGLangBackend(BaseBackend):
                     task.cancel()
                 manager.abort_request(abort_all=True)
                 loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
-
-
-def _sequence(rollout: Rollout) -> list[int]:
-    return [*rollout.prompt_ids.tolist(), *rollout.token_ids_T.tolist()]

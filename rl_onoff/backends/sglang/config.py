@@ -37,10 +37,8 @@ class SGLangBackendConfig(EngineConfig):
         EngineConfig.__post_init__(self)
         self.check_context("context_length")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
-            raise UsageError(
-                f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: "
-                "set backend.mem_fraction_static=0.85"
-            )
+            what = f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1"
+            raise UsageError(f"{what}: set backend.mem_fraction_static=0.85")
 
     def with_float32_head(self) -> Self:
         return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "enable_fp32_lm_head": True})
@@ -48,6 +46,8 @@ class SGLangBackendConfig(EngineConfig):
     def environment(self) -> dict[str, str]:
         """What SGLang reads from the environment only, most of it while it is imported."""
         import torch
+
+        from rl_onoff.backends.placement import cores_by_rank
 
         values = {
             "SGLANG_RETURN_ORIGINAL_LOGPROB": "1" if self.logprob_kind is LogprobKind.raw else "0",
@@ -57,12 +57,8 @@ class SGLangBackendConfig(EngineConfig):
         if not torch.cuda.is_available():
             values["SGLANG_USE_CPU_ENGINE"] = "1"
             if self.num_devices > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
-                # this process's cores dealt out to the ranks; else every rank wants a NUMA node of its own
-                cores = sorted(os.sched_getaffinity(0))
-                each = max(1, len(cores) // self.num_devices)
-                dealt = [str(cores[i % len(cores)]) for i in range(each * self.num_devices)]
-                ranks = (",".join(dealt[start : start + each]) for start in range(0, len(dealt), each))
-                values["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(ranks)
+                # else every rank wants a NUMA node of its own
+                values["SGLANG_CPU_OMP_THREADS_BIND"] = cores_by_rank(self.num_devices)
         return values
 
     def arguments(self) -> dict[str, Any]:
@@ -76,10 +72,8 @@ class SGLangBackendConfig(EngineConfig):
         model = get_config(files.path, trust_remote_code=self.trust_remote_code, revision=files.revision)
         longest = get_context_length(model.get_text_config())
         if (self.context_length or 0) > longest:
-            raise UsageError(
-                f"backend.context_length is {self.context_length} but the model holds {longest}: set "
-                f"backend.context_length={longest} or less"
-            )
+            what = f"backend.context_length is {self.context_length} but the model holds {longest}"
+            raise UsageError(f"{what}: set backend.context_length={longest} or less")
         arguments: dict[str, Any] = {
             "model_path": files.path, "revision": files.revision, "trust_remote_code": self.trust_remote_code,
             "tokenizer_path": resolve(self.tokenizer).path if self.tokenizer else files.path,
@@ -93,7 +87,7 @@ class SGLangBackendConfig(EngineConfig):
             arguments["enable_deterministic_inference"] = True  # a response must not depend on its batch
         else:
             # a CPU has no deterministic mode: SGLang refuses its attention there, and in float32 the batch changes
-            # nothing that counts; with an idle scheduler awake a core would be busy
+            # nothing that counts. A scheduler without work that did not sleep would keep a core busy
             pool = max(CPU_POOL, (self.context_length or 0) + MARGIN + 1)
             arguments |= {"device": "cpu", "disable_cuda_graph": True, "max_total_tokens": pool, "sleep_on_idle": True}
         return arguments | self.engine_kwargs

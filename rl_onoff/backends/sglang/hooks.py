@@ -17,34 +17,59 @@ Shapes: R rows of a step, T response tokens, V vocabulary, D hidden size, K like
 
 from __future__ import annotations
 
+import itertools
 import logging
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import numpy as np
 
 from rl_onoff.backends.sampler import pick
-from rl_onoff.backends.sglang.requests import INFO, Job
 from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, token_stats
+from rl_onoff.types import Want
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+INFO = "rl_onoff"  # key of what the hooks send back in meta_info
+PREFIX = "rl_onoff "  # of the ids of our requests
 UNFINISHED = 4096  # responses whose rows are kept while they wait for their last chunk; aborted ones drop out of it
 BLOCK = 128  # random numbers made at a time
 
+_numbers = itertools.count()
 _step: Step | None = None  # the forward pass under way in this process, when it scores
 _keys_R: np.ndarray | None = None  # for the sampling under way in this process
 _error = ""  # what failed in the sampling under way
 
 
-# -- statistics --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One request's order: a response to be drawn, or one to be scored. Carried in the request's id, the one thing that
+    SGLang hands through untouched."""
+
+    prompt_len: int
+    seed: int | None = None  # to generate: the seed of the response
+    num_tokens: int = 0  # to score: how many tokens the response has
+    want: Want | None = None  # to score
+    logits_file: str | None = None  # where to write the full logits: float32 (T, V)
+
+    def rid(self) -> str:
+        """A new request id. None is the beginning of another: SGLang aborts by prefix."""
+        return f"{PREFIX}{next(_numbers):012d} {msgspec.json.encode(self).decode()}"
+
+    @staticmethod
+    @lru_cache(maxsize=8192)
+    def of(rid: str) -> Job | None:
+        """The job in a request's id; None for a request that is not ours."""
+        return msgspec.json.decode(rid.split(" ", 2)[2], type=Job) if rid.startswith(PREFIX) else None
 
 
 class Step:
@@ -159,9 +184,6 @@ def _give_back(logits_output: Any, infos: list[Any]) -> None:
     logits_output.customized_info = {**(logits_output.customized_info or {}), INFO: infos}
 
 
-# -- sampling ----------------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=8192)
 def keys(seed: int, block: int) -> np.ndarray:
     """A block of the stream that `sampler.Row.key` takes one number after the other from."""
@@ -183,9 +205,7 @@ def around_sample(
             lens = (forward_batch.seq_lens.cpu() if lens is None else lens).tolist()
             # a prompt that is still being prefilled samples too, and the engine drops it: any number will do
             drawn = [max(0, length - job.prompt_len) for length, job in zip(lens, jobs, strict=True)]
-            _keys_R = np.array(
-                [keys(job.seed, at // BLOCK)[at % BLOCK] for job, at in zip(jobs, drawn, strict=True)], np.int64
-            )
+            _keys_R = np.array([keys(job.seed, at // BLOCK)[at % BLOCK] for job, at in zip(jobs, drawn, strict=True)])
     except Exception:
         _error = traceback.format_exc()
     token_ids_R = original(runner, logits_output, forward_batch, *args, **kwargs)
@@ -240,9 +260,6 @@ def kept_probs(probs_RV: Tensor, info: Any) -> Tensor:
     if info.need_min_p_sampling:
         kept_RV = torch.where(kept_RV >= kept_RV.amax(-1, keepdim=True) * info.min_ps[:, None], kept_RV, 0.0)
     return kept_RV
-
-
-# -- the process -------------------------------------------------------------------------------------------------------
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:

@@ -14,22 +14,35 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from rl_onoff.backends.sglang.requests import check
+from rl_onoff.backends.sglang.hooks import INFO
 from rl_onoff.backends.token_stats import stats_of_hidden
+from rl_onoff.errors import EngineError
 from rl_onoff.types import Rollout, TokenScores, Want
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 MAX_VALUES = 2**22  # log-probabilities asked for at a time; as Python tuples they take a hundred bytes each
 HEADS = ("lm_head.weight", "embed_tokens.weight", "wte.weight")  # names the LM head ends in, the tied ones last
 TOLERANCE = 0.5  # nats by which the logits of two tokens may miss the difference of their log-probabilities
+
+
+def check(meta: dict[str, Any]) -> None:
+    """Raise for a request that SGLang gave up, or that our code inside it failed on."""
+    reason = meta.get("finish_reason") or {}
+    if reason.get("type") == "abort":
+        raise EngineError(f"SGLang gave a request up: {reason.get('message')}")
+    if reason.get("matched") == "NaN happened":
+        raise EngineError(
+            "the model's logits are not numbers (SGLang: NaN happened): set backend.dtype=float32 or another model"
+        )
+    for info in meta.get(INFO) or ():
+        if info and (error := info.get("error") or info.get("sampler_error")):
+            fix = "set backend.in_engine_stats=false" if "error" in info else "report it with the worker's log"
+            raise EngineError(f"our code inside SGLang failed ({error.strip().splitlines()[-1]}): {fix}")
 
 
 class PublicScorer:
@@ -60,7 +73,7 @@ class PublicScorer:
             scores = replace(scores, logsumexp_T=np.full_like(scores.logsumexp_T, np.nan))
         return scores.of(response)
 
-    def _logits(self, response: Rollout, at: range) -> Tensor:
+    def _logits(self, response: Rollout, at: range) -> Any:
         """Logits (R, V) at the positions that give these response tokens; log-probabilities where there is no head."""
         import torch
 
@@ -94,7 +107,7 @@ class PublicScorer:
         return logprobs_RV + logsumexp_R2[:, :1]
 
 
-def lm_head(folder: str, vocab_size: int) -> Tensor | None:
+def lm_head(folder: str, vocab_size: int) -> Any:
     """The LM head (V, D) among a model folder's safetensors; None when there is none that fits."""
     from safetensors import safe_open
 

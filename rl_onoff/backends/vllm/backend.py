@@ -42,8 +42,6 @@ class VLLMBackend(BaseBackend):
     _engine: Engine | None = None
     _in_engine = False
 
-    # -- the engine's four calls ---------------------------------------------------------------------------------------
-
     def _load(self) -> EngineInfo:
         vllm = self._import_engine()
         from rl_onoff.models.facts import end_ids
@@ -134,8 +132,6 @@ class VLLMBackend(BaseBackend):
             logprobs_T=logprobs_T, kind=self.config.logprob_kind, finish_reason=reason,
         )  # fmt: skip
 
-    # -- statistics ----------------------------------------------------------------------------------------------------
-
     def _stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         """Inside the engine. A response of which some row was never computed, being cached, is scored again without the
         cache."""
@@ -149,17 +145,14 @@ class VLLMBackend(BaseBackend):
             try:
                 waiting: Sequence[int] = range(len(responses))
                 for skip_cache in (False, True):
-                    incomplete = []
+                    incomplete: list[int] = []
                     for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
-                        numbers = [number for number, _ in finished]
-                        found: dict[int, TokenScores | None] = {}
+                        numbers, found = [number for number, _ in finished], dict[int, TokenScores]()
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
                             found |= read(encoded, Path(folder))
-                        for number in numbers:
-                            if (stats := found.pop(number, None)) is None:
-                                incomplete.append(number)
-                            else:
-                                yield stats.of(responses[number])
+                        incomplete += [number for number in numbers if number not in found]
+                        for number in list(found):
+                            yield found.pop(number).of(responses[number])
                     waiting = incomplete
             finally:
                 if self._engine is engine:  # else it was closed meanwhile

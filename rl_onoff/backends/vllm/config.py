@@ -39,10 +39,8 @@ class VLLMBackendConfig(EngineConfig):
         self.same("tp_size", "tensor_parallel_size")
         self.check_context("max_model_len")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            raise UsageError(
-                f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
-                "set backend.gpu_memory_utilization=0.9"
-            )
+            what = f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1"
+            raise UsageError(f"{what}: set backend.gpu_memory_utilization=0.9")
 
     @property
     def num_devices(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from rl_onoff.backends.placement import cores_by_rank
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.backends.vllm.hooks import HOOKS
 from rl_onoff.errors import UsageError
@@ -65,7 +66,12 @@ class Engine:
             # this process is the engine's own already; loads in a fifth of the time
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if self._on_cpu:
-            environment |= _cpu_environment(config.num_devices)
+            environment |= {
+                "TORCH_COMPILE_DISABLE": "1",
+                # GiB: an eighth
+                "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(16, psutil.virtual_memory().available // 2**33))),
+                "VLLM_CPU_OMP_THREADS_BIND": cores_by_rank(config.num_devices),  # vLLM would leave one idle
+            }
             torch.compiler.set_stance("force_eager")  # the sampler's kernels too: a minute of compiling on two cores
         for name, value in environment.items():
             os.environ.setdefault(name, value)
@@ -120,15 +126,3 @@ class Engine:
         cleanup_dist_env_and_memory()
         if self._on_cpu:
             torch.compiler.set_stance("default")
-
-
-def _cpu_environment(ranks: int) -> dict[str, str]:
-    cores = sorted(os.sched_getaffinity(0))
-    each = max(1, min(len(cores) // ranks, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
-    dealt = (cores[rank * each : (rank + 1) * each] for rank in range(ranks))
-    return {
-        "TORCH_COMPILE_DISABLE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(16, psutil.virtual_memory().available // 2**33))),  # GiB: an eighth
-        # vLLM would leave one idle
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, of_rank)) for of_rank in dealt),
-    }

@@ -46,14 +46,14 @@ def _job_in(params: Any) -> Mapping[str, Any] | None:
     return (params.extra_args or {}).get(JOB) if params is not None else None
 
 
-def read(encoded: bytes, folder: Path) -> dict[int, TokenScores | None]:
-    """What `fetch` sent: statistics by job number, None for a job of which some row was never computed."""
-    results: dict[int, TokenScores | None] = {}
+def read(encoded: bytes, folder: Path) -> dict[int, TokenScores]:
+    """What `fetch` sent: statistics by job number."""
+    results: dict[int, TokenScores] = {}
     for number, arrays in pickle.loads(encoded).items():
-        if arrays is not None and (file := folder / str(number)).exists():
+        if (file := folder / str(number)).exists():
             arrays["logits_TV"] = read_logits(file, len(arrays["token_ids_T"]))
             file.unlink()  # the mapping keeps the pages until the array is dropped
-        results[number] = None if arrays is None else TokenScores(**arrays)
+        results[number] = TokenScores(**arrays)
     return results
 
 
@@ -90,10 +90,11 @@ class Recorder:
         self._scores: dict[int, PartialScores] = {}  # by job number; drops what an abandoned call left
 
     def fetch(self, numbers: list[int]) -> bytes:
+        """Statistics by job number, of those jobs of which every row was computed."""
         if self._error:
             raise RuntimeError(self._error)
         found = {number: self._scores.pop(number) for number in numbers if number in self._scores}
-        return pickle.dumps({n: scores.arrays if scores.complete else None for n, scores in found.items()})
+        return pickle.dumps({number: scores.arrays for number, scores in found.items() if scores.complete})
 
     def step(self, hidden_ND: Tensor, head: Head, batch: Batch) -> None:
         """Take in one step: hidden_ND are the last hidden states of the batch's tokens, `head` the LM head."""
