@@ -170,11 +170,9 @@ class SGLangBackend(BaseBackend):
         sampling, num_prompt = request.sampling, len(request.prompt_ids)
         limited = sampling.replace(max_new_tokens=min(sampling.max_new_tokens, self.info.max_len - num_prompt))
         output = await self._engine.async_generate(
-            input_ids=request.prompt_ids.tolist(),
-            sampling_params=self.sampling_args(limited, self.info.eos_ids, request.seed),
-            return_logprob=True,
-            rid=Job(prompt_len=num_prompt, seed=request.seed).rid(),
-        )
+            input_ids=request.prompt_ids.tolist(), rid=Job(prompt_len=num_prompt, seed=request.seed).rid(),
+            sampling_params=self.sampling_args(limited, self.info.eos_ids, request.seed), return_logprob=True,
+        )  # fmt: skip
         meta = output["meta_info"]
         check(meta)
         token_ids_T = np.asarray(output["output_ids"], np.int32)

@@ -36,9 +36,8 @@ def check(meta: dict[str, Any]) -> None:
     if reason.get("type") == "abort":
         raise EngineError(f"SGLang gave a request up: {reason.get('message')}")
     if reason.get("matched") == "NaN happened":
-        raise EngineError(
-            "the model's logits are not numbers (SGLang: NaN happened): set backend.dtype=float32 or another model"
-        )
+        why = "the model's logits are not numbers (SGLang: NaN happened)"
+        raise EngineError(f"{why}: set backend.dtype=float32 or another model")
     for info in meta.get(INFO) or ():
         if info and (error := info.get("error") or info.get("sampler_error")):
             fix = "set backend.in_engine_stats=false" if "error" in info else "report it with the worker's log"
@@ -77,15 +76,11 @@ class PublicScorer:
         """Logits (R, V) at the positions that give these response tokens; log-probabilities where there is no head."""
         import torch
 
-        output = self._engine.generate(
-            input_ids=[*response.prompt_ids.tolist(), *response.token_ids_T[: at.stop].tolist()],
-            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
-            return_logprob=True,
-            logprob_start_len=len(response.prompt_ids) + at.start - 1,
-            token_ids_logprob=list(range(self._vocab_size)),
-            return_hidden_states=self._head_VD is not None,
-        )
-        meta = output["meta_info"]
+        meta = self._engine.generate(
+            input_ids=[*response.prompt_ids.tolist(), *response.token_ids_T[: at.stop].tolist()], return_logprob=True,
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0}, token_ids_logprob=list(range(self._vocab_size)),
+            logprob_start_len=len(response.prompt_ids) + at.start - 1, return_hidden_states=self._head_VD is not None,
+        )["meta_info"]  # fmt: skip
         check(meta)
         logprobs_RV = torch.empty(len(at), self._vocab_size)
         # the first entry is a placeholder

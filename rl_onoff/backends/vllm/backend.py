@@ -147,7 +147,8 @@ class VLLMBackend(BaseBackend):
                 for skip_cache in (False, True):
                     incomplete: list[int] = []
                     for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
-                        numbers, found = [number for number, _ in finished], dict[int, TokenScores]()
+                        numbers = [number for number, _ in finished]
+                        found: dict[int, TokenScores] = {}
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
                             found |= read(encoded, Path(folder))
                         incomplete += [number for number in numbers if number not in found]
