@@ -120,8 +120,9 @@ class Engine:
         import torch
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        self._llm.llm_engine.engine_core.shutdown()
-        self._llm = None
+        llm, self._llm = self._llm, None
+        llm.llm_engine.engine_core.shutdown()
+        del llm
         gc.collect()
         cleanup_dist_env_and_memory()
         if self._on_cpu:
