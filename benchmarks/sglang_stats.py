@@ -55,7 +55,7 @@ class Ways:
         want = Want(top_k=5)
 
         async def together() -> None:
-            await asyncio.gather(*(self._backend._probe(response, want, [].append) for response in self._responses))
+            await asyncio.gather(*(self._backend._probe(response, want) for response in self._responses))
 
         self._engine.loop.run_until_complete(together())
 

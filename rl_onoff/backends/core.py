@@ -181,18 +181,21 @@ class CoreBackend(Core):
 
 
 def disagreement(
-    vocab_size: int, allowed: float, inside: Callable[[Rollout], np.ndarray], public: Callable[[Rollout], np.ndarray]
+    vocab_size: int,
+    allowed: float,
+    score: Callable[[Sequence[Rollout], Want], Iterable[TokenScores]],
+    public: Callable[[Rollout], np.ndarray],
 ) -> str:
     """Why statistics computed inside an engine cannot be used, empty where they can: the logprobs of a short response
     from inside the engine and from its public API may be `allowed` nats apart."""
     ids = np.arange(1, 13, dtype=np.int32) * 7919 % vocab_size
     rollout = Rollout(request_id="check", sample=0, prompt_ids=ids[:4], token_ids_T=ids[4:])
     try:
-        inside_T = inside(rollout)
+        (inside,) = score([rollout], Want())
     except Exception as error:  # whatever moved inside the engine, its public API is still there
         log.debug("in-engine statistics failed", exc_info=True)
         return f"{type(error).__name__}: {error}"
-    worst = float(np.abs(inside_T - public(rollout)).max())
+    worst = float(np.abs(inside.logprobs_T - public(rollout)).max())
     return "" if worst <= allowed else f"its logprobs are off by up to {worst:.2g} nats"
 
 

@@ -87,3 +87,12 @@ def replicas_that_fit(num_devices: int) -> int:
     from rl_onoff.workers import devices
 
     return devices.replicas_that_fit(num_devices)
+
+
+def cores_by_rank(num_ranks: int) -> str:
+    """This process's cores dealt out to the ranks of a CPU engine, as engines write it: `0,1|2,3`; with too few of them
+    ranks share."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, min(len(cores) // num_ranks, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
+    ranks = ([cores[(rank * each + i) % len(cores)] for i in range(each)] for rank in range(num_ranks))
+    return "|".join(",".join(map(str, rank)) for rank in ranks)

@@ -7,9 +7,9 @@ from rl_onoff.backends.sglang.backend import SGLangBackend
 
 class MovedSGLang(SGLangBackend):
     def _start(self, in_engine: bool) -> None:
-        from sglang.srt.entrypoints.engine import Engine
+        from sglang.srt.managers.scheduler import run_scheduler_process
 
-        from rl_onoff.backends.sglang import hooks as probes
+        from rl_onoff.backends.sglang import hooks
 
-        probes.engine_class = lambda: Engine  # without our hooks
+        hooks.run_scheduler = run_scheduler_process  # without our hooks
         super()._start(in_engine)

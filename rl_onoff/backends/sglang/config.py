@@ -1,13 +1,18 @@
-"""Options of the SGLang backend."""
+"""Options of the SGLang backend, and what they are to SGLang (0.5.23)."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import UsageError, at_least
+from rl_onoff.sampling import LogprobKind
+
+MARGIN = 7  # positions of its context that SGLang never fills: a prompt must be that much shorter
+CPU_POOL = 16384  # tokens in the key-value cache on a CPU, where a fraction of all memory would be too much
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,18 +29,65 @@ class SGLangBackendConfig(EngineConfig):
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "model_path=model.name", "tokenizer_path=model.tokenizer", "dtype", "tp_size", "dp_size", "mem_fraction_static",
-        "context_length",
-        "random_seed=backend.seed", "revision=model.revision", "trust_remote_code=model.trust_remote_code",
+        "context_length", "random_seed=backend.seed", "revision=model.revision",
+        "trust_remote_code=model.trust_remote_code",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         at_least(1, "backend.context_length", self.context_length, "4096, or null for the model's own")
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
-            raise UsageError(
-                f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1: "
-                "set backend.mem_fraction_static=0.85"
-            )
+            what = f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1"
+            raise UsageError(f"{what}: set backend.mem_fraction_static=0.85")
 
     def with_float32_head(self) -> Self:
         return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "enable_fp32_lm_head": True})
+
+    def environment(self) -> dict[str, str]:
+        """What SGLang reads from the environment only, most of it while it is imported."""
+        import torch
+
+        from rl_onoff.backends.placement import cores_by_rank
+
+        values = {
+            "SGLANG_RETURN_ORIGINAL_LOGPROB": "1" if self.logprob_kind is LogprobKind.raw else "0",
+            # for MARGIN; no position beyond the model's own is ever used
+            "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+        }
+        if not torch.cuda.is_available():
+            values["SGLANG_USE_CPU_ENGINE"] = "1"
+            if self.num_devices > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
+                # else every rank wants a NUMA node of its own
+                values["SGLANG_CPU_OMP_THREADS_BIND"] = cores_by_rank(self.num_devices)
+        return values
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of sglang's Engine."""
+        import torch
+        from sglang.srt.utils.hf_transformers_utils import get_config, get_context_length
+
+        from rl_onoff.models.resolve import resolve
+
+        files = resolve(self.model_name, revision=self.revision)
+        model = get_config(files.path, trust_remote_code=self.trust_remote_code, revision=files.revision)
+        longest = get_context_length(model.get_text_config())
+        if (self.context_length or 0) > longest:
+            what = f"backend.context_length is {self.context_length} but the model holds {longest}"
+            raise UsageError(f"{what}: set backend.context_length={longest} or less")
+        arguments: dict[str, Any] = {
+            "model_path": files.path, "revision": files.revision, "trust_remote_code": self.trust_remote_code,
+            "tokenizer_path": resolve(self.tokenizer).path if self.tokenizer else files.path,
+            "dtype": self.weights_dtype, "tp_size": self.num_devices, "random_seed": self.seed, "log_level": "warning",
+            "mem_fraction_static": self.mem_fraction_static or 0.85,
+            "context_length": (self.context_length or longest) + MARGIN,
+            "sampling_defaults": "openai",  # not the model's generation config
+            "sampling_backend": "pytorch",  # the one that our sampler stands in for
+        }  # fmt: skip
+        if torch.cuda.is_available():
+            arguments["enable_deterministic_inference"] = True  # a response must not depend on its batch
+        else:
+            # a CPU has no deterministic mode: SGLang refuses its attention there, and in float32 the batch changes
+            # nothing that counts. A scheduler without work that did not sleep would keep a core busy
+            pool = max(CPU_POOL, (self.context_length or 0) + MARGIN + 1)
+            arguments |= {"device": "cpu", "disable_cuda_graph": True, "max_total_tokens": pool, "sleep_on_idle": True}
+        return arguments | self.engine_kwargs

@@ -17,7 +17,8 @@ from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
-from rl_onoff.backends.vllm.hooks import job_of, read
+from rl_onoff.backends.vllm.engine import Engine, options
+from rl_onoff.backends.vllm.hooks import HOOKS, job_of, read
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
@@ -38,32 +39,30 @@ class VLLMBackend(BaseBackend):
     worker_by_default: ClassVar[bool] = True
     config: VLLMBackendConfig
 
-    _engine: Any = None
+    _engine: Engine | None = None
     _in_engine = False
-
-    # -- the engine's four calls ---------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
         vllm = self._import_engine()
-        from rl_onoff.backends.vllm.engine import HOOKS, options
         from rl_onoff.models.resolve import end_ids
 
-        self._in_engine = self.config.in_engine_stats
-        if self._in_engine and not options() >= HOOKS:
-            self._fall_back(f"version {vllm.__version__} takes no worker extension")
-        engine = self._running(self._sampling_mode)
-        if self._in_engine and (why := self._disagreement()):
-            self._fall_back(why)
+        why = f"version {vllm.__version__} takes no worker extension"
+        self._in_engine = self.config.in_engine_stats and options() >= HOOKS.keys()
+        engine = self._running()
+        if self._in_engine:
+            why = self._disagreement()
+            self._in_engine = not why
+        if self.config.in_engine_stats and not self._in_engine:
+            log.warning(
+                "token statistics are not computed inside this vLLM (%s): they come through its public API, which is "
+                "much slower", why,
+            )  # fmt: skip
+        eos_ids = end_ids(engine.model.try_get_generation_config().get("eos_token_id"), self.get_tokenizer())
         return EngineInfo(
-            engine=self.name,
-            version=vllm.__version__,
-            dtype=str(engine.model.dtype).removeprefix("torch."),
-            vocab_size=engine.vocab_size,
-            max_len=engine.model.max_model_len,
-            eos_ids=end_ids(engine.model.try_get_generation_config().get("eos_token_id"), self.get_tokenizer()),
-            in_engine_stats=self._in_engine,
-            batch=engine.batch,
-        )
+            engine=self.name, version=vllm.__version__, dtype=str(engine.model.dtype).removeprefix("torch."),
+            vocab_size=engine.vocab_size, max_len=engine.model.max_model_len, eos_ids=eos_ids,
+            in_engine_stats=self._in_engine, batch=engine.batch,
+        )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         from vllm import SamplingParams
@@ -74,13 +73,12 @@ class VLLMBackend(BaseBackend):
                 args["max_tokens"] = min(args["max_tokens"], self.info.max_len - len(request.prompt_ids))
                 yield request, request.prompt_ids.tolist(), SamplingParams(**args)
 
-        for finished in self._running(self._sampling_mode).run(take):
+        for finished in self._running().run(take):
             for request, output in finished:
                 yield self._rollout(request, output.outputs[0])
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        for rollout, scores in (self._stats if self._in_engine else self._public_stats)(rollouts, want):
-            yield scores.of(rollout)
+        yield from (self._stats if self._in_engine else self._public_stats)(rollouts, want)
 
     def _close(self) -> None:
         engine, self._engine = self._engine, None
@@ -92,15 +90,12 @@ class VLLMBackend(BaseBackend):
         """vLLM's SamplingParams of one response."""
         low, high = TEMPERATURES
         if not sampling.greedy and not low <= sampling.temperature <= high:
-            raise UsageError(
-                f"sampling.temperature is {sampling.temperature} but vLLM takes 0 (greedy) or {low} to {high}: set "
-                "sampling.temperature=1"
-            )
+            takes = f"vLLM takes 0 (greedy) or {low} to {high}"
+            raise UsageError(f"sampling.temperature is {sampling.temperature} but {takes}: set sampling.temperature=1")
         if sampling.min_p > 0 and sampling.top_p < 1 and not sampling.greedy:
-            raise UsageError(
-                f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together mean something else in "
-                "vLLM, which cuts by min_p first: set sampling.min_p=0 or sampling.top_p=1"
-            )
+            both = f"sampling.min_p={sampling.min_p} and sampling.top_p={sampling.top_p} together"
+            why = f"{both} mean something else in vLLM, which cuts by min_p first"
+            raise UsageError(f"{why}: set sampling.min_p=0 or sampling.top_p=1")
         return {
             # with n above 1 and a seed vLLM would draw sample i from seed + i
             "n": 1, "seed": seed, "max_tokens": sampling.max_new_tokens, "min_tokens": 0,
@@ -112,16 +107,9 @@ class VLLMBackend(BaseBackend):
             "detokenize": bool(sampling.stop), "skip_special_tokens": True, "spaces_between_special_tokens": False,
         }  # fmt: skip
 
-    # -- generation ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _sampling_mode(self) -> str:
-        return f"{self.config.logprob_kind.value}_logprobs"
-
-    def _running(self, mode: str) -> Any:
+    def _running(self, mode: str | None = None) -> Engine:
         """The engine, in this logprobs_mode. Only scores by the public API need another than sampling does."""
-        from rl_onoff.backends.vllm.engine import Engine
-
+        mode = mode or f"{self.config.logprob_kind.value}_logprobs"
         if self._engine is not None and self._engine.mode != mode:
             log.warning("vLLM is loaded again to report %s: its public API cannot sample and score in one life", mode)
             self._close()
@@ -134,29 +122,20 @@ class VLLMBackend(BaseBackend):
         logprobs_T = np.array([flat.logprobs[at] for at in flat.start_indices], np.float32)
         if request.sampling.greedy and self.config.logprob_kind is LogprobKind.processed:
             logprobs_T[:] = 0.0  # vLLM reports raw ones here, but greedy decoding draws from a single token
-        if output.finish_reason == "length":
-            reason = FinishReason.length
-        elif output.finish_reason == "stop":
-            reason = FinishReason.stop if isinstance(output.stop_reason, str) else FinishReason.eos
-        else:
-            raise EngineError(
-                f"vLLM ended response {request.sample} to request {request.request_id!r} with {output.finish_reason!r}"
-            )
+        stopped = FinishReason.stop if isinstance(output.stop_reason, str) else FinishReason.eos
+        reason = {"length": FinishReason.length, "stop": stopped}.get(output.finish_reason)
+        if reason is None:
+            response = f"response {request.sample} to request {request.request_id!r}"
+            raise EngineError(f"vLLM ended {response} with {output.finish_reason!r}")
         return Rollout(
-            request_id=request.request_id,
-            sample=request.sample,
-            token_ids_T=np.array(output.token_ids, np.int32),
-            logprobs_T=logprobs_T,
-            kind=self.config.logprob_kind,
-            finish_reason=reason,
-        )
+            request_id=request.request_id, sample=request.sample, token_ids_T=np.array(output.token_ids, np.int32),
+            logprobs_T=logprobs_T, kind=self.config.logprob_kind, finish_reason=reason,
+        )  # fmt: skip
 
-    # -- statistics ----------------------------------------------------------------------------------------------------
-
-    def _stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[tuple[Rollout, TokenScores]]:
+    def _stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         """Inside the engine. A response of which some row was never computed, being cached, is scored again without the
         cache."""
-        engine = self._running(self._sampling_mode)
+        engine = self._running()
         most = None
         if want.full_logits:
             longest = max(len(response.token_ids_T) for response in responses)
@@ -166,67 +145,69 @@ class VLLMBackend(BaseBackend):
             try:
                 waiting: Sequence[int] = range(len(responses))
                 for skip_cache in (False, True):
-                    incomplete = []
+                    incomplete: list[int] = []
                     for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
                         numbers = [number for number, _ in finished]
-                        found: dict[int, TokenScores | None] = {}
+                        found: dict[int, TokenScores] = {}
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
                             found |= read(encoded, Path(folder))
-                        for number in numbers:
-                            if (stats := found.pop(number, None)) is None:
-                                incomplete.append(number)
-                            else:
-                                yield responses[number], stats
+                        incomplete += [number for number in numbers if number not in found]
+                        for number in list(found):
+                            yield found.pop(number).of(responses[number])
                     waiting = incomplete
             finally:
-                if not engine.closed:
-                    engine.rpc("rl_onoff_end")
+                if self._engine is engine:  # else it was closed meanwhile
+                    engine.rpc("rl_onoff_begin", pickle.dumps(None), "")
         if waiting:
-            raise EngineError(
-                f"vLLM computed only a part of {len(waiting)} responses: set backend.in_engine_stats=false"
-            )
+            why = f"vLLM computed only a part of {len(waiting)} responses"
+            raise EngineError(f"{why}: set backend.in_engine_stats=false")
 
-    def _public_stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[tuple[Rollout, TokenScores]]:
+    def _public_stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         """Through vLLM's public API: the whole vocabulary's logits at every position, as Python lists.
 
         Slow, and only a fallback, for a vLLM whose insides have moved. One response at a time, for each is gigabytes of
         objects. It is logits, for logprobs have lost their logsumexp.
         """
+        import torch
         from vllm import SamplingParams
 
         engine = self._running("raw_logits")
         params = SamplingParams(prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, **PREFILL)
         inputs = ((response, _prefix(response), params.clone()) for response in responses)
+        size = chunk_rows(engine.vocab_size, "cpu")
         for finished in engine.run(whole(inputs), most=1):
             for response, output in finished:
-                yield response, _public_scores(output, response, want, engine.vocab_size)
+                # prompt_logprobs[i] tells of token i, given those before it; the last row is that of the sampled token
+                first, token_ids_T = len(response.prompt_ids), torch.from_numpy(response.token_ids_T)
+                rows = [(output.prompt_logprobs, i) for i in range(first, first + len(token_ids_T) - 1)]
+                rows.append((output.outputs[0].logprobs, 0))
+                scores = stats_of_hidden(rows, self._public_logits, token_ids_T, want, rows=size)
+                yield scores.of(response)
+
+    def _public_logits(self, rows: Sequence[tuple[Any, int]]) -> Any:
+        """Logits (R, V) of positions in what vLLM's flat_logprobs gives."""
+        import torch
+
+        logits_RV = np.full((len(rows), self._running("raw_logits").vocab_size), -np.inf, np.float32)
+        for logits_V, (flat, position) in zip(logits_RV, rows, strict=True):
+            entries = slice(flat.start_indices[position], flat.end_indices[position])
+            logits_V[np.array(flat.token_ids[entries], np.int64)] = np.array(flat.logprobs[entries], np.float32)
+        return torch.from_numpy(logits_RV)
 
     def _disagreement(self) -> str:
         from vllm import SamplingParams
 
-        engine = self._engine
-
-        def inside(rollout: Rollout) -> np.ndarray:
-            engine.rpc("rl_onoff_install")
-            ((_, scores),) = self._stats([rollout], Want())
-            return scores.logprobs_T
+        engine = self._running()
 
         def public(rollout: Rollout) -> np.ndarray:
-            ids = [*rollout.prompt_ids.tolist(), *rollout.token_ids_T.tolist()]
+            ids = [*_prefix(rollout), int(rollout.token_ids_T[-1])]
             ((_, output),) = next(engine.run(whole([(None, ids, SamplingParams(prompt_logprobs=0, **PREFILL))])))
             first = len(rollout.prompt_ids)
             return np.array([output.prompt_logprobs[i][ids[i]].logprob for i in range(first, len(ids))])
 
         # logits of half precision are steps of 0.1 apart
         allowed = 2e-3 if str(engine.model.dtype) == "torch.float32" else 0.5
-        return disagreement(engine.vocab_size, allowed, inside, public)
-
-    def _fall_back(self, why: str) -> None:
-        log.warning(
-            "token statistics are not computed inside this vLLM (%s): they come through its public API, which is much "
-            "slower", why,
-        )  # fmt: skip
-        self._in_engine = False
+        return disagreement(engine.vocab_size, allowed, self._stats, public)
 
 
 def _prefix(response: Rollout) -> list[int]:
@@ -242,26 +223,3 @@ def _jobs(responses: Sequence[Rollout], numbers: Iterable[int], skip_cache: bool
         job = job_of(number, responses[number])
         params = SamplingParams(extra_args=job, skip_reading_prefix_cache=skip_cache, **PREFILL)
         yield number, _prefix(responses[number]), params
-
-
-def _public_scores(output: Any, response: Rollout, want: Want, vocab_size: int) -> TokenScores:
-    """Statistics from the RequestOutput of `prompt + response[:-1]`; the last row is that of the sampled token."""
-    import torch
-
-    prompt, sampled = output.prompt_logprobs, output.outputs[0].logprobs
-    first = len(response.prompt_ids)  # prompt_logprobs[i] tells of token i, given those before it
-    rows = [(prompt, position) for position in range(first, first + len(response.token_ids_T) - 1)] + [(sampled, 0)]
-
-    def logits_V(flat: Any, position: int) -> np.ndarray:
-        entries = slice(flat.start_indices[position], flat.end_indices[position])
-        logits = np.full(vocab_size, -np.inf, np.float32)
-        logits[np.array(flat.token_ids[entries], np.int64)] = np.array(flat.logprobs[entries], np.float32)
-        return logits
-
-    return stats_of_hidden(
-        rows,
-        lambda rows: torch.from_numpy(np.stack([logits_V(*row) for row in rows])),
-        torch.from_numpy(response.token_ids_T),
-        want,
-        rows=chunk_rows(vocab_size, "cpu"),
-    )

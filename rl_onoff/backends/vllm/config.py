@@ -39,10 +39,8 @@ class VLLMBackendConfig(EngineConfig):
         EngineConfig.__post_init__(self)
         at_least(1, "backend.max_model_len", self.max_model_len, "4096, or null for the model's own")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            raise UsageError(
-                f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1: "
-                "set backend.gpu_memory_utilization=0.9"
-            )
+            what = f"backend.gpu_memory_utilization is {self.gpu_memory_utilization} but must be above 0 and at most 1"
+            raise UsageError(f"{what}: set backend.gpu_memory_utilization=0.9")
 
     def across_nodes(self) -> Self:
         # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from

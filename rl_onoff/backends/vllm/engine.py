@@ -1,5 +1,4 @@
-"""vLLM's engine as this project uses it: started with explicit settings, fed request by request, ended without a
-trace."""
+"""vLLM's engine as we use it: started with explicit settings, fed request by request, ended without a trace."""
 
 from __future__ import annotations
 
@@ -11,13 +10,12 @@ from typing import Any
 
 import psutil
 
+from rl_onoff.backends.placement import cores_by_rank
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
+from rl_onoff.backends.vllm.hooks import HOOKS
 from rl_onoff.errors import UsageError
 
-Input = tuple[Any, Sequence[int], Any]  # tag, token ids, params
-Take = Callable[[int, bool], Iterable[Input]]
-
-HOOKS = frozenset(("worker_extension_cls", "scheduler_cls"))  # the options by which statistics get into the engine
+Take = Callable[[int, bool], Iterable[tuple[Any, Sequence[int], Any]]]  # tag, token ids, params
 
 
 def options() -> frozenset[str]:
@@ -39,27 +37,21 @@ class Engine:
 
         for option in config.engine_kwargs:
             if option not in options():
-                raise UsageError(
-                    f"backend.engine_kwargs.{option} is no option of this vLLM: drop it or correct its name"
-                )
+                what = f"backend.engine_kwargs.{option} is no option of this vLLM"
+                raise UsageError(f"{what}: drop it or correct its name")
         files = resolve(config.model_name, revision=config.revision)
         self._on_cpu = current_platform.is_cpu()
         self.mode = mode  # vLLM's logprobs_mode, which is fixed for life
         kwargs: dict[str, Any] = {
-            "model": files.path,
-            "revision": files.revision,
+            "model": files.path, "revision": files.revision, "trust_remote_code": config.trust_remote_code,
             "tokenizer": resolve(config.tokenizer).path if config.tokenizer else files.path,
-            "trust_remote_code": config.trust_remote_code,
-            "dtype": config.weights_dtype,
-            "tensor_parallel_size": config.num_devices,
+            "dtype": config.weights_dtype, "tensor_parallel_size": config.num_devices,
             "max_model_len": config.max_model_len,
             "enforce_eager": config.enforce_eager or self._on_cpu,  # compiling for a CPU takes longer than most runs
-            "seed": config.seed,
+            "seed": config.seed, "disable_log_stats": True,
             "generation_config": "vllm",  # nothing of the model's own sampling defaults
-            "logprobs_mode": mode,
-            "max_logprobs": -1 if mode == "raw_logits" else 0,
-            "disable_log_stats": True,
-        }
+            "logprobs_mode": mode, "max_logprobs": -1 if mode == "raw_logits" else 0,
+        }  # fmt: skip
         if config.gpu_memory_utilization is not None:
             kwargs["gpu_memory_utilization"] = config.gpu_memory_utilization
         if self._on_cpu:
@@ -67,22 +59,29 @@ class Engine:
             # 0.32 fails on a CPU where a prompt with a seed is cut: "CPU Generator does not use offset"
             kwargs["enable_chunked_prefill"] = False
         if in_engine:
-            from rl_onoff.backends.vllm.hooks import EXTENSION, SCHEDULER
-
-            kwargs |= {"worker_extension_cls": EXTENSION, "scheduler_cls": SCHEDULER}
-        _set_environment(config.num_devices, self._on_cpu)
+            kwargs |= HOOKS
+        # vLLM's settings that are environment variables; what the user has set stays
+        environment = {"VLLM_NO_USAGE_STATS": "1"}
+        if config.num_devices == 1:
+            # this process is the engine's own already; loads in a fifth of the time
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if self._on_cpu:
+            environment |= {
+                "TORCH_COMPILE_DISABLE": "1",
+                # GiB: an eighth
+                "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(16, psutil.virtual_memory().available // 2**33))),
+                "VLLM_CPU_OMP_THREADS_BIND": cores_by_rank(config.num_devices),  # vLLM would leave one idle
+            }
             torch.compiler.set_stance("force_eager")  # the sampler's kernels too: a minute of compiling on two cores
+        for name, value in environment.items():
+            os.environ.setdefault(name, value)
         with hub_errors(config.model_name):
             self._llm: Any = LLM(**kwargs | config.engine_kwargs)
         self.model = self._llm.llm_engine.model_config
         self.vocab_size: int = self.model.get_vocab_size()
+        # most requests that are computed at once
+        self.batch: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self._number = 0  # of the latest request
-
-    @property
-    def batch(self) -> int:
-        """Most requests that are computed at once."""
-        return self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
 
     def run(self, take: Take, most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
         """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
@@ -117,39 +116,14 @@ class Engine:
         """Call a method of our extension in every worker."""
         return self._llm.collective_rpc(method, args=args)
 
-    @property
-    def closed(self) -> bool:
-        return self._llm is None
-
     def close(self) -> None:
-        llm, self._llm = self._llm, None
-        if llm is None:
-            return
         import torch
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+        llm, self._llm = self._llm, None
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
         if self._on_cpu:
             torch.compiler.set_stance("default")
-
-
-def _set_environment(tensor_parallel: int, on_cpu: bool) -> None:
-    """vLLM's settings that are environment variables; what the user has set stays."""
-    values = {"VLLM_NO_USAGE_STATS": "1"}
-    if tensor_parallel == 1:
-        # this process is the engine's own already; loads in a fifth of the time
-        values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if on_cpu:
-        memory = psutil.virtual_memory().available
-        values["TORCH_COMPILE_DISABLE"] = "1"
-        values["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, min(16, memory // 2**33)))  # GiB: an eighth
-        cores = sorted(os.sched_getaffinity(0))
-        each = max(1, min(len(cores) // tensor_parallel, int(os.environ.get("OMP_NUM_THREADS") or len(cores))))
-        ranks = [cores[rank * each : (rank + 1) * each] for rank in range(tensor_parallel)]
-        # vLLM would leave one idle
-        values["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, rank)) for rank in ranks)
-    for name, value in values.items():
-        os.environ.setdefault(name, value)

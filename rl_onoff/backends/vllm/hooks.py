@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXTENSION = f"{__name__}.StatsExtension"
-SCHEDULER = f"{__name__}.capped_scheduler"
+# the options by which statistics get into the engine
+HOOKS = {"worker_extension_cls": f"{__name__}.StatsExtension", "scheduler_cls": f"{__name__}.capped_scheduler"}
 JOB = "rl_onoff"  # the key in extra_args
 Head = Callable[["Tensor"], "Tensor | None"]
-# job, position of its first scheduled token, number of them, their offset
-Batch = Iterator[tuple[Mapping[str, Any], int, int, int]]
+Batch = Iterator[tuple[Mapping[str, Any], int, int, int]]  # job, position of its first scheduled token, count, offset
 
 
 def job_of(number: int, response: Rollout) -> dict[str, Any]:
@@ -46,47 +46,42 @@ def _job_in(params: Any) -> Mapping[str, Any] | None:
     return (params.extra_args or {}).get(JOB) if params is not None else None
 
 
-def read(encoded: bytes, folder: Path) -> dict[int, TokenScores | None]:
-    """What `fetch` sent: statistics by job number, None for a job of which some row was never computed."""
-    results: dict[int, TokenScores | None] = {}
+def read(encoded: bytes, folder: Path) -> dict[int, TokenScores]:
+    """What `fetch` sent: statistics by job number."""
+    results: dict[int, TokenScores] = {}
     for number, arrays in pickle.loads(encoded).items():
-        if arrays is not None and (file := folder / str(number)).exists():
+        if (file := folder / str(number)).exists():
             arrays["logits_TV"] = read_logits(file, len(arrays["token_ids_T"]))
             file.unlink()  # the mapping keeps the pages until the array is dropped
-        results[number] = None if arrays is None else TokenScores(**arrays)
+        results[number] = TokenScores(**arrays)
     return results
 
 
 class StatsExtension:
-    """What vLLM mixes into its worker class; only `collective_rpc` calls it."""
+    """What vLLM mixes into its worker class; only `collective_rpc` calls it. Its first call hooks the model runner."""
 
     model_runner: Any
     vllm_config: Any
 
-    def rl_onoff_install(self) -> str:
-        """Hook the model runner of this worker; returns which one it is."""
-        from vllm.distributed import get_tensor_model_parallel_rank
-
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
-        self._rl_onoff = Recorder(vocab_size, get_tensor_model_parallel_rank() == 0)
-        return hook(self.model_runner, self._rl_onoff)
-
     def rl_onoff_begin(self, want: bytes, folder: str) -> None:
+        if not hasattr(self, "_rl_onoff"):
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            recorder = Recorder(self.vllm_config.model_config.get_vocab_size(), get_tensor_model_parallel_rank() == 0)
+            hook(self.model_runner, recorder)
+            self._rl_onoff = recorder
         self._rl_onoff.begin(pickle.loads(want), Path(folder))
 
     def rl_onoff_fetch(self, numbers: list[int]) -> bytes:
         return self._rl_onoff.fetch(numbers)
-
-    def rl_onoff_end(self) -> None:
-        self._rl_onoff.begin(None, Path())
 
 
 class Recorder:
     """Computes the statistics of the jobs in each step's batch. The same on both runners."""
 
     def __init__(self, vocab_size: int, keeps: bool):
-        self._vocab_size = vocab_size
-        self._keeps = keeps  # the first rank of a tensor parallel group; the others only take part in the LM head
+        # keeps: the first rank of a tensor parallel group; the others only take part in the LM head
+        self._vocab_size, self._keeps = vocab_size, keeps
         self.begin(None, Path())
 
     def begin(self, want: Want | None, folder: Path) -> None:
@@ -95,63 +90,58 @@ class Recorder:
         self._scores: dict[int, PartialScores] = {}  # by job number; drops what an abandoned call left
 
     def fetch(self, numbers: list[int]) -> bytes:
+        """Statistics by job number, of those jobs of which every row was computed."""
         if self._error:
             raise RuntimeError(self._error)
         found = {number: self._scores.pop(number) for number in numbers if number in self._scores}
-        return pickle.dumps({n: scores.arrays if scores.complete else None for n, scores in found.items()})
+        return pickle.dumps({number: scores.arrays for number, scores in found.items() if scores.complete})
 
     def step(self, hidden_ND: Tensor, head: Head, batch: Batch) -> None:
         """Take in one step: hidden_ND are the last hidden states of the batch's tokens, `head` the LM head."""
         if self._want is None or self._error:
             return
+        import torch
+
         try:
-            self._step(self._want, hidden_ND, head, batch)
+            spans: list[Span] = []
+            ids: list[np.ndarray] = []
+            hidden: list[Tensor] = []
+            row = 0
+            for job, first, num_tokens, offset in batch:
+                number, before, ids_T = job["number"], job["first"], np.frombuffer(job["ids"], np.int32)
+                start, stop = max(before, first), min(before + len(ids_T), first + num_tokens)
+                if start < stop:
+                    if self._keeps:
+                        file = self._folder / str(number) if self._want.full_logits else None
+                        scores = self._scores.setdefault(number, PartialScores(len(ids_T), self._want, file))
+                        spans.append(Span(scores, row, row + stop - start, start - before))
+                    ids.append(ids_T[start - before : stop - before])
+                    hidden.append(hidden_ND[offset + start - first : offset + stop - first])
+                    row += stop - start
+            if not ids:
+                return
+            # rows of all requests together: the LM head likes full chunks, and every rank must cut them alike
+            ids_R, hidden_RD = torch.from_numpy(np.concatenate(ids)).to(hidden_ND.device), torch.cat(hidden)
+            size, want = chunk_rows(self._vocab_size, hidden_ND.device.type), replace(self._want, full_logits=False)
+            with torch.inference_mode():
+                for at in range(0, row, size):
+                    logits_RV = head(hidden_RD[at : at + size])
+                    if self._keeps and logits_RV is not None:
+                        stats = token_stats(logits_RV, ids_R[at : at + size], want)
+                        for span in spans:
+                            span.put(at, stats, logits_RV)
         except Exception as e:  # the engine must not die of it: the error is raised by `fetch`, on our side
             log.exception("token statistics failed inside vLLM")
             self._error = f"{type(e).__name__}: {e}"
 
-    def _step(self, want: Want, hidden_ND: Tensor, head: Head, batch: Batch) -> None:
-        import torch
 
-        spans: list[Span] = []
-        ids: list[np.ndarray] = []
-        hidden: list[Tensor] = []
-        row = 0
-        for job, first, num_tokens, offset in batch:
-            number, before, ids_T = job["number"], job["first"], np.frombuffer(job["ids"], np.int32)
-            start, stop = max(before, first), min(before + len(ids_T), first + num_tokens)
-            if start < stop:
-                if self._keeps:
-                    file = self._folder / str(number) if want.full_logits else None
-                    scores = self._scores.setdefault(number, PartialScores(len(ids_T), want, file))
-                    spans.append(Span(scores, row, row + stop - start, start - before))
-                ids.append(ids_T[start - before : stop - before])
-                hidden.append(hidden_ND[offset + start - first : offset + stop - first])
-                row += stop - start
-        if not ids:
-            return
-        # rows of all requests together: the LM head likes full chunks, and every rank must cut them alike
-        ids_R = torch.from_numpy(np.concatenate(ids)).to(hidden_ND.device)
-        hidden_RD = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
-        size = chunk_rows(self._vocab_size, hidden_ND.device.type)
-        with torch.inference_mode():
-            for at in range(0, len(ids_R), size):
-                logits_RV = head(hidden_RD[at : at + size])
-                if self._keeps and logits_RV is not None:
-                    stats = token_stats(logits_RV, ids_R[at : at + size], replace(want, full_logits=False))
-                    for span in spans:
-                        span.put(at, stats, logits_RV)
-
-
-def hook(runner: Any, recorder: Recorder) -> str:
+def hook(runner: Any, recorder: Recorder) -> None:
     if hasattr(runner, "_get_prompt_logprobs_dict"):
         _hook_v1(runner, recorder)
-        return "V1"
-    if hasattr(runner, "prompt_logprobs_worker"):
-        if runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage
-            _hook_v2(runner.prompt_logprobs_worker, recorder)
-        return "V2"
-    raise RuntimeError(f"vLLM's {type(runner).__name__} is neither of the model runners that rl_onoff can hook")
+    elif not hasattr(runner, "prompt_logprobs_worker"):
+        raise RuntimeError(f"vLLM's {type(runner).__name__} is neither of the model runners that rl_onoff can hook")
+    elif runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage
+        _hook_v2(runner.prompt_logprobs_worker, recorder)
 
 
 def _hook_v1(runner: Any, recorder: Recorder) -> None:
@@ -160,8 +150,7 @@ def _hook_v1(runner: Any, recorder: Recorder) -> None:
     def batch(num_scheduled: Mapping[str, int]) -> Batch:
         for request_id, num_tokens in num_scheduled.items():
             request = runner.requests[request_id]
-            job = _job_in(request.sampling_params)
-            if job is not None:
+            if (job := _job_in(request.sampling_params)) is not None:
                 offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
                 yield job, request.num_computed_tokens, num_tokens, offset
 
@@ -177,8 +166,7 @@ def _hook_v2(worker: Any, recorder: Recorder) -> None:
     jobs: dict[str, Mapping[str, Any]] = {}
 
     def hooked_add(req_id: str, req_idx: int, sampling_params: Any) -> Any:
-        job = _job_in(sampling_params)
-        if job is not None:
+        if (job := _job_in(sampling_params)) is not None:
             jobs[req_id] = job
         return add_request(req_id, req_idx, sampling_params)
 
@@ -207,15 +195,11 @@ def capped_scheduler(**kwargs: Any) -> Any:
     this inside of vLLM has moved, rows are missing, which is seen, and those responses are scored again with the cache
     off.
     """
-    config = kwargs["vllm_config"].scheduler_config
-    if config.async_scheduling:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Scheduler
-    else:
-        from vllm.v1.core.sched.scheduler import Scheduler
-    scheduler = Scheduler(**kwargs)
-    manager = getattr(scheduler, "kv_cache_manager", None)
-    original = getattr(manager, "get_computed_blocks", None)
-    if manager is not None and original is not None:
+    config = copy(kwargs["vllm_config"].scheduler_config)
+    config.scheduler_cls = None
+    scheduler = config.get_scheduler_cls()(**kwargs)
+    manager: Any = getattr(scheduler, "kv_cache_manager", None)
+    if original := getattr(manager, "get_computed_blocks", None):
 
         def get_computed_blocks(request: Any) -> Any:
             job = _job_in(request.sampling_params)
