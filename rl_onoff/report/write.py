@@ -29,12 +29,12 @@ GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
 # `mean` and `worst` are, per target, the mean l and the largest |l|, or with nothing to compare the behaviour's mean
-# logprob and minus its lowest.
-COLUMNS = ("id", "sample", "chunk", "length", "reward", "finish", "groups", "mean", "worst")
+# logprob and minus its lowest. `context` of the `length` tokens were not sampled and are in neither number.
+COLUMNS = ("id", "sample", "chunk", "length", "context", "reward", "finish", "groups", "mean", "worst")
 SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # none could end <script> or open a comment
 SCRIPTS = (
-    "base.js", "codec.js", "plots.js", "metrics.js", "attribution.js", "plots_page.js", "colours.js", "filters.js",
-    "responses.js", "panel.js", "worst.js", "main.js",
+    "base.js", "codec.js", "plots.js", "metrics.js", "findings.js", "attribution.js", "plots_page.js", "steps.js",
+    "colours.js", "filters.js", "responses.js", "panel.js", "worst.js", "main.js",
 )  # fmt: skip
 
 
@@ -151,6 +151,7 @@ class _Chunks:
     has_targets: bool = False
 
     def write(self, responses: Sequence[ReportResponse]) -> None:
+        responses = [response.without_fillings() for response in responses]
         budget = self.bytes_per_token * sum(len(r.tokens) for r in responses)
         allowance = budget + self.saved / 4  # a quarter: limits that change slowly
         if self.saved > budget:
@@ -186,7 +187,8 @@ class _Chunks:
                 own[t] = text
         targets = enumerate(response.targets or (None,))
         means, worst = zip(*(self._numbers(i, response.behaviour, target) for i, target in targets), strict=True)
-        named = (rollout.request_id, rollout.sample, self.num_chunks, len(ids), rollout.reward)
+        lengths = (len(ids), int(response.context_T.sum()))
+        named = (rollout.request_id, rollout.sample, self.num_chunks, *lengths, rollout.reward)
         self.rows.append((*named, "" if finish is None else finish.value, response.groups, means, worst))
         self.has_behaviour |= response.behaviour is not None
         self.has_targets |= bool(response.targets)
@@ -214,6 +216,8 @@ class _Chunks:
     def index(self) -> dict[str, Any]:
         """Columns with one entry per response, and the worst tokens of every target."""
         found: dict[str, Any] = {name: [row[i] for row in self.rows] for i, name in enumerate(COLUMNS)}
+        if not any(found["context"]):
+            del found["context"]
         groups = {}
         for name in dict.fromkeys(name for of in found["groups"] for name in of):
             values = [of.get(name) for of in found["groups"]]
