@@ -60,19 +60,22 @@ class ReportResponse:
         mask_T = self.rollout.mask_T
         return np.zeros(len(self.tokens), bool) if mask_T is None else ~np.asarray(mask_T, bool)
 
-    def without_fillings(self) -> Self:
-        """The same without logprobs where the policy sampled nothing: what a file says there is a filling."""
-        if self.rollout.mask_T is None:
-            return self
-        context_T = self.context_T
+    def only_comparable(self) -> Self:
+        """The same without logprobs that cannot be compared: those of tokens that the policy did not sample, where a
+        filling may stand, and those of a target that scored other tokens (the comparison set the response aside).
+        """
+        context_T, ids_T = self.context_T, self.rollout.token_ids_T
         if len(context_T) != len(self.tokens):
             raise ValueError(f"a mask has {len(context_T)} entries for a response of {len(self.tokens)} tokens")
-
-        def blank(scores: TokenScores) -> TokenScores:
-            return replace(scores, logprobs_T=np.where(context_T, np.float32(np.nan), scores.logprobs_T))
-
-        behaviour = None if self.behaviour is None else blank(self.behaviour)
-        return replace(self, behaviour=behaviour, targets=[blank(target) for target in self.targets])
+        behaviour, nothing_T = self.behaviour, np.full(len(ids_T), np.nan, np.float32)
+        other = TokenScores(token_ids_T=ids_T, logprobs_T=nothing_T)
+        targets = [side if np.array_equal(side.token_ids_T, ids_T) else other for side in self.targets]
+        if context_T.any():
+            sampled = [np.where(context_T, nothing_T, side.logprobs_T) for side in targets]
+            targets = [replace(side, logprobs_T=x_T) for side, x_T in zip(targets, sampled, strict=True)]
+            if behaviour is not None:
+                behaviour = replace(behaviour, logprobs_T=np.where(context_T, nothing_T, behaviour.logprobs_T))
+        return replace(self, behaviour=behaviour, targets=targets)
 
 
 def pack_json(value: Any) -> bytes:

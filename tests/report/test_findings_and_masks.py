@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -112,6 +114,30 @@ def test_rows_that_were_set_aside_are_named_and_their_example_opens(page, tmp_pa
     assert page.errors() == []
 
 
+def test_what_was_set_aside_is_in_no_number_and_can_be_looked_at(page, tmp_path):
+    """b is named as set aside, and the target of c scored other tokens than were sampled: one fewer."""
+    longer = response("c", [-1.0, -2.0], [-8.0, -9.0])
+    other = replace(longer, targets=[longer.targets[0][:1]])
+    what = finding(what="other tokens in 1 of 3", tokens=0, example="c/0: 2 tokens under the behaviour and 1 under it")
+    compared = {"overall": OVERALL, "findings": [finding(), what], "set_aside": ["b/0", "c/0"]}
+    page.open(write_report(tmp_path / "aside.html", report([*two(), other], compared)), "#tokens")
+    chips = dict(zip(page.ids(), page.texts(".chips"), strict=True))
+    assert chips == {
+        "a sample 0": "2 tokensworst |ℓ| 0.5mean ℓ −0.25",
+        "b sample 0": "3 tokensset aside, in no metric",
+        "c sample 0": "2 tokensset aside, in no metric",
+    }
+    assert page.ids()[0] == "a sample 0"
+    page.set("sort", "mean")
+    assert page.ids()[0] == "a sample 0"
+    page.tab("worst")
+    assert page.texts("#worst tbody td:nth-child(3)") == ["−0.5"]
+    page.all("#findings button")[1].click()
+    page.wait(lambda: page.all("#panel.open"))
+    assert page.number("logprob0") == -1 and page.texts('#panel [data-is="l"]') == ["–"]
+    assert page.errors() == []
+
+
 @pytest.mark.parametrize("said", ["findings", "comparable"])
 def test_what_cannot_be_compared_shows_the_reason_and_no_number(page, tmp_path, said):
     """Numbers that stand in the file all the same are not shown either."""
@@ -125,12 +151,7 @@ def test_what_cannot_be_compared_shows_the_reason_and_no_number(page, tmp_path, 
     assert page.find("#findings li").text.startswith(
         "No number is headlined: both" if said == "findings" else "Set aside"
     )
-    for name, where in (
-        ("overview", "#headline"),
-        ("overview", "#plots"),
-        ("metrics", "#metric-table"),
-        ("worst", "#worst"),
-    ):
+    for name, where in (("overview", "#headline"), ("metrics", "#metric-table"), ("worst", "#worst")):
         page.tab(name)
         text = page.find(where).text
         assert "Not comparable, so no metric is shown" in text and "0.25" not in text

@@ -32,7 +32,7 @@ function findingLine({ what, fix, responses, tokens, example, fatal }) {
 }
 
 function exampleLink(example) {
-  const [, key, t] = /^([^]*?)(?: at token (\d+))?$/.exec(example);
+  const [, key, t] = /^([^]*?\/\d+)(?: at token (\d+)|: [^]*)?$/.exec(example) || [];
   return responseLink(key, example, t && Number(t));
 }
 
@@ -43,10 +43,12 @@ function responseLink(key, label, t) {
   return el("button", { type: "button", class: "link", onclick: () => openResponse(r, t) }, inked(label));
 }
 
+const keyOf = (r) => `${index.id[r]}/${index.sample[r] ?? 0}`;
+const isSetAside = (r) => (comparison().set_aside || []).includes(keyOf(r));
 let rowsByKey = null;
 
 function rowOfKey(key) {
-  rowsByKey ??= new Map(index.id.map((id, r) => [`${id}/${index.sample[r] ?? 0}`, r]));
+  rowsByKey ??= new Map(index.id.map((_, r) => [keyOf(r), r]));
   return rowsByKey.get(key);
 }
 

@@ -2,19 +2,19 @@
 
 const OVER = [
   { name: "kl_k3", label: "k3 KL", unit: "nats a token", floor: 0 },
-  { name: "ess_token", label: "effective sample size", unit: "share of the tokens" },
-  { name: "logprob_diff_mean", label: "mean |\u2113|", unit: "nats", floor: 0 },
+  { name: "ess_token", label: "Effective sample size", unit: "share of the tokens" },
+  { name: "logprob_diff_mean", label: "Mean |\u2113|", unit: "nats", floor: 0 },
   {
     name: "entropy",
-    label: "entropy",
+    label: "Entropy",
     unit: "nats",
     parts: [
       ["entropy_behaviour", "behaviour", "s0"],
       ["entropy_target", "target", "s1"],
     ],
   },
-  { name: "reward", label: "reward", unit: "mean" },
-  { name: "fraction_outside", label: "share outside the PPO bounds", unit: "share of the tokens", floor: 0 },
+  { name: "reward", label: "Reward", unit: "mean" },
+  { name: "fraction_outside", label: "Share outside the PPO bounds", unit: "share of the tokens", floor: 0 },
 ];
 const partsOf = ({ name, label, parts }) => parts || [[name, label, "s1"]];
 const metricAt = (entry, name) => (entry.metrics || {})[name];
@@ -75,7 +75,7 @@ function stepFigure(kind, entries, metric, drawing) {
   const parts = measuredOf(metric, entries);
   const says = kind === "step" ? "" : " Staleness: the training step minus the version of the weights that sampled.";
   return figure(
-    `${metric.label[0].toUpperCase()}${metric.label.slice(1)} by ${kind}`,
+    `${metric.label} by ${kind}`,
     `Bands are 95\u00a0% intervals. Click a ${kind === "step" ? "step" : "point"}, or move with the arrow keys, to list its worst responses.${says}`,
     drawing,
     () =>
