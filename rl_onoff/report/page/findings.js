@@ -43,12 +43,12 @@ function responseLink(key, label, t) {
   return el("button", { type: "button", class: "link", onclick: () => openResponse(r, t) }, inked(label));
 }
 
-const keyOf = (r) => `${index.id[r]}/${index.sample[r] ?? 0}`;
-const isSetAside = (r) => (comparison().set_aside || []).includes(keyOf(r));
+const responseKey = (r) => `${index.id[r]}/${index.sample[r] ?? 0}`;
+const isSetAside = (r) => (comparison().set_aside || []).includes(responseKey(r));
 let rowsByKey = null;
 
 function rowOfKey(key) {
-  rowsByKey ??= new Map(index.id.map((_, r) => [keyOf(r), r]));
+  rowsByKey ??= new Map(index.id.map((_, r) => [responseKey(r), r]));
   return rowsByKey.get(key);
 }
 
