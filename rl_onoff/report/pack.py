@@ -1,10 +1,11 @@
 """Responses as small binary chunks that the page inflates when it shows them. T tokens of a response, N of a chunk, K
 top tokens.
 
-A chunk is a JSON header and columns over all its tokens. Sampled tokens' logprobs are exact (float32); entropies are
-rounded to 1/4096 nat and the logprobs in the top lists to 1/1024 nat (0.05 % of a probability). A target's list is
-written relative to the base's (the behaviour's, or the first that has lists), because the two mostly agree and then
-deflate to almost nothing. Bytes of a column are stored plane by plane.
+A chunk is a JSON header and columns over all its tokens. Sampled tokens' logprobs are exact (float32), and NaN where a
+mask leaves the token out (column `context`); entropies are rounded to 1/4096 nat and the logprobs in the top lists to
+1/1024 nat (0.05 % of a probability). A target's list is written relative to the base's (the behaviour's, or the first
+that has lists), because the two mostly agree and then deflate to almost nothing. Bytes of a column are stored plane by
+plane.
 codec.js reads what is written here; change both together.
 """
 
@@ -14,9 +15,9 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -52,6 +53,29 @@ class ReportResponse:
     behaviour: TokenScores | None  # None: the tokens come from elsewhere, without logprobs
     targets: Sequence[TokenScores] = ()  # one per comparison, in the same order
     groups: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def context_T(self) -> np.ndarray:
+        """Which tokens the policy did not sample: bool."""
+        mask_T = self.rollout.mask_T
+        return np.zeros(len(self.tokens), bool) if mask_T is None else ~np.asarray(mask_T, bool)
+
+    def only_comparable(self) -> Self:
+        """The same without logprobs that cannot be compared: those of tokens that the policy did not sample, where a
+        filling may stand, and those of a target that scored other tokens (the comparison set the response aside).
+        """
+        context_T, ids_T = self.context_T, self.rollout.token_ids_T
+        if len(context_T) != len(self.tokens):
+            raise ValueError(f"a mask has {len(context_T)} entries for a response of {len(self.tokens)} tokens")
+        behaviour, nothing_T = self.behaviour, np.full(len(ids_T), np.nan, np.float32)
+        other = TokenScores(token_ids_T=ids_T, logprobs_T=nothing_T)
+        targets = [side if np.array_equal(side.token_ids_T, ids_T) else other for side in self.targets]
+        if context_T.any():
+            sampled = [np.where(context_T, nothing_T, side.logprobs_T) for side in targets]
+            targets = [replace(side, logprobs_T=x_T) for side, x_T in zip(targets, sampled, strict=True)]
+            if behaviour is not None:
+                behaviour = replace(behaviour, logprobs_T=np.where(context_T, nothing_T, behaviour.logprobs_T))
+        return replace(self, behaviour=behaviour, targets=targets)
 
 
 def pack_json(value: Any) -> bytes:
@@ -98,6 +122,8 @@ def pack_tokens(responses: Sequence[ReportResponse], limit: TopLimit) -> tuple[b
             put_ids(f"top{v}", ids, index)
         reference = np.where(ids == ids_N[rows], _steps(logprobs[v])[rows], reference)
         columns[f"top{v}_step"] = (steps_NK[kept_NK] - reference).astype(np.int16)
+    if any(r.rollout.mask_T is not None for r in responses):
+        columns["context"] = np.concatenate([r.context_T for r in responses]).astype(np.uint8)
     columns = {name: values for name, values in columns.items() if len(values)}
     kinds = [[name, values.dtype.str.lstrip("<|"), len(values)] for name, values in columns.items()]
     header = {"lengths": lengths, "views": len(views), "base": base, **limit._asdict(), "columns": kinds}

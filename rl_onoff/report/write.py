@@ -7,7 +7,7 @@ import hashlib
 import html
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from itertools import zip_longest
@@ -19,7 +19,7 @@ import numpy as np
 from rl_onoff.compare import Metric
 from rl_onoff.report.pack import TOP_LIMITS, ReportResponse, pack_json, pack_tokens
 from rl_onoff.rundir.files import whole
-from rl_onoff.types import TokenScores
+from rl_onoff.types import Key, TokenScores
 
 CHUNK_RESPONSES = 32
 CHUNK_TOKENS = 8_000
@@ -29,12 +29,12 @@ GUESSED_TOKENS = 2_000_000  # when nobody says how many are to come
 PROMPT_CHARS = 8_000  # of a prompt that are embedded
 TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its tokens are all there
 # `mean` and `worst` are, per target, the mean l and the largest |l|, or with nothing to compare the behaviour's mean
-# logprob and minus its lowest.
-COLUMNS = ("id", "sample", "chunk", "length", "reward", "finish", "groups", "mean", "worst")
+# logprob and minus its lowest. `context` of the `length` tokens were not sampled and are in neither number.
+COLUMNS = ("id", "sample", "chunk", "length", "context", "reward", "finish", "groups", "mean", "worst")
 SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # none could end <script> or open a comment
 SCRIPTS = (
-    "base.js", "codec.js", "plots.js", "metrics.js", "attribution.js", "plots_page.js", "colours.js", "filters.js",
-    "responses.js", "panel.js", "worst.js", "main.js",
+    "base.js", "codec.js", "plots.js", "metrics.js", "findings.js", "attribution.js", "plots_page.js", "steps.js",
+    "colours.js", "filters.js", "responses.js", "panel.js", "worst.js", "main.js",
 )  # fmt: skip
 
 
@@ -72,7 +72,8 @@ def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = B
     with whole(Path(path)) as part, part.open("w", encoding="ascii", errors="xmlcharrefreplace", newline="\n") as out:
         out.write(head.replace("<!-- title -->", html.escape(report.title)))
         _write_script(out, "summary", {name: getattr(report, name) for name in names} | {"metrics": metrics})
-        chunks = _Chunks(out, report.token_text, bytes_per_token, budget_bytes)
+        aside = [frozenset(comparison.get("set_aside") or ()) for comparison in report.comparisons]
+        chunks = _Chunks(out, report.token_text, aside, bytes_per_token, budget_bytes)
         responses, left_out = iter(report.responses), 0
         for batch in _batches(responses):
             chunks.write(batch)
@@ -137,6 +138,7 @@ class _Chunks:
 
     out: IO[str]
     token_text: Callable[[int], str] | None
+    set_aside: Sequence[Collection[str]]  # by target: `request id/sample` of responses that are in no number
     bytes_per_token: float
     bytes_left: float
     saved: float = 0.0
@@ -151,7 +153,8 @@ class _Chunks:
     has_targets: bool = False
 
     def write(self, responses: Sequence[ReportResponse]) -> None:
-        budget = self.bytes_per_token * sum(len(r.tokens) for r in responses)
+        responses = [response.only_comparable() for response in responses]
+        budget = self.bytes_per_token * sum(int((~r.context_T).sum()) for r in responses)
         allowance = budget + self.saved / 4  # a quarter: limits that change slowly
         if self.saved > budget:
             self.level = max(self.level - 1, 0)
@@ -185,21 +188,25 @@ class _Chunks:
             if self.texts[token_id] != text:
                 own[t] = text
         targets = enumerate(response.targets or (None,))
-        means, worst = zip(*(self._numbers(i, response.behaviour, target) for i, target in targets), strict=True)
-        named = (rollout.request_id, rollout.sample, self.num_chunks, len(ids), rollout.reward)
+        numbers = [self._numbers(i, rollout.key, response.behaviour, target) for i, target in targets]
+        means, worst = zip(*numbers, strict=True)
+        lengths = (len(ids), int(response.context_T.sum()))
+        named = (rollout.request_id, rollout.sample, self.num_chunks, *lengths, rollout.reward)
         self.rows.append((*named, "" if finish is None else finish.value, response.groups, means, worst))
         self.has_behaviour |= response.behaviour is not None
         self.has_targets |= bool(response.targets)
         return {"prompt": _cut(response.prompt, PROMPT_CHARS), "text": _cut(rollout.text, TEXT_CHARS), "own": own}
 
-    def _numbers(self, i: int, *sides: TokenScores | None) -> tuple[float | None, float | None]:
+    def _numbers(self, i: int, key: Key, *sides: TokenScores | None) -> tuple[float | None, float | None]:
         """A response's mean and worst number between behaviour and target i, whose worst tokens are kept."""
+        worst = self.worst_tokens.setdefault(i, [])
+        if i < len(self.set_aside) and "{}/{}".format(*key) in self.set_aside[i]:
+            return None, None
         q_T, p_T = (None if side is None else np.asarray(side.logprobs_T, np.float64) for side in sides)
         with np.errstate(invalid="ignore"):
             shown_T = p_T - q_T if p_T is not None and q_T is not None else q_T if p_T is None else p_T
         assert shown_T is not None
         size_T = np.nan_to_num(np.abs(shown_T), nan=-1.0, posinf=1e9)
-        worst = self.worst_tokens.setdefault(i, [])
         least = worst[-1][0] if len(worst) == NUM_WORST else 0.0
         for t in np.argsort(-size_T, kind="stable")[: min(NUM_WORST, int((size_T > least).sum()))]:
             q, p = (math.nan if side_T is None else float(side_T[t]) for side_T in (q_T, p_T))
@@ -214,6 +221,8 @@ class _Chunks:
     def index(self) -> dict[str, Any]:
         """Columns with one entry per response, and the worst tokens of every target."""
         found: dict[str, Any] = {name: [row[i] for row in self.rows] for i, name in enumerate(COLUMNS)}
+        if not any(found["context"]):
+            del found["context"]
         groups = {}
         for name in dict.fromkeys(name for of in found["groups"] for name in of):
             values = [of.get(name) for of in found["groups"]]

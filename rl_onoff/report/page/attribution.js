@@ -2,7 +2,7 @@
 
 function showAttribution() {
   const { attribution } = summary;
-  if (!attribution) return;
+  if (!attribution || !isComparable(summary.comparisons.find((c) => c.name === attribution.target))) return;
   const rows = attribution.rows.map((row) => {
     const share = num(row.share);
     return el(

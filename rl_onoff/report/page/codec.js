@@ -135,6 +135,8 @@ function valueAt(response, name, v, t) {
   return column ? column[response.start + t] : NaN;
 }
 
+// The policy did not sample this token: it has no logprob, and counts nowhere.
+const isContext = (response, t) => Boolean(response.chunk.columns.context?.[response.start + t]);
 const logprobAt = (response, v, t) => valueAt(response, "logprob", v, t);
 
 function entropyAt(response, v, t) {

@@ -31,7 +31,15 @@ function ratioScale() {
   return state.scale === "auto" ? index.scales[state.target] || 1 : Number(state.scale);
 }
 
+const CONTEXT_ONLY = "not sampled by the policy: context only";
+
 function paint(span, response, t) {
+  if (isContext(response, t)) {
+    span.classList.add("unsampled");
+    span.title = CONTEXT_ONLY;
+    span.setAttribute("aria-label", `${quoted(tokenTextAt(response, t))}, ${CONTEXT_ONLY}`);
+    return;
+  }
   const { value, strength } = colourOf(response, t);
   const share = Math.sqrt(Math.abs(strength)) * 62;
   span.classList.toggle("minus", strength < 0);
@@ -67,5 +75,6 @@ function showLegend() {
   byId("legend").replaceChildren(
     el("span", { class: "scale" }, el("span", {}, a), el("span", { class: `ramp ${css}`, "aria-hidden": "true" }), el("span", {}, c)),
     el("span", { class: "note" }, says, colourName() === "l" ? "" : ` (middle: ${b})`),
+    index.context ? el("span", { class: "note" }, `grey: ${CONTEXT_ONLY}`) : "",
   );
 }

@@ -9,6 +9,7 @@ const state = {
   colour: "l",
   scale: "auto",
   groupColumn: null,
+  over: "kl_k3",
   search: "",
   reward: "",
   finish: "",
@@ -35,7 +36,9 @@ function prepareIndex() {
 }
 
 function showTarget() {
+  showFindings();
   showHeadline();
+  showSteps();
   showAllTargets();
   showPlots();
   showMetricTable();

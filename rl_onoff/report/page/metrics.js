@@ -59,7 +59,7 @@ function showHeader() {
 }
 
 function showSize() {
-  const total = index.length.reduce((a, b) => a + b, 0);
+  const total = index.id.reduce((sum, _, r) => sum + sampledLength(r), 0);
   const facts = [plural(index.id.length + index.left_out, "response"), index.left_out ? null : plural(total, "response token")];
   const skip = /^(num_)?(responses|sequences|tokens)$/;
   const counts = Object.entries(comparison().counts || {}).filter(([name, value]) => !skip.test(name) && num(value) > 0);
@@ -78,6 +78,8 @@ function warn(text) {
 }
 
 function showHeadline() {
+  const refused = refusal();
+  if (refused) return byId("headline").replaceChildren(refused);
   const overall = comparison().overall || {};
   const cards = headlineNames(overall, 6).map((name) => {
     const { description } = describe(name);
@@ -137,13 +139,17 @@ const numberCell = (x) => el("td", { class: "number" }, fmt(x), el("span", { cla
 
 function showAllTargets() {
   if (summary.comparisons.length < 2) return;
-  const names = headlineNames(Object.assign({}, ...summary.comparisons.map((c) => c.overall || {})), 5);
+  const names = headlineNames(Object.assign({}, ...summary.comparisons.filter(isComparable).map((c) => c.overall || {})), 5);
+  const cells = (c) =>
+    isComparable(c)
+      ? names.map((name) => numberCell((c.overall || {})[name]))
+      : el("td", { colspan: Math.max(names.length, 1) }, el("span", { class: "chip bad" }, "not comparable"));
   const rows = summary.comparisons.map((c, i) =>
     el(
       "tr",
       { class: i === state.target ? "current" : null },
       el("th", { scope: "row" }, el("button", { class: "link", type: "button", onclick: () => chooseTarget(i) }, targetName(i))),
-      names.map((name) => numberCell((c.overall || {})[name])),
+      cells(c),
     ),
   );
   byId("all-targets").replaceChildren(el("h2", {}, "All targets"), table(null, ["target", ...names], rows));
@@ -168,6 +174,8 @@ function metricRow(name, value) {
 }
 
 function showMetricTable() {
+  const refused = refusal();
+  if (refused) return byId("metric-table").replaceChildren(el("h2", {}, "Metrics"), refused);
   const overall = comparison().overall || {};
   const names = metricOrder(overall);
   const family = (name) => (summary.metrics[name] || {}).family || "Other";
@@ -194,7 +202,7 @@ function showMetricTable() {
 
 function showGroupTable() {
   const groups = Object.entries(comparison().groups || {});
-  if (!groups.length) return byId("group-table").replaceChildren();
+  if (!groups.length || !isComparable(comparison())) return byId("group-table").replaceChildren();
   const [column, rows] = groups.find(([name]) => name === state.groupColumn) || groups[0];
   const names = headlineNames(Object.assign({}, ...Object.values(rows).map(metricsOf)), 6);
   const select = el(

@@ -92,6 +92,8 @@ function showPanel() {
       el("p", { class: "empty" }, "Choose a token to see what each policy thought of it. Arrow keys move, Enter opens, Escape closes."),
     );
   const { response, t } = chosen;
+  announce(panelSentence(response, t));
+  if (isContext(response, t)) return panel.replaceChildren(panelHeader(response, t), el("p", { class: "note" }, CONTEXT_ONLY));
   const views = [index.hasBehaviour && 0, index.hasTargets && targetView()].filter((v) => v !== false);
   const facts = [numbersTable(response, t, views), ratioLine(response, t)];
   const lists = [listsOf(response, t, views), limitNote(response, views)];
@@ -99,11 +101,11 @@ function showPanel() {
     panelHeader(response, t),
     el("div", { class: "halves" }, el("div", {}, facts), el("div", { class: "both-lists" }, lists), otherTargets(response, t)),
   );
-  announce(panelSentence(response, t));
 }
 
 function panelSentence(response, t) {
   const parts = [`Token ${t + 1}, ${quoted(tokenTextAt(response, t))}`];
+  if (isContext(response, t)) return `${parts[0]}, ${CONTEXT_ONLY}`;
   if (index.hasBehaviour) parts.push(`behaviour ${percent(Math.exp(logprobAt(response, 0, t)))}`);
   if (index.hasTargets) parts.push(`target ${percent(Math.exp(logprobAt(response, targetView(), t)))}`);
   if (index.compared) parts.push(`\u2113 ${fmt(ratioAt(response, targetView(), t))}`);

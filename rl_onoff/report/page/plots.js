@@ -114,16 +114,18 @@ function keyOf(series) {
 }
 
 // series: [{name, css, values, lows?, highs?}] at xs: true to scale when linear, else evenly spaced (buckets, named by their start).
-function lineChart({ label, xs, linear, series, xTitle, yTitle, zeroLine, floor }) {
-  const all = series.flatMap((s) => [...s.values, ...(s.lows || []), ...(s.highs || [])]).filter(Number.isFinite);
+// `noun` names an x; `seen` are further values that y must reach; `marks(xShare, yShare)` gives further shapes, behind the lines.
+function lineChart({ label, xs, linear, noun = "token", series, xTitle, yTitle, zeroLine, floor, seen = [], marks }) {
+  const all = series.flatMap((s) => [...s.values, ...(s.lows || []), ...(s.highs || [])]).concat(seen).filter(Number.isFinite);
   let [low, high] = [Math.min(...all, zeroLine ? 0 : (floor ?? Infinity)), Math.max(...all, zeroLine ? 0 : -Infinity)];
   if (low === high) high = low + (Math.abs(low) || 1);
   const pad = (high - low) * 0.08;
   const y = linearAxis(low === 0 ? 0 : low - pad, high === 0 ? 0 : high + (series.length > 1 ? 2 : 1) * pad, 4);
   const x = linear && xs.length > 1 ? linearAxis(xs[0], xs.at(-1), 6) : bucketAxis(xs);
   const zero = zeroLine && svg("line", { class: "zero", x1: toX(0), x2: toX(1), y1: toY(y.share(0)), y2: toY(y.share(0)) });
-  const marks = series.map((s) => lineMarks(s, xs, x.share, y.share));
-  return frame(label, yAxis(y.ticks, yTitle), zero, marks, keyOf(series), xAxis(x.ticks, xTitle));
+  const lines = series.map((s) => lineMarks(s, xs, x.share, y.share, noun));
+  const xTicks = noun === "token" ? x.ticks : x.ticks.filter(([, text]) => !text.includes("."));
+  return frame(label, yAxis(y.ticks, yTitle), zero, marks && marks(x.share, y.share), lines, keyOf(series), xAxis(xTicks, xTitle));
 }
 
 function bucketAxis(xs) {
@@ -132,7 +134,7 @@ function bucketAxis(xs) {
   return { share: (x) => place.get(x), ticks: xs.filter((_, i) => i % every === 0).map((x) => [place.get(x), tickText(x)]) };
 }
 
-function lineMarks(s, xs, xShare, yShare) {
+function lineMarks(s, xs, xShare, yShare, noun) {
   const points = s.values.map((v, i) => [toX(xShare(xs[i])), toY(yShare(v)), v, i]).filter((p) => Number.isFinite(p[2]));
   const path = (list) => list.map((p, i) => `${i ? "L" : "M"}${p[0].toFixed(1)},${p[1].toFixed(1)}`).join("");
   const fine = s.lows ? points.filter((p) => Number.isFinite(s.lows[p[3]]) && Number.isFinite(s.highs[p[3]])) : [];
@@ -142,7 +144,7 @@ function lineMarks(s, xs, xShare, yShare) {
     svg(
       "circle",
       { class: `dot ${s.css}`, cx: p[0], cy: p[1], r: points.length > 40 ? 1 : 2.6 },
-      svg("title", {}, `${s.name}, token ${fmt(xs[p[3]])}: ${fmt(p[2])}`),
+      svg("title", {}, `${s.name}, ${noun} ${fmt(xs[p[3]])}: ${fmt(p[2])}`),
     ),
   );
   return [band, svg("path", { class: `line ${s.css}`, d: path(points) }), dots];

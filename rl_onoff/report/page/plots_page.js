@@ -4,6 +4,7 @@ const DRAWN = new Set(["l", "abs_l", "probabilities", "pq", "cumulative_l", "ent
 const LOG_COUNTS = "Counts are on a log axis.";
 
 function showPlots() {
+  if (!isComparable(comparison())) return byId("plots").replaceChildren(); // the sentence above stands for them
   const { histograms = {}, overall = {}, groups = {} } = comparison();
   const positions = (comparison().positions || []).map((p) => ({
     start: p.start,

@@ -4,22 +4,24 @@ const PAGE_SIZE = 10;
 const FIRST_TOKENS = 400; // shown of a response before "show all"
 const SORTS = {
   worst: ["worst |\u2113| first", (a, b) => largest(index.worst, a, b)],
-  mean: ["mean |\u2113|, largest first", (a, b) => Math.abs(statistic(index.mean, b)) - Math.abs(statistic(index.mean, a)) || a - b],
+  mean: ["mean |\u2113|, largest first", (a, b) => largest(index.mean, a, b)],
   id: ["id", (a, b) => collator.compare(index.id[a], index.id[b]) || index.sample[a] - index.sample[b]],
-  longest: ["longest first", (a, b) => index.length[b] - index.length[a] || a - b],
-  shortest: ["shortest first", (a, b) => index.length[a] - index.length[b] || a - b],
+  longest: ["longest first", (a, b) => sampledLength(b) - sampledLength(a) || a - b],
+  shortest: ["shortest first", (a, b) => sampledLength(a) - sampledLength(b) || a - b],
   low: ["reward, lowest first", (a, b) => orderly(index.reward[a]) - orderly(index.reward[b]) || a - b],
   high: ["reward, highest first", (a, b) => orderly(index.reward[b]) - orderly(index.reward[a]) || a - b],
 };
 const collator = new Intl.Collator("en", { numeric: true });
+const contextLength = (r) => index.context?.[r] ?? 0;
+const sampledLength = (r) => index.length[r] - contextLength(r);
 const orderly = (x) => (Number.isNaN(num(x)) ? 0 : num(x));
 const rows = [];
 let shownResponses = new Map();
 let listTurn = 0;
 
 function statistic(columns, r) {
-  const value = num((columns[state.target] || [])[r]);
-  return Number.isNaN(value) ? -1 : value;
+  const size = Math.abs(statAt(columns, r));
+  return Number.isNaN(size) ? -1 : size;
 }
 
 function largest(columns, a, b) {
@@ -101,13 +103,18 @@ async function turnPage(page, id) {
   if (button) button.focus({ preventScroll: true });
 }
 
+const numbersOf = (r) => [
+  index.compared ? `worst |\u2113| ${fmt(statAt(index.worst, r))}` : `lowest logprob ${fmt(-statAt(index.worst, r))}`,
+  `mean ${statName()} ${fmt(statAt(index.mean, r))}`,
+];
+
 function responseCard(response) {
   const { r } = response;
   const heading = `response-${r}`;
   const facts = [
-    plural(index.length[r], "token"),
-    index.compared ? `worst |\u2113| ${fmt(statAt(index.worst, r))}` : `lowest logprob ${fmt(-statAt(index.worst, r))}`,
-    `mean ${statName()} ${fmt(statAt(index.mean, r))}`,
+    plural(sampledLength(r), contextLength(r) ? "sampled token" : "token"),
+    contextLength(r) > 0 && `${contextLength(r).toLocaleString("en-US")} of context`,
+    ...(isSetAside(r) ? ["set aside, in no metric"] : numbersOf(r)),
     index.reward[r] === null ? null : `reward ${fmt(index.reward[r])}`,
     index.finish[r] && `finish ${index.finish[r]}`,
     ...Object.entries(index.groups).map(

@@ -4,6 +4,8 @@ const WORST_PAGE = 25;
 const CONTEXT = 6;
 
 function showWorst() {
+  const refused = refusal();
+  if (refused) return byId("worst").replaceChildren(el("h2", {}, "Worst tokens"), refused);
   const list = index.worst_tokens[state.target] || [];
   const what = index.compared ? "The tokens the two policies disagree on most (largest |\u2113|)." : "The tokens with the lowest logprob.";
   const head = [
