@@ -112,6 +112,8 @@ class DataConfig:
     """Wrap the prompt in the tokenizer's chat template (exactly once); false sends the text as it is."""
     system: str | None = None
     """System message put before every conversation that has none; null is none."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What else the chat template gets, e.g. +data.template_kwargs.enable_thinking=false; tools override a row's."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -251,8 +253,9 @@ class RunConfig:
         at_least(0, "tracking.log_every_s", self.tracking.log_every_s, 10)
         if data.path is not None and not data.path.strip():
             raise UsageError("data.path is empty: set data.path to a file, or data.path=null for the bundled problems")
-        if data.system is not None and not data.chat_template:
-            raise UsageError("data.system needs a chat template: set data.chat_template=true or data.system=null")
+        for name, unset in (("system", data.system is None), ("template_kwargs", not data.template_kwargs)):
+            if not (unset or data.chat_template):
+                raise UsageError(f"data.{name} needs a chat template: set data.chat_template=true or leave it out")
         if score.name in ("", ".", "..") or "/" in (score.name or ""):
             raise UsageError(f"score.name is {score.name!r} but must be a plain name, of a folder: set score.name=mine")
         for role in columns.keys() - set(COLUMN_ROLES):

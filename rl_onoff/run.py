@@ -20,7 +20,7 @@ from rl_onoff.backends.placement import check_installed
 from rl_onoff.compare import HEADLINES, METRICS
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import load_rows
-from rl_onoff.data.requests import check_lengths, encode_rows
+from rl_onoff.data.requests import check_lengths, encode_rows, with_template_kwargs
 from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import GateError, NotComparableError, UsageError, nearest
 from rl_onoff.models.resolve import model_sampling
@@ -125,7 +125,8 @@ def score(this: Run) -> Steps:
         file, data = Path(config.score.responses), config.data
         tokenizer = create_backend(next(iter(scorers(config).values()))).get_tokenizer()
         options = {"chat_template": data.chat_template, "system": data.system, "format": config.compare.format}
-        given = load_responses(config.score.responses, tokenizer, **options)
+        texts = with_template_kwargs(tokenizer, data.template_kwargs)
+        given = load_responses(config.score.responses, texts, **options)
         made_of = {"responses": str(file.absolute()), "content": given.file.source.content()}
         folder.completions.claim(made_of, changes)
         stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))

@@ -107,8 +107,12 @@ class Aggregator:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         findings, kept_S = self._examine(columns)
-        kind, aside = self._kind or LogprobKind.raw, len(self._misfits) + int((~kept_S).sum())
-        counts = {"responses_empty": self._num_empty, "responses_set_aside": aside}
+        kind, aside = (
+            self._kind or LogprobKind.raw,
+            [key for key, kept in zip(self._keys, kept_S, strict=True) if not kept],
+        )
+        aside = ["{}/{}".format(*key) for key in (*self._misfits, *aside)]
+        counts = {"responses_empty": self._num_empty, "responses_set_aside": len(aside)}
         if any(finding.fatal for finding in findings):
             counts |= {"responses": len(self._keys), "tokens": int(columns.get("lengths", kept_S).sum())}
             counts["responses_set_aside"] = len(self._misfits)
@@ -142,6 +146,7 @@ class Aggregator:
             histograms=tokens.histograms(),
             thresholds=self.thresholds,
             findings=findings,
+            set_aside=aside,
             steps=steps,
             staleness=self._steps("staleness", facts_S, sums, tokens),
             departure=departure(steps),

@@ -128,6 +128,7 @@ class Comparison:
     worst_responses: list[dict[str, Any]]  # responses with the largest mean |l|
     thresholds: Thresholds
     findings: list[Finding] = field(default_factory=list)
+    set_aside: list[str] = field(default_factory=list)  # request id/sample of responses that are in no number
     steps: list[dict[str, Any]] = field(default_factory=list)  # metrics, counts and worst responses by training step
     staleness: list[dict[str, Any]] = field(default_factory=list)  # the same by step − weight version
     departure: dict[str, Any] | None = None  # the first step that left the band of the steps before it

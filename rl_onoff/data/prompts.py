@@ -6,9 +6,11 @@ What is wrong in a row is one sentence with the row and the override that fixes 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,13 +19,17 @@ from rl_onoff.config import DataConfig
 from rl_onoff.data.readers import Table, kind_of, look_up, read_table
 from rl_onoff.errors import UsageError
 
+log = logging.getLogger(__name__)
+
 PROBLEMS = Path(__file__).with_name("problems.jsonl")  # the bundled set
 ROW_NUMBER = "row_number"  # `data.id=row_number` numbers the rows, for files whose ids are of no use
 PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "question", "problem")
 GROUP_COLUMNS = ("data_source", "subject", "level")
 MAX_ID = 2**31 - 1  # of a token: ids are int32 everywhere
+IMAGES = {"image", "image_url", "input_image"}  # types of content parts
+WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content")  # a message with one of them may lack content
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Prompt = str | Messages | list[int]
 
 
@@ -43,6 +49,7 @@ class Row:
     prompt: Prompt
     where: str  # for error messages: "line 3 of problems.jsonl"
     meta: Mapping[str, Any] = field(default_factory=dict)  # question, answer (where there is one) and the group columns
+    tools: list[dict[str, Any]] | None = None  # for the chat template
 
 
 def load_rows(data: DataConfig) -> list[Row]:
@@ -69,42 +76,94 @@ def load_rows(data: DataConfig) -> list[Row]:
     if data.shuffle:
         random.Random(data.seed).shuffle(order)
     rows: dict[str, Row] = {}
+    answered = 0
     for index in order[: data.limit]:
         record, where = table.records[index], table.where(index)
-        prompt = parse_prompt(look_up(record, prompt_column), where=where, column=prompt_column, key="data.prompt")
+        value, tools = look_up(record, prompt_column), record.get("tools")
+        if table.unit == "row":
+            value, tools = without_nulls(value), without_nulls(tools)
+        prompt = parse_prompt(value, where=where, column=prompt_column, key="data.prompt")
+        if images := next((name for name in ("images", "image") if record.get(name)), None):
+            why = f"{where} holds images in its column {images}, and engines are sent text alone"
+            raise UsageError(f"{why}: remove the row, or set data.path to another file")
         if is_chat(prompt) and prompt[-1]["role"] == "assistant":
-            why = f"the conversation in {where} ends with the assistant's turn"
-            raise UsageError(f"{why}: remove that turn, or set data.prompt to another column")
+            if prompt_column != "messages" or len(prompt) == 1:
+                why = f"the conversation in {where} ends with the assistant's turn"
+                raise UsageError(f"{why}: remove that turn, or set data.prompt to another column")
+            prompt, answered = prompt[:-1], answered + 1
         row_id = str(index) if id_column is None else _id(look_up(record, id_column), where=where, column=id_column)
         if row_id in rows:
             why = f"{where} and {rows[row_id].where} share the id {row_id!r}"
             raise UsageError(f"{why}: set data.id to a column without repetitions, or data.id={ROW_NUMBER}")
         meta = meta_of(prompt, record, answer_column, groups, where=where)
-        rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta)
+        tools = None if "tools" in data.template_kwargs else _tools(tools, where)
+        rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta, tools=tools)
+    if answered:  # in TRL's layout the last turn of `messages` is the answer to learn
+        log.warning("%s: the assistant's last turn is left out of the prompts of %d rows", table.name, answered)
     return list(rows.values())
 
 
 def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
-    """A prompt as text, chat messages or token ids; anything else, and an empty one, is refused."""
+    """A prompt as text, chat messages (untouched: a chat template may read any field) or token ids; anything else, an
+    empty one, and one with images is refused."""
     ids = isinstance(value, list) and all(type(item) is int for item in value)
-    chat = isinstance(value, list) and all(
-        isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-        for item in value
-    )
-    if chat:
-        value = [{"role": item["role"], "content": item["content"]} for item in value]
-    text = "".join(item["content"] for item in value) if chat else value
-    if text is None or (isinstance(text, str) and not text.strip()):
+    chat = isinstance(value, list) and all(_is_message(item) for item in value)
+    text = "".join(text_of(item) for item in value) if chat else value
+    lists = [item["content"] for item in value if isinstance(item.get("content"), list)] if chat else []
+    images = {part["type"] for parts in lists for part in parts} & IMAGES
+    if images:
+        what = f"a prompt that holds images (content of type {min(images)}), and engines are sent text alone"
+    elif text is None or (isinstance(text, str) and not text.strip()):
         what = "an empty prompt"
     elif ids and (strange := [item for item in value if not 0 <= item <= MAX_ID]):
         what = f"the token id {strange[0]} in its prompt, which no model has"
     elif ids or chat or isinstance(value, str):
         return value
     else:
-        wanted = "text, a list of chat messages (role and content as text) or a list of token ids is wanted"
+        wanted = "text, a list of chat messages (role, and content as text or parts) or a list of token ids is wanted"
         what = f"{kind_of(value)} as its prompt where {wanted}"
     other = "file" if key == "score.responses" else "column"
-    raise UsageError(f"{where} has {what}: fill column {column} or set {key} to another {other}")
+    fix = "remove the row" if images else f"fill column {column}"
+    raise UsageError(f"{where} has {what}: {fix} or set {key} to another {other}")
+
+
+def _is_message(item: Any) -> bool:
+    if not (isinstance(item, dict) and isinstance(item.get("role"), str)):
+        return False
+    content = item.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return (content is not None or any(item.get(name) for name in WITHOUT_CONTENT)) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) and isinstance(part.get("text") or "", str)
+        for part in parts
+    )
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """What people read of a message: its content, or the text of the content's parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of Arrow's without the nulls that Arrow adds where an object lacks a field that others have."""
+    if isinstance(value, dict):
+        kept = (
+            {"content"} if isinstance(value.get("role"), str) else set()
+        )  # templates tell a message whose content is null
+        return {name: without_nulls(item) for name, item in value.items() if item is not None or name in kept}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """A row's tools for the chat template, from a list or, as Parquet files often hold it, its JSON."""
+    with suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not value:
+        return None
+    if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
+        return value
+    why = f"{where} has {kind_of(value)} as its tools where a list of objects (JSON schemas) is wanted"
+    raise UsageError(f"{why}: fix column tools, or set +data.template_kwargs.tools=[] to give none")
 
 
 def meta_of(
@@ -115,8 +174,8 @@ def meta_of(
     if isinstance(prompt, str):
         question = prompt
     elif is_chat(prompt):
-        asked = (item["content"] for item in reversed(prompt) if item["role"] == "user")
-        question = next(asked, prompt[-1]["content"])
+        asked = (item for item in reversed(prompt) if item["role"] == "user")
+        question = text_of(next(asked, prompt[-1]))
     else:
         question = next((record[name] for name in PROMPT_COLUMNS if isinstance(record.get(name), str)), "")
     found = {name: jsonable(look_up(record, name)) for name in groups}

@@ -6,7 +6,10 @@ beginning-of-sequence token that is doubled (by a template and a tokenizer that 
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.config import DataConfig
-from rl_onoff.data.prompts import Messages, Prompt, Row, is_chat, is_ids
-from rl_onoff.errors import UsageError
+from rl_onoff.data.prompts import Messages, Prompt, Row, is_chat, is_ids, text_of
+from rl_onoff.errors import UsageError, one_line
 from rl_onoff.types import SampleRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +36,31 @@ class EncodedPrompt:
 
 def encode_rows(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[EncodedPrompt]:
     """The prompts of rows that `load_rows` has checked already."""
+    tokenizer = with_template_kwargs(tokenizer, data.template_kwargs)
     encode = partial(encode_prompt, tokenizer=tokenizer, chat_template=data.chat_template, system=data.system)
-    return [replace(encode(row.prompt, where=row.where), id=row.id, meta=row.meta) for row in rows]
+    if data.chat_template and not _reads(tokenizer, "tools") and (lost := sum(bool(row.tools) for row in rows)):
+        log.warning("the model's chat template reads no tools: those of %d rows are in no prompt", lost)
+    return [replace(encode(row.prompt, where=row.where, tools=row.tools), id=row.id, meta=row.meta) for row in rows]
+
+
+def with_template_kwargs(tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The tokenizer with `data.template_kwargs` in every chat template that it applies."""
+    for name, value in kwargs.items():
+        key = f"data.template_kwargs.{name}"
+        if value is None:  # to a later run of the folder it would count as one that is not set
+            raise UsageError(f"{key} is null: leave it out, or set it to false or []")
+        if name in ("messages", "add_generation_prompt"):
+            raise UsageError(f"{key} is set by rl_onoff itself: leave it out")
+        if value != [] and tokenizer.chat_template and not _reads(tokenizer, name):
+            raise UsageError(f"the model's chat template reads no {name}: leave {key} out, or set another model.name")
+    given = {name: value for name, value in kwargs.items() if value != []}  # some templates take [] for tools
+    bound = copy(tokenizer)
+    bound.apply_chat_template = partial(tokenizer.apply_chat_template, **given)
+    return bound
+
+
+def _reads(tokenizer: Any, name: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)) is not None
 
 
 def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
@@ -46,7 +74,13 @@ def check_lengths(requests: Iterable[SampleRequest], max_len: int) -> None:
 
 
 def encode_prompt(
-    prompt: Prompt, tokenizer: Any, *, chat_template: bool, system: str | None = None, where: str = "the prompt"
+    prompt: Prompt,
+    tokenizer: Any,
+    *,
+    chat_template: bool,
+    system: str | None = None,
+    tools: list[dict[str, Any]] | None = None,
+    where: str = "the prompt",
 ) -> EncodedPrompt:
     """Text or chat messages -> token ids, with the template applied once and one BOS if the tokenizer wants one; token
     ids are taken as they are."""
@@ -56,12 +90,12 @@ def encode_prompt(
     if chat_template:
         if system is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
-        text = _render(messages, tokenizer, where)
+        text = _render(messages, tokenizer, {"tools": tools} if tools else {}, where)
     elif len(messages) > 1:
         why = f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent"
         raise UsageError(f"{why} as it is: set data.chat_template=true")
     else:
-        text = messages[0]["content"]
+        text = text_of(messages[0])
     ids, bos = tokenizer(text, add_special_tokens=not chat_template, verbose=False)["input_ids"], tokenizer.bos_token_id
     while bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]
@@ -101,15 +135,17 @@ class Texts:
         return self.tokenizer
 
 
-def _render(messages: Messages, tokenizer: Any, where: str) -> str:
+def _render(messages: Messages, tokenizer: Any, options: Mapping[str, Any], where: str) -> str:
     if not tokenizer.chat_template:
         why = f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's"
         raise UsageError(f"{why}: set data.chat_template=false to send plain prompts, or model.name to a chat model")
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # templates are programs
         roles = ", ".join(message["role"] for message in messages)
         fix = "set data.system=null" if messages[0]["role"] == "system" else "fix it, or set data.chat_template=false"
-        raise UsageError(f"the model's chat template refuses the roles {roles} of {where} ({error}): {fix}") from error
+        raise UsageError(
+            f"the model's chat template refuses the roles {roles} of {where} ({one_line(error)}): {fix}"
+        ) from error

@@ -260,15 +260,32 @@ def test_numbers_as_answers_and_groups(tmp_path):
 
 VALUES = st.recursive(
     st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.sampled_from([10**400, 1e999, -1])
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=3),
+        st.sampled_from([10**400, 1e999, -1, "text", "image", "assistant"]),
     ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["role", "content", "target", "ground_truth", "index"]), inner),
+        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "tool_calls", "target", "index"]), inner),
     ),
     max_leaves=6,
 )
-NAMES = ["id", "prompt", "prompt_ids", "messages", "answer", "reward_model", "extra_info", "level", "subject"]
+NAMES = [
+    "id",
+    "prompt",
+    "prompt_ids",
+    "messages",
+    "tools",
+    "images",
+    "answer",
+    "reward_model",
+    "extra_info",
+    "level",
+    "subject",
+]
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -30,7 +30,11 @@ class ByteTokenizer:
     eos_token = "<|end|>"
     bos_token_id = None
     all_special_ids: ClassVar[list[int]] = [END]
-    chat_template = "{role}: {content}"
+    chat_template = (
+        "{% if tools %}tools: {{ tools }}\n{% endif %}{% if enable_thinking is defined %}think: {{ enable_thinking }}\n"
+        "{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}{% for call in m.tool_calls %} {{ call }}"
+        "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     padding_side = "left"
     name_or_path = "fake"
 
@@ -50,8 +54,10 @@ class ByteTokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i]) for i in ids]
 
-    def apply_chat_template(self, messages: Any, tokenize: bool = True, add_generation_prompt: bool = False, **_: Any):
-        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant: " * add_generation_prompt
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, **options: Any):
+        from jinja2 import Template
+
+        text = Template(self.chat_template, keep_trailing_newline=True).render(messages=messages, **options)
         return self.encode(text) if tokenize else text
 
 
