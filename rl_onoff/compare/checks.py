@@ -119,14 +119,11 @@ def positive(tokens: Sampled) -> Found:
     fix = "mask tokens that were not sampled"
     for side, logprobs_N in tokens.sides.items():
         high_N = logprobs_N > ROUNDING
-        if not high_N.any():
-            continue
         bad_N |= high_N
-        sides.append(side)
-        if (logprobs_N >= 0).all():
-            fix = f"give the {side}'s natural logarithms: these look like " + (
-                "probabilities" if logprobs_N.max() <= 1 + ROUNDING else "negative log-likelihoods"
-            )
+        sides += [side] if high_N.any() else []
+        if high_N.any() and (logprobs_N >= 0).all():
+            what = "probabilities" if logprobs_N.max() <= 1 + ROUNDING else "negative log-likelihoods"
+            fix = f"give the {side}'s natural logarithms: these look like {what}"
     what = f"the {' and '.join(sides)} logprobs are above 0, which no logprob is"
     return tokens.finding("positive", bad_N, what, fix)
 
@@ -214,8 +211,7 @@ def padding(tokens: Sampled) -> Found:
         if run >= PADDING_RUN:
             bad_N[end - run : end] = True
             runs.add(run)
-    if len(runs) < 2:  # one length of padding may be one way to end
-        return None
+    bad_N &= len(runs) > 1  # one length of padding may be one way to end
     what = f"the responses end in padding (token id {pad}, logprobs of 0)"
     return tokens.finding("padding", bad_N, what, "give a mask that leaves padding out", fatal=True)
 

@@ -10,12 +10,14 @@ import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rl_onoff.backends import create_backend
-from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.config import RunConfig, Stage
+
+if TYPE_CHECKING:  # the command line imports this module, and answers at once since it imports no numpy
+    from rl_onoff.backends.base import BaseBackend
 
 log = logging.getLogger(__name__)
 

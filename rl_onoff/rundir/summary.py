@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rl_onoff.rewards import FAILED, summarise_rewards
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, scores_of
+from rl_onoff.types import Key
 
 LOGPROB_EDGES = np.linspace(-20, 0, 65)
 ENTROPY_EDGES = np.linspace(0, 12, 65)
@@ -26,21 +28,22 @@ class Summary:
 def summarise(run: RunDir) -> Summary:
     """Read everything the run folder holds, a few rows at a time."""
     summary = Summary()
-    if run.completions.exists():
-        _completions(run.completions, summary)
+    masks = _completions(run.completions, summary) if run.completions.exists() else {}
     for name in run.score_names():
-        _scores(run.scores(name), f"score/{name}", summary)
+        _scores(run.scores(name), f"score/{name}", summary, masks)
     return summary
 
 
-def _completions(table: Table, summary: Summary) -> None:
+def _completions(table: Table, summary: Summary) -> dict[Key, np.ndarray]:
+    """Returns the masks of the responses that hold tokens which the policy did not sample."""
+    masks: dict[Key, np.ndarray] = {}
     lengths, rewards, reasons, failed = [], defaultdict(list), Counter(), 0
     logprobs = _Histogram(LOGPROB_EDGES)
     for rollout in map(rollout_of, table.rows()):
-        mask_T = np.ones(len(rollout.token_ids_T), bool) if rollout.mask_T is None else rollout.mask_T
-        lengths.append(int(mask_T.sum()))
-        if rollout.logprobs_T is not None:
-            logprobs.add(rollout.logprobs_T[mask_T])
+        lengths.append(len(rollout.token_ids_T) if rollout.mask_T is None else int(rollout.mask_T.sum()))
+        if rollout.mask_T is not None:
+            masks[rollout.key] = rollout.mask_T
+        logprobs.add(rollout.logprobs_T, rollout.mask_T)
         if rollout.finish_reason is not None:  # responses made elsewhere do not say
             reasons[rollout.finish_reason.value] += 1
         if rollout.reward is not None:
@@ -56,14 +59,17 @@ def _completions(table: Table, summary: Summary) -> None:
         values |= {f"reward/{name}": value for name, value in summarise_rewards(rewards).items()}
     if failed:
         values["reward/failed"] = failed
+    return masks
 
 
-def _scores(table: Table, prefix: str, summary: Summary) -> None:
+def _scores(table: Table, prefix: str, summary: Summary, masks: Mapping[Key, np.ndarray]) -> None:
     logprobs, entropies, masses = map(_Histogram, (LOGPROB_EDGES, ENTROPY_EDGES, MASS_EDGES))
     first = responses = 0
     columns = ["request_id", "sample", "token_ids", "logprobs", "entropy", "rank", "nucleus_mass"]
     for scores in map(scores_of, table.rows(columns)):
         responses += 1
+        if (mask_T := masks.get(scores.key)) is not None and len(mask_T) == len(scores.token_ids_T):
+            scores = scores[mask_T]
         logprobs.add(scores.logprobs_T)
         entropies.add(scores.entropy_T)
         masses.add(scores.nucleus_mass_T)
@@ -86,8 +92,9 @@ class _Histogram:
         self.edges, self.counts = edges, np.zeros(len(edges) - 1, np.int64)
         self.count, self._sum = 0, 0.0
 
-    def add(self, values: np.ndarray | None) -> None:
+    def add(self, values: np.ndarray | None, mask: np.ndarray | None = None) -> None:
         if values is not None:
+            values = values if mask is None else values[mask]
             values = values[~np.isnan(values)]  # a file's, which the checks name
             self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
             self.count += len(values)
