@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rl_onoff.rewards import FAILED, summarise_rewards
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, scores_of
+from rl_onoff.types import Key
 
 LOGPROB_EDGES = np.linspace(-20, 0, 65)
 ENTROPY_EDGES = np.linspace(0, 12, 65)
@@ -25,21 +27,27 @@ class Summary:
 
 def summarise(run: RunDir) -> Summary:
     """Read everything the run folder holds, a few rows at a time."""
-    summary = Summary()
+    summary, masks = Summary(), {}
     if run.completions.exists():
-        _completions(run.completions, summary)
+        masks = _completions(run.completions, summary)
     for name in run.score_names():
-        _scores(run.scores(name), f"score/{name}", summary)
+        _scores(run.scores(name), f"score/{name}", summary, masks)
     return summary
 
 
-def _completions(table: Table, summary: Summary) -> None:
+def _completions(table: Table, summary: Summary) -> dict[Key, np.ndarray]:
+    """The masks of the responses that have one; what they leave out is in the lengths, and in no mean."""
+    masks: dict[Key, np.ndarray] = {}
     lengths, rewards, reasons, failed = [], defaultdict(list), Counter(), 0
     logprobs = _Histogram(LOGPROB_EDGES)
-    for row in table.rows(["request_id", "sample", "token_ids", "logprobs", "finish_reason", "reward", "meta"]):
-        rollout = rollout_of(row)
+    columns = ["request_id", "sample", "token_ids", "logprobs", "mask", "finish_reason", "reward", "meta"]
+    for rollout in map(rollout_of, table.rows(columns)):
         lengths.append(len(rollout.token_ids_T))
-        logprobs.add(rollout.logprobs_T)
+        logprobs_T = rollout.logprobs_T
+        if rollout.mask_T is not None:
+            masks[rollout.key] = rollout.mask_T
+            logprobs_T = None if logprobs_T is None else logprobs_T[rollout.mask_T]
+        logprobs.add(logprobs_T)
         if rollout.finish_reason is not None:  # responses made elsewhere do not say
             reasons[rollout.finish_reason.value] += 1
         if rollout.reward is not None:
@@ -55,20 +63,25 @@ def _completions(table: Table, summary: Summary) -> None:
         values |= {f"reward/{name}": value for name, value in summarise_rewards(rewards).items()}
     if failed:
         values["reward/failed"] = failed
+    return masks
 
 
-def _scores(table: Table, prefix: str, summary: Summary) -> None:
+def _scores(table: Table, prefix: str, summary: Summary, masks: Mapping[Key, np.ndarray]) -> None:
     logprobs, entropies, masses = map(_Histogram, (LOGPROB_EDGES, ENTROPY_EDGES, MASS_EDGES))
-    first = responses = 0
+    first = responses = tokens = 0
     columns = ["request_id", "sample", "token_ids", "logprobs", "entropy", "rank", "nucleus_mass"]
     for scores in map(scores_of, table.rows(columns)):
         responses += 1
+        tokens += len(scores.token_ids_T)
+        mask_T = masks.get(scores.key)
+        if mask_T is not None and len(mask_T) == len(scores.token_ids_T):
+            scores = scores[np.flatnonzero(mask_T)]
         logprobs.add(scores.logprobs_T)
         entropies.add(scores.entropy_T)
         masses.add(scores.nucleus_mass_T)
         first += 0 if scores.rank_T is None else int((scores.rank_T == 1).sum())
     values = summary.values
-    values |= {f"{prefix}/responses": responses, f"{prefix}/tokens": logprobs.count}
+    values |= {f"{prefix}/responses": responses, f"{prefix}/tokens": tokens}
     logprobs.tell(prefix, summary)
     if entropies.count:  # scores made elsewhere are logprobs alone
         values[f"{prefix}/entropy_mean"] = entropies.mean
@@ -79,7 +92,7 @@ def _scores(table: Table, prefix: str, summary: Summary) -> None:
 
 
 class _Histogram:
-    """Counts in fixed bins (values outside go to the outermost), and the exact mean."""
+    """Counts in fixed bins (values outside go to the outermost), and the exact mean; NaN is no value."""
 
     def __init__(self, edges: np.ndarray):
         self.edges, self.counts = edges, np.zeros(len(edges) - 1, np.int64)
@@ -87,6 +100,7 @@ class _Histogram:
 
     def add(self, values: np.ndarray | None) -> None:
         if values is not None:
+            values = values[~np.isnan(values)]
             self.counts += np.histogram(np.clip(values, self.edges[0], self.edges[-1]), self.edges)[0]
             self.count += len(values)
             self._sum += float(values.sum(dtype=np.float64))
