@@ -140,7 +140,7 @@ class TokenScores:
         """The arrays that are there, by name."""
         return {name: array for name in ARRAYS if (array := getattr(self, name)) is not None}
 
-    def __getitem__(self, rows: slice) -> Self:
+    def __getitem__(self, rows: slice | np.ndarray) -> Self:
         return replace(self, **{name: array[rows] for name, array in self.arrays().items()})
 
     @classmethod
