@@ -199,7 +199,8 @@ def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
     over = f"over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
     num = max(counts.get("tokens_impossible_target", 0), counts.get("tokens_impossible_sampler", 0))
     impossible = f"; {num:,} of the sampled tokens could not have been drawn by the target's sampler" if num else ""
-    aside = f"; {counts['responses_set_aside']:,} responses were set aside" if counts["responses_set_aside"] else ""
+    num_aside = counts.get("responses_set_aside", 0)
+    aside = f"; {num_aside:,} responses were set aside" if num_aside else ""
     since = f" {comparison.departure['sentence']}" if comparison.departure else ""
     return (
         f"{word}: the mean k3 KL is {k3.value:.2g} nats a token{interval} {over}, {reason}{impossible}{aside}.{since}"

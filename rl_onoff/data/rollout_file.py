@@ -40,9 +40,9 @@ class Recorded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutFile:
-    """A file or a folder of step files. Without `texts` its responses are to be compared: tokens that a mask leaves out
-    are dropped. With `texts` they are to be scored: every row has a prompt, and such tokens stay as context, all but
-    padding at the end.
+    """A file or a folder of step files, whose responses are to be scored, with `texts`, or else to be compared. Tokens
+    that a mask leaves out stay as context (`Rollout.mask_T`), all but padding at the end. To be scored, every row has a
+    prompt.
     """
 
     source: Source

@@ -98,11 +98,10 @@ def load_responses(
         text = "%s is text, which is tokenised once: its ids need not be those that were sampled%s"
         log.warning(text, file.name, file.format.lost)
     small = sum(each.stat().st_size for each in file.source.files) <= KEPT_BYTES
-    kept, total, found, masked = [], 0, 0, 0
+    kept, total, found = [], 0, 0
     for total, recorded in enumerate(file.rows(), 1):  # noqa: B007 - counted
         rollout = recorded.rollout
         found += bool(len(rollout.token_ids_T))
-        masked += rollout.mask_T is not None
         if small and len(rollout.token_ids_T):
             kept.append(rollout)
     if not found:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_onoff.config import CompareConfig
 from rl_onoff.data.rollouts import RolloutFile, open_rollouts
 from rl_onoff.data.sources import ENDINGS, rollout_files
@@ -164,6 +166,9 @@ def _take_in_scores(here: RunDir, file: RolloutFile, name: str, config: CompareC
                 )
             if rollout.key not in done:
                 said = kind or rollout.kind or assumed
+                if config.target is not None and rollout.mask_T is not None:
+                    # the behaviour's mask counts: where it has the token as sampled, 0 would be taken for a logprob
+                    logprobs_T = np.where(rollout.mask_T, logprobs_T, np.float32(np.nan))
                 scores = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=logprobs_T, kind=said)
                 writer.append(row_of_scores(scores.of(rollout)))
     return table

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from rl_onoff.data.rollouts import Recorded, open_rollouts
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import NotComparableError, UsageError
 from rl_onoff.rundir.table import RECORD, RunDir
 from rl_onoff.types import LogprobKind
 from tests.running import run_in
@@ -236,10 +236,100 @@ def test_what_a_row_holds(tmp_path: Path) -> None:
     }
     (found,) = rows_of(tmp_path, row)
     rollout = found.rollout
-    assert (rollout.key, rollout.token_ids_T.tolist(), rollout.prompt_ids.tolist()) == (("a", 2), [4, 6], [1])
-    assert rollout.logprobs_T.tolist() == [-1, -2] and found.target_T.tolist() == [-1.5, -2.5]
+    assert (rollout.key, rollout.token_ids_T.tolist(), rollout.prompt_ids.tolist()) == (("a", 2), [4, 5, 6], [1])
+    assert rollout.mask_T.tolist() == [True, False, True] and rollout.token_ids_T[rollout.mask_T].tolist() == [4, 6]
+    assert rollout.logprobs_T.tolist() == [-1, 0, -2] and found.target_T.tolist() == [-1.5, 0, -2.5]
     assert (rollout.kind, rollout.text, rollout.reward, rollout.meta) == (LogprobKind.scaled, "t", 1.0, {"level": 3})
-    assert (found.prompt, found.pieces) == ("p", ["x", "z"])
+    assert (found.prompt, found.pieces) == ("p", ["x", "y", "z"])
+
+
+TOOL = (90, 91, 92)
+
+
+def with_tool(row: list[Any], i: int, filling: list[Any]) -> list[Any]:
+    """What belongs to response i, with a tool's three tokens after its second and one more before its last."""
+    return [*row[:2], *filling[:3], *row[2 : LENGTHS[i] - 1], filling[0], *row[LENGTHS[i] - 1 :]]
+
+
+def rectangle_with_tool(i: int) -> dict[str, Any]:
+    ids, mask = with_tool(IDS[i], i, list(TOOL)), with_tool([1] * LENGTHS[i], i, [0] * 3)
+    return verl(i) | {
+        "responses": padded(ids, 0, 16),
+        "response_mask": padded(mask, 0, 16),
+        "attention_mask": verl(i)["attention_mask"][:4] + padded([1] * len(ids), 0, 16),
+        "rollout_log_probs": padded(with_tool(Q[i], i, [-1.0, 0.0, -9999.0]), -1.0, 16),
+        "old_log_probs": padded(with_tool(P[i], i, [-20.0, 1.0, -3.0]), 0.0, 16),
+    }
+
+
+def list_with_tool(i: int) -> dict[str, Any]:
+    """The packed batch of prime-rl."""
+    before = len(PROMPTS[i])
+    return {
+        "input_ids": PROMPTS[i] + with_tool(IDS[i], i, list(TOOL)),
+        "loss_mask": [False] * before + with_tool([True] * LENGTHS[i], i, [False] * 3),
+        "inference_logprobs": [0.0] * before + with_tool(Q[i], i, [0.0, None, 0.0]),
+        "trainer_logprobs": [0.0] * before + with_tool(P[i], i, [-20.0, None, -3.0]),
+    }
+
+
+@pytest.mark.parametrize(("plain", "with_tools"), [(verl, rectangle_with_tool), (prime_rl, list_with_tool)])
+def test_a_tools_tokens_change_no_metric_by_a_bit(plain: Any, with_tools: Any, tmp_path: Path) -> None:
+    found, folders = [], []
+    for name, layout in (("plain", plain), ("tools", with_tools)):
+        file = write(tmp_path / f"{name}.jsonl", [layout(i) for i in range(3)])
+        folders.append(run_in(tmp_path / name, "experiment=compare", f"compare.behaviour={file}"))
+        found += folders[-1].read_json("metrics.json")["comparisons"].values()
+    without, masked = found
+    ours, theirs = (folder.read_json("metrics.json")["values"] for folder in folders)
+    means = [name for name in ours if name.endswith(("logprob_mean", "perplexity"))]
+    assert len(means) == 4 and [ours[name] for name in means] == [theirs[name] for name in means]
+    # the positions of the worst tokens count a tool's tokens too
+    moved = [masked.pop("worst"), without.pop("worst")]
+    assert masked == without and masked["findings"] == [] and masked["counts"]["tokens"] == sum(LENGTHS)
+    rows = {row["request_id"]: row for row in folders[1].completions.rows()}
+    assert all(row["mask"] is None for row in folders[0].completions.rows())
+    for i, row in enumerate(rows.values()):
+        assert row["token_ids"].tolist() == with_tool(IDS[i], i, list(TOOL)) and not row["logprobs"][~row["mask"]].any()
+        assert row["token_ids"][row["mask"]].tolist() == IDS[i] and row["logprobs"][row["mask"]].tolist() == Q[i]
+    for with_tool_s, plain_s in zip(*moved, strict=True):
+        places = np.flatnonzero(rows[with_tool_s["request_id"]]["mask"])
+        assert with_tool_s == plain_s | {"position": places[plain_s["position"]]}
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+@pytest.mark.parametrize("column", ["logprobs", "target_logprobs"])
+def test_a_logprob_that_is_missing_sets_its_response_aside(column: str, nothing: Any, tmp_path: Path) -> None:
+    ids = RNG.integers(0, 200, (12, 6))
+    q = -RNG.exponential(1, (12, 6))
+    rows = [{"id": f"r{i}", "token_ids": ids[i].tolist(), "logprobs": q[i].tolist(), "logprob_kind": "raw",
+             "target_logprobs": (q[i] - RNG.exponential(0.1, 6)).tolist()} for i in range(12)]  # fmt: skip
+    found = []
+    missing = [*rows[4][column][:3], nothing, *rows[4][column][4:]]
+    for name, some in (("bad", [*rows[:4], rows[4] | {column: missing}, *rows[5:]]), ("good", rows[:4] + rows[5:])):
+        file = write(tmp_path / f"{name}.jsonl", some)
+        folder = run_in(tmp_path / name, "experiment=compare", f"compare.behaviour={file}")
+        found += folder.read_json("metrics.json")["comparisons"].values()
+    bad, good = found
+    [finding] = bad["findings"]
+    assert (finding["check"], finding["responses"], finding["tokens"]) == ("no_numbers", 1, 1)
+    assert finding["example"] == "r4/0 at token 3" and not finding["fatal"] and bad["comparable"]
+    assert bad["counts"] == good["counts"] | {"responses_set_aside": 1} and good["counts"]["responses"] == 11
+    for name in ("overall", "groups", "positions", "histograms", "worst", "worst_responses"):
+        assert bad[name] == good[name], name
+
+
+def test_a_target_file_that_masks_what_the_behaviour_sampled_gives_no_number_for_it(tmp_path: Path) -> None:
+    """The 0 in place of a masked logprob never stands beside a sampled token's."""
+    q = write(tmp_path / "q.jsonl", [{"id": f"r{i}", "token_ids": IDS[i], "logprobs": Q[i]} for i in range(3)])
+    rows = [{"id": f"r{i}", "token_ids": IDS[i], "logprobs": P[i], "loss_mask": [1] * LENGTHS[i]} for i in range(3)]
+    rows[2]["loss_mask"][1] = 0
+    files = (f"compare.behaviour={q}", f"compare.target={write(tmp_path / 'p.jsonl', rows)}")
+    folder = run_in(tmp_path / "run", "experiment=compare", *files)
+    (comparison,) = folder.read_json("metrics.json")["comparisons"].values()
+    [finding] = comparison["findings"]
+    assert (finding["check"], finding["example"]) == ("no_numbers", "r2/0 at token 1")
+    assert comparison["counts"]["responses_set_aside"] == 1 and comparison["counts"]["tokens"] == sum(LENGTHS[:2])
 
 
 def test_a_row_without_the_targets_logprobs_is_named(tmp_path: Path) -> None:
@@ -254,7 +344,7 @@ def test_a_row_without_the_targets_logprobs_is_named(tmp_path: Path) -> None:
     ("rows", "words"),
     [
         ([{"token_ids": [1, 2], "logprobs": [-1.0]}], "1 behaviour logprobs for 2 token ids"),
-        ([{"token_ids": [1, 2], "logprobs": [-1.0, None]}], "behaviour logprobs that are not a list of numbers"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, "-1.0"]}], "behaviour logprobs that are not a list of numbers"),
         ([{"token_ids": [1, 2], "completion_mask": [1], "logprobs": [-1.0, -1.0]}], "1 mask values for 2 token ids"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "logprob_kind": "natural"}], "unknown kind 'natural'"),
         (
@@ -266,7 +356,7 @@ def test_a_row_without_the_targets_logprobs_is_named(tmp_path: Path) -> None:
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "sample": 1.5}], "1.5 as its sample"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0], "id": 1.5}], "1.5 as its id"),
         ([{"token_ids": [1, -2], "logprobs": [-1.0, -1.0]}], "a negative token id"),
-        ([{"token_ids": [1, 2], "logprobs": [-1.0, float("nan")]}], "logprobs that are not a list of numbers"),
+        ([{"token_ids": [1, 2], "logprobs": [-1.0, True]}], "logprobs that are not a list of numbers"),
         ([{"token_ids": [1, 2]}], "no column with logprobs"),
         ([{"token_ids": [1, 2], "logprobs": [-1.0, -1.0]}], "one column with logprobs, logprobs: set compare.target"),
     ],
@@ -277,6 +367,15 @@ def test_what_is_refused(rows: list[dict[str, Any]], words: str, tmp_path: Path)
     ]
     with pytest.raises(UsageError, match=words):
         run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={write(tmp_path / 'x.jsonl', rows)}")
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_file_in_which_every_response_lacks_a_logprob_is_not_comparable(nothing: Any, tmp_path: Path) -> None:
+    row = {"token_ids": [1, 2], "logprobs": [-1.0, nothing], "old_log_probs": [-1.0, -1.0]}
+    file = write(tmp_path / "x.jsonl", [row])
+    with pytest.raises(NotComparableError, match=r"Not comparable: the logprobs hold NaN.* 0/0 at token 1") as caught:
+        run_in(tmp_path / "run", "experiment=compare", f"compare.behaviour={file}")
+    assert caught.value.exit_code == 3
 
 
 def test_a_response_in_a_list_with_its_prompt_needs_a_length(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rl_onoff.compare import as_kind
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import NotComparableError, UsageError
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.rundir import join
 from rl_onoff.rundir.files import read_shard
@@ -131,10 +131,14 @@ def test_other_ids(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:
     sampled, scored = folders
     other = RunDir(shutil.copytree(scored.path, tmp_path / "other"))
     rewrite(other.scores("noisy"), lambda row: row | {"token_ids": (row["token_ids"] + 1) % 257})
-    with pytest.raises(UsageError, match="score the very token ids that were sampled, with the same tokenizer"):
+    sentence = "Not comparable: .*score the very token ids that were sampled, with the same tokenizer"
+    with pytest.raises(NotComparableError, match=sentence) as caught:
         run_in(
             tmp_path / "run", "experiment=compare", f"compare.behaviour={sampled.path}", f"compare.target={other.path}"
         )
+    assert caught.value.exit_code == 3
+    comparison = RunDir(tmp_path / "run").read_json("metrics.json")["comparisons"]["noisy"]
+    assert comparison["comparable"] is False and comparison["overall"] == {}
 
 
 def test_other_tokenizers(folders: tuple[RunDir, RunDir], tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def ids_of(row: Recorded) -> list[int]:
     return row.rollout.token_ids_T.tolist()
 
 
+def mask_of(row: Recorded) -> np.ndarray:
+    """Which tokens of a response were sampled."""
+    return np.ones(len(row.rollout.token_ids_T), bool) if row.rollout.mask_T is None else row.rollout.mask_T
+
+
 @pytest.mark.parametrize("name", [*BOTH, *ONE])
 def test_sampled_tokens_are_compared_with_their_numbers(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
@@ -77,11 +82,17 @@ def test_sampled_tokens_are_compared_with_their_numbers(name: str, caplog: pytes
     for i, row in enumerate(rows):
         kept = SAMPLED[i]
         assert row.rollout.prompt_ids.tolist() == PROMPTS[i] or format not in ("verl", "trl", "skyrl", "open-instruct")
-        assert ids_of(row) == [IDS[i][t] for t in kept] and row.rollout.mask_T is None
+        has_mask, sampled_T = name != "open-instruct", mask_of(row)  # whose file has no mask, and no tool's tokens
+        assert ids_of(row) == (IDS[i] if has_mask else [IDS[i][t] for t in kept])
+        assert sampled_T.tolist() == ([bool(m) for m in MASKS[i]] if has_mask else [True] * len(kept))
+        assert (row.rollout.mask_T is None) is bool(sampled_T.all())
+        assert row.rollout.token_ids_T[sampled_T].tolist() == [IDS[i][t] for t in kept]
         assert row.rollout.logprobs_T is not None and row.rollout.logprobs_T.dtype == np.float32
-        assert row.rollout.logprobs_T.tolist() == [Q[i][t] for t in kept]
+        assert row.rollout.logprobs_T[sampled_T].tolist() == [Q[i][t] for t in kept]
+        assert not row.rollout.logprobs_T[~sampled_T].any()
         if name in BOTH:
-            assert row.target_T is not None and row.target_T.tolist() == [P[i][t] for t in kept]
+            assert row.target_T is not None and row.target_T[sampled_T].tolist() == [P[i][t] for t in kept]
+            assert not row.target_T[~sampled_T].any()
         else:
             assert row.target_T is None
         assert row.rollout.meta.get("step") == step
@@ -89,7 +100,8 @@ def test_sampled_tokens_are_compared_with_their_numbers(name: str, caplog: pytes
     said = [text for text in caplog.messages if ": read as " in text]
     where = "" if step is None else f", step {step}"
     assert len(said) == 1 and f"read as {format} (" in said[0]
-    assert f"3 responses{where}, {sum(map(len, SAMPLED))} tokens" in said[0]
+    tokens = "11 tokens, 2 of them masked" if name != "open-instruct" else f"{sum(map(len, SAMPLED))} tokens"
+    assert f"3 responses{where}, {tokens}" in said[0]
 
 
 @pytest.mark.parametrize("name", [*BOTH, *ONE])
@@ -210,7 +222,8 @@ def test_files_of_two_kinds_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_format_can_be_said() -> None:
-    assert opened("verl.jsonl", format="columns")[1].rollout.token_ids_T.tolist() == [31, 32, 33, 2]
+    found = opened("verl.jsonl", format="columns")[1]
+    assert ids_of(found) == IDS[1] and found.rollout.token_ids_T[mask_of(found)].tolist() == [31, 32, 33, 2]
     with pytest.raises(UsageError, match=r"compare\.format is 'nemorl', .*: set compare\.format=nemo-rl"):
         opened("verl.jsonl", format="nemorl")
     with pytest.raises(UsageError, match=r"line 1 of verl\.jsonl has"):
@@ -237,12 +250,19 @@ def test_a_trainer_that_skipped_its_logprobs_is_said(caplog: pytest.LogCaptureFi
     assert "target" not in file.columns and "prev_logprobs are all 0 in its first 3 responses" in caplog.text
 
 
-def test_numbers_that_are_null_are_refused_where_they_count(tmp_path: Path) -> None:
+def test_numbers_that_are_null_are_kept_where_they_count_and_text_is_refused(tmp_path: Path) -> None:
     row = json.loads((FILES / "prime-rl/step_9/rank_0.jsonl").read_text().splitlines()[1])
-    row["inference_logprobs"][len(PROMPTS[1])] = None
-    (tmp_path / "x.jsonl").write_text(json.dumps(row))
+    path = tmp_path / "x.jsonl"
+    for t in (0, 2):  # a sampled token, and one of a tool
+        row["inference_logprobs"][len(PROMPTS[1]) + t] = None
+    path.write_text(json.dumps(row))
+    (found,) = open_rollouts(str(path), key="compare.behaviour", columns={}).rows()
+    assert found.rollout.logprobs_T is not None and mask_of(found).tolist() == [bool(m) for m in MASKS[1]]
+    np.testing.assert_array_equal(found.rollout.logprobs_T, [np.nan, *Q[1][1:2], 0, 0, *Q[1][4:]])
+    row["inference_logprobs"][len(PROMPTS[1])] = "-0.5"
+    path.write_text(json.dumps(row))
     with pytest.raises(UsageError, match=r"line 1 of x\.jsonl has behaviour logprobs that are not a list of numbers"):
-        list(open_rollouts(str(tmp_path / "x.jsonl"), key="compare.behaviour", columns={}).rows())
+        list(open_rollouts(str(path), key="compare.behaviour", columns={}).rows())
 
 
 class Evil:

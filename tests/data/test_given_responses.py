@@ -108,7 +108,8 @@ def test_text_of_token_ids_is_decoded_where_there_is_a_tokenizer(write, tokenize
         ({"prompt_ids": [1], "token_ids": [2**31]}, "token ids that are not all whole numbers below 2"),
         ({"prompt_ids": [1], "token_ids": [10**400]}, "token ids that are not a list of numbers"),
         ({"prompt_ids": [2**31], "token_ids": [3]}, "the token id 2147483648 in its prompt"),
-        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [float("nan")]}, "logprobs that are not a list of numbers"),
+        ({"prompt_ids": [1], "token_ids": [3], "logprobs": ["-1.0"]}, "logprobs that are not a list of numbers"),
+        ({"prompt_ids": [1], "token_ids": [3], "logprobs": [True]}, "logprobs that are not a list of numbers"),
         ({"prompt_ids": [1, 2], "token_ids": [3], "id": "fine"}, "the id 'fine' of a row with another prompt"),
         (
             {"prompt_ids": [1], "token_ids": [3], "id": "fine", "sample": 0},
@@ -167,11 +168,19 @@ def test_the_layouts_of_trainers_can_be_scored_too(write):
         load_responses(write({"prompt_ids": [7, 8], "input_ids": [7, 8, 4, 5]}))
 
 
-def test_tokens_that_a_mask_leaves_out_stay_as_context_with_a_warning(write, caplog):
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_logprob_that_is_missing_stays_so_for_the_checks(write, nothing):
+    (given,) = load_responses(write({"prompt_ids": [1], "token_ids": [3, 4], "logprobs": [-1.0, nothing]}))
+    np.testing.assert_array_equal(given.logprobs_T, [-1, np.nan])
+
+
+def test_tokens_that_a_mask_leaves_out_stay_as_context(write, caplog):
+    caplog.set_level("INFO")
     row = {"prompt_ids": [1], "token_ids": [4, 5, 6, 7, 0], "completion_mask": [1, 0, 1, 1, 0], "id": "a"}
     (given,) = load_responses(write(row))
     assert given.token_ids_T.tolist() == [4, 5, 6, 7] and given.mask_T.tolist() == [True, False, True, True]
-    assert "1 of 1 responses hold tokens that their mask leaves out" in caplog.text
+    assert "1 responses, 4 tokens, 1 of them masked" in caplog.text
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_the_content_of_the_file_counts_and_not_its_time(tmp_path, write):
