@@ -66,13 +66,10 @@ def check_installed(package: str, config: EngineConfig, option: str) -> None:
 @cache
 def _ask(python: str, package: str) -> str:
     """Whether an interpreter has a package: "True" or "False"; else why it cannot tell."""
-    ours = ("PYTHONHOME", "__PYVENV_LAUNCHER__")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
     try:
         done = subprocess.run(
-            [python, "-c", HAS, package], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=PYTHON_SECONDS,
+            [python, "-c", HAS, package], env=environment_for_python(), stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=PYTHON_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"it gave no answer in {PYTHON_SECONDS:.0f} s"
@@ -80,6 +77,14 @@ def _ask(python: str, package: str) -> str:
         return str(error.strerror)
     said = "".join(done.stdout.split()[-1:])  # a sitecustomize may print before
     return said if said in ("True", "False") else "it is no Python interpreter"
+
+
+def environment_for_python() -> dict[str, str]:
+    """The environment variables of a process under another interpreter, maybe, without those that are this one's."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # a file in the working folder must not stand in for a package
+    for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
+        environment.pop(name, None)
+    return environment
 
 
 def replicas_that_fit(num_devices: int) -> int:

@@ -14,8 +14,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from logging import LogRecord
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
+
+import msgspec
 
 from rl_onoff import errors
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
@@ -31,29 +34,13 @@ CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
 BUSY_CLOSE_SECONDS = 2.0  # the same, in the middle of work nobody wants any more
 STILL_SECONDS = 20.0  # between two log lines about a load that takes long
 UNLIMITED = 1 << 30
+DISPLACED = "another call to this backend began before this one was read to its end: read it first"
+NOT_RUNNING = "the {} engine is not running: load the backend again"
+RUN_AGAIN = ": run it again to go on"
 
 log = logging.getLogger(__name__)
 
 Error = TypeVar("Error", bound=OnOffError)
-
-
-class Process(Protocol):
-    """A worker's process as its client sees it: on this machine (`WorkerProcess`), or on a node of a cluster."""
-
-    pid: int
-    python: str
-    log: Path
-    config: EngineConfig  # the worker's
-    deadline: float | None  # monotonic time by which the worker must have spoken
-
-    @property
-    def channel(self) -> wire.Channel: ...
-    def check(self) -> None: ...
-    def remember(self) -> None: ...
-    def wait(self, seconds: float) -> None: ...
-    def reason(self) -> str: ...
-    def tail(self) -> str: ...
-    def close(self, patience: float) -> None: ...
 
 
 class WorkerClient:
@@ -69,7 +56,7 @@ class WorkerClient:
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
         self._log_folder = log_folder or os.environ.get(LOG_FOLDER)
-        self._worker: Process | None = None
+        self._worker: WorkerProcess | None = None
         self._call = 0  # the number of the latest call
         self._open = False  # whether the latest call has not ended yet
         self._in_flight: set[Key] = set()  # the responses of the latest call that have not come back
@@ -82,39 +69,40 @@ class WorkerClient:
     @property
     def is_alive(self) -> bool:
         """Whether the worker runs, as far as can be told without asking it."""
-        if self._worker is None or self._worker.channel.torn:
-            return False
         with suppress(wire.PeerGoneError):
-            self._worker.check()
-            return True
+            if self._worker is not None and not self._worker.channel.torn:
+                self._worker.check()
+                return True
         return False
 
-    def _start(self) -> Process:
+    def _start(self) -> WorkerProcess:
         """Start the worker process."""
         return WorkerProcess(self._class, self._config, self._log_folder, self._place)
 
     # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        if why := wire.fits(dataclasses.asdict(dataclasses.replace(self._config, pool=PoolConfig()))):
+        try:
+            msgspec.msgpack.encode(self._config)
+        except (TypeError, NotImplementedError) as why:
             raise UsageError(
                 f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}"
-            )
+            ) from None
         self._worker = worker = self._start()
         config = dataclasses.replace(worker.config, pool=PoolConfig())  # a worker starts no pool of its own
         target = f"{self._class.__module__}:{self._class.__qualname__}"
         try:
             self._hello()
-            self._send(wire.Load(target=target, config=dataclasses.asdict(config)))
-            reply = self._receive(_still_loading(self._config.name, worker.log))
+            self._send(wire.Load(target, msgspec.msgpack.encode(config)))
+            reply = self._receive(loading=True)
             if isinstance(reply, wire.Failed):
                 raise self._error(reply)
         except BaseException:
             self._close()
             raise
-        assert isinstance(reply, wire.Loaded)
+        assert isinstance(reply, EngineInfo)
         worker.remember()
-        return reply.info
+        return reply
 
     def _generate(self, supply: Supply, room: int = UNLIMITED) -> Iterator[Rollout]:
         """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time.
@@ -131,17 +119,14 @@ class WorkerClient:
             further = supply.take(room - len(keys), wait=not keys)
             keys.update(request.key for request in further)
             last = not keys  # the supply gave none after a wait
-            if not further and not last:
-                return None
-            return wire.Generate(call=call, requests=wire.Requests.pack(further), last=last)
+            return wire.Generate(call, further, last) if further or last else None
 
         if requests:
-            packed = wire.Requests.pack(requests)
-            yield from self._stream(lambda call: wire.Generate(call=call, requests=packed, last=False), keys, more)
+            yield from self._stream(lambda call: wire.Generate(call, requests, last=False), keys, more)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         keys = {rollout.key for rollout in rollouts}
-        yield from self._stream(lambda call: wire.Score(call=call, rollouts=list(rollouts), want=want), keys)
+        yield from self._stream(lambda call: wire.Score(call, rollouts, want), keys)
 
     def _close(self) -> None:
         worker, self._worker = self._worker, None
@@ -153,23 +138,23 @@ class WorkerClient:
 
     def _stream(
         self,
-        begin: Callable[[int], wire.AnyMessage],
+        begin: Callable[[int], wire.ToWorker],
         keys: set[Key],
-        more: Callable[[int], wire.AnyMessage | None] = lambda call: None,
+        more: Callable[[int], wire.ToWorker | None] = lambda call: None,
     ) -> Iterator[Any]:
         """The results of one call; after each of them, what `more` returns is sent to the worker."""
-        self._settle()
+        self._cancel(self._call)
+        while self._open:  # a call that was abandoned has not ended
+            self._open = not isinstance(self._receive(), wire.Done | wire.Failed)
         self._call += 1
         call, self._open, self._in_flight = self._call, True, keys
         self._send(begin(call))
         try:
-            while isinstance(reply := self._receive(), wire.Completed | wire.Scored):
-                keys.discard(reply.result.key)
-                yield reply.result
+            while isinstance(reply := self._receive(), Rollout | TokenScores):
+                keys.discard(reply.key)
+                yield reply
                 if self._call != call:
-                    raise EngineError(
-                        "another call to this backend began before this one was read to its end: read it first"
-                    )
+                    raise EngineError(DISPLACED)
                 if (message := more(call)) is not None:
                     self._send(message)
             self._open = False
@@ -186,13 +171,7 @@ class WorkerClient:
         """Tell the worker that nobody reads the call's results any more; the next call drops what was sent of them."""
         if self._open and self._call == call and self._worker is not None and not self._worker.channel.torn:
             with suppress(EngineDiedError):
-                self._send(wire.Cancel(call=call))
-
-    def _settle(self) -> None:
-        """Wait for the end of a call that was abandoned."""
-        self._cancel(self._call)
-        while self._open:
-            self._open = not isinstance(self._receive(), wire.Done | wire.Failed)
+                self._send(wire.Cancel(call))
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -220,31 +199,35 @@ class WorkerClient:
             )
         worker.deadline = None
 
-    def _send(self, message: wire.AnyMessage) -> None:
+    def _send(self, message: wire.ToWorker) -> None:
         try:
             self._alive().channel.send(message)
         except wire.PeerGoneError:
             raise self._died() from None
 
-    def _receive(self, meanwhile: Callable[[], None] = lambda: None) -> wire.AnyMessage:
-        """The worker's next message; `meanwhile` is called now and then while there is none."""
-        worker = self._alive()
+    def _receive(self, *, loading: bool = False) -> Any:
+        """What the worker says next. Its warnings are logged here; that it still loads is logged now and then."""
+        worker, began, said = self._alive(), time.monotonic(), 0
         while True:
             try:  # a call can be left without harm between two messages alone
                 while not worker.channel.readable(wire.PERIOD):
                     worker.check()
                     self.interrupt()
-                    meanwhile()
+                    passed = time.monotonic() - began
+                    if loading and passed >= (said + 1) * STILL_SECONDS:
+                        said += 1
+                        where = f"; what it says: tail -f {worker.log}" if os.access(worker.log, os.R_OK) else ""
+                        log.info("still loading %s after %.0f s%s", self._config.name, passed, where)
                 message = worker.channel.receive()
             except wire.PeerGoneError:
                 raise self._died() from None
-            if not isinstance(message, wire.Logged):
+            if not isinstance(message, LogRecord):
                 return message
-            logging.getLogger(message.logger).log(message.level, message.text)
+            logging.getLogger(message.name).log(message.levelno, message.msg)
 
-    def _alive(self) -> Process:
+    def _alive(self) -> WorkerProcess:
         if self._worker is None:
-            raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
+            raise EngineDiedError(NOT_RUNNING.format(self._config.name))
         if self._worker.channel.torn:
             self._close()
             raise EngineError(
@@ -255,8 +238,7 @@ class WorkerClient:
     # -- errors --------------------------------------------------------------------------------------------------------
 
     def _error(self, failed: wire.Failed) -> OnOffError:
-        kind = getattr(errors, failed.error, EngineError)
-        text = failed.text
+        kind, text = getattr(errors, failed.error, EngineError), failed.text
         if self._config.python is not None and kind is MissingDependencyError:
             text += f" (in the environment of backend.python={self._config.python})"
         return self._noted(kind(text))
@@ -266,7 +248,7 @@ class WorkerClient:
         assert self._worker is not None
         in_flight = tuple(sorted(self._in_flight if self._open else ()))
         lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
-        text = f"the {self._config.name} engine died{lost} ({self._worker.reason()}): run it again to go on"
+        text = f"the {self._config.name} engine died{lost} ({self._worker.reason()}){RUN_AGAIN}"
         error = self._noted(EngineDiedError(text, in_flight))
         self._open = False
         self._close()
@@ -278,18 +260,3 @@ class WorkerClient:
             kept = f" ({self._worker.log})" if self._log_folder else ""
             error.add_note(f"The end of the worker's log{kept}:\n{tail}")
         return error
-
-
-def _still_loading(name: str, worker_log: Path) -> Callable[[], None]:
-    """A function that logs, when called often, that an engine still loads and where its own words are."""
-    began = said = time.monotonic()
-
-    def say() -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= STILL_SECONDS:
-            said = now
-            where = f"; what it says: tail -f {worker_log}" if os.access(worker_log, os.R_OK) else ""
-            log.info("still loading %s after %.0f s%s", name, now - began, where)
-
-    return say

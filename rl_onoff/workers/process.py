@@ -21,6 +21,7 @@ import psutil
 
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import environment_for_python
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import sessions, wire
 from rl_onoff.workers.devices import ANYWHERE, Place
@@ -33,7 +34,10 @@ _numbers = itertools.count()
 
 
 class WorkerProcess:
-    """Starts `python -m rl_onoff.workers.worker_main` in a session and a temporary folder of its own."""
+    """Runs `python -m rl_onoff.workers.worker_main` in a session and a temporary folder of its own."""
+
+    channel: wire.Channel
+    deadline: float | None = None  # monotonic time by which the worker must have spoken
 
     def __init__(
         self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None, place: Place = ANYWHERE
@@ -59,16 +63,13 @@ class WorkerProcess:
             except OSError as e:
                 ours.close()
                 shutil.rmtree(self._folder)
-                raise UsageError(
-                    f"backend.python={self.python} cannot be run ({e.strerror}): set backend.python to a Python "
-                    "interpreter"
-                ) from None
+                why = f"backend.python={self.python} cannot be run ({e.strerror})"
+                raise UsageError(f"{why}: set backend.python to a Python interpreter") from None
         self.pid = self._popen.pid
         if place.cores:
             with suppress(OSError):  # it is gone already
                 os.sched_setaffinity(self.pid, place.cores)  # before it starts threads, which inherit it
         self._process = psutil.Process(self.pid)
-        self.deadline: float | None = None  # monotonic time by which the worker must have spoken
         self.channel = wire.SocketChannel(ours, self.check)
         self._memory: set[Path] = set()
         self._finalizer = weakref.finalize(self, _end, self._popen, self._folder, os.getpid(), self._memory)
@@ -79,28 +80,27 @@ class WorkerProcess:
         path.mkdir()
         for package in packages:
             (path / package.name).symlink_to(package)
-        environment = dict(os.environ)
-        for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
-            environment.pop(name, None)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), environment.get("PYTHONPATH"))))
-        environment["PATH"] = os.pathsep.join(filter(None, (str(Path(self.python).parent), environment.get("PATH"))))
-        environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
-        environment["PYTHONUNBUFFERED"] = "1"
-        # threads that spin halve the speed where processes share cores
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
-        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
-        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
-        environment["TMPDIR"] = str(self._folder)
-        return environment
+        environment = environment_for_python()
+        for name, first in (("PYTHONPATH", path), ("PATH", Path(self.python).parent)):
+            environment[name] = os.pathsep.join(filter(None, (str(first), environment.get(name))))
+        return {
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin halve the speed where processes share cores
+            # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"),
+            **environment,
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(self._folder),
+        }
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise PeerGoneError when the process has ended, or has not spoken in time."""
-        late = self.deadline is not None and time.monotonic() > self.deadline
-        if late or not sessions.alive(self._process):
+        if self._ended() or (self.deadline is not None and time.monotonic() > self.deadline):
             raise wire.PeerGoneError
+
+    def _ended(self) -> bool:
+        return not sessions.alive(self._process)
 
     def wait(self, seconds: float) -> None:
         """Wait for the process to end; what it still sends is read and dropped, so that it gets to its end."""
@@ -114,7 +114,7 @@ class WorkerProcess:
 
     def remember(self) -> None:
         """Note the shared memory that the worker has now, to be removed when the worker has ended."""
-        self._memory |= sessions.shared_memory(_tree(self.pid))
+        self._memory |= sessions.shared_memory(sessions.tree(self.pid))
 
     def reason(self) -> str:
         """Why the process is gone, for people."""
@@ -132,12 +132,10 @@ class WorkerProcess:
 
     def tail(self) -> str:
         """The last lines of the worker's log."""
-        try:
-            with self.log.open("rb") as f:
-                f.seek(max(0, self.log.stat().st_size - 16384))
-                return "\n".join(f.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
-        except OSError:
-            return ""
+        with suppress(OSError), self.log.open("rb") as f:
+            f.seek(max(0, self.log.stat().st_size - 16384))
+            return "\n".join(f.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+        return ""
 
     def close(self, patience: float) -> None:
         """Ask the worker to end, then end what is left after `patience` seconds; at once if the worker never spoke."""
@@ -163,19 +161,10 @@ def _packages(backend_class: type[Core]) -> list[Path]:
     return found
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    """A worker, its descendants and its session: together they hold whatever it started."""
-    tree = sessions.members(pid)
-    with suppress(psutil.Error):
-        worker = psutil.Process(pid)
-        tree += [worker, *worker.children(recursive=True)]
-    return tree
-
-
 def _end(popen: subprocess.Popen[bytes], folder: Path, owner: int, memory: set[Path]) -> None:
     if os.getpid() != owner:
         return  # a fork of the process that started it
-    sessions.end(_tree(popen.pid), memory)
+    sessions.end(sessions.tree(popen.pid), memory)
     with suppress(subprocess.TimeoutExpired):
         popen.wait(5)
     shutil.rmtree(folder, ignore_errors=True)

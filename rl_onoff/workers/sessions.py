@@ -18,72 +18,56 @@ import psutil
 
 GONE = (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError, PermissionError)
 HELPERS = re.compile(r"resource_tracker|compile_worker|forkserver")  # Python's and torch's own: may end when they like
+END_SECONDS = 2.0  # for killed processes to be gone
 
 
 def alive(process: psutil.Process) -> bool:
     """True unless the process has ended; a zombie has ended."""
-    try:
+    with suppress(*GONE):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except GONE:
-        return False
+    return False
 
 
-def members(sid: int) -> list[psutil.Process]:
-    """The living processes of a session."""
-    found = []
+def tree(pid: int) -> set[psutil.Process]:
+    """A worker, its descendants and its session: together they hold whatever it started."""
+    found = set()
     for process in psutil.process_iter():
         with suppress(*GONE):
-            if os.getsid(process.pid) == sid and alive(process):
-                found.append(process)
+            if os.getsid(process.pid) == pid:
+                found.add(process)
+    with suppress(psutil.Error):
+        worker = psutil.Process(pid)
+        found |= {worker, *worker.children(recursive=True)}
     return found
 
 
-def describe(process: psutil.Process) -> str:
-    """`pid 12 (name)`; for people."""
-    try:
-        return f"pid {process.pid} ({process.name()})"
-    except GONE:
-        return f"pid {process.pid}"
-
-
 def is_helper(process: psutil.Process) -> bool:
-    try:
+    with suppress(*GONE):
         return bool(HELPERS.search(" ".join(process.cmdline())))
-    except GONE:
-        return True
+    return True
 
 
-def end(
-    processes: Iterable[psutil.Process], memory: Iterable[Path] = (), *, last_act: bool = False, patience: float = 2.0
-) -> None:
+def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), *, last_act: bool = False) -> None:
     """Kill the processes, and remove the shared memory that they alone had mapped, now or before (`memory`).
 
     Resource trackers get a moment after the others: they unlink what their dead processes left. `last_act`: this
     process ends right after, so what it has mapped itself may go too.
     """
-    victims = [process for process in set(processes) if alive(process)]
+    victims = set(filter(alive, processes))
     shared = {*memory, *shared_memory(victims)}
-    helpers = [process for process in victims if is_helper(process)]
-    for process in victims:
-        if process not in helpers:
+    helpers = set(filter(is_helper, victims))
+    for killed in (victims - helpers, helpers):
+        for process in killed:
             with suppress(*GONE):
                 process.kill()
-    _wait(victims, patience)
-    for process in helpers:
-        with suppress(*GONE):
-            process.kill()
-    _wait(victims, patience)
+        until = time.monotonic() + END_SECONDS
+        while any(map(alive, victims)) and time.monotonic() < until:
+            time.sleep(0.02)
     left = {path for path in shared if path.exists()}
     if left:
         others = (process for process in psutil.process_iter() if not last_act or process.pid != os.getpid())
         for path in left - shared_memory(others):
             path.unlink(missing_ok=True)
-
-
-def _wait(processes: Iterable[psutil.Process], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while any(alive(process) for process in processes) and time.monotonic() < until:
-        time.sleep(0.02)
 
 
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:

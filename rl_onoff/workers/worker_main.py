@@ -22,7 +22,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,62 +85,18 @@ class Watchdog(threading.Thread):
         with self._lock:
             for process in self._engine:
                 if not sessions.alive(process):
-                    (self._folder / "reason").write_text(f"its {sessions.describe(process)} ended unexpectedly")
+                    who = f"pid {process.pid}"
+                    with suppress(*sessions.GONE):
+                        who += f" ({process.name()})"
+                    (self._folder / "reason").write_text(f"its {who} ended unexpectedly")
                     os._exit(DIED)
 
     def end_all(self) -> NoReturn:
         """End the engine's processes, then this one: no parent is there to do so."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        me = psutil.Process()
-        sessions.end([p for p in (*self._note(), *sessions.members(me.pid)) if p != me], self._memory, last_act=True)
+        self._note()
+        sessions.end(sessions.tree(os.getpid()) - {psutil.Process()}, self._memory, last_act=True)
         os._exit(0)
-
-
-class Warnings(logging.Handler):
-    """Keeps the warnings of this package until the thread that sends takes them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._waiting: deque[wire.Logged] = deque()
-        logging.getLogger("rl_onoff").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
-
-    def take(self) -> list[wire.Logged]:
-        """The warnings logged since the previous call."""
-        return [self._waiting.popleft() for _ in range(len(self._waiting))]
-
-
-class Inbox(threading.Thread):
-    """Takes in what the parent sends, whatever the engine does.
-
-    A parent that sends more requests while its worker sends results waits for the worker to read, as the worker waits
-    for the parent: without this thread neither would ever go on.
-    """
-
-    def __init__(self, channel: wire.Channel):
-        super().__init__(daemon=True, name="inbox")
-        self._channel = channel
-        self._messages: queue.SimpleQueue[wire.AnyMessage | BaseException] = queue.SimpleQueue()
-
-    def run(self) -> None:
-        try:
-            while True:
-                self._messages.put(self._channel.receive())
-        except BaseException as error:  # it is raised where it is read
-            self._messages.put(error)
-
-    def next(self, *, wait: bool) -> wire.AnyMessage | None:
-        """The next message; None when there is none now. Raises PeerGoneError once the parent is gone."""
-        try:
-            message = self._messages.get(block=wait)
-        except queue.Empty:
-            return None
-        if isinstance(message, BaseException):
-            self._messages.put(message)
-            raise message
-        return message
 
 
 class Worker:
@@ -148,9 +106,13 @@ class Worker:
         self._watchdog = watchdog
         self._channel = wire.SocketChannel(sock)
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
-        self._inbox = Inbox(self._channel)
-        self._inbox.start()
-        self._warnings = Warnings()
+        self._inbox: queue.SimpleQueue[wire.ToWorker | BaseException] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True, name="inbox").start()
+        self._warnings: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()  # the thread that sends takes them
+        handler = QueueHandler(self._warnings)  # type: ignore[arg-type]
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter())  # the message alone
+        logging.getLogger("rl_onoff").addHandler(handler)
         self._call = 0  # the call that is being answered
         self._requests: deque[SampleRequest] = deque()  # of this call, not yet taken by the engine
         self._last = False  # no further requests of this call will come
@@ -162,9 +124,9 @@ class Worker:
         if backend is None:
             return
         while not self._closing:
-            match self._inbox.next(wait=True):
+            match self._next(wait=True):
                 case wire.Generate() as message if message.call > self._call:
-                    self._requests, self._last = deque(message.requests.unpack()), message.last
+                    self._requests, self._last = deque(message.requests), message.last
                     self._answer(message.call, backend._generate(self))
                 case wire.Score() as message:
                     self._answer(message.call, backend._score(message.rollouts, message.want))
@@ -184,19 +146,19 @@ class Worker:
 
     def _load(self) -> Any:
         """The backend, loaded; None where that failed, which is said."""
-        message = self._inbox.next(wait=True)
+        message = self._next(wait=True)
         assert isinstance(message, wire.Load)
         try:
             module, _, name = message.target.partition(":")
             cls = getattr(import_module(module), name)
-            config = msgspec.convert(message.config, cls.config_class)
+            config = msgspec.msgpack.decode(message.config, type=cls.config_class)
             backend = cls(dataclasses.replace(config, worker=False, python=None, dp_size=1))
             backend.load()
         except BaseException as e:
-            self._fail(0, e)
+            self._fail(e)
             return None
         self._watchdog.loaded()
-        self._send(wire.Loaded(info=backend.info))
+        self._send(backend.info)
         return backend
 
     def _answer(self, call: int, results: Iterator[Any]) -> None:
@@ -204,13 +166,9 @@ class Worker:
         self._call, self._unwanted = call, False
         try:
             for result in results:
-                match result:
-                    case Rollout():
-                        self._send(wire.Completed(call=call, result=result))
-                    case TokenScores():
-                        self._send(wire.Scored(call=call, result=result))
-                    case _:
-                        raise TypeError(f"a backend yielded a {type(result).__name__}")
+                if not isinstance(result, Rollout | TokenScores):
+                    raise TypeError(f"a backend yielded a {type(result).__name__}")
+                self._send(result)
                 self._read()
                 if self._unwanted:
                     results.close()  # type: ignore[attr-defined]
@@ -218,34 +176,58 @@ class Worker:
         except wire.PeerGoneError:
             raise
         except BaseException as e:
-            self._fail(call, e)
+            self._fail(e)
         else:
-            self._send(wire.Done(call=call))
+            self._send(wire.Done())
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Take in what the parent sends, whatever the engine does.
+
+        A parent that sends more requests while its worker sends results waits for the worker to read, as the worker
+        waits for the parent: without a thread for it neither would ever go on.
+        """
+        try:
+            while True:
+                self._inbox.put(self._channel.receive())
+        except BaseException as error:  # it is raised where it is read
+            self._inbox.put(error)
+
+    def _next(self, *, wait: bool) -> wire.ToWorker | None:
+        """The next message; None when there is none now. Raises PeerGoneError once the parent is gone."""
+        try:
+            message = self._inbox.get(block=wait)
+        except queue.Empty:
+            return None
+        if isinstance(message, BaseException):
+            self._inbox.put(message)
+            raise message
+        return message
 
     def _read(self, *, wait: bool = False) -> None:
         """Take in what the parent has said in the middle of a call; `wait` for it to say something."""
-        while (message := self._inbox.next(wait=wait)) is not None:
+        while (message := self._next(wait=wait)) is not None:
             wait = False
             match message:
                 case wire.Generate() if message.call == self._call:
-                    self._requests.extend(message.requests.unpack())
+                    self._requests.extend(message.requests)
                     self._last = message.last
                 case wire.Cancel() if message.call == self._call:
                     self._unwanted = True
                 case wire.Close():
                     self._closing = self._unwanted = True
 
-    def _send(self, message: wire.AnyMessage) -> None:
-        for warning in self._warnings.take():
-            self._channel.send(warning)
+    def _send(self, message: wire.FromWorker) -> None:
+        while not self._warnings.empty():
+            self._channel.send(self._warnings.get())
         self._channel.send(message)
 
-    def _fail(self, call: int, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         traceback.print_exception(error)
         sys.stderr.flush()
         self._watchdog.check()  # an engine that lost a process may say so itself before the watchdog does
-        name, text = named(error)
-        self._send(wire.Failed(call=call, error=name, text=text))
+        self._send(wire.Failed(*named(error)))
 
 
 def main() -> None:

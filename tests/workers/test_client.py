@@ -249,7 +249,7 @@ def test_warnings_of_the_package_reach_the_parent(caplog):
 
 def test_a_cancel_that_crosses_with_the_end_of_its_call_is_ignored():
     with tiny() as backend:
-        backend._core._worker.channel.send(wire.Cancel(call=0))
+        backend._core._worker.channel.send(wire.Cancel(0))
         assert len(list(generate(backend._core, [request("a")]))) == 1
 
 
@@ -289,7 +289,7 @@ def test_another_version_of_the_protocol_is_one_sentence(tmp_path):
         tmp_path,
         f"import os, sys, time\nos.write(int(sys.argv[3]), {(wire.PREAMBLE % 99).encode()!r})\ntime.sleep(60)\n",
     )
-    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 3"):
+    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 4"):
         tiny(python=python).load()
 
 
