@@ -8,28 +8,159 @@ replica held goes to the others while it starts again.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import EngineDiedError, EngineError
-from rl_onoff.types import Key, Rollout, SampleRequest, TokenScores, Want
-from rl_onoff.workers.client import WorkerClient
+from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
+from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
+from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient
 from rl_onoff.workers.devices import places
-from rl_onoff.workers.replica import Call, Replica
+from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
 
 if TYPE_CHECKING:
     from rl_onoff.workers.ray import RayCluster
 
 log = logging.getLogger(__name__)
 
+MOST_RESTARTS = 3  # of a replica that has given no result since
 NAMED = 10  # lost responses that an error names
+
+
+class Stopped(Exception):
+    """Nobody wants what is being waited for."""
+
+
+class LostError(Exception):
+    """A replica does not come back, because of `__cause__`."""
+
+
+class Call:
+    """One call to a pool: what is to be done, and its results, few at a time: replicas wait for a slow reader."""
+
+    def __init__(self, work: Sequence[Work], num_replicas: int, room: int | None, want: Want | None):
+        self.work = WorkQueue(work, num_replicas)
+        self.room = room  # requests that a replica has at a time; None: its whole share
+        self.want = want  # what is to be scored; None: the work is to be sampled
+        self.results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)  # errors and, for a look at `work`, None too
+
+    def put(self, result: Any) -> None:
+        while not self.work.stopped:
+            try:
+                return self.results.put(result, timeout=0.2)
+            except queue.Full:
+                continue
+
+
+class Assignment:
+    """The responses of a call that one replica works on; also the `Supply` from which its worker takes more."""
+
+    def __init__(self, work: WorkQueue, first: list[Work]):
+        self.held = {one.key: one for one in first}  # whose results have not come
+        self._work, self._next = work, first
+        self._tried_again = any(work.deaths[one.key] for one in first)  # alone, so that what kills a replica is found
+
+    def take(self, most: int | None = None, *, wait: bool) -> list[Any]:
+        """Never waits: what other replicas may give back goes into the next assignment."""
+        taken, self._next = self._next, []
+        if not taken and not self._tried_again:
+            taken = self._work.take(most, len(self.held), wait=False)
+            self.held.update((one.key, one) for one in taken)
+        return taken
+
+
+class Replica:
+    """One worker of a pool, which works on the calls it is given, and is started again when it dies."""
+
+    def __init__(self, name: str, client: WorkerClient):
+        self.client, self._name = client, name
+        client.interrupt = self._interrupt
+        self.closing = False
+        self._thread: threading.Thread | None = None  # the latest job's
+        self._call: Call | None = None  # that the worker is busy with
+        self._failures = 0  # deaths and failed loads since the last result
+        self._lost: OnOffError | None = None  # why it is not started any more
+
+    def begin(self, job: Callable[[], None]) -> threading.Thread:
+        """Do a job in a thread of its own, once the job before is done."""
+        before = self._thread
+
+        def run() -> None:
+            if before is not None:
+                before.join()
+            job()
+
+        self._thread = thread = threading.Thread(target=run, daemon=True, name="replica")
+        thread.start()
+        return thread
+
+    def answer(self, call: Call) -> None:
+        """Work for a call until nothing is left to do."""
+        try:
+            while not call.work.stopped and self._ready(call) and (first := call.work.take(call.room)):
+                if self.client.is_alive:
+                    self._work(call, Assignment(call.work, first))
+                else:  # it died while there was nothing to do, which is no fault of these responses
+                    call.work.give_back(first)
+        except Stopped:
+            pass
+        except BaseException as error:  # it is raised where it is read
+            call.put(error)
+
+    def _interrupt(self) -> None:
+        if self.closing or (self._call is not None and self._call.work.stopped):
+            raise Stopped
+
+    def _ready(self, call: Call) -> bool:
+        """Start the worker again if it is gone; False when that has been tried often enough."""
+        while self._lost is None and not self.client.is_alive:
+            try:
+                self.client._close()
+                self.client._load()
+            except OnOffError as error:
+                self._fail(error)
+        if self._lost is not None:
+            raise LostError from self._lost
+        return True
+
+    def _work(self, call: Call, assignment: Assignment) -> None:
+        self._call, client, held = call, self.client, assignment.held
+        try:
+            results: Any = (
+                client._generate(assignment, call.room or 1)
+                if call.want is None
+                else client._score(assignment.take(wait=False), call.want)
+            )
+            with closing(results):
+                for result in results:
+                    held.pop(result.key, None)
+                    self._failures = 0
+                    call.put(result)
+                    call.work.done()
+                    self._interrupt()
+        except EngineDiedError as error:
+            log.warning("a replica of %s is started again: %s", self._name, str(error).removesuffix(RUN_AGAIN))
+            call.work.give_back(list(held.values()), error)
+            if held.keys() & call.work.given_up.keys():  # the cause was found
+                self._failures = 0
+                call.put(None)
+            else:
+                self._fail(error)
+        finally:
+            self._call = None
+
+    def _fail(self, error: OnOffError) -> None:
+        self._failures += 1
+        if self._failures > MOST_RESTARTS:
+            log.warning("a replica of %s is given up: it failed %d times in a row", self._name, self._failures)
+            self._lost = error
 
 
 class Pool:
@@ -44,7 +175,6 @@ class Pool:
     ):
         self._class, self._config, self._log_folder, self._cluster = backend_class, config, log_folder, cluster
         self._replicas: list[Replica] = []
-        self._threads: list[threading.Thread] = []  # one a replica, each with its job
         self._call: Call | None = None
         self._room = 1  # requests that a replica has at a time
 
@@ -61,11 +191,11 @@ class Pool:
 
     def _load(self) -> EngineInfo:
         loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
-        infos = []
+        infos: list[EngineInfo] = []
 
-        def load(replica: Replica) -> None:
+        def load(client: WorkerClient) -> None:
             try:
-                loaded.put(replica.client._load())
+                loaded.put(client._load())
             except BaseException as error:  # it is raised where it is read
                 loaded.put(error)
 
@@ -73,7 +203,8 @@ class Pool:
             clients = self._clients()
             log.info("starting %d replica%s of %s", len(clients), "s" * (len(clients) > 1), self._config.name)
             self._replicas = [Replica(self._config.name, client) for client in clients]
-            self._start(load)
+            for replica in self._replicas:
+                replica.begin(partial(load, replica.client))
             while len(infos) < len(clients):
                 info = loaded.get()
                 if isinstance(info, BaseException):
@@ -94,69 +225,65 @@ class Pool:
         requests: list[SampleRequest] = []
         while more := supply.take(wait=True):
             requests += more
-        yield from self._results(Call(requests, len(self._replicas), room=self._room))
+        yield from self._results(requests, room=self._room)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        yield from self._results(Call(rollouts, len(self._replicas), want=want))
+        yield from self._results(rollouts, want=want)
 
     def _close(self) -> None:
         if self._call is not None:
-            self._call.stop()
+            self._call.work.stop()
         for replica in self._replicas:
             replica.closing = True
-        self._start(lambda replica: replica.client._close())
-        for thread in self._threads:
+        for thread in [replica.begin(replica.client._close) for replica in self._replicas]:
             thread.join()
-        self._replicas, self._threads, self._call = [], [], None
+        self._replicas, self._call = [], None
         if self._cluster is not None:
             self._cluster.close()
 
-    def _start(self, job: Callable[[Replica], None]) -> None:
-        """Begin a job for every replica, each in a thread, once the job that it has now is done."""
-
-        def run(replica: Replica, before: threading.Thread | None) -> None:
-            if before is not None:
-                before.join()
-            job(replica)
-
-        pairs = itertools.zip_longest(self._replicas, self._threads)
-        self._threads = [threading.Thread(target=run, args=pair, daemon=True, name="replica") for pair in pairs]
-        for thread in self._threads:
-            thread.start()
-
-    def _results(self, call: Call) -> Iterator[Any]:
+    def _results(self, work: Sequence[Work], room: int | None = None, want: Want | None = None) -> Iterator[Any]:
         """The results of a call, which all replicas work on."""
         self._check_running()
         if self._call is not None:
-            self._call.stop()
-        self._call = call
+            self._call.work.stop()
+        call = self._call = Call(work, len(self._replicas), room, want)
+        given_up, missing = call.work.given_up, {one.key for one in work}
+        num_replicas = len(self._replicas)  # that can still be counted on
         try:
-            self._start(lambda replica: replica.answer(call))
-            while (result := call.next()) is not None:
-                yield result
+            for replica in self._replicas:
+                replica.begin(partial(replica.answer, call))
+            while len(missing) > len(given_up):
+                match call.results.get():
+                    case None:
+                        continue
+                    case LostError() as lost:
+                        num_replicas -= 1
+                        if num_replicas:
+                            continue
+                        if isinstance(lost.__cause__, EngineDiedError):
+                            lost.__cause__.in_flight = tuple(sorted(missing - given_up.keys()))
+                        raise lost.__cause__
+                    case BaseException() as error:
+                        raise error
+                    case result:
+                        missing.discard(result.key)
+                        yield result
                 if self._call is not call:  # a later one was begun, or the pool is closed
                     self._check_running()
-                    raise EngineError(
-                        "another call to this backend began before this one was read to its end: read it first"
-                    )
+                    raise EngineError(DISPLACED)
         finally:
-            call.stop()
-        if call.work.given_up:
-            raise self._gave_up(call.work.given_up)
+            call.work.stop()
+        if keys := sorted(given_up):
+            names = ", ".join(f"{request_id!r} (sample {sample})" for request_id, sample in keys[:NAMED])
+            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            error = EngineError(
+                f"the {self._config.name} engine died three times on each of these responses, which have no result: "
+                f"{names}{more}; all others are done: leave those requests out, or give the engine more memory"
+            )
+            for note in getattr(given_up[keys[0]], "__notes__", ()):
+                error.add_note(note)
+            raise error
 
     def _check_running(self) -> None:
         if not self._replicas:
-            raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
-
-    def _gave_up(self, deaths: Mapping[Key, EngineDiedError]) -> EngineError:
-        """The error of responses that cost a replica its life too often."""
-        keys = sorted(deaths)
-        names = ", ".join(f"{request_id!r} (sample {sample})" for request_id, sample in keys[:NAMED])
-        more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-        error = EngineError(
-            f"the {self._config.name} engine died three times on each of these responses, which have no result: "
-            f"{names}{more}; all others are done: leave those requests out, or give the engine more memory"
-        )
-        for note in getattr(deaths[keys[0]], "__notes__", ()):
-            error.add_note(note)
-        return error
+            raise EngineDiedError(NOT_RUNNING.format(self._config.name))
