@@ -23,7 +23,7 @@ from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
 from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient
 from rl_onoff.workers.devices import places
-from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
+from rl_onoff.workers.work_queue import Work, WorkQueue
 
 if TYPE_CHECKING:
     from rl_onoff.workers.ray import RayCluster

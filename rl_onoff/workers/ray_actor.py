@@ -1,17 +1,13 @@
-"""The actor's side of a pool on Ray: starts a worker process on its node, and relays bytes between it and the driver.
-
-The engine is a child of the actor's process, not in it: what holds for a worker on this machine (`backend.python`, an
-engine that crashes or kills its parent, nothing left behind) holds on a node.
-"""
+"""Both ends of the way between a driver and a worker on another node, and the actor there that starts the worker."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,52 +15,89 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import UsageError
 from rl_onoff.workers import wire
 from rl_onoff.workers.devices import VISIBLE, Place
 from rl_onoff.workers.process import WorkerProcess
 
 LINGER_SECONDS = 0.01  # for further messages, so that small ones do not travel one by one
-MOST_BYTES = 16 << 20  # that one reply holds: a driver that reads slowly holds the worker back
+MOST_BYTES = 16 << 20  # that one reply of an actor holds: a driver that reads slowly holds the worker back
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Started:
-    """What the driver knows of a worker process on another machine."""
+class ActorChannel(wire.Channel):
+    """Messages to and from a worker on a node, relayed by an actor.
 
-    pid: int
-    python: str
-    log: Path
+    One `poll` is always under way: it brings the next messages while these are read, and it ends when the worker dies.
+    """
+
+    def __init__(self, actor: Any, check: Callable[[], None]):
+        super().__init__(check)
+        self._actor: Any = actor
+        self._numbers = itertools.count()
+        self._arrived = memoryview(b"")  # not read yet
+        self._poll: Any = actor.poll.remote()  # None once nothing more will come
+        self.error: Exception | None = None  # why the actor is gone, if that ended it
+
+    @property
+    def ended(self) -> bool:
+        """Whether the worker is gone and all that it sent was read."""
+        return self.readable(0) and not self._arrived
+
+    def readable(self, seconds: float) -> bool:
+        import ray
+        from ray.exceptions import RayError
+
+        if not self._arrived and self._poll is not None:
+            if not ray.is_initialized():
+                self._poll = None
+            elif ray.wait([self._poll], timeout=seconds)[0]:
+                try:
+                    self._arrived = memoryview(ray.get(self._poll))
+                except RayError as error:
+                    self.error = error
+                self._poll = self._actor.poll.remote() if self._arrived else None
+        return bool(self._arrived) or self._poll is None
+
+    def read(self, into: memoryview) -> int:
+        while not self.readable(wire.PERIOD):
+            self._check()
+        if not self._arrived:
+            raise wire.PeerGoneError
+        count = min(len(into), len(self._arrived))
+        into[:count] = self._arrived[:count]
+        # an empty slice would keep the reply in the object store
+        self._arrived = self._arrived[count:] if count < len(self._arrived) else memoryview(b"")
+        return count
+
+    def send_raw(self, data: bytes | memoryview) -> None:
+        self._actor.send.remote(next(self._numbers), data if isinstance(data, bytes) else np.asarray(data))
+
+    def close(self) -> None:
+        self._actor = self._poll = None
 
 
 class Relay:
-    """What Ray runs on a node. Its methods may run side by side, each in a thread."""
+    """What Ray runs on a node: starts a worker process and relays bytes between it and the driver. Its methods may run
+    side by side, each in a thread."""
 
     def __init__(
         self, target: str, config: EngineConfig, log_folder: Path | str | None, environment: Mapping[str, str]
     ):
-        self._target, self._config, self._log_folder, self._environment = target, config, log_folder, environment
+        self._arguments = target, config, log_folder, environment
         self._process: WorkerProcess
         self._sending = threading.Lock()
         self._early: dict[int, Any] = {}  # by number: what overtook something that is to be sent before it
         self._next = 0  # the number of what is to be sent next
 
-    def start(self) -> Started:
-        """Start the worker process."""
-        module, _, name = self._target.partition(":")
-        try:
-            backend_class = getattr(import_module(module), name)
-        except ImportError as error:
-            raise UsageError(
-                f"the nodes of the Ray cluster cannot import {module} ({error}): install it there, or set "
-                "pool.runtime_env"
-            ) from error
-        if self._environment and not os.environ.get(VISIBLE):
+    def start(self) -> tuple[int, str, Path]:
+        """Start the worker process; returns its id, its interpreter and where its log is."""
+        target, config, log_folder, environment = self._arguments
+        module, _, name = target.partition(":")
+        if environment and not os.environ.get(VISIBLE):
             # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
             os.environ.pop(VISIBLE, None)
-        place = Place(environment=self._environment)
-        self._process = WorkerProcess(backend_class, self._config, self._log_folder, place)
-        return Started(pid=self._process.pid, python=self._process.python, log=self._process.log)
+        backend_class = getattr(import_module(module), name)
+        self._process = WorkerProcess(backend_class, config, log_folder, Place(environment=environment))
+        return self._process.pid, self._process.python, self._process.log
 
     def poll(self) -> np.ndarray:
         """The bytes that the worker sent since the previous call; waits for some. Empty: the worker is gone."""

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
@@ -35,11 +35,12 @@ class Connection(threading.Thread):
     _current: ClassVar[Connection | None] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, options: Mapping[str, Any]):
+    def __init__(self, pool: PoolConfig, num_cpus: int):
         super().__init__(daemon=True, name="ray")
-        self._options = options
+        self._named = _address(pool)
+        self._address: str | None = None  # HOST:PORT of the cluster's head, once connected
+        self._num_cpus = num_cpus
         self._ready, self._leave = threading.Event(), threading.Event()
-        self.address: str | None = None  # HOST:PORT of the cluster, once connected
         self._error: Exception | None = None
         self._users = 0
 
@@ -51,6 +52,7 @@ class Connection(threading.Thread):
         """
         # a thread that asks for something after the end must not start Ray again
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError as error:
@@ -59,7 +61,9 @@ class Connection(threading.Thread):
             if cls._current is None:
                 if ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
                     return None
-                cls._current = cls._begun(pool, num_cpus)
+                connection = cls(pool, num_cpus)
+                connection._begin()
+                cls._current = connection
             cls._current._users += 1
             return cls._current
 
@@ -73,19 +77,20 @@ class Connection(threading.Thread):
                 self.join(LEAVE_SECONDS)
 
     @classmethod
-    def _begun(cls, pool: PoolConfig, num_cpus: int) -> Connection:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = _address(pool)
-        options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
-        if address == "local":
-            options |= {"num_cpus": max(len(cores()), num_cpus), "include_dashboard": False}
-            log.info("starting a Ray cluster on this machine")
-        self = cls(options)
+    def answers(cls) -> bool:
+        """Whether the cluster's head is there: without it Ray waits a minute in most calls, then ends this process."""
+        import ray
+
+        address = cls._current._address if cls._current else None  # None: not known
+        return ray.is_initialized() and (address is None or listens(address))
+
+    def _begin(self) -> None:
+        """Start the thread, and wait until Ray is there."""
         self.start()
         try:
-            if not self._ready.wait(START_SECONDS if address == "local" else JOIN_SECONDS):
+            if not self._ready.wait(START_SECONDS if self._named == "local" else JOIN_SECONDS):
                 raise EngineError(
-                    f"what is at {address} does not answer like a Ray cluster: set pool.address to one that runs"
+                    f"what is at {self._named} does not answer like a Ray cluster: set pool.address to one that runs"
                 )
         except BaseException:
             self._leave.set()
@@ -93,18 +98,21 @@ class Connection(threading.Thread):
         if self._error is not None:
             said = " ".join(str(self._error).split())
             raise EngineError(
-                f"the Ray cluster at {address} cannot be used ({said}): set pool.address to one that can, or "
+                f"the Ray cluster at {self._named} cannot be used ({said}): set pool.address to one that can, or "
                 "RAY_AUTH_MODE=token where it wants a token"
             ) from self._error
-        return self
 
     def run(self) -> None:
         import ray
 
+        options: dict[str, Any] = {}
+        if self._named == "local":
+            log.info("starting a Ray cluster on this machine")
+            options = {"num_cpus": max(len(cores()), self._num_cpus), "include_dashboard": False}
         try:
-            ray.init(**self._options)
-            scheme, _, rest = self._options["address"].rpartition("://")
-            self.address = rest if scheme == "ray" else ray.get_runtime_context().gcs_address
+            ray.init(self._named, logging_level=logging.ERROR, log_to_driver=False, **options)
+            scheme, _, rest = self._named.rpartition("://")
+            self._address = rest if scheme == "ray" else ray.get_runtime_context().gcs_address
         except Exception as error:  # Ray raises what it likes; it is told where it is waited for
             self._error = error
             self._leave.set()
@@ -118,23 +126,18 @@ def _address(pool: PoolConfig) -> str:
     named = pool.address or os.environ.get("RAY_ADDRESS")
     if named == "local":
         return named
-    from ray._private.services import (
-        canonicalize_bootstrap_address,  # the file that `ray start` writes has no public reader
-    )
+    # the file that `ray start` writes has no public reader
+    from ray._private.services import canonicalize_bootstrap_address
 
     scheme, _, rest = (named or "").rpartition("://")
 
-    def answering() -> bool:
-        try:
-            found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
-        except (ConnectionError, ValueError, OSError):
-            return False
-        return found is not None and answers(found)
+    def find() -> bool:
+        found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
+        return found is not None and listens(found)
 
-    if _in_time(answering):
-        return (
-            named or "auto"
-        )  # and not what was found: only where it finds a cluster does Ray look for the token it wants
+    if _in_time(find):
+        # and not what was found: only where it finds a cluster does Ray look for the token it wants
+        return named or "auto"
     if named is None:
         return "local"
     where = "on this machine" if named == "auto" else f"at {named}"
@@ -143,44 +146,35 @@ def _address(pool: PoolConfig) -> str:
     )
 
 
-def answers(address: str) -> bool:
+def listens(address: str) -> bool:
     """Whether something listens at HOST:PORT; False after PROBE_SECONDS without a word."""
-    host, _, port = address.rpartition(":")
 
-    def connects() -> bool:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
-        except (OSError, ValueError):
-            return False
+    def connect() -> bool:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
         return True
 
-    return _in_time(connects)
+    return _in_time(connect)
 
 
-def _in_time(true: Callable[[], bool]) -> bool:
-    """What the function says; False when it says nothing in PROBE_SECONDS: a name server that is silent has no
-    timeout."""
+def _in_time(probe: Callable[[], bool]) -> bool:
+    """What the function says; False when it fails, or says nothing in PROBE_SECONDS as where a name server is silent,
+    which has no timeout."""
     said: list[bool] = []
-    thread = threading.Thread(target=lambda: said.append(true()), daemon=True, name="probe")
+
+    def run() -> None:
+        with suppress(OSError, ValueError):
+            said.append(probe())
+
+    thread = threading.Thread(target=run, daemon=True, name="probe")
     thread.start()
     thread.join(PROBE_SECONDS)
     return said == [True]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Berth:
-    """What one replica takes of the cluster."""
-
-    bundle: Resources  # what it reserves, all on one node
-    config: EngineConfig
-    across_nodes: bool = False  # the engine takes its GPUs from the cluster itself
-
-    def __str__(self) -> str:
-        return ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
-
-
-def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
-    """What a replica takes of a cluster whose nodes have these resources.
+def berth(nodes: Sequence[Resources], config: EngineConfig) -> tuple[Resources, EngineConfig]:
+    """What a replica reserves, all on one node, of a cluster whose nodes have these resources; and its config, which is
+    another where its engine takes its GPUs from the cluster itself.
 
     Raises UsageError where one node has too few GPUs, and the engine, or the cluster, cannot do with several.
     """
@@ -188,9 +182,9 @@ def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
     gpus = config.gpus_per_replica
     largest = max(nodes, key=_gpus, default={})
     if not gpus or not _gpus(largest):
-        return Berth(bundle=cpus, config=config)
+        return cpus, config
     if gpus <= _gpus(largest):
-        return Berth(bundle={**cpus, "GPU": float(gpus)}, config=config)
+        return {**cpus, "GPU": float(gpus)}, config
     total = sum(map(_gpus, nodes))
     wide = config.across_nodes()
     if wide is None or gpus > total:
@@ -202,7 +196,7 @@ def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
         )
     # the engine's own processes sit beside some of its GPUs, which they must see but not reserve: its Ray workers will
     here = next(name for name in largest if name.startswith("node:") and not name.startswith("node:__"))
-    return Berth(bundle={**cpus, here: NODE}, config=wide, across_nodes=True)
+    return {**cpus, here: NODE}, wide
 
 
 def replicas_that_fit(nodes: Sequence[Resources], config: EngineConfig) -> int:
@@ -229,10 +223,3 @@ def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     return f"{cpus:g} CPU, {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
-
-
-def room() -> str:
-    """What the cluster has, and how much of that is free; for people."""
-    import ray
-
-    return f"it has {described(ray.cluster_resources())}, of which {described(ray.available_resources())} are free"

@@ -1,4 +1,4 @@
-"""What a worker and its parent say to each other, and how it travels: pickles, and the memory of big arrays beside them.
+"""What a worker and its parent say to each other, and how it travels: pickles, and beside them the memory of arrays.
 
 Both ends are processes of one user with one version of this package. Arrays are never turned into text, and one that
 several requests share is sent once: small ones ride in the pickle, big ones are received straight into the memory of

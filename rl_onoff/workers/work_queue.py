@@ -58,7 +58,9 @@ class WorkQueue:
             if self.stopped:
                 return share
             if self._waiting:
-                share = [self._waiting.popleft() for _ in range(self._cut() if most is None else self._fair(most, held))]
+                share = [
+                    self._waiting.popleft() for _ in range(self._cut() if most is None else self._fair(most, held))
+                ]
                 self._tokens -= sum(one.num_tokens for one in share)
             elif wait and self._suspects:
                 self._suspects.sort(key=lambda piece: self.deaths[piece[0].key])

@@ -432,18 +432,17 @@ GPU_NODES = [
     ],
 )
 def test_what_a_replica_reserves(nodes, config: EngineConfig, bundle, replicas):
-    place = berth(nodes, config)
-    assert place.bundle == bundle and replicas_that_fit(nodes, config) == replicas
-    assert place.across_nodes == any(name.startswith("node:") for name in bundle)
-    assert place.across_nodes or place.config is config
+    reserved, placed = berth(nodes, config)
+    assert reserved == bundle and replicas_that_fit(nodes, config) == replicas
+    across_nodes = any(name.startswith("node:") for name in bundle)
+    assert (placed is config) != across_nodes
 
 
 def test_vllm_spans_nodes_with_its_own_ray_executor():
-    assert berth(GPU_NODES, VLLMBackendConfig(tp_size=12)).config.engine_kwargs == {
-        "distributed_executor_backend": "ray"
-    }
+    _, placed = berth(GPU_NODES, VLLMBackendConfig(tp_size=12))
+    assert placed.engine_kwargs == {"distributed_executor_backend": "ray"}
     mine = VLLMBackendConfig(tp_size=12, engine_kwargs={"distributed_executor_backend": "mp", "x": 1})
-    assert berth(GPU_NODES, mine).config.engine_kwargs == mine.engine_kwargs, "who says so themselves is not overruled"
+    assert berth(GPU_NODES, mine)[1].engine_kwargs == mine.engine_kwargs, "who says so themselves is not overruled"
 
 
 def test_more_gpus_than_there_are():
