@@ -121,7 +121,7 @@ def wire(folder: Path) -> dict[str, float]:
     """Bytes a response token that a worker sends, and those its parent sends it."""
     from rl_onoff.workers import wire
 
-    class Counted(wire.SocketChannel):
+    class Counted(wire.Channel):
         def __init__(self) -> None:
             super().__init__(socket.socketpair()[0])
             self.count = 0

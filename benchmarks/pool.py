@@ -26,11 +26,11 @@ from rl_onoff.backends.engine import Given
 from rl_onoff.backends.engine_config import PoolConfig, PoolKind
 from rl_onoff.backends.fake.backend import FakeBackend
 from rl_onoff.backends.huggingface.backend import HuggingFaceBackend
+from rl_onoff.backends.placement import Place
 from rl_onoff.types import SampleRequest, Sampling, sample_requests
 from rl_onoff.workers.client import WorkerClient
-from rl_onoff.workers.devices import Place
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.ray import RayCluster
+from rl_onoff.workers.ray import RayPool
 
 
 def requests(number: int, max_new_tokens: int) -> list[SampleRequest]:
@@ -94,7 +94,7 @@ def overhead(rounds: int) -> None:
     cores = {
         "one worker": WorkerClient(FakeBackend, FakeBackendConfig(model_name="fake")),
         "a pool of two": Pool(FakeBackend, FakeBackendConfig(model_name="fake", dp_size=2)),
-        "a pool of two on Ray": Pool(FakeBackend, on_ray, cluster=RayCluster(FakeBackend, on_ray)),
+        "a pool of two on Ray": RayPool(FakeBackend, on_ray),
     }
     best: dict[str, tuple[float, float]] = {}
     try:

@@ -8,25 +8,21 @@ its own session.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from logging import LogRecord
-from pathlib import Path
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from rl_onoff import errors
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
-from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import ANYWHERE, Place
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Key, Rollout, TokenScores, Want
 from rl_onoff.workers import wire
-from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
 
 HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a cold network disk is slow
@@ -40,22 +36,14 @@ RUN_AGAIN = ": run it again to go on"
 
 log = logging.getLogger(__name__)
 
-Error = TypeVar("Error", bound=OnOffError)
-
 
 class WorkerClient:
     """Runs one backend in a worker. One call at a time; a new call drops what an older one had not yielded."""
 
-    def __init__(
-        self,
-        backend_class: type[Core],
-        config: EngineConfig,
-        log_folder: Path | str | None = None,
-        place: Place = ANYWHERE,
-    ):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, place: Place = ANYWHERE):
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
-        self._log_folder = log_folder or os.environ.get(LOG_FOLDER)
+        self._log_folder = os.environ.get(LOG_FOLDER)
         self._worker: WorkerProcess | None = None
         self._call = 0  # the number of the latest call
         self._open = False  # whether the latest call has not ended yet
@@ -82,25 +70,15 @@ class WorkerClient:
     # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
-        try:
-            msgspec.msgpack.encode(self._config)
-        except (TypeError, NotImplementedError) as why:
-            raise UsageError(
-                f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}"
-            ) from None
         self._worker = worker = self._start()
-        config = dataclasses.replace(worker.config, pool=PoolConfig())  # a worker starts no pool of its own
-        target = f"{self._class.__module__}:{self._class.__qualname__}"
         try:
             self._hello()
-            self._send(wire.Load(target, msgspec.msgpack.encode(config)))
             reply = self._receive(loading=True)
-            if isinstance(reply, wire.Failed):
+            if isinstance(reply, wire.End):
                 raise self._error(reply)
         except BaseException:
             self._close()
             raise
-        assert isinstance(reply, EngineInfo)
         worker.remember()
         return reply
 
@@ -145,12 +123,12 @@ class WorkerClient:
         """The results of one call; after each of them, what `more` returns is sent to the worker."""
         self._cancel(self._call)
         while self._open:  # a call that was abandoned has not ended
-            self._open = not isinstance(self._receive(), wire.Done | wire.Failed)
+            self._open = not isinstance(self._receive(), wire.End)
         self._call += 1
         call, self._open, self._in_flight = self._call, True, keys
         self._send(begin(call))
         try:
-            while isinstance(reply := self._receive(), Rollout | TokenScores):
+            while not isinstance(reply := self._receive(), wire.End):
                 keys.discard(reply.key)
                 yield reply
                 if self._call != call:
@@ -158,7 +136,7 @@ class WorkerClient:
                 if (message := more(call)) is not None:
                     self._send(message)
             self._open = False
-            if isinstance(reply, wire.Failed):
+            if reply.error:
                 raise self._error(reply)
         finally:
             self._cancel(call)
@@ -237,13 +215,13 @@ class WorkerClient:
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
-    def _error(self, failed: wire.Failed) -> OnOffError:
-        kind, text = getattr(errors, failed.error, EngineError), failed.text
+    def _error(self, end: wire.End) -> OnOffError:
+        kind, text = getattr(errors, end.error, EngineError), end.text
         if self._config.python is not None and kind is MissingDependencyError:
             text += f" (in the environment of backend.python={self._config.python})"
         return self._noted(kind(text))
 
-    def _died(self) -> EngineDiedError:
+    def _died(self) -> OnOffError:
         """The error of a dead worker; ends what is left of it."""
         assert self._worker is not None
         in_flight = tuple(sorted(self._in_flight if self._open else ()))
@@ -254,7 +232,7 @@ class WorkerClient:
         self._close()
         return error
 
-    def _noted(self, error: Error) -> Error:
+    def _noted(self, error: OnOffError) -> OnOffError:
         """The error with the tail of the worker's log as a note, so that its message stays one sentence."""
         if self._worker is not None and (tail := self._worker.tail()):
             kept = f" ({self._worker.log})" if self._log_folder else ""

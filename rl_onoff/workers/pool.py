@@ -14,19 +14,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import places
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
 from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient
-from rl_onoff.workers.devices import places
 from rl_onoff.workers.work_queue import Work, WorkQueue
-
-if TYPE_CHECKING:
-    from rl_onoff.workers.ray import RayCluster
 
 log = logging.getLogger(__name__)
 
@@ -166,14 +162,8 @@ class Replica:
 class Pool:
     """Runs the replicas of one backend. One call at a time; a call that is left early leaves the pool usable."""
 
-    def __init__(
-        self,
-        backend_class: type[Core],
-        config: EngineConfig,
-        log_folder: Path | str | None = None,
-        cluster: RayCluster | None = None,  # where the replicas run; None: on this machine
-    ):
-        self._class, self._config, self._log_folder, self._cluster = backend_class, config, log_folder, cluster
+    def __init__(self, backend_class: type[Core], config: EngineConfig):
+        self._class, self._config = backend_class, config
         self._replicas: list[Replica] = []
         self._call: Call | None = None
         self._room = 1  # requests that a replica has at a time
@@ -183,11 +173,10 @@ class Pool:
         """The workers' process ids, None for one that is not running."""
         return [replica.client.pid for replica in self._replicas]
 
-    def _clients(self) -> list[WorkerClient]:
-        if self._cluster is not None:
-            return self._cluster.clients()
+    def _clients(self) -> Sequence[WorkerClient]:
+        """A client for each replica, not loaded."""
         machine = places(self._config.dp_size or 1, self._config.gpus_per_replica)
-        return [WorkerClient(self._class, self._config, self._log_folder, place) for place in machine]
+        return [WorkerClient(self._class, self._config, place) for place in machine]
 
     def _load(self) -> EngineInfo:
         loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
@@ -238,8 +227,6 @@ class Pool:
         for thread in [replica.begin(replica.client._close) for replica in self._replicas]:
             thread.join()
         self._replicas, self._call = [], None
-        if self._cluster is not None:
-            self._cluster.close()
 
     def _results(self, work: Sequence[Work], room: int | None = None, want: Want | None = None) -> Iterator[Any]:
         """The results of a call, which all replicas work on."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
 from rl_onoff.workers import wire
 from rl_onoff.workers.client import RUN_AGAIN, WorkerClient
+from rl_onoff.workers.pool import Pool
 from rl_onoff.workers.process import WorkerProcess
 from rl_onoff.workers.ray_actor import ActorChannel, Relay
 from rl_onoff.workers.ray_cluster import Connection, alive_nodes, berth, described, replicas_that_fit
@@ -34,25 +35,21 @@ ANSWER_SECONDS = 5.0  # for an actor to answer, beside what it was asked to wait
 GONE = "the Ray cluster is gone, or its head node is: run it again to go on, on a cluster that runs"
 
 
-class RayCluster:
-    """Where the replicas of a pool run: the nodes of a cluster."""
+class RayPool(Pool):
+    """A pool whose replicas run on the nodes of a cluster."""
 
-    def __init__(self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None = None):
-        self._class, self._log_folder = backend_class, log_folder
+    _connection: Connection | None = None
+
+    def _clients(self) -> Sequence[WorkerClient]:
+        config, number = self._config, self._config.dp_size
+        self._connection = Connection.join_cluster(config.pool, (number or 1) * config.pool.cpus_per_replica)
         names = {name: getattr(config, name) for name in ("model_name", "tokenizer")}
         paths = {name: os.path.abspath(path) for name, path in names.items() if path and os.path.exists(path)}
-        self._config = replace(config, **paths)  # a node's working folder is another
-        self._connection: Connection | None = None
+        there = replace(config, **paths)  # a node's working folder is another
+        return [RayClient(self._class, there) for _ in range(number or replicas_that_fit(alive_nodes(), config))]
 
-    def clients(self) -> list[WorkerClient]:
-        """Join the cluster; a client for each replica, not loaded."""
-        pool, number = self._config.pool, self._config.dp_size
-        self._connection = Connection.join_cluster(pool, (number or 1) * pool.cpus_per_replica)
-        number = number or replicas_that_fit(alive_nodes(), self._config)
-        return [RayClient(self._class, self._config, self._log_folder) for _ in range(number)]
-
-    def close(self) -> None:
-        """Leave the cluster, once the clients are closed."""
+    def _close(self) -> None:
+        super()._close()
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.release()
@@ -85,9 +82,9 @@ class RayProcess(WorkerProcess):
         self._group: Any = None
         if not Connection.answers():
             raise EngineError(GONE)
-        bundle, self.config = berth(alive_nodes(), config)
+        bundle, there = berth(alive_nodes(), config)
         # an engine on many nodes takes its GPUs from the cluster itself
-        environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if self.config is not config else {}
+        environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if there is not config else {}
         try:
             self._reserve(bundle, config.pool.wait_s)
             options = {
@@ -100,7 +97,7 @@ class RayProcess(WorkerProcess):
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0),
             }
             target = f"{backend_class.__module__}:{backend_class.__qualname__}"
-            self._actor = ray.remote(Relay).options(**options).remote(target, self.config, log_folder, environment)
+            self._actor = ray.remote(Relay).options(**options).remote(target, there, log_folder, environment)
             self.pid, self.python, self.log = self._started(self._actor.start.remote())
         except BaseException:
             self._release()

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import VISIBLE, Place
 from rl_onoff.workers import wire
-from rl_onoff.workers.devices import VISIBLE, Place
 from rl_onoff.workers.process import WorkerProcess
 
 LINGER_SECONDS = 0.01  # for further messages, so that small ones do not travel one by one
@@ -30,8 +30,8 @@ class ActorChannel(wire.Channel):
     """
 
     def __init__(self, actor: Any, check: Callable[[], None]):
-        super().__init__(check)
         self._actor: Any = actor
+        self._check = check
         self._numbers = itertools.count()
         self._arrived = memoryview(b"")  # not read yet
         self._poll: Any = actor.poll.remote()  # None once nothing more will come

@@ -11,8 +11,8 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
+from rl_onoff.backends.placement import cores
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
-from rl_onoff.workers.devices import cores
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import pickle
 import select
 import socket
 import struct
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from logging import LogRecord
 from typing import Any
@@ -28,13 +27,6 @@ PROTOCOL = 4  # raise it whenever a message changes its meaning
 PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told
 INLINE_BYTES = 1 << 16  # arrays below this ride in the pickle: a bigger one has memory of its own to free
 PERIOD = 0.2  # seconds between two looks at whether the other end is there, while waiting for it
-
-
-class Load(msgspec.Struct):
-    """To the worker, first: which backend it is. The answer is an EngineInfo."""
-
-    target: str  # "module:Class"
-    config: bytes  # MessagePack: what is no plain value cannot travel
 
 
 class Generate(msgspec.Struct):
@@ -61,54 +53,36 @@ class Close(msgspec.Struct):
     """To the worker: free the engine and end."""
 
 
-class Done(msgspec.Struct):
-    """From the worker: all results of the call were sent."""
+class End(msgspec.Struct):
+    """From the worker: all results of the call were sent, or an exception ended the load or the call."""
+
+    error: str = ""  # the name of the exception's class in rl_onoff.errors; empty: there was none
+    text: str = ""
 
 
-class Failed(msgspec.Struct):
-    """From the worker: an exception that ended the load or the call, by the name of its class in rl_onoff.errors."""
-
-    error: str
-    text: str
-
-
-ToWorker = Load | Generate | Score | Cancel | Close
-FromWorker = EngineInfo | Rollout | TokenScores | Done | Failed | LogRecord  # a log record: a warning of rl_onoff
+ToWorker = Generate | Score | Cancel | Close
+FromWorker = EngineInfo | Rollout | TokenScores | End | LogRecord  # once loaded; results; warnings of rl_onoff
 
 
 class PeerGoneError(Exception):
     """The other end of the channel has closed."""
 
 
-class Channel(ABC):
-    """Messages to and from a worker. `check` is called every PERIOD seconds while waiting, and may raise."""
+class Channel:
+    """Messages to and from a worker, over a socket pair, which has no port and no file.
 
-    def __init__(self, check: Callable[[], None] = lambda: None):
-        self._check = check
-        self.torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood
+    It tells both ends at once when the other is gone, and the kernel holds a worker back that runs ahead of its reader.
+    A parent needs `check` too, which is called every PERIOD seconds while waiting, and may raise: a forked grandchild
+    of a dead worker may still hold the worker's end of the socket open.
+    """
 
-    @abstractmethod
-    def readable(self, seconds: float) -> bool:
-        """Whether something, or the end, has arrived; waits up to `seconds` for it."""
+    torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood
 
-    @abstractmethod
-    def read(self, into: memoryview) -> int:
-        """Read what has arrived, after a wait; returns the number of bytes. Raises PeerGoneError at the end."""
+    def __init__(self, sock: socket.socket, check: Callable[[], None] = lambda: None):
+        self._sock, self._check = sock, check
+        sock.settimeout(PERIOD)
 
-    @abstractmethod
-    def send_raw(self, data: bytes | memoryview) -> None:
-        """Send all of the bytes. Raises PeerGoneError."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give up the connection."""
-
-    def receive_raw(self, size: int) -> memoryview:
-        """The next `size` bytes, in memory of their own. Raises PeerGoneError."""
-        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
-        while view:
-            view = view[self.read(view) :]
-        return data
+    # -- messages ------------------------------------------------------------------------------------------------------
 
     def send(self, message: ToWorker | FromWorker) -> None:
         header, buffers = dumped(message)
@@ -129,6 +103,48 @@ class Channel(ABC):
         buffers = [self.receive_raw(size) for size in sizes]
         self.torn = False
         return pickle.loads(header, buffers=buffers)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def receive_raw(self, size: int) -> memoryview:
+        """The next `size` bytes, in memory of their own. Raises PeerGoneError."""
+        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
+        while view:
+            view = view[self.read(view) :]
+        return data
+
+    def readable(self, seconds: float) -> bool:
+        """Whether something, or the end, has arrived; waits up to `seconds` for it."""
+        if self._sock.fileno() < 0:
+            raise PeerGoneError
+        poll = select.poll()  # a new one: an actor's threads wait side by side, which one object refuses
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(int(seconds * 1000)))
+
+    def read(self, into: memoryview) -> int:
+        """Read what has arrived, after a wait; returns the number of bytes. Raises PeerGoneError at the end."""
+        return self._some(self._sock.recv_into, into)
+
+    def send_raw(self, data: bytes | memoryview) -> None:
+        """Send all of the bytes. Raises PeerGoneError."""
+        view = memoryview(data)
+        while view:
+            view = view[self._some(self._sock.send, view) :]
+
+    def _some(self, move: Callable[[memoryview], int], memory: memoryview) -> int:
+        """How many bytes were moved, once some could be."""
+        while True:
+            try:
+                if count := move(memory):
+                    return count
+                raise PeerGoneError
+            except TimeoutError:
+                self._check()
+            except OSError as e:
+                raise PeerGoneError from e
+
+    def close(self) -> None:
+        self._sock.close()
 
 
 def dumped(message: Any) -> tuple[bytes, list[memoryview]]:
@@ -154,46 +170,3 @@ def _reduced(array: np.ndarray) -> tuple[Any, ...]:
 
 def _array(memory: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-class SocketChannel(Channel):
-    """A channel over a socket pair, which has no port and no file.
-
-    It tells both ends at once when the other is gone, and the kernel holds a worker back that runs ahead of its reader.
-    A parent needs `check` too: a forked grandchild of a dead worker may still hold the worker's end of the socket open.
-    """
-
-    def __init__(self, sock: socket.socket, check: Callable[[], None] = lambda: None):
-        super().__init__(check)
-        self._sock = sock
-        sock.settimeout(PERIOD)
-
-    def readable(self, seconds: float) -> bool:
-        if self._sock.fileno() < 0:
-            raise PeerGoneError
-        poll = select.poll()  # a new one: an actor's threads wait side by side, which one object refuses
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(int(seconds * 1000)))
-
-    def read(self, into: memoryview) -> int:
-        return self._some(self._sock.recv_into, into)
-
-    def send_raw(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[self._some(self._sock.send, view) :]
-
-    def _some(self, move: Callable[[memoryview], int], memory: memoryview) -> int:
-        """How many bytes were moved, once some could be."""
-        while True:
-            try:
-                if count := move(memory):
-                    return count
-                raise PeerGoneError
-            except TimeoutError:
-                self._check()
-            except OSError as e:
-                raise PeerGoneError from e
-
-    def close(self) -> None:
-        self._sock.close()

@@ -1,13 +1,12 @@
-"""The worker's side: `python -m rl_onoff.workers.worker_main SOCKET_FD PARENT_PID FOLDER` serves one backend.
+"""The worker's side: `python -m rl_onoff.workers.worker_main FD PARENT_PID FOLDER MODULE CLASS` serves one backend.
 
-Started by process.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors
-travel by name; the engine's chatter stays in this process's log file; warnings of rl_onoff itself are handed to the
-parent.
+The backend's config comes on the standard input. Started by process.py, maybe under another interpreter, so nothing
+here may import more than the backend needs. Errors travel by name; the engine's chatter stays in this process's log
+file; warnings of rl_onoff itself are handed to the parent.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import itertools
 import logging
@@ -34,7 +33,7 @@ import psutil
 from rl_onoff.backends.engine import taken
 from rl_onoff.errors import named
 from rl_onoff.types import Rollout, SampleRequest, TokenScores
-from rl_onoff.workers import sessions, wire
+from rl_onoff.workers import process, wire
 
 DIED = 70  # exit code when a process of the engine died; the file `reason` says which
 
@@ -46,7 +45,7 @@ class Watchdog(threading.Thread):
         super().__init__(daemon=True, name="watchdog")
         self._parent, self._folder = parent, folder
         self._engine: list[psutil.Process] = []
-        self._memory: set[Path] = set()
+        self.memory: set[Path] = set()
         self._loaded = False
         self._lock = threading.Lock()
 
@@ -62,7 +61,7 @@ class Watchdog(threading.Thread):
     def loaded(self) -> None:
         """From now on the processes that the engine has at this moment must live."""
         self._loaded = True
-        self._engine = [child for child in self._note() if not sessions.is_helper(child)]
+        self._engine = [child for child in self._note() if not process.is_helper(child)]
 
     def closing(self) -> None:
         """From now on the engine's processes may end."""
@@ -73,21 +72,17 @@ class Watchdog(threading.Thread):
         """Remember the shared memory of this moment, to be removed at the end; returns this process's descendants."""
         me = psutil.Process()
         children = me.children(recursive=True)
-        self._memory = self._memory | sessions.shared_memory([me, *children])  # a new set: two threads read it
+        self.memory = self.memory | process.shared_memory([me, *children])  # a new set: two threads read it
         return children
-
-    def tidy(self) -> None:
-        """Remove the shared memory that the engine left."""
-        sessions.end([], self._memory, last_act=True)
 
     def check(self) -> None:
         """End this process if one of the engine's is gone."""
         with self._lock:
-            for process in self._engine:
-                if not sessions.alive(process):
-                    who = f"pid {process.pid}"
-                    with suppress(*sessions.GONE):
-                        who += f" ({process.name()})"
+            for child in self._engine:
+                if not process.alive(child):
+                    who = f"pid {child.pid}"
+                    with suppress(*process.GONE):
+                        who += f" ({child.name()})"
                     (self._folder / "reason").write_text(f"its {who} ended unexpectedly")
                     os._exit(DIED)
 
@@ -95,7 +90,7 @@ class Watchdog(threading.Thread):
         """End the engine's processes, then this one: no parent is there to do so."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self._note()
-        sessions.end(sessions.tree(os.getpid()) - {psutil.Process()}, self._memory, last_act=True)
+        process.end(process.tree(os.getpid()) - {psutil.Process()}, self.memory, last_act=True)
         os._exit(0)
 
 
@@ -103,8 +98,7 @@ class Worker:
     """Serves one backend: loads it, and answers calls one after the other."""
 
     def __init__(self, sock: socket.socket, watchdog: Watchdog):
-        self._watchdog = watchdog
-        self._channel = wire.SocketChannel(sock)
+        self._watchdog, self._channel = watchdog, wire.Channel(sock)
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
         self._inbox: queue.SimpleQueue[wire.ToWorker | BaseException] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True, name="inbox").start()
@@ -119,10 +113,15 @@ class Worker:
         self._unwanted = False  # nobody reads the results of this call
         self._closing = False
 
-    def serve(self) -> None:
-        backend = self._load()
-        if backend is None:
-            return
+    def serve(self, module: str, name: str) -> None:
+        try:
+            cls = getattr(import_module(module), name)
+            backend = cls(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=cls.config_class))
+            backend.load()
+        except BaseException as e:
+            return self._fail(e)
+        self._watchdog.loaded()
+        self._send(backend.info)
         while not self._closing:
             match self._next(wait=True):
                 case wire.Generate() as message if message.call > self._call:
@@ -130,9 +129,7 @@ class Worker:
                     self._answer(message.call, backend._generate(self))
                 case wire.Score() as message:
                     self._answer(message.call, backend._score(message.rollouts, message.want))
-                case wire.Cancel() | wire.Generate():
-                    pass  # it crossed with the end of its call
-                case _:
+                case wire.Close():
                     break
         self._watchdog.closing()
         backend.close()
@@ -143,23 +140,6 @@ class Worker:
         while wait and not (self._requests or self._last or self._unwanted):
             self._read(wait=True)
         return [] if self._unwanted else taken(self._requests, most)
-
-    def _load(self) -> Any:
-        """The backend, loaded; None where that failed, which is said."""
-        message = self._next(wait=True)
-        assert isinstance(message, wire.Load)
-        try:
-            module, _, name = message.target.partition(":")
-            cls = getattr(import_module(module), name)
-            config = msgspec.msgpack.decode(message.config, type=cls.config_class)
-            backend = cls(dataclasses.replace(config, worker=False, python=None, dp_size=1))
-            backend.load()
-        except BaseException as e:
-            self._fail(e)
-            return None
-        self._watchdog.loaded()
-        self._send(backend.info)
-        return backend
 
     def _answer(self, call: int, results: Iterator[Any]) -> None:
         """Send a call's results as they come, until they end or the parent does not want them any more."""
@@ -178,7 +158,7 @@ class Worker:
         except BaseException as e:
             self._fail(e)
         else:
-            self._send(wire.Done())
+            self._send(wire.End())
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
@@ -227,7 +207,7 @@ class Worker:
         traceback.print_exception(error)
         sys.stderr.flush()
         self._watchdog.check()  # an engine that lost a process may say so itself before the watchdog does
-        self._send(wire.Failed(*named(error)))
+        self._send(wire.End(*named(error)))
 
 
 def main() -> None:
@@ -239,10 +219,10 @@ def main() -> None:
     watchdog = Watchdog(parent, folder)
     watchdog.start()
     try:
-        Worker(socket.socket(fileno=fd), watchdog).serve()
+        Worker(socket.socket(fileno=fd), watchdog).serve(*sys.argv[4:])
     except wire.PeerGoneError:
         watchdog.end_all()
-    watchdog.tidy()
+    process.end([], watchdog.memory, last_act=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # an engine's exit handlers may hang, and the parent ends what is left

@@ -20,7 +20,7 @@ import pytest
 from rl_onoff.backends import FakeBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
-from rl_onoff.workers import process, sessions, wire
+from rl_onoff.workers import process, wire
 from rl_onoff.workers.client import WorkerClient
 from tests.conftest import ROOT
 from tests.workers.tiny_backend import TinyBackend, generate
@@ -41,9 +41,9 @@ def response(sample: int, num_tokens: int) -> Rollout:
 
 def gone(pid: int, seconds: float = 10) -> bool:
     until = time.monotonic() + seconds
-    while psutil.pid_exists(pid) and sessions.alive(psutil.Process(pid)) and time.monotonic() < until:
+    while psutil.pid_exists(pid) and process.alive(psutil.Process(pid)) and time.monotonic() < until:
         time.sleep(0.05)
-    return not psutil.pid_exists(pid) or not sessions.alive(psutil.Process(pid))
+    return not psutil.pid_exists(pid) or not process.alive(psutil.Process(pid))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def nothing_left(tmp_path_factory, monkeypatch):
     def state():
         return (
             os.listdir(temporary),
-            {child.pid for child in psutil.Process().children(recursive=True) if sessions.alive(child)},
+            {child.pid for child in psutil.Process().children(recursive=True) if process.alive(child)},
             len(os.listdir("/proc/self/fd")),
         )
 
@@ -206,7 +206,7 @@ def test_close_frees_everything(engine_file, careless):
     backend = tiny(engine=str(engine_file), careless=careless)
     backend.load()
     worker, (engine, memory) = backend._core.pid, engine_of(engine_file)
-    shared = sessions.shared_memory([psutil.Process(worker)])
+    shared = process.shared_memory([psutil.Process(worker)])
     assert memory in shared and any(path.name.startswith("sem.mp-") for path in shared)
     backend.close()
     assert gone(worker, 0) and gone(engine, 0) and not any(map(Path.exists, shared))
@@ -398,7 +398,7 @@ def test_nothing_outlives_the_parent(engine_file, sign):
     worker = int(parent.stdout.readline())
     assert parent.stdout.readline() == "got a\n"
     engine, _ = engine_of(engine_file)
-    shared = sessions.shared_memory([psutil.Process(worker), psutil.Process(engine)])
+    shared = process.shared_memory([psutil.Process(worker), psutil.Process(engine)])
     assert len(shared) == 2
     os.killpg(parent.pid, sign)  # as a terminal does
     parent.wait(10)

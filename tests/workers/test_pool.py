@@ -13,11 +13,11 @@ import numpy as np
 import psutil
 import pytest
 
-from rl_onoff.backends import FakeBackendConfig, create_backend
+from rl_onoff.backends import FakeBackendConfig, create_backend, placement
 from rl_onoff.errors import EngineDiedError, EngineError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
-from rl_onoff.workers import devices, sessions
 from rl_onoff.workers.pool import Pool
+from rl_onoff.workers.process import alive
 from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
 from tests.workers.tiny_backend import TinyBackend, generate
 
@@ -121,39 +121,45 @@ def test_what_comes_back_without_blame_is_as_it_was():
 # -- devices -----------------------------------------------------------------------------------------------------------
 
 
-def test_visible_gpus_are_cut_into_groups():
-    assert devices.cut(list("4567"), 2, 2) == [["4", "5"], ["6", "7"]]
-    assert devices.cut(["GPU-a", "GPU-b", "GPU-c"], 2, 1) == [["GPU-a"], ["GPU-b"]]
+def test_visible_gpus_are_cut_into_groups(monkeypatch):
+    monkeypatch.setattr(placement, "_count_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in placement.places(2, 2)] == ["4,5", "6,7"]
     with pytest.raises(UsageError, match=r"need 6 GPUs, but 4 are visible: set backend\.dp_size=2"):
-        devices.cut(list("4567"), 3, 2)
+        placement.places(3, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in placement.places(2, 1)] == ["GPU-a", "GPU-b"]
 
 
-def test_a_list_of_devices_ends_where_cuda_says_it_ends():
-    assert devices.listed("0, 2,-1,3") == ["0", "2"]
-    assert devices.listed("") == []
+@pytest.mark.parametrize(("value", "devices"), [("0, 2,-1,3", ["0", "2"]), ("", []), ("0,1,2,3,4", list("0123"))])
+def test_a_list_of_devices_ends_where_cuda_says_it_ends(value, devices, monkeypatch):
+    monkeypatch.setattr(placement, "_count_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert placement.visible_gpus() == devices
 
 
 def test_each_replica_gets_gpus_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2,0")
-    monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
-    assert [place.environment for place in devices.places(2, 2)] == [
+    monkeypatch.setattr(placement, "_count_gpus", lambda: 4)
+    assert [place.environment for place in placement.places(2, 2)] == [
         {"CUDA_VISIBLE_DEVICES": "3,1"},
         {"CUDA_VISIBLE_DEVICES": "2,0"},
     ]
-    assert devices.replicas_that_fit(2) == 2
+    assert placement.replicas_that_fit(2) == 2
     with pytest.raises(UsageError, match=r"4 visible GPUs cannot be divided into replicas of backend\.tp_size=3"):
-        devices.replicas_that_fit(3)
+        placement.replicas_that_fit(3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in devices.places(3, 1)] == ["0", "1", "2"]
-    assert all(place.environment == {} for place in devices.places(8, 0)), "an engine that uses none gets none"
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in placement.places(3, 1)] == ["0", "1", "2"]
+    assert all(place.environment == {} for place in placement.places(8, 0)), "an engine that uses none gets none"
 
 
 def test_without_gpus_each_replica_gets_cores_of_its_own(monkeypatch):
-    monkeypatch.setattr(devices, "_count_gpus", lambda: 0)
-    assert devices.cut_cores([0, 1, 2, 3, 8], 2) == [(0, 1), (2, 3)]
-    assert devices.cut_cores([0, 1], 3) == [(), (), ()]
-    assert devices.replicas_that_fit(2) == 1
-    assert all(place.environment == {} for place in devices.places(2, 1))
+    monkeypatch.setattr(placement, "_count_gpus", lambda: 0)
+    monkeypatch.setattr(placement, "cores", lambda: [0, 1, 2, 3, 8])
+    assert [place.cores for place in placement.places(2, 1)] == [(0, 1), (2, 3)]
+    assert [place.cores for place in placement.places(6, 1)] == [()] * 6
+    assert placement.replicas_that_fit(2) == 1
+    assert all(place.environment == {} for place in placement.places(2, 1))
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
@@ -296,7 +302,7 @@ def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     began = time.monotonic()
     two._close()
     assert time.monotonic() - began < 5
-    assert not any(sessions.alive(child) for child in children) and not any(map(Path.exists, folders))
+    assert not any(alive(child) for child in children) and not any(map(Path.exists, folders))
     with pytest.raises(EngineDiedError, match="not running"):
         list(generate(two, [request("a")]))
     if busy:

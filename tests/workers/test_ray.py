@@ -30,7 +30,7 @@ from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import ray_cluster
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.ray import RayCluster
+from rl_onoff.workers.ray import RayPool
 from rl_onoff.workers.ray_cluster import berth, replicas_that_fit
 from tests.conftest import ROOT
 from tests.running import flipped, ids_of
@@ -93,7 +93,7 @@ def pool(cluster: TwoNodes) -> Iterator[Callable[..., Pool]]:
     ) -> Pool:
         placed = on(cluster, wait_s=wait_s, runtime_env=runtime_env or {})
         config = FakeBackendConfig(model_name="tiny", dp_size=dp_size, engine_kwargs=engine_kwargs, pool=placed)
-        made.append(Pool(TinyBackend, config, cluster=RayCluster(TinyBackend, config)))
+        made.append(RayPool(TinyBackend, config))
         if load:
             made[-1]._load()
         return made[-1]
@@ -136,8 +136,8 @@ def test_requests_that_come_while_it_works(cluster):
 
     taken: list[int] = []
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.002}, pool=on(cluster))
-    site = RayCluster(TinyBackend, config)
-    (client,) = site.clients()
+    site = RayPool(TinyBackend, config)
+    (client,) = site._clients()
     try:
         client._load()
         for room in (1, 20, 1 << 30):
@@ -146,7 +146,7 @@ def test_requests_that_come_while_it_works(cluster):
         assert len(taken) > 60 + 9 + 9 and taken[-1] == 0
     finally:
         client._close()
-        site.close()
+        site._close()
 
 
 def test_large_scores_come_whole_and_can_be_written_to(pool):
@@ -183,8 +183,8 @@ def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
     """Methods of an actor overtake each other: a `next` or `cancel` of the call that was left may come after the next
     one began."""
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.001}, pool=on(cluster))
-    site = RayCluster(TinyBackend, config)
-    (client,) = site.clients()
+    site = RayPool(TinyBackend, config)
+    (client,) = site._clients()
     try:
         client._load()
         for _ in range(40):
@@ -194,7 +194,7 @@ def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
             assert len(list(client._generate(Given(many(3))))) == 3
     finally:
         client._close()
-        site.close()
+        site._close()
 
 
 def test_the_public_api(cluster):

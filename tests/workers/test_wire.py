@@ -86,7 +86,7 @@ scores = st.tuples(lengths, lengths, lengths).flatmap(
 
 def travelled(message: Any) -> Any:
     """The message after its way through a socket."""
-    one, two = map(wire.SocketChannel, socket.socketpair())
+    one, two = map(wire.Channel, socket.socketpair())
     sender = threading.Thread(target=one.send, args=(message,))
     sender.start()
     try:
