@@ -121,6 +121,7 @@ class WorkerClient:
         more: Callable[[int], wire.ToWorker | None] = lambda call: None,
     ) -> Iterator[Any]:
         """The results of one call; after each of them, what `more` returns is sent to the worker."""
+        self._alive()
         self._cancel(self._call)
         while self._open:  # a call that was abandoned has not ended
             self._open = not isinstance(self._receive(), wire.End)

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import places
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
-from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
+from rl_onoff.types import Key, Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient
 from rl_onoff.workers.work_queue import Work, WorkQueue
 
@@ -34,55 +34,38 @@ class Stopped(Exception):
     """Nobody wants what is being waited for."""
 
 
-class LostError(Exception):
-    """A replica does not come back, because of `__cause__`."""
-
-
-class Call:
+class Call(WorkQueue):
     """One call to a pool: what is to be done, and its results, few at a time: replicas wait for a slow reader."""
 
     def __init__(self, work: Sequence[Work], num_replicas: int, room: int | None, want: Want | None):
-        self.work = WorkQueue(work, num_replicas)
+        super().__init__(work, num_replicas)
         self.room = room  # requests that a replica has at a time; None: its whole share
         self.want = want  # what is to be scored; None: the work is to be sampled
-        self.results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)  # errors and, for a look at `work`, None too
+        # also errors, a replica that does not come back, and None, when responses were given up
+        self.results: queue.Queue[Any] = queue.Queue(maxsize=num_replicas)
 
     def put(self, result: Any) -> None:
-        while not self.work.stopped:
-            try:
+        while not self.stopped:
+            with suppress(queue.Full):
                 return self.results.put(result, timeout=0.2)
-            except queue.Full:
-                continue
-
-
-class Assignment:
-    """The responses of a call that one replica works on; also the `Supply` from which its worker takes more."""
-
-    def __init__(self, work: WorkQueue, first: list[Work]):
-        self.held = {one.key: one for one in first}  # whose results have not come
-        self._work, self._next = work, first
-        self._tried_again = any(work.deaths[one.key] for one in first)  # alone, so that what kills a replica is found
-
-    def take(self, most: int | None = None, *, wait: bool) -> list[Any]:
-        """Never waits: what other replicas may give back goes into the next assignment."""
-        taken, self._next = self._next, []
-        if not taken and not self._tried_again:
-            taken = self._work.take(most, len(self.held), wait=False)
-            self.held.update((one.key, one) for one in taken)
-        return taken
 
 
 class Replica:
-    """One worker of a pool, which works on the calls it is given, and is started again when it dies."""
+    """One worker of a pool, which works on the calls it is given, and is started again when it dies.
+
+    Also the `Supply` from which the worker takes more while it samples.
+    """
 
     def __init__(self, name: str, client: WorkerClient):
         self.client, self._name = client, name
         client.interrupt = self._interrupt
         self.closing = False
+        self.lost: OnOffError | None = None  # why it is not started any more
         self._thread: threading.Thread | None = None  # the latest job's
-        self._call: Call | None = None  # that the worker is busy with
         self._failures = 0  # deaths and failed loads since the last result
-        self._lost: OnOffError | None = None  # why it is not started any more
+        self._call: Call | None = None  # that the worker is busy with
+        self._held: dict[Key, Work] = {}  # whose results have not come
+        self._first: list[Work] = []  # of what it holds, not yet with the worker
 
     def begin(self, job: Callable[[], None]) -> threading.Thread:
         """Do a job in a thread of its own, once the job before is done."""
@@ -100,51 +83,61 @@ class Replica:
     def answer(self, call: Call) -> None:
         """Work for a call until nothing is left to do."""
         try:
-            while not call.work.stopped and self._ready(call) and (first := call.work.take(call.room)):
+            while not call.stopped:
+                self._restart()
+                if self.lost:
+                    return call.put(self)
+                if not (work := call.take(call.room)):
+                    return
                 if self.client.is_alive:
-                    self._work(call, Assignment(call.work, first))
+                    self._work(call, work)
                 else:  # it died while there was nothing to do, which is no fault of these responses
-                    call.work.give_back(first)
+                    call.give_back(work)
         except Stopped:
             pass
         except BaseException as error:  # it is raised where it is read
             call.put(error)
 
+    def take(self, most: int | None = None, *, wait: bool) -> list[Any]:
+        """Never waits: what other replicas may give back goes into the next share."""
+        taken, self._first, call = self._first, [], self._call
+        # what a dead replica held is tried again alone, so that what kills a replica is found
+        if not taken and call is not None and not any(call.deaths[key] for key in self._held):
+            taken = call.take(most, len(self._held), wait=False)
+            self._held.update((one.key, one) for one in taken)
+        return taken
+
     def _interrupt(self) -> None:
-        if self.closing or (self._call is not None and self._call.work.stopped):
+        if self.closing or (self._call is not None and self._call.stopped):
             raise Stopped
 
-    def _ready(self, call: Call) -> bool:
-        """Start the worker again if it is gone; False when that has been tried often enough."""
-        while self._lost is None and not self.client.is_alive:
+    def _restart(self) -> None:
+        """Start the worker again if it is gone, unless that has been tried often enough."""
+        while self.lost is None and not self.client.is_alive:
             try:
                 self.client._close()
                 self.client._load()
             except OnOffError as error:
                 self._fail(error)
-        if self._lost is not None:
-            raise LostError from self._lost
-        return True
 
-    def _work(self, call: Call, assignment: Assignment) -> None:
-        self._call, client, held = call, self.client, assignment.held
+    def _work(self, call: Call, work: list[Work]) -> None:
+        self._call, self._first, self._held = call, work, {one.key: one for one in work}
+        if call.want is None:
+            results: Any = self.client._generate(self, call.room or 1)
+        else:
+            results = self.client._score(self.take(wait=False), call.want)
         try:
-            results: Any = (
-                client._generate(assignment, call.room or 1)
-                if call.want is None
-                else client._score(assignment.take(wait=False), call.want)
-            )
             with closing(results):
                 for result in results:
-                    held.pop(result.key, None)
+                    self._held.pop(result.key, None)
                     self._failures = 0
                     call.put(result)
-                    call.work.done()
+                    call.done()
                     self._interrupt()
         except EngineDiedError as error:
             log.warning("a replica of %s is started again: %s", self._name, str(error).removesuffix(RUN_AGAIN))
-            call.work.give_back(list(held.values()), error)
-            if held.keys() & call.work.given_up.keys():  # the cause was found
+            call.give_back(list(self._held.values()), error)
+            if self._held.keys() & call.given_up.keys():  # the cause was found
                 self._failures = 0
                 call.put(None)
             else:
@@ -156,7 +149,7 @@ class Replica:
         self._failures += 1
         if self._failures > MOST_RESTARTS:
             log.warning("a replica of %s is given up: it failed %d times in a row", self._name, self._failures)
-            self._lost = error
+            self.lost = error
 
 
 class Pool:
@@ -221,7 +214,7 @@ class Pool:
 
     def _close(self) -> None:
         if self._call is not None:
-            self._call.work.stop()
+            self._call.stop()
         for replica in self._replicas:
             replica.closing = True
         for thread in [replica.begin(replica.client._close) for replica in self._replicas]:
@@ -232,9 +225,9 @@ class Pool:
         """The results of a call, which all replicas work on."""
         self._check_running()
         if self._call is not None:
-            self._call.work.stop()
+            self._call.stop()
         call = self._call = Call(work, len(self._replicas), room, want)
-        given_up, missing = call.work.given_up, {one.key for one in work}
+        given_up, missing = call.given_up, {one.key for one in work}
         num_replicas = len(self._replicas)  # that can still be counted on
         try:
             for replica in self._replicas:
@@ -243,13 +236,13 @@ class Pool:
                 match call.results.get():
                     case None:
                         continue
-                    case LostError() as lost:
+                    case Replica(lost=OnOffError() as error):
                         num_replicas -= 1
                         if num_replicas:
                             continue
-                        if isinstance(lost.__cause__, EngineDiedError):
-                            lost.__cause__.in_flight = tuple(sorted(missing - given_up.keys()))
-                        raise lost.__cause__
+                        if isinstance(error, EngineDiedError):
+                            error.in_flight = tuple(sorted(missing - given_up.keys()))
+                        raise error
                     case BaseException() as error:
                         raise error
                     case result:
@@ -259,7 +252,7 @@ class Pool:
                     self._check_running()
                     raise EngineError(DISPLACED)
         finally:
-            call.work.stop()
+            call.stop()
         if keys := sorted(given_up):
             names = ", ".join(f"{request_id!r} (sample {sample})" for request_id, sample in keys[:NAMED])
             more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""

@@ -42,7 +42,7 @@ class RayPool(Pool):
 
     def _clients(self) -> Sequence[WorkerClient]:
         config, number = self._config, self._config.dp_size
-        self._connection = Connection.join_cluster(config.pool, (number or 1) * config.pool.cpus_per_replica)
+        self._connection = Connection.join(config.pool, (number or 1) * config.pool.cpus_per_replica)
         names = {name: getattr(config, name) for name in ("model_name", "tokenizer")}
         paths = {name: os.path.abspath(path) for name, path in names.items() if path and os.path.exists(path)}
         there = replace(config, **paths)  # a node's working folder is another
@@ -71,11 +71,10 @@ class RayProcess(WorkerProcess):
         self,
         backend_class: type[Core],
         config: EngineConfig,
-        log_folder: Path | str | None,
+        log_folder: str | None,
         interrupt: Callable[[], None],  # called now and then while waiting; may raise
     ):
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._name, self._class, self._interrupt = config.name, backend_class, interrupt
         self._actor: Any = None
@@ -85,20 +84,21 @@ class RayProcess(WorkerProcess):
         bundle, there = berth(alive_nodes(), config)
         # an engine on many nodes takes its GPUs from the cluster itself
         environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if there is not config else {}
+        reserved = dict(bundle)
         try:
             self._reserve(bundle, config.pool.wait_s)
-            options = {
-                "num_cpus": bundle["CPU"],
-                "num_gpus": bundle.get("GPU", 0),
-                "resources": {name: part for name, part in bundle.items() if name not in ("CPU", "GPU")},
-                "max_concurrency": THREADS,
-                "max_restarts": 0,
-                "runtime_env": dict(config.pool.runtime_env) or None,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0),
-            }
-            target = f"{backend_class.__module__}:{backend_class.__qualname__}"
-            self._actor = ray.remote(Relay).options(**options).remote(target, there, log_folder, environment)
-            self.pid, self.python, self.log = self._started(self._actor.start.remote())
+            actor = ray.remote(Relay).options(
+                num_cpus=reserved.pop("CPU"),
+                num_gpus=reserved.pop("GPU", 0),
+                resources=reserved,
+                max_concurrency=THREADS,
+                max_restarts=0,
+                runtime_env=dict(config.pool.runtime_env) or None,
+                scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, 0),
+            )
+            self._actor = actor.remote()
+            what = backend_class.__module__, backend_class.__qualname__, there, log_folder, environment
+            self.pid, self.python, self.log = self._started(self._actor.start.remote(*what))
         except BaseException:
             self._release()
             raise
@@ -132,9 +132,8 @@ class RayProcess(WorkerProcess):
     def _ask(self, method: str, *arguments: Any, patience: float = 0.0) -> Any:
         """What a method of the process answers on its node; None where no answer comes."""
         import ray
-        from ray.exceptions import RayError
 
-        with suppress(RayError):
+        with suppress(ray.exceptions.RayError):
             if Connection.answers():
                 answer = self._actor.ask.remote(method, *arguments)
                 if ray.wait([answer], timeout=patience + ANSWER_SECONDS)[0]:
@@ -144,12 +143,10 @@ class RayProcess(WorkerProcess):
     def _release(self) -> None:
         """End the actor, and give back what it had reserved."""
         import ray
-        from ray.exceptions import RayError
 
-        actor, group = self._actor, self._group
-        self._actor = self._group = None
+        actor, self._actor, group, self._group = self._actor, None, self._group, None
         if Connection.answers():  # else they are gone, or end with the connection
-            with suppress(RayError):
+            with suppress(ray.exceptions.RayError):
                 if actor is not None:
                     ray.kill(actor)
                 if group is not None:
@@ -158,17 +155,16 @@ class RayProcess(WorkerProcess):
     def _started(self, reference: Any) -> tuple[int, str, Path]:
         """What the actor says of the process that it started."""
         import ray
-        from ray.exceptions import RayError, RuntimeEnvSetupError
 
         try:
             while not ray.wait([reference], timeout=wire.PERIOD)[0]:
                 self._interrupt()
             return ray.get(reference)
-        except RayError as error:
+        except ray.exceptions.RayError as error:
             cause, said = getattr(error, "cause", None), str(error).strip()
             if isinstance(cause, OnOffError):
                 raise cause from None
-            if isinstance(error, RuntimeEnvSetupError):
+            if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
                 raise UsageError(f"Ray cannot set up pool.runtime_env ({said.splitlines()[0]}): change it") from error
             if "ModuleNotFoundError" in said or "ImportError" in said:
                 module = self._class.__module__ if isinstance(cause, ImportError) else "rl_onoff"
@@ -207,9 +203,9 @@ class RayProcess(WorkerProcess):
 
 
 def _why_gone(error: Exception | None) -> str:
-    from ray.exceptions import OutOfMemoryError
+    import ray
 
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "Ray ended it, for its node was short of memory"
     if "node has died" in str(error):
         return "its node left the Ray cluster"

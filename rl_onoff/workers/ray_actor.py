@@ -44,7 +44,6 @@ class ActorChannel(wire.Channel):
 
     def readable(self, seconds: float) -> bool:
         import ray
-        from ray.exceptions import RayError
 
         if not self._arrived and self._poll is not None:
             if not ray.is_initialized():
@@ -52,7 +51,7 @@ class ActorChannel(wire.Channel):
             elif ray.wait([self._poll], timeout=seconds)[0]:
                 try:
                     self._arrived = memoryview(ray.get(self._poll))
-                except RayError as error:
+                except ray.exceptions.RayError as error:
                     self.error = error
                 self._poll = self._actor.poll.remote() if self._arrived else None
         return bool(self._arrived) or self._poll is None
@@ -79,24 +78,20 @@ class Relay:
     """What Ray runs on a node: starts a worker process and relays bytes between it and the driver. Its methods may run
     side by side, each in a thread."""
 
-    def __init__(
-        self, target: str, config: EngineConfig, log_folder: Path | str | None, environment: Mapping[str, str]
-    ):
-        self._arguments = target, config, log_folder, environment
+    def __init__(self) -> None:
         self._process: WorkerProcess
         self._sending = threading.Lock()
         self._early: dict[int, Any] = {}  # by number: what overtook something that is to be sent before it
         self._next = 0  # the number of what is to be sent next
 
-    def start(self) -> tuple[int, str, Path]:
+    def start(
+        self, module: str, name: str, config: EngineConfig, log_folder: str | None, environment: Mapping[str, str]
+    ) -> tuple[int, str, Path]:
         """Start the worker process; returns its id, its interpreter and where its log is."""
-        target, config, log_folder, environment = self._arguments
-        module, _, name = target.partition(":")
         if environment and not os.environ.get(VISIBLE):
             # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
             os.environ.pop(VISIBLE, None)
-        backend_class = getattr(import_module(module), name)
-        self._process = WorkerProcess(backend_class, config, log_folder, Place(environment=environment))
+        self._process = WorkerProcess(getattr(import_module(module), name), config, log_folder, Place(environment))
         return self._process.pid, self._process.python, self._process.log
 
     def poll(self) -> np.ndarray:

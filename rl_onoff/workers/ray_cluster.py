@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -22,10 +23,10 @@ START_SECONDS = 180.0  # to start one
 LEAVE_SECONDS = 20.0  # to end the connection; without its head that takes a minute, after which Ray ends the process
 NODE = 0.001  # of a node's own resource: enough to be placed there
 
-Resources = Mapping[str, float]
+Resources = Mapping[str, float]  # amounts by name: CPU, GPU, node:ADDRESS
 
 
-class Connection(threading.Thread):
+class Connection:
     """Ray in this process, begun and ended in a thread of its own.
 
     `ray.init` may hang, puts its own handler of SIGTERM where there was ours when it is called in the main thread,
@@ -36,16 +37,41 @@ class Connection(threading.Thread):
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, pool: PoolConfig, num_cpus: int):
-        super().__init__(daemon=True, name="ray")
-        self._named = _address(pool)
-        self._address: str | None = None  # HOST:PORT of the cluster's head, once connected
-        self._num_cpus = num_cpus
-        self._ready, self._leave = threading.Event(), threading.Event()
-        self._error: Exception | None = None
-        self._users = 0
+        self._named, self._users, self._leave = _address(pool), 0, threading.Event()
+        options: dict[str, Any] = {}
+        if self._named == "local":
+            log.info("starting a Ray cluster on this machine")
+            options = {"num_cpus": max(len(cores()), num_cpus), "include_dashboard": False}
+        begun: Future[str] = Future()
+        self._thread = threading.Thread(target=self._stay, args=(begun, options), daemon=True, name="ray")
+        self._thread.start()
+        try:
+            # HOST:PORT of the cluster's head
+            self._address = begun.result(START_SECONDS if self._named == "local" else JOIN_SECONDS)
+        except BaseException as error:
+            self._leave.set()
+            if not isinstance(error, Exception):
+                raise
+            said = " ".join(str(error).split()) or "it does not answer like one"
+            raise EngineError(
+                f"the Ray cluster at {self._named} cannot be used ({said}): set pool.address to one that can, or "
+                "RAY_AUTH_MODE=token where it wants a token"
+            ) from error
+
+    def _stay(self, begun: Future[str], options: Mapping[str, Any]) -> None:
+        import ray
+
+        try:
+            ray.init(self._named, logging_level=logging.ERROR, log_to_driver=False, **options)
+            scheme, _, rest = self._named.rpartition("://")
+            begun.set_result(rest if scheme == "ray" else ray.get_runtime_context().gcs_address)
+        except Exception as error:  # Ray raises what it likes
+            begun.set_exception(error)
+        self._leave.wait()
+        ray.shutdown()  # after an error too: it would take itself for connected in part
 
     @classmethod
-    def join_cluster(cls, pool: PoolConfig, num_cpus: int) -> Connection | None:
+    def join(cls, pool: PoolConfig, num_cpus: int) -> Connection | None:
         """Connect, or count one more user of the connection; None where somebody else's is used. `release` must follow.
 
         `num_cpus` is the least that a cluster has which is started here.
@@ -58,12 +84,9 @@ class Connection(threading.Thread):
         except ImportError as error:
             raise MissingDependencyError("pool=ray needs Ray: pip install 'rl-onoff[ray]'") from error
         with cls._lock:
-            if cls._current is None:
-                if ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
-                    return None
-                connection = cls(pool, num_cpus)
-                connection._begin()
-                cls._current = connection
+            if cls._current is None and ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
+                return None
+            cls._current = cls._current or cls(pool, num_cpus)
             cls._current._users += 1
             return cls._current
 
@@ -74,51 +97,14 @@ class Connection(threading.Thread):
             if not self._users:
                 Connection._current = None
                 self._leave.set()
-                self.join(LEAVE_SECONDS)
+                self._thread.join(LEAVE_SECONDS)
 
     @classmethod
     def answers(cls) -> bool:
         """Whether the cluster's head is there: without it Ray waits a minute in most calls, then ends this process."""
         import ray
 
-        address = cls._current._address if cls._current else None  # None: not known
-        return ray.is_initialized() and (address is None or listens(address))
-
-    def _begin(self) -> None:
-        """Start the thread, and wait until Ray is there."""
-        self.start()
-        try:
-            if not self._ready.wait(START_SECONDS if self._named == "local" else JOIN_SECONDS):
-                raise EngineError(
-                    f"what is at {self._named} does not answer like a Ray cluster: set pool.address to one that runs"
-                )
-        except BaseException:
-            self._leave.set()
-            raise
-        if self._error is not None:
-            said = " ".join(str(self._error).split())
-            raise EngineError(
-                f"the Ray cluster at {self._named} cannot be used ({said}): set pool.address to one that can, or "
-                "RAY_AUTH_MODE=token where it wants a token"
-            ) from self._error
-
-    def run(self) -> None:
-        import ray
-
-        options: dict[str, Any] = {}
-        if self._named == "local":
-            log.info("starting a Ray cluster on this machine")
-            options = {"num_cpus": max(len(cores()), self._num_cpus), "include_dashboard": False}
-        try:
-            ray.init(self._named, logging_level=logging.ERROR, log_to_driver=False, **options)
-            scheme, _, rest = self._named.rpartition("://")
-            self._address = rest if scheme == "ray" else ray.get_runtime_context().gcs_address
-        except Exception as error:  # Ray raises what it likes; it is told where it is waited for
-            self._error = error
-            self._leave.set()
-        self._ready.set()
-        self._leave.wait()
-        ray.shutdown()  # after an error too: it would take itself for connected in part
+        return ray.is_initialized() and (cls._current is None or _listens(cls._current._address))
 
 
 def _address(pool: PoolConfig) -> str:
@@ -133,11 +119,10 @@ def _address(pool: PoolConfig) -> str:
 
     def find() -> bool:
         found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
-        return found is not None and listens(found)
+        return found is not None and _listens(found)
 
     if _in_time(find):
-        # and not what was found: only where it finds a cluster does Ray look for the token it wants
-        return named or "auto"
+        return named or "auto"  # not what was found: only where it finds a cluster does Ray look for the token it wants
     if named is None:
         return "local"
     where = "on this machine" if named == "auto" else f"at {named}"
@@ -146,7 +131,7 @@ def _address(pool: PoolConfig) -> str:
     )
 
 
-def listens(address: str) -> bool:
+def _listens(address: str) -> bool:
     """Whether something listens at HOST:PORT; False after PROBE_SECONDS without a word."""
 
     def connect() -> bool:
@@ -158,8 +143,7 @@ def listens(address: str) -> bool:
 
 
 def _in_time(probe: Callable[[], bool]) -> bool:
-    """What the function says; False when it fails, or says nothing in PROBE_SECONDS as where a name server is silent,
-    which has no timeout."""
+    """What the function says; False when it fails or is silent too long: asking a name server has no timeout."""
     said: list[bool] = []
 
     def run() -> None:
@@ -221,5 +205,5 @@ def alive_nodes() -> list[dict[str, float]]:
 
 def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    return f"{cpus:g} CPU, {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
+    gpus = resources.get("GPU", 0)
+    return f"{resources.get('CPU', 0):g} CPU" + (f", {gpus:g} GPU" if gpus else "")
