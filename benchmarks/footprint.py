@@ -143,7 +143,7 @@ def wire(folder: Path) -> dict[str, float]:
     for top_k in TOP_KS:
         sizes = [size(_narrow(scores, top_k)) for scores in everything]
         found[f"worker to parent, TokenScores with top_k={top_k}"] = sum(sizes) / tokens
-    asked = wire.Score(call=1, rollouts=list(stages.responses(run)), want=Want())
+    asked = wire.Assignment(call=1, work=list(stages.responses(run)), want=Want(), last=True)
     return found | {"parent to worker, Rollouts to score": size(asked) / tokens}
 
 

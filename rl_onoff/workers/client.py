@@ -29,7 +29,6 @@ HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a col
 CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
 BUSY_CLOSE_SECONDS = 2.0  # the same, in the middle of work nobody wants any more
 STILL_SECONDS = 20.0  # between two log lines about a load that takes long
-UNLIMITED = 1 << 30
 DISPLACED = "another call to this backend began before this one was read to its end: read it first"
 NOT_RUNNING = "the {} engine is not running: load the backend again"
 RUN_AGAIN = ": run it again to go on"
@@ -43,7 +42,6 @@ class WorkerClient:
     def __init__(self, backend_class: type[Core], config: EngineConfig, place: Place = ANYWHERE):
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
-        self._log_folder = os.environ.get(LOG_FOLDER)
         self._worker: WorkerProcess | None = None
         self._call = 0  # the number of the latest call
         self._open = False  # whether the latest call has not ended yet
@@ -65,7 +63,7 @@ class WorkerClient:
 
     def _start(self) -> WorkerProcess:
         """Start the worker process."""
-        return WorkerProcess(self._class, self._config, self._log_folder, self._place)
+        return WorkerProcess(self._class, self._config, self._place)
 
     # -- the core ------------------------------------------------------------------------------------------------------
 
@@ -82,29 +80,12 @@ class WorkerClient:
         worker.remember()
         return reply
 
-    def _generate(self, supply: Supply, room: int = UNLIMITED) -> Iterator[Rollout]:
-        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time.
-
-        The worker gets more while half of what it may have is still with it, so that its engine never runs dry.
-        """
-        requests, last = supply.take(room, wait=True), False
-        keys = {request.key for request in requests}
-
-        def more(call: int) -> wire.Generate | None:
-            nonlocal last
-            if last or len(keys) > room // 2:
-                return None
-            further = supply.take(room - len(keys), wait=not keys)
-            keys.update(request.key for request in further)
-            last = not keys  # the supply gave none after a wait
-            return wire.Generate(call, further, last) if further or last else None
-
-        if requests:
-            yield from self._stream(lambda call: wire.Generate(call, requests, last=False), keys, more)
+    def _generate(self, supply: Supply, room: int = 1 << 30) -> Iterator[Rollout]:
+        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time."""
+        yield from self._stream(supply.take(room, wait=True), None, supply, room)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        keys = {rollout.key for rollout in rollouts}
-        yield from self._stream(lambda call: wire.Score(call, rollouts, want), keys)
+        yield from self._stream(rollouts, want)
 
     def _close(self) -> None:
         worker, self._worker = self._worker, None
@@ -115,27 +96,32 @@ class WorkerClient:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _stream(
-        self,
-        begin: Callable[[int], wire.ToWorker],
-        keys: set[Key],
-        more: Callable[[int], wire.ToWorker | None] = lambda call: None,
+        self, work: Sequence[wire.Work], want: Want | None, supply: Supply | None = None, room: int = 0
     ) -> Iterator[Any]:
-        """The results of one call; after each of them, what `more` returns is sent to the worker."""
+        """The results of one call. The worker gets more from the supply while half of what it may have is still with
+        it, so that its engine never runs dry."""
+        if not work:
+            return
         self._alive()
         self._cancel(self._call)
         while self._open:  # a call that was abandoned has not ended
             self._open = not isinstance(self._receive(), wire.End)
         self._call += 1
-        call, self._open, self._in_flight = self._call, True, keys
-        self._send(begin(call))
+        call, self._open = self._call, True
+        keys = self._in_flight = {one.key for one in work}
+        self._send(wire.Assignment(call, work, want, last=supply is None))
         try:
             while not isinstance(reply := self._receive(), wire.End):
                 keys.discard(reply.key)
                 yield reply
                 if self._call != call:
                     raise EngineError(DISPLACED)
-                if (message := more(call)) is not None:
-                    self._send(message)
+                if supply is not None and len(keys) <= room // 2:
+                    further = supply.take(room - len(keys), wait=not keys)
+                    keys.update(request.key for request in further)
+                    if further or not keys:  # not keys: the supply gave none after a wait
+                        self._send(wire.Assignment(call, further, want, last=not keys))
+                    supply = supply if keys else None
             self._open = False
             if reply.error:
                 raise self._error(reply)
@@ -236,6 +222,6 @@ class WorkerClient:
     def _noted(self, error: OnOffError) -> OnOffError:
         """The error with the tail of the worker's log as a note, so that its message stays one sentence."""
         if self._worker is not None and (tail := self._worker.tail()):
-            kept = f" ({self._worker.log})" if self._log_folder else ""
+            kept = f" ({self._worker.log})" if os.environ.get(LOG_FOLDER) else ""
             error.add_note(f"The end of the worker's log{kept}:\n{tail}")
         return error

@@ -22,7 +22,8 @@ from rl_onoff.backends.placement import places
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
 from rl_onoff.types import Key, Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient
-from rl_onoff.workers.work_queue import Work, WorkQueue
+from rl_onoff.workers.wire import Work
+from rl_onoff.workers.work_queue import WorkQueue
 
 log = logging.getLogger(__name__)
 

@@ -50,9 +50,7 @@ class WorkerProcess:
     channel: wire.Channel
     deadline: float | None = None  # monotonic time by which the worker must have spoken
 
-    def __init__(
-        self, backend_class: type[Core], config: EngineConfig, log_folder: Path | str | None, place: Place = ANYWHERE
-    ):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, place: Place = ANYWHERE):
         self.python = config.python or sys.executable
         try:  # a worker starts no pool and no worker of its own
             options = msgspec.msgpack.encode(replace(config, worker=False, python=None, dp_size=1, pool=PoolConfig()))
@@ -64,9 +62,9 @@ class WorkerProcess:
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
         self.log = self._folder / "worker.log"
-        if log_folder is not None:
+        if logs := os.environ.get(LOG_FOLDER):
             name = getattr(backend_class, "name", "engine")
-            self.log = Path(log_folder) / f"{name}-{os.getpid()}-{next(_numbers)}.log"
+            self.log = Path(logs) / f"{name}-{os.getpid()}-{next(_numbers)}.log"
             self.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         command = [self.python, "-m", "rl_onoff.workers.worker_main", str(theirs.fileno()), str(os.getpid()),

@@ -59,7 +59,7 @@ class RayClient(WorkerClient):
     """A client whose worker is started on some node."""
 
     def _start(self) -> RayProcess:
-        return RayProcess(self._class, self._config, self._log_folder, self.interrupt)
+        return RayProcess(self._class, self._config, self.interrupt)
 
 
 class RayProcess(WorkerProcess):
@@ -71,10 +71,9 @@ class RayProcess(WorkerProcess):
         self,
         backend_class: type[Core],
         config: EngineConfig,
-        log_folder: str | None,
         interrupt: Callable[[], None],  # called now and then while waiting; may raise
     ):
-        import ray
+        import ray.util.scheduling_strategies
 
         self._name, self._class, self._interrupt = config.name, backend_class, interrupt
         self._actor: Any = None
@@ -97,7 +96,7 @@ class RayProcess(WorkerProcess):
                 scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, 0),
             )
             self._actor = actor.remote()
-            what = backend_class.__module__, backend_class.__qualname__, there, log_folder, environment
+            what = backend_class.__module__, backend_class.__qualname__, there, environment
             self.pid, self.python, self.log = self._started(self._actor.start.remote(*what))
         except BaseException:
             self._release()
@@ -131,7 +130,7 @@ class RayProcess(WorkerProcess):
 
     def _ask(self, method: str, *arguments: Any, patience: float = 0.0) -> Any:
         """What a method of the process answers on its node; None where no answer comes."""
-        import ray
+        import ray.exceptions
 
         with suppress(ray.exceptions.RayError):
             if Connection.answers():
@@ -142,7 +141,7 @@ class RayProcess(WorkerProcess):
 
     def _release(self) -> None:
         """End the actor, and give back what it had reserved."""
-        import ray
+        import ray.exceptions
 
         actor, self._actor, group, self._group = self._actor, None, self._group, None
         if Connection.answers():  # else they are gone, or end with the connection
@@ -154,7 +153,7 @@ class RayProcess(WorkerProcess):
 
     def _started(self, reference: Any) -> tuple[int, str, Path]:
         """What the actor says of the process that it started."""
-        import ray
+        import ray.exceptions
 
         try:
             while not ray.wait([reference], timeout=wire.PERIOD)[0]:
@@ -187,7 +186,7 @@ class RayProcess(WorkerProcess):
             if state == "REMOVED" or not Connection.answers():
                 raise EngineError(GONE)
             if not alive_nodes():
-                raise EngineError(f"no node of the Ray cluster is alive any more{RUN_AGAIN}")
+                raise EngineError("no node of the Ray cluster is alive any more: run the same command again to go on")
             waited = time.monotonic() - began
             if waited < (wait_s if warned else min(PATIENT_SECONDS, wait_s)):
                 continue
@@ -203,7 +202,7 @@ class RayProcess(WorkerProcess):
 
 
 def _why_gone(error: Exception | None) -> str:
-    import ray
+    import ray.exceptions
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "Ray ended it, for its node was short of memory"

@@ -43,7 +43,7 @@ class ActorChannel(wire.Channel):
         return self.readable(0) and not self._arrived
 
     def readable(self, seconds: float) -> bool:
-        import ray
+        import ray.exceptions
 
         if not self._arrived and self._poll is not None:
             if not ray.is_initialized():
@@ -85,13 +85,13 @@ class Relay:
         self._next = 0  # the number of what is to be sent next
 
     def start(
-        self, module: str, name: str, config: EngineConfig, log_folder: str | None, environment: Mapping[str, str]
+        self, module: str, name: str, config: EngineConfig, environment: Mapping[str, str]
     ) -> tuple[int, str, Path]:
         """Start the worker process; returns its id, its interpreter and where its log is."""
         if environment and not os.environ.get(VISIBLE):
             # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
             os.environ.pop(VISIBLE, None)
-        self._process = WorkerProcess(getattr(import_module(module), name), config, log_folder, Place(environment))
+        self._process = WorkerProcess(getattr(import_module(module), name), config, Place(environment))
         return self._process.pid, self._process.python, self._process.log
 
     def poll(self) -> np.ndarray:

@@ -28,19 +28,16 @@ PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every
 INLINE_BYTES = 1 << 16  # arrays below this ride in the pickle: a bigger one has memory of its own to free
 PERIOD = 0.2  # seconds between two looks at whether the other end is there, while waiting for it
 
+Work = SampleRequest | Rollout  # one response to sample or to score
 
-class Generate(msgspec.Struct):
-    """To the worker: sample these requests, which may join those of a call that is being answered."""
+
+class Assignment(msgspec.Struct):
+    """To the worker: sample these requests, which may join those of a call that is being answered; or score these."""
 
     call: int  # the call's number: what crosses with the end of a call must not change the next one
-    requests: list[SampleRequest]
-    last: bool  # no further requests of this call will come
-
-
-class Score(msgspec.Struct):
-    call: int
-    rollouts: Sequence[Rollout]
-    want: Want
+    work: Sequence[Work]
+    want: Want | None  # what is to be scored; None: the work is to be sampled
+    last: bool  # no further work of this call will come
 
 
 class Cancel(msgspec.Struct):
@@ -60,7 +57,7 @@ class End(msgspec.Struct):
     text: str = ""
 
 
-ToWorker = Generate | Score | Cancel | Close
+ToWorker = Assignment | Cancel | Close
 FromWorker = EngineInfo | Rollout | TokenScores | End | LogRecord  # once loaded; results; warnings of rl_onoff
 
 
@@ -165,7 +162,7 @@ def dumped(message: Any) -> tuple[bytes, list[memoryview]]:
 def _reduced(array: np.ndarray) -> tuple[Any, ...]:
     """How an array is pickled: as numpy does, but contiguous, and from memory that can be written to, as its copy."""
     array = np.require(array, requirements=["C", "W"])
-    return _array, (pickle.PickleBuffer(array), array.dtype.str, array.shape)
+    return _array, (pickle.PickleBuffer(array.data), array.dtype.str, array.shape)
 
 
 def _array(memory: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,12 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_onoff.errors import EngineDiedError
-from rl_onoff.types import Key, Rollout, SampleRequest
+from rl_onoff.types import Key
+from rl_onoff.workers.wire import Work
 
 MOST_DEATHS = 3  # of a replica, with the same response in its hands
 FILL = 32  # responses that a share has at least, if there are enough: engines compute them side by side
-
-Work = SampleRequest | Rollout  # one response to sample or to score
 
 
 class WorkQueue:

@@ -108,7 +108,7 @@ class Worker:
         handler.setFormatter(logging.Formatter())  # the message alone
         logging.getLogger("rl_onoff").addHandler(handler)
         self._call = 0  # the call that is being answered
-        self._requests: deque[SampleRequest] = deque()  # of this call, not yet taken by the engine
+        self._requests: deque[Any] = deque()  # of this call, not yet taken by the engine
         self._last = False  # no further requests of this call will come
         self._unwanted = False  # nobody reads the results of this call
         self._closing = False
@@ -124,11 +124,11 @@ class Worker:
         self._send(backend.info)
         while not self._closing:
             match self._next(wait=True):
-                case wire.Generate() as message if message.call > self._call:
-                    self._requests, self._last = deque(message.requests), message.last
-                    self._answer(message.call, backend._generate(self))
-                case wire.Score() as message:
-                    self._answer(message.call, backend._score(message.rollouts, message.want))
+                case wire.Assignment() as message if message.call > self._call:
+                    self._requests, self._last = deque(message.work), message.last
+                    sampling = message.want is None
+                    results = backend._generate(self) if sampling else backend._score(message.work, message.want)
+                    self._answer(message.call, results)
                 case wire.Close():
                     break
         self._watchdog.closing()
@@ -190,8 +190,8 @@ class Worker:
         while (message := self._next(wait=wait)) is not None:
             wait = False
             match message:
-                case wire.Generate() if message.call == self._call:
-                    self._requests.extend(message.requests)
+                case wire.Assignment() if message.call == self._call:
+                    self._requests.extend(message.work)
                     self._last = message.last
                 case wire.Cancel() if message.call == self._call:
                     self._unwanted = True

@@ -337,7 +337,7 @@ def test_the_log_is_kept_where_it_is_wanted(tmp_path, monkeypatch):
 
 
 def test_the_child_sees_this_package_but_not_its_neighbours(tmp_path):
-    worker = process.WorkerProcess(TinyBackend, FakeBackendConfig(model_name="tiny"), None)
+    worker = process.WorkerProcess(TinyBackend, FakeBackendConfig(model_name="tiny"))
     try:
         (path,) = (worker._folder / "path",)
         assert {p.name for p in path.iterdir()} == {"rl_onoff", "tests"}

@@ -111,9 +111,9 @@ def assert_same(one: Any, other: Any) -> None:
 @settings(deadline=None)  # no test depends on how fast the machine is
 @given(st.lists(requests, max_size=4), st.booleans())
 def test_requests_come_back_as_they_went(items, last):
-    back = travelled(wire.Generate(call=3, requests=items, last=last))
+    back = travelled(wire.Assignment(call=3, work=items, want=None, last=last))
     assert (back.call, back.last) == (3, last)
-    for before, after in zip(items, back.requests, strict=True):
+    for before, after in zip(items, back.work, strict=True):
         assert_same(before, after)
 
 
@@ -121,9 +121,9 @@ def test_requests_come_back_as_they_went(items, last):
 @given(st.lists(rollouts, max_size=4), samplings)
 def test_rollouts_come_back_as_they_went(items, sampling):
     want = Want(top_k=3, sampler=sampling)
-    back = travelled(wire.Score(call=1, rollouts=items, want=want))
+    back = travelled(wire.Assignment(call=1, work=items, want=want, last=True))
     assert back.want == want
-    for before, after in zip(items, back.rollouts, strict=True):
+    for before, after in zip(items, back.work, strict=True):
         assert_same(before, after)
         assert_same(before, travelled(before))
 
@@ -183,7 +183,7 @@ def test_a_shared_prompt_and_sampler_are_sent_once():
     sampling = Sampling(stop=["stop here" * 100])
     ids_P = np.arange(1000, dtype=np.int32)
     shared = [SampleRequest(request_id="a", sample=i, seed=i, prompt_ids=ids_P, sampling=sampling) for i in range(100)]
-    back = travelled(wire.Generate(call=1, requests=shared, last=True)).requests
+    back = travelled(wire.Assignment(call=1, work=shared, want=None, last=True)).work
     assert len(wire.dumped(shared)[0]) < 11_000, "4,900 of them are the prompt and the sampler"
     assert [one.key for one in back] == [("a", i) for i in range(100)]
     assert all(one.sampling == sampling and np.array_equal(one.prompt_ids, ids_P) for one in back)
