@@ -34,36 +34,33 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
                 f" {'pool=local' if on_cluster else 'backend.dp_size=1'}"
             )
         if on_cluster:
-            from rl_onoff.workers.ray import RayPool as Pool
+            from rl_onoff.workers.ray import RayPool as Elsewhere
         else:
-            from rl_onoff.workers.pool import Pool
-        return Pool(backend, config)
-    if not (in_worker if config.worker is None else config.worker) and config.python is None:
+            from rl_onoff.workers.pool import Pool as Elsewhere
+    elif not (in_worker if config.worker is None else config.worker) and config.python is None:
         return engine
-    from rl_onoff.workers.client import WorkerClient
-
-    return WorkerClient(backend, config)
+    else:
+        from rl_onoff.workers.client import WorkerClient as Elsewhere
+    return Elsewhere(backend, config)
 
 
 def check_installed(package: str, config: EngineConfig, option: str) -> None:
     """Refuse an engine whose package is not where it shall run; imports nothing. A cluster's nodes are not asked."""
     if config.pool.kind is PoolKind.ray:
         return
-    other = f"set {option}.python to the interpreter of an environment that has it"
+    here = f"{option}.python={config.python}"
     if config.python is None:
         found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:  # a folder that is called like it is a spec without an origin
-            extras = metadata.metadata("rl-onoff").get_all("Provides-Extra") or []
-            name = f"'rl-onoff[{package}]'" if package in extras else package
-            why = f"{option} is {config.name}, which needs the package {package}: pip install {name}, or {other}"
-            raise MissingDependencyError(why)
-        return
-    said, here = _ask(config.python, package), f"{option}.python={config.python}"
+        said = str(bool(found and found.origin))  # a folder that is called like it is a spec without an origin
+        who, pip = f"{option} is {config.name}, which needs the package {package}", "pip"
+    else:
+        said, pip = _ask(config.python, package), f"{config.python} -m pip"
+        who = f"{here} lacks the package {package}, which {config.name} needs"
     if said == "False":
-        raise MissingDependencyError(
-            f"{here} lacks the package {package}, which {config.name} needs: {config.python} -m pip install {package},"
-            f" or {other}"
-        )
+        extras = (config.python is None and metadata.metadata("rl-onoff").get_all("Provides-Extra")) or ()
+        name = f"'rl-onoff[{package}]'" if package in extras else package
+        other = f"set {option}.python to the interpreter of an environment that has it"
+        raise MissingDependencyError(f"{who}: {pip} install {name}, or {other}")
     if said != "True":
         raise UsageError(f"{here} cannot be run ({said}): set {option}.python to a Python interpreter")
 
@@ -86,10 +83,8 @@ def _ask(python: str, package: str) -> str:
 
 def environment_for_python() -> dict[str, str]:
     """The environment variables of a process under another interpreter, maybe, without those that are this one's."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # a file in the working folder must not stand in for a package
-    for name in ("PYTHONHOME", "__PYVENV_LAUNCHER__"):
-        environment.pop(name, None)
-    return environment
+    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
+    return {**ours, "PYTHONSAFEPATH": "1"}  # a file in the working folder must not stand in for a package
 
 
 # -- the GPUs and cores of this machine, so that two engines never fight over one --------------------------------------

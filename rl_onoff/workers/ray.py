@@ -8,30 +8,38 @@ there is room for one.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.placement import VISIBLE, Place
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
 from rl_onoff.workers import wire
 from rl_onoff.workers.client import RUN_AGAIN, WorkerClient
 from rl_onoff.workers.pool import Pool
 from rl_onoff.workers.process import WorkerProcess
-from rl_onoff.workers.ray_actor import ActorChannel, Relay
-from rl_onoff.workers.ray_cluster import Connection, alive_nodes, berth, described, replicas_that_fit
+from rl_onoff.workers.ray_cluster import Connection, alive_nodes, berth, described, replicas_that_fit, why_gone
 
 log = logging.getLogger(__name__)
 
 THREADS = 8  # of an actor: its methods wait side by side
 PATIENT_SECONDS = 1.0  # of a wait for room that nobody needs to hear of
 ANSWER_SECONDS = 5.0  # for an actor to answer, beside what it was asked to wait for
+LINGER_SECONDS = 0.01  # for further messages, so that small ones do not travel one by one
+MOST_BYTES = 16 << 20  # that one reply of an actor holds: a driver that reads slowly holds the worker back
 GONE = "the Ray cluster is gone, or its head node is: run it again to go on, on a cluster that runs"
 
 
@@ -66,23 +74,19 @@ class RayProcess(WorkerProcess):
     """A worker's process on a node, which an actor there starts and relays."""
 
     channel: ActorChannel
+    _actor: Any = None
+    _group: Any = None  # the actor's placement group
 
-    def __init__(
-        self,
-        backend_class: type[Core],
-        config: EngineConfig,
-        interrupt: Callable[[], None],  # called now and then while waiting; may raise
-    ):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, interrupt: Callable[[], None]):
         import ray.util.scheduling_strategies
 
         self._name, self._class, self._interrupt = config.name, backend_class, interrupt
-        self._actor: Any = None
-        self._group: Any = None
         if not Connection.answers():
             raise EngineError(GONE)
         bundle, there = berth(alive_nodes(), config)
         # an engine on many nodes takes its GPUs from the cluster itself
         environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address} if there is not config else {}
+        what = backend_class.__module__, backend_class.__qualname__, there, environment
         reserved = dict(bundle)
         try:
             self._reserve(bundle, config.pool.wait_s)
@@ -96,7 +100,6 @@ class RayProcess(WorkerProcess):
                 scheduling_strategy=ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group, 0),
             )
             self._actor = actor.remote()
-            what = backend_class.__module__, backend_class.__qualname__, there, environment
             self.pid, self.python, self.log = self._started(self._actor.start.remote(*what))
         except BaseException:
             self._release()
@@ -104,7 +107,7 @@ class RayProcess(WorkerProcess):
         self.channel = ActorChannel(self._actor, self.check)
 
     def _ended(self) -> bool:
-        return self.channel.ended
+        return self.channel.readable(0) and not self.channel.arrived
 
     def wait(self, seconds: float) -> None:
         self._ask("wait", seconds, patience=seconds)
@@ -115,7 +118,7 @@ class RayProcess(WorkerProcess):
     def reason(self) -> str:
         if self.channel.error is None and (reason := self._ask("reason")) is not None:
             return reason
-        return _why_gone(self.channel.error)
+        return why_gone(self.channel.error)
 
     def tail(self) -> str:
         return self._ask("tail") or ""
@@ -165,13 +168,13 @@ class RayProcess(WorkerProcess):
                 raise cause from None
             if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
                 raise UsageError(f"Ray cannot set up pool.runtime_env ({said.splitlines()[0]}): change it") from error
-            if "ModuleNotFoundError" in said or "ImportError" in said:
-                module = self._class.__module__ if isinstance(cause, ImportError) else "rl_onoff"
+            if isinstance(cause, ImportError) or (not cause and re.search("ModuleNotFoundError|ImportError", said)):
+                what = f"{self._class.__module__} ({cause})" if cause else "rl_onoff"
                 raise UsageError(
-                    f"the nodes of the Ray cluster cannot import {module}: install it there, in the same version, or "
-                    "set pool.runtime_env"
+                    f"the nodes of the Ray cluster cannot import {what}: install it there, in the same version, or set "
+                    "pool.runtime_env"
                 ) from error
-            why = f"{type(cause).__name__}: {cause}" if cause else _why_gone(error)
+            why = f"{type(cause).__name__}: {cause}" if cause else why_gone(error)
             raise EngineDiedError(f"the {self._name} engine died ({why}){RUN_AGAIN}") from error
 
     def _reserve(self, bundle: Mapping[str, float], wait_s: float) -> None:
@@ -190,8 +193,8 @@ class RayProcess(WorkerProcess):
             waited = time.monotonic() - began
             if waited < (wait_s if warned else min(PATIENT_SECONDS, wait_s)):
                 continue
-            has, free = described(ray.cluster_resources()), described(ray.available_resources())
-            room = f"it has {has}, of which {free} are free"
+            free = described(ray.available_resources())
+            room = f"it has {described(ray.cluster_resources())}, of which {free} are free"
             if waited >= wait_s:
                 raise EngineError(
                     f"the Ray cluster has had no room for a replica ({needs}) for {wait_s:g} s; {room}: set "
@@ -201,11 +204,93 @@ class RayProcess(WorkerProcess):
             log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", self._name, needs, room)
 
 
-def _why_gone(error: Exception | None) -> str:
-    import ray.exceptions
+class ActorChannel(wire.Channel):
+    """Messages to and from a worker on a node, relayed by an actor.
 
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "Ray ended it, for its node was short of memory"
-    if "node has died" in str(error):
-        return "its node left the Ray cluster"
-    return f"its actor is gone: {type(error).__name__}" if error else "its actor does not answer"
+    One `poll` is always under way: it brings the next messages while these are read, and it ends when the worker dies.
+    """
+
+    def __init__(self, actor: Any, check: Callable[[], None]):
+        self._actor: Any = actor
+        self._check = check
+        self._numbers = itertools.count()
+        self.arrived = memoryview(b"")  # not read yet
+        self._poll: Any = actor.poll.remote()  # None once nothing more will come
+        self.error: Exception | None = None  # why the actor is gone, if that ended it
+
+    def readable(self, seconds: float) -> bool:
+        import ray.exceptions
+
+        if not self.arrived and self._poll is not None:
+            if not ray.is_initialized():
+                self._poll = None
+            elif ray.wait([self._poll], timeout=seconds)[0]:
+                try:
+                    self.arrived = memoryview(ray.get(self._poll))
+                except ray.exceptions.RayError as error:
+                    self.error = error
+                self._poll = self._actor.poll.remote() if self.arrived else None
+        return bool(self.arrived) or self._poll is None
+
+    def read(self, into: memoryview) -> int:
+        while not self.readable(wire.PERIOD):
+            self._check()
+        if not self.arrived:
+            raise wire.PeerGoneError
+        count = min(len(into), len(self.arrived))
+        into[:count] = self.arrived[:count]
+        # an empty slice would keep the reply in the object store
+        self.arrived = self.arrived[count:] if count < len(self.arrived) else memoryview(b"")
+        return count
+
+    def send_raw(self, data: bytes | memoryview) -> None:
+        self._actor.send.remote(next(self._numbers), data if isinstance(data, bytes) else np.asarray(data))
+
+    def close(self) -> None:
+        self._actor = self._poll = None
+
+
+class Relay:
+    """What Ray runs on a node: starts a worker process and relays its bytes. Its methods run side by side, in threads."""
+
+    def __init__(self) -> None:
+        self._process: WorkerProcess
+        self._sending = threading.Lock()
+        self._early: dict[int, Any] = {}  # by number: what overtook something that is to be sent before it
+        self._next = 0  # the number of what is to be sent next
+
+    def start(
+        self, module: str, name: str, config: EngineConfig, environment: Mapping[str, str]
+    ) -> tuple[int, str, Path]:
+        """Start the worker process; returns its id, its interpreter and where its log is."""
+        if environment and not os.environ.get(VISIBLE):
+            # Ray hides the GPUs from an actor that reserves none, but an engine on many nodes looks at them
+            os.environ.pop(VISIBLE, None)
+        self._process = WorkerProcess(getattr(import_module(module), name), config, Place(environment))
+        return self._process.pid, self._process.python, self._process.log
+
+    def poll(self) -> np.ndarray:
+        """The bytes that the worker sent since the previous call; waits for some. Empty: the worker is gone."""
+        channel, data, size = self._process.channel, np.empty(MOST_BYTES, np.uint8), 0
+        with suppress(wire.PeerGoneError):
+            while not channel.readable(wire.PERIOD):
+                self._process.check()
+            until = time.monotonic() + LINGER_SECONDS
+            while size < MOST_BYTES and channel.readable(max(0.0, until - time.monotonic())):
+                size += channel.read(data.data[size:])
+                if time.monotonic() > until:
+                    break
+        return data[:size]
+
+    def send(self, number: int, data: Any) -> None:
+        """Send bytes to the worker, in the order of their numbers: Ray's calls of methods overtake each other."""
+        with self._sending:
+            self._early[number] = data
+            while (data := self._early.pop(self._next, None)) is not None:
+                self._next += 1
+                with suppress(wire.PeerGoneError):  # `poll` tells
+                    self._process.channel.send_raw(data)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """The answer of one of the process's own methods."""
+        return getattr(self._process, method)(*arguments)

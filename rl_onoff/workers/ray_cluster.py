@@ -207,3 +207,14 @@ def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
     gpus = resources.get("GPU", 0)
     return f"{resources.get('CPU', 0):g} CPU" + (f", {gpus:g} GPU" if gpus else "")
+
+
+def why_gone(error: Exception | None) -> str:
+    """Why an actor is gone, for people."""
+    import ray.exceptions
+
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "Ray ended it, for its node was short of memory"
+    if "node has died" in str(error):
+        return "its node left the Ray cluster"
+    return f"its actor is gone: {type(error).__name__}" if error else "its actor does not answer"

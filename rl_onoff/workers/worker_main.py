@@ -44,9 +44,8 @@ class Watchdog(threading.Thread):
     def __init__(self, parent: int, folder: Path):
         super().__init__(daemon=True, name="watchdog")
         self._parent, self._folder = parent, folder
-        self._engine: list[psutil.Process] = []
+        self._engine: list[psutil.Process] | None = None  # its processes that must live; None: it still loads
         self.memory: set[Path] = set()
-        self._loaded = False
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -54,13 +53,12 @@ class Watchdog(threading.Thread):
             if os.getppid() != self._parent:
                 self.end_all()
             self.check()
-            if not self._loaded and tick % 3 == 0:
+            if self._engine is None and tick % 3 == 0:
                 self._note()  # an engine that starts, fails and is started again may leave what the first one had
             time.sleep(0.3)
 
     def loaded(self) -> None:
         """From now on the processes that the engine has at this moment must live."""
-        self._loaded = True
         self._engine = [child for child in self._note() if not process.is_helper(child)]
 
     def closing(self) -> None:
@@ -78,7 +76,7 @@ class Watchdog(threading.Thread):
     def check(self) -> None:
         """End this process if one of the engine's is gone."""
         with self._lock:
-            for child in self._engine:
+            for child in self._engine or ():
                 if not process.alive(child):
                     who = f"pid {child.pid}"
                     with suppress(*process.GONE):
@@ -125,9 +123,8 @@ class Worker:
         while not self._closing:
             match self._next(wait=True):
                 case wire.Assignment() as message if message.call > self._call:
-                    self._requests, self._last = deque(message.work), message.last
-                    sampling = message.want is None
-                    results = backend._generate(self) if sampling else backend._score(message.work, message.want)
+                    self._requests, self._last, want = deque(message.work), message.last, message.want
+                    results = backend._generate(self) if want is None else backend._score(message.work, want)
                     self._answer(message.call, results)
                 case wire.Close():
                     break
@@ -163,11 +160,8 @@ class Worker:
     # -- messages ------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """Take in what the parent sends, whatever the engine does.
-
-        A parent that sends more requests while its worker sends results waits for the worker to read, as the worker
-        waits for the parent: without a thread for it neither would ever go on.
-        """
+        """Take in what the parent sends, whatever the engine does: where both send, each waits for the other to read,
+        and neither would ever go on without a thread for it."""
         try:
             while True:
                 self._inbox.put(self._channel.receive())
