@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, as_completed, wait
 from contextlib import closing, suppress
 from functools import partial
 from typing import Any
@@ -62,24 +63,26 @@ class Replica:
         client.interrupt = self._interrupt
         self.closing = False
         self.lost: OnOffError | None = None  # why it is not started any more
-        self._thread: threading.Thread | None = None  # the latest job's
+        self._job: Future[Any] | None = None  # the latest
         self._failures = 0  # deaths and failed loads since the last result
         self._call: Call | None = None  # that the worker is busy with
         self._held: dict[Key, Work] = {}  # whose results have not come
         self._first: list[Work] = []  # of what it holds, not yet with the worker
 
-    def begin(self, job: Callable[[], None]) -> threading.Thread:
+    def begin(self, job: Callable[[], Any]) -> Future[Any]:
         """Do a job in a thread of its own, once the job before is done."""
-        before = self._thread
+        before, done = self._job, Future()
 
         def run() -> None:
-            if before is not None:
-                before.join()
-            job()
+            wait([before] if before else [])
+            try:
+                done.set_result(job())
+            except BaseException as error:
+                done.set_exception(error)
 
-        self._thread = thread = threading.Thread(target=run, daemon=True, name="replica")
-        thread.start()
-        return thread
+        self._job = done
+        threading.Thread(target=run, daemon=True, name="replica").start()
+        return done
 
     def answer(self, call: Call) -> None:
         """Work for a call until nothing is left to do."""
@@ -173,26 +176,12 @@ class Pool:
         return [WorkerClient(self._class, self._config, place) for place in machine]
 
     def _load(self) -> EngineInfo:
-        loaded: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
-        infos: list[EngineInfo] = []
-
-        def load(client: WorkerClient) -> None:
-            try:
-                loaded.put(client._load())
-            except BaseException as error:  # it is raised where it is read
-                loaded.put(error)
-
         try:
             clients = self._clients()
             log.info("starting %d replica%s of %s", len(clients), "s" * (len(clients) > 1), self._config.name)
             self._replicas = [Replica(self._config.name, client) for client in clients]
-            for replica in self._replicas:
-                replica.begin(partial(load, replica.client))
-            while len(infos) < len(clients):
-                info = loaded.get()
-                if isinstance(info, BaseException):
-                    raise info
-                infos.append(info)
+            started = [replica.begin(replica.client._load) for replica in self._replicas]
+            infos: list[EngineInfo] = [done.result() for done in as_completed(started)]
         except BaseException:
             self._close()
             raise
@@ -218,9 +207,10 @@ class Pool:
             self._call.stop()
         for replica in self._replicas:
             replica.closing = True
-        for thread in [replica.begin(replica.client._close) for replica in self._replicas]:
-            thread.join()
+        closed, _ = wait([replica.begin(replica.client._close) for replica in self._replicas])
         self._replicas, self._call = [], None
+        for done in closed:
+            done.result()
 
     def _results(self, work: Sequence[Work], room: int | None = None, want: Want | None = None) -> Iterator[Any]:
         """The results of a call, which all replicas work on."""

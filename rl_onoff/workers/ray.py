@@ -57,10 +57,12 @@ class RayPool(Pool):
         return [RayClient(self._class, there) for _ in range(number or replicas_that_fit(alive_nodes(), config))]
 
     def _close(self) -> None:
-        super()._close()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.release()
+        try:
+            super()._close()
+        finally:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.release()
 
 
 class RayClient(WorkerClient):
@@ -251,7 +253,7 @@ class ActorChannel(wire.Channel):
 
 
 class Relay:
-    """What Ray runs on a node: starts a worker process and relays its bytes. Its methods run side by side, in threads."""
+    """What Ray runs on a node: starts a worker process and relays its bytes. Its methods run side by side."""
 
     def __init__(self) -> None:
         self._process: WorkerProcess

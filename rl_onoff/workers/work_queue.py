@@ -56,10 +56,10 @@ class WorkQueue:
             share: list[Work] = []
             if self.stopped:
                 return share
-            if self._waiting:
-                share = [
-                    self._waiting.popleft() for _ in range(self._cut() if most is None else self._fair(most, held))
-                ]
+            if num_waiting := len(self._waiting):
+                fair = math.ceil((num_waiting + self._taken) / self._replicas) - held
+                number = self._cut() if most is None else min(most, num_waiting, fair if held else max(fair, 1))
+                share = [self._waiting.popleft() for _ in range(number)]
                 self._tokens -= sum(one.num_tokens for one in share)
             elif wait and self._suspects:
                 self._suspects.sort(key=lambda piece: self.deaths[piece[0].key])
@@ -97,11 +97,6 @@ class WorkQueue:
         with self._changed:
             self.stopped = True
             self._changed.notify_all()
-
-    def _fair(self, most: int, held: int) -> int:
-        """How many responses top a replica up that has `held`."""
-        fair = math.ceil((len(self._waiting) + self._taken) / self._replicas) - held
-        return min(most, fair if held else max(fair, 1), len(self._waiting))
 
     def _cut(self) -> int:
         """How many responses the next whole share has: a prompt's samples, unless that makes it twice as large."""
