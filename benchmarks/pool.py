@@ -84,7 +84,8 @@ def throughput(rounds: int, model: str) -> None:
 
 def busy(core: WorkerClient | Pool) -> list[float]:
     """CPU seconds each worker has used so far."""
-    times = [psutil.Process(pid).cpu_times() for pid in (core.pids if isinstance(core, Pool) else [core.pid])]
+    clients = [replica.client for replica in core._replicas] if isinstance(core, Pool) else [core]
+    times = [psutil.Process(client.pid).cpu_times() for client in clients]
     return [time.user + time.system for time in times]
 
 

@@ -1,9 +1,7 @@
 """The parent's side of an engine that runs in a worker process, maybe under another interpreter or on another machine.
 
 A crashed engine is then an exception and not the end of the run, its memory is really freed between jobs, and engines
-whose dependencies clash serve one experiment. `WorkerClient` is a `Core` (`_load`, `_generate`, `_score`, `_close`),
-like an engine in this process. The parent never hangs on a dead engine and is never killed by one: the worker leads
-its own session.
+whose dependencies clash serve one experiment. The parent never hangs on a dead engine and is never killed by one.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerClient:
-    """Runs one backend in a worker. One call at a time; a new call drops what an older one had not yielded."""
+    """A `Core` that runs in a worker. One call at a time; a new call drops what an older one had not yielded."""
 
     def __init__(self, backend_class: type[Core], config: EngineConfig, place: Place = ANYWHERE):
         self._class, self._config, self._place = backend_class, config, place
@@ -62,10 +60,7 @@ class WorkerClient:
         return False
 
     def _start(self) -> WorkerProcess:
-        """Start the worker process."""
         return WorkerProcess(self._class, self._config, self._place)
-
-    # -- the core ------------------------------------------------------------------------------------------------------
 
     def _load(self) -> EngineInfo:
         self._worker = worker = self._start()
@@ -92,8 +87,6 @@ class WorkerClient:
         if worker is not None:
             worker.close(BUSY_CLOSE_SECONDS if self._open else CLOSE_SECONDS)
         self._open = False
-
-    # -- calls ---------------------------------------------------------------------------------------------------------
 
     def _stream(
         self, work: Sequence[wire.Work], want: Want | None, supply: Supply | None = None, room: int = 0
@@ -128,17 +121,14 @@ class WorkerClient:
         finally:
             self._cancel(call)
         if keys:
-            raise EngineError(
-                f"{self._config.name} gave no result for {len(keys)} of the responses, {sorted(keys)[0]} first"
-            )
+            name, first = self._config.name, min(keys)
+            raise EngineError(f"{name} gave no result for {len(keys)} of the responses, {first} first")
 
     def _cancel(self, call: int) -> None:
         """Tell the worker that nobody reads the call's results any more; the next call drops what was sent of them."""
         if self._open and self._call == call and self._worker is not None and not self._worker.channel.torn:
             with suppress(EngineDiedError):
                 self._send(wire.Cancel(call))
-
-    # -- messages ------------------------------------------------------------------------------------------------------
 
     def _hello(self) -> None:
         """Wait for the worker's first words. Raises where its interpreter cannot run a worker of this version."""
@@ -150,12 +140,9 @@ class WorkerClient:
             worker.wait(0.5)
             last = next((line for line in reversed(worker.tail().splitlines()) if line.strip()), "it said nothing")
             kind = MissingDependencyError if last.startswith(("ModuleNotFoundError", "ImportError")) else UsageError
-            raise self._noted(
-                kind(
-                    f"backend.python={worker.python} cannot run a worker of rl_onoff ({last}): set backend.python to a "
-                    "Python interpreter that has the engine and rl_onoff's own dependencies"
-                )
-            ) from None
+            why = f"backend.python={worker.python} cannot run a worker of rl_onoff ({last})"
+            fix = "set backend.python to a Python interpreter that has the engine and rl_onoff's own dependencies"
+            raise self._noted(kind(f"{why}: {fix}")) from None
         if got != want:
             theirs = got.split()[-1].lstrip("0") if got.split() else "?"
             raise EngineError(
@@ -195,12 +182,9 @@ class WorkerClient:
             raise EngineDiedError(NOT_RUNNING.format(self._config.name))
         if self._worker.channel.torn:
             self._close()
-            raise EngineError(
-                f"the last call to the {self._config.name} engine was interrupted in the middle: load the backend again"
-            )
+            what = f"the last call to the {self._config.name} engine"
+            raise EngineError(f"{what} was interrupted in the middle: load the backend again")
         return self._worker
-
-    # -- errors --------------------------------------------------------------------------------------------------------
 
     def _error(self, end: wire.End) -> OnOffError:
         kind, text = getattr(errors, end.error, EngineError), end.text

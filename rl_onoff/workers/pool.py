@@ -165,11 +165,6 @@ class Pool:
         self._call: Call | None = None
         self._room = 1  # requests that a replica has at a time
 
-    @property
-    def pids(self) -> list[int | None]:
-        """The workers' process ids, None for one that is not running."""
-        return [replica.client.pid for replica in self._replicas]
-
     def _clients(self) -> Sequence[WorkerClient]:
         """A client for each replica, not loaded."""
         machine = places(self._config.dp_size or 1, self._config.gpus_per_replica)

@@ -55,9 +55,8 @@ class WorkerProcess:
         try:  # a worker starts no pool and no worker of its own
             options = msgspec.msgpack.encode(replace(config, worker=False, python=None, dp_size=1, pool=PoolConfig()))
         except (TypeError, NotImplementedError) as why:
-            raise UsageError(
-                f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}"
-            ) from None
+            what = "backend.engine_kwargs may only hold plain values when the engine runs in a worker"
+            raise UsageError(f"{what}: {why}") from None
         packages = _packages(backend_class)
         base = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="rl_onoff-", dir=base if len(base) < LONGEST_TMPDIR else "/tmp"))
@@ -108,8 +107,6 @@ class WorkerProcess:
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._folder),
         }
-
-    # -- while it runs -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise PeerGoneError when the process has ended, or has not spoken in time."""
@@ -171,9 +168,8 @@ def _packages(backend_class: type[Core]) -> list[Path]:
     for name in {"rl_onoff", backend_class.__module__.partition(".")[0]}:
         spec = importlib.util.find_spec(name) if name != "__main__" else None
         if spec is None or spec.origin is None:
-            raise UsageError(
-                f"{backend_class.__qualname__} is defined in {name}, which a worker cannot import: put it in a module"
-            )
+            what = f"{backend_class.__qualname__} is defined in {name}"
+            raise UsageError(f"{what}, which a worker cannot import: put it in a module")
         found.append(Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin))
     return found
 
@@ -185,9 +181,6 @@ def _end(popen: subprocess.Popen[bytes], folder: Path, owner: int, memory: set[P
     with suppress(subprocess.TimeoutExpired):
         popen.wait(5)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-# -- ending processes --------------------------------------------------------------------------------------------------
 
 
 def alive(process: psutil.Process) -> bool:

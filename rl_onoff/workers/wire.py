@@ -79,8 +79,6 @@ class Channel:
         self._sock, self._check = sock, check
         sock.settimeout(PERIOD)
 
-    # -- messages ------------------------------------------------------------------------------------------------------
-
     def send(self, message: ToWorker | FromWorker) -> None:
         header, buffers = dumped(message)
         sizes = [buffer.nbytes for buffer in buffers]
@@ -100,8 +98,6 @@ class Channel:
         buffers = [self.receive_raw(size) for size in sizes]
         self.torn = False
         return pickle.loads(header, buffers=buffers)
-
-    # -- bytes ---------------------------------------------------------------------------------------------------------
 
     def receive_raw(self, size: int) -> memoryview:
         """The next `size` bytes, in memory of their own. Raises PeerGoneError."""
@@ -160,10 +156,6 @@ def dumped(message: Any) -> tuple[bytes, list[memoryview]]:
 
 
 def _reduced(array: np.ndarray) -> tuple[Any, ...]:
-    """How an array is pickled: as numpy does, but contiguous, and from memory that can be written to, as its copy."""
+    """How an array is pickled: contiguous, and from memory that can be written to, as then the copy can be, too."""
     array = np.require(array, requirements=["C", "W"])
-    return _array, (pickle.PickleBuffer(array.data), array.dtype.str, array.shape)
-
-
-def _array(memory: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return np.ndarray, (array.shape, array.dtype.str, pickle.PickleBuffer(array.data))

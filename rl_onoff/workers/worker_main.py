@@ -157,8 +157,6 @@ class Worker:
         else:
             self._send(wire.End())
 
-    # -- messages ------------------------------------------------------------------------------------------------------
-
     def _listen(self) -> None:
         """Take in what the parent sends, whatever the engine does: where both send, each waits for the other to read,
         and neither would ever go on without a thread for it."""

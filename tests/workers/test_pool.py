@@ -19,7 +19,7 @@ from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_reques
 from rl_onoff.workers.pool import Pool
 from rl_onoff.workers.process import alive
 from rl_onoff.workers.work_queue import MOST_DEATHS, Work, WorkQueue
-from tests.workers.tiny_backend import TinyBackend, generate
+from tests.workers.tiny_backend import TinyBackend, generate, pids_of
 
 
 def tiny_pool(dp_size: int = 2, **engine_kwargs) -> Pool:
@@ -190,7 +190,7 @@ def test_replicas_killed_at_random_lose_nothing():
         assert isinstance(pool, Pool)
         for completion in backend.complete(requests):
             got.append(completion)
-            pids = [pid for pid in pool.pids if pid is not None]
+            pids = [pid for pid in pids_of(pool) if pid is not None]
             if pids and kills < 5 and len(got) % 20 == 0:
                 os.kill(chance.choice(pids), signal.SIGKILL)
                 kills += 1
@@ -219,7 +219,7 @@ def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(p
 def test_an_engine_that_cannot_work_at_all_is_not_restarted_for_ever(pool):
     two = pool()
     two._config.engine_kwargs["fail"] = "bug"  # from the next start on
-    for pid in two.pids:
+    for pid in pids_of(two):
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(EngineError, match="ZeroDivisionError"):
         list(generate(two, [request(str(i)) for i in range(20)]))
@@ -228,7 +228,7 @@ def test_an_engine_that_cannot_work_at_all_is_not_restarted_for_ever(pool):
 def test_a_replica_that_died_while_idle_is_started_again(pool):
     two = pool()
     assert len(list(generate(two, [request(str(i)) for i in range(10)]))) == 10
-    for pid in two.pids:
+    for pid in pids_of(two):
         os.kill(pid, signal.SIGKILL)
     assert len(list(generate(two, [request(str(i)) for i in range(10)]))) == 10
 
@@ -292,7 +292,7 @@ def test_a_worker_that_sends_takes_in_what_its_parent_sends(pool):
 def test_close_leaves_no_process_and_no_file(tmp_path, busy):
     two = tiny_pool(engine=str(tmp_path / "engine"))
     two._load()
-    workers = [psutil.Process(pid) for pid in two.pids]
+    workers = [psutil.Process(pid) for pid in pids_of(two)]
     children = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
     folders = [worker._folder for replica in two._replicas if (worker := replica.client._worker)]
     assert len(workers) == len(folders) == 2 and all(map(Path.exists, folders))

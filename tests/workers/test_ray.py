@@ -35,7 +35,7 @@ from rl_onoff.workers.ray_cluster import berth, replicas_that_fit
 from tests.conftest import ROOT
 from tests.running import flipped, ids_of
 from tests.workers.test_pool import many, request
-from tests.workers.tiny_backend import TinyBackend, generate
+from tests.workers.tiny_backend import TinyBackend, generate, pids_of
 
 STORE_BYTES = 128 << 20
 
@@ -120,7 +120,7 @@ def test_every_response_once_from_both_nodes(pool):
     got = list(two._generate(Given(requests.values())))
     assert sorted(c.key for c in got) == sorted(requests)
     assert all(c.text == str(requests[c.key].seed) for c in got), "requests arrive as they are"
-    actors = [psutil.Process(pid).parent() for pid in two.pids]
+    actors = [psutil.Process(pid).parent() for pid in pids_of(two)]
     raylets = [actor.parent() for actor in actors if actor]
     assert len({raylet.pid for raylet in raylets if raylet}) == 2, "one on each node"
 
@@ -170,7 +170,7 @@ def test_a_slow_reader_slows_the_worker_and_an_abandoned_call_leaves_the_pool_us
     responses = [Rollout(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(100)]
     stream = two._score(responses, Want(full_logits=True))  # 1.2 GB in all
     next(stream)
-    actors = [psutil.Process(pid).parent() for pid in two.pids]
+    actors = [psutil.Process(pid).parent() for pid in pids_of(two)]
     time.sleep(1)
     assert all(actor.memory_info().rss < 600 << 20 for actor in actors if actor)
     stream.close()
@@ -235,7 +235,7 @@ def test_a_node_that_leaves_costs_only_the_work_in_flight(cluster, tiny_llama):
 
 def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
     two, got = pool(seconds=0.02), []
-    before = list(two.pids)
+    before = list(pids_of(two))
     for completion in two._generate(Given(many(300))):
         got.append(completion.key)
         if len(got) == 20:
@@ -243,8 +243,8 @@ def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
         if len(got) == 60:
             cluster.add()
     assert len(got) == len(set(got)) == 300
-    until(lambda: None not in two.pids)
-    assert len(set(before) & set(two.pids)) == 1
+    until(lambda: None not in pids_of(two))
+    assert len(set(before) & set(pids_of(two))) == 1
     waits = [r.message for r in caplog.records if "waits for room" in r.message]
     assert (
         "(its node left the Ray cluster)" in caplog.text
@@ -259,19 +259,19 @@ def test_a_killed_process_loses_nothing(pool, whose):
     for completion in two._generate(Given(many(150))):
         got.append(completion.key)
         if len(got) == 20:
-            worker = psutil.Process(two.pids[0])
+            worker = psutil.Process(pids_of(two)[0])
             (worker.parent() if whose == "the actor" else worker).kill()  # type: ignore[union-attr]
     assert len(got) == len(set(got)) == 150
 
 
 def test_a_replica_that_died_while_idle_is_started_again(pool):
     two = pool()
-    before = list(two.pids)
+    before = list(pids_of(two))
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     time.sleep(1)
     assert len(list(two._generate(Given(many(80))))) == 80
-    assert not set(before) & set(two.pids)
+    assert not set(before) & set(pids_of(two))
 
 
 def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(pool):
@@ -342,7 +342,7 @@ def test_a_wait_for_room_can_be_left(pool):
 
     thread = threading.Thread(target=load)
     thread.start()
-    until(lambda: sum(pid is not None for pid in three.pids) == 2)
+    until(lambda: sum(pid is not None for pid in pids_of(three)) == 2)
     began = time.monotonic()
     three._close()
     thread.join(10)
