@@ -28,11 +28,11 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
     backend, on_cluster = type(engine), config.pool.kind is PoolKind.ray
     if on_cluster or (config.dp_size or 1) > 1:
         if config.worker is False:
-            why = "pool=ray runs it on a cluster" if on_cluster else f"backend.dp_size={config.dp_size} needs several"
-            raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but {why}: drop backend.worker=false, or set"
-                f" {'pool=local' if on_cluster else 'backend.dp_size=1'}"
-            )
+            why, fix = f"backend.dp_size={config.dp_size} needs several", "backend.dp_size=1"
+            if on_cluster:
+                why, fix = "pool=ray runs it on a cluster", "pool=local"
+            what = f"backend.worker=false keeps the engine in this process, but {why}"
+            raise UsageError(f"{what}: drop backend.worker=false, or set {fix}")
         if on_cluster:
             from rl_onoff.workers.ray import RayPool as Elsewhere
         else:
@@ -101,34 +101,27 @@ ANYWHERE = Place()
 
 
 def places(num_replicas: int, gpus_each: int) -> list[Place]:
-    """A place for each replica: GPUs of its own, or, where there are none, cores of its own.
-
-    Raises UsageError when there are GPUs but too few.
-    """
-    gpus, numbers = visible_gpus() if gpus_each else [], range(num_replicas)
-    if not gpus:
+    """A place for each replica: GPUs of its own, or, where there are none, cores of its own."""
+    if not (gpus := visible_gpus() if gpus_each else []):
         # engines on a CPU start a thread for every core they may run on, and vLLM binds each to its core: two of them
         # on the same cores crawl. Fewer cores than replicas: no limit
-        ours = cores()
-        each = len(ours) // num_replicas
-        return [Place(cores=tuple(ours[i * each : (i + 1) * each])) for i in numbers]
+        each = len(cores()) // num_replicas
+        return [Place(cores=tuple(cores()[i * each : (i + 1) * each])) for i in range(num_replicas)]
     needed = num_replicas * gpus_each
     if needed > len(gpus):
-        raise UsageError(
-            f"backend.dp_size={num_replicas} replicas of backend.tp_size={gpus_each} need {needed} GPUs, but "
-            f"{len(gpus)} are visible: set backend.dp_size={max(1, len(gpus) // gpus_each)}"
-        )
-    return [Place({VISIBLE: ",".join(gpus[i * gpus_each : (i + 1) * gpus_each])}) for i in numbers]
+        what = f"backend.dp_size={num_replicas} replicas of backend.tp_size={gpus_each} need {needed} GPUs"
+        fix = f"set backend.dp_size={max(1, len(gpus) // gpus_each)}"
+        raise UsageError(f"{what}, but {len(gpus)} are visible: {fix}")
+    return [Place({VISIBLE: ",".join(gpus[i : i + gpus_each])}) for i in range(0, needed, gpus_each)]
 
 
 def replicas_that_fit(tp_size: int) -> int:
     """How many replicas of `tp_size` GPUs use all visible ones; 1 without GPUs. Raises UsageError for a remainder."""
     num_gpus = len(visible_gpus())
     if num_gpus % tp_size:
-        raise UsageError(
-            f"the {num_gpus} visible GPUs cannot be divided into replicas of backend.tp_size={tp_size}: set "
-            f"backend.tp_size to a divisor of {num_gpus}, or backend.dp_size to the number of replicas"
-        )
+        what = f"the {num_gpus} visible GPUs cannot be divided into replicas of backend.tp_size={tp_size}"
+        fix = f"set backend.tp_size to a divisor of {num_gpus}, or backend.dp_size to the number of replicas"
+        raise UsageError(f"{what}: {fix}")
     return max(1, num_gpus // tp_size)
 
 
@@ -150,9 +143,8 @@ def _count_gpus() -> int:
     if torch.version.cuda or torch.version.hip or (smi := shutil.which("nvidia-smi")) is None:
         return 0
     # a CPU build of torch says nothing about GPUs that an engine in another environment (backend.python) may have
-    done = subprocess.run(
-        [smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=60
-    )
+    command = [smi, "--query-gpu=index", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return len(done.stdout.splitlines()) if done.returncode == 0 else 0
 
 

@@ -144,11 +144,9 @@ class WorkerClient:
             fix = "set backend.python to a Python interpreter that has the engine and rl_onoff's own dependencies"
             raise self._noted(kind(f"{why}: {fix}")) from None
         if got != want:
-            theirs = got.split()[-1].lstrip("0") if got.split() else "?"
-            raise EngineError(
-                f"the worker under backend.python={worker.python} speaks version {theirs} of the worker protocol and "
-                f"this process version {wire.PROTOCOL}: install the same version of rl_onoff in both"
-            )
+            theirs = f"version {got.split()[-1].lstrip('0')} of the worker protocol" if got.split() else "nothing"
+            what = f"the worker under backend.python={worker.python} speaks {theirs} and this process version"
+            raise EngineError(f"{what} {wire.PROTOCOL}: install the same version of rl_onoff in both")
         worker.deadline = None
 
     def _send(self, message: wire.ToWorker) -> None:

@@ -242,10 +242,9 @@ class Pool:
         if keys := sorted(given_up):
             names = ", ".join(f"{request_id!r} (sample {sample})" for request_id, sample in keys[:NAMED])
             more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-            error = EngineError(
-                f"the {self._config.name} engine died three times on each of these responses, which have no result: "
-                f"{names}{more}; all others are done: leave those requests out, or give the engine more memory"
-            )
+            what = f"the {self._config.name} engine died three times on each of these responses, which have no result"
+            fix = "leave those requests out, or give the engine more memory"
+            error = EngineError(f"{what}: {names}{more}; all others are done: {fix}")
             for note in getattr(given_up[keys[0]], "__notes__", ()):
                 error.add_note(note)
             raise error

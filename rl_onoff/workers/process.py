@@ -1,8 +1,7 @@
 """A worker's process: how it is started, what it leaves to read when it ends, and how nothing of it is left behind.
 
-A worker leads a session of its own, so its whole tree can be found by that session even after the worker itself was
-killed and its children were handed to init. Shared memory that dead processes had mapped is removed too: SIGKILL
-leaves it behind.
+A worker leads a session of its own, by which its whole tree can be found even after the worker itself was killed and
+its children were handed to init. Shared memory that dead processes had mapped goes too: SIGKILL leaves it behind.
 """
 
 from __future__ import annotations

@@ -172,10 +172,8 @@ class RayProcess(WorkerProcess):
                 raise UsageError(f"Ray cannot set up pool.runtime_env ({said.splitlines()[0]}): change it") from error
             if isinstance(cause, ImportError) or (not cause and re.search("ModuleNotFoundError|ImportError", said)):
                 what = f"{self._class.__module__} ({cause})" if cause else "rl_onoff"
-                raise UsageError(
-                    f"the nodes of the Ray cluster cannot import {what}: install it there, in the same version, or set "
-                    "pool.runtime_env"
-                ) from error
+                fix = "install it there, in the same version, or set pool.runtime_env"
+                raise UsageError(f"the nodes of the Ray cluster cannot import {what}: {fix}") from error
             why = f"{type(cause).__name__}: {cause}" if cause else why_gone(error)
             raise EngineDiedError(f"the {self._name} engine died ({why}){RUN_AGAIN}") from error
 
@@ -198,10 +196,9 @@ class RayProcess(WorkerProcess):
             free = described(ray.available_resources())
             room = f"it has {described(ray.cluster_resources())}, of which {free} are free"
             if waited >= wait_s:
-                raise EngineError(
-                    f"the Ray cluster has had no room for a replica ({needs}) for {wait_s:g} s; {room}: set "
-                    "backend.dp_size or pool.cpus_per_replica lower, or pool.wait_s higher"
-                )
+                fix = "set backend.dp_size or pool.cpus_per_replica lower, or pool.wait_s higher"
+                what = f"the Ray cluster has had no room for a replica ({needs}) for {wait_s:g} s"
+                raise EngineError(f"{what}; {room}: {fix}")
             warned = True
             log.warning("a replica of %s waits for room on the Ray cluster (%s); %s", self._name, needs, room)
 

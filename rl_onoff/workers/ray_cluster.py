@@ -53,10 +53,8 @@ class Connection:
             if not isinstance(error, Exception):
                 raise
             said = " ".join(str(error).split()) or "it does not answer like one"
-            raise EngineError(
-                f"the Ray cluster at {self._named} cannot be used ({said}): set pool.address to one that can, or "
-                "RAY_AUTH_MODE=token where it wants a token"
-            ) from error
+            fix = "set pool.address to one that can, or RAY_AUTH_MODE=token where it wants a token"
+            raise EngineError(f"the Ray cluster at {self._named} cannot be used ({said}): {fix}") from error
 
     def _stay(self, begun: Future[str], options: Mapping[str, Any]) -> None:
         import ray
@@ -72,10 +70,8 @@ class Connection:
 
     @classmethod
     def join(cls, pool: PoolConfig, num_cpus: int) -> Connection | None:
-        """Connect, or count one more user of the connection; None where somebody else's is used. `release` must follow.
-
-        `num_cpus` is the least that a cluster has which is started here.
-        """
+        """Connect, or count one more user of the connection, who must `release` it; None where it is somebody else's.
+        `num_cpus` is the least that a cluster has which is started here."""
         # a thread that asks for something after the end must not start Ray again
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -113,12 +109,12 @@ def _address(pool: PoolConfig) -> str:
     if named == "local":
         return named
     # the file that `ray start` writes has no public reader
-    from ray._private.services import canonicalize_bootstrap_address
+    from ray._private.services import canonicalize_bootstrap_address as found_at
 
     scheme, _, rest = (named or "").rpartition("://")
 
     def find() -> bool:
-        found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
+        found = rest if scheme == "ray" else found_at(named, None)  # type: ignore[arg-type]
         return found is not None and _listens(found)
 
     if _in_time(find):
@@ -126,9 +122,8 @@ def _address(pool: PoolConfig) -> str:
     if named is None:
         return "local"
     where = "on this machine" if named == "auto" else f"at {named}"
-    raise EngineError(
-        f"no Ray cluster answers {where}: set pool.address to one that runs, or to null to start one for this run"
-    )
+    fix = "set pool.address to one that runs, or to null to start one for this run"
+    raise EngineError(f"no Ray cluster answers {where}: {fix}")
 
 
 def _listens(address: str) -> bool:
@@ -158,10 +153,7 @@ def _in_time(probe: Callable[[], bool]) -> bool:
 
 def berth(nodes: Sequence[Resources], config: EngineConfig) -> tuple[Resources, EngineConfig]:
     """What a replica reserves, all on one node, of a cluster whose nodes have these resources; and its config, which is
-    another where its engine takes its GPUs from the cluster itself.
-
-    Raises UsageError where one node has too few GPUs, and the engine, or the cluster, cannot do with several.
-    """
+    another where its engine takes its GPUs from several nodes itself."""
     cpus = {"CPU": float(config.pool.cpus_per_replica)}
     gpus = config.gpus_per_replica
     largest = max(nodes, key=_gpus, default={})
@@ -174,10 +166,8 @@ def berth(nodes: Sequence[Resources], config: EngineConfig) -> tuple[Resources, 
     if wide is None or gpus > total:
         one_node = f"no node with more than {_gpus(largest)}, and {config.name} needs one"
         there = one_node if wide is None else f"{total} GPUs in all"
-        raise UsageError(
-            f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or "
-            "less"
-        )
+        what = f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}"
+        raise UsageError(f"{what}: set backend.tp_size to that or less")
     # the engine's own processes sit beside some of its GPUs, which they must see but not reserve: its Ray workers will
     here = next(name for name in largest if name.startswith("node:") and not name.startswith("node:__"))
     return {**cpus, here: NODE}, wide

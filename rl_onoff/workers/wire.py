@@ -1,8 +1,7 @@
-"""What a worker and its parent say to each other, and how it travels: pickles, and beside them the memory of arrays.
+"""What a worker and its parent, both of one user and one version, say to each other: pickles, and arrays beside them.
 
-Both ends are processes of one user with one version of this package. Arrays are never turned into text, and one that
-several requests share is sent once: small ones ride in the pickle, big ones are received straight into the memory of
-the array that the caller gets, so full logits are held once and freed with that array. All can be written to.
+An array that several requests share is sent once. Small ones ride in the pickle, big ones are received straight into
+the memory of the array that the caller gets, so full logits are held once and freed with it. All can be written to.
 """
 
 from __future__ import annotations
@@ -66,11 +65,10 @@ class PeerGoneError(Exception):
 
 
 class Channel:
-    """Messages to and from a worker, over a socket pair, which has no port and no file.
+    """Messages to and from a worker over a socket pair, which holds a worker back that runs ahead of its reader.
 
-    It tells both ends at once when the other is gone, and the kernel holds a worker back that runs ahead of its reader.
-    A parent needs `check` too, which is called every PERIOD seconds while waiting, and may raise: a forked grandchild
-    of a dead worker may still hold the worker's end of the socket open.
+    `check` is called every PERIOD seconds while waiting, and may raise: the socket tells at once when its other end is
+    gone, but a forked grandchild of a dead worker may still hold that open.
     """
 
     torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood

@@ -1,9 +1,8 @@
 """What a pool's replicas still have to do, and who gets what next: longest first, a prompt's samples together.
 
-Where a share is scored as a whole, it is a part of what is left (guided self-scheduling): large while there is much
-to do, which keeps an engine's batches full, and small at the end, so that all replicas finish together. Where a
-replica is topped up while it samples, it has as much as its engine can use, but no more than its fair part of all
-that is not done.
+A share that is scored as a whole is a part of what is left (guided self-scheduling): large while there is much to do,
+which keeps an engine's batches full, and small at the end, so that all replicas finish together. A replica that is
+topped up while it samples has as much as its engine can use, but no more than its fair part of all that is not done.
 
 When a replica dies, what it held comes back. No one can tell which of the responses did it, so they are tried again
 in pieces, after everything that is above suspicion, and the third time each one alone: what dies then is named and

@@ -98,7 +98,7 @@ class Worker:
     def __init__(self, sock: socket.socket, watchdog: Watchdog):
         self._watchdog, self._channel = watchdog, wire.Channel(sock)
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
-        self._inbox: queue.SimpleQueue[wire.ToWorker | BaseException] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[wire.ToWorker] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True, name="inbox").start()
         self._warnings: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()  # the thread that sends takes them
         handler = QueueHandler(self._warnings)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ class Worker:
         self._watchdog.loaded()
         self._send(backend.info)
         while not self._closing:
-            match self._next(wait=True):
+            match self._inbox.get():
                 case wire.Assignment() as message if message.call > self._call:
                     self._requests, self._last, want = deque(message.work), message.last, message.want
                     results = backend._generate(self) if want is None else backend._score(message.work, want)
@@ -159,28 +159,20 @@ class Worker:
 
     def _listen(self) -> None:
         """Take in what the parent sends, whatever the engine does: where both send, each waits for the other to read,
-        and neither would ever go on without a thread for it."""
+        and neither would ever go on without a thread for it. Without a parent nothing goes on."""
         try:
             while True:
                 self._inbox.put(self._channel.receive())
-        except BaseException as error:  # it is raised where it is read
-            self._inbox.put(error)
-
-    def _next(self, *, wait: bool) -> wire.ToWorker | None:
-        """The next message; None when there is none now. Raises PeerGoneError once the parent is gone."""
-        try:
-            message = self._inbox.get(block=wait)
-        except queue.Empty:
-            return None
-        if isinstance(message, BaseException):
-            self._inbox.put(message)
-            raise message
-        return message
+        except wire.PeerGoneError:
+            pass
+        except BaseException:
+            traceback.print_exc()
+        self._watchdog.end_all()
 
     def _read(self, *, wait: bool = False) -> None:
-        """Take in what the parent has said in the middle of a call; `wait` for it to say something."""
-        while (message := self._next(wait=wait)) is not None:
-            wait = False
+        """Look at what the parent has said in the middle of a call; `wait` for it to say something."""
+        while wait or not self._inbox.empty():
+            wait, message = False, self._inbox.get()
             match message:
                 case wire.Assignment() if message.call == self._call:
                     self._requests.extend(message.work)
