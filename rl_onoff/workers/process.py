@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import getpass
 import importlib.util
-import itertools
 import os
 import re
 import shutil
@@ -40,8 +39,6 @@ END_SECONDS = 2.0  # for killed processes to be gone
 HELPERS = re.compile(r"resource_tracker|compile_worker|forkserver")  # Python's and torch's own: may end when they like
 GONE = (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError, PermissionError)
 
-_numbers = itertools.count()
-
 
 class WorkerProcess:
     """Runs `python -m rl_onoff.workers.worker_main` in a session and a temporary folder of its own."""
@@ -62,7 +59,7 @@ class WorkerProcess:
         self.log = self._folder / "worker.log"
         if logs := os.environ.get(LOG_FOLDER):
             name = getattr(backend_class, "name", "engine")
-            self.log = Path(logs) / f"{name}-{os.getpid()}-{next(_numbers)}.log"
+            self.log = Path(logs) / f"{name}-{os.getpid()}-{self._folder.name.removeprefix('rl_onoff-')}.log"
             self.log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         command = [self.python, "-m", "rl_onoff.workers.worker_main", str(theirs.fileno()), str(os.getpid()),

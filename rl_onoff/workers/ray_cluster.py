@@ -176,9 +176,7 @@ def berth(nodes: Sequence[Resources], config: EngineConfig) -> tuple[Resources, 
 def replicas_that_fit(nodes: Sequence[Resources], config: EngineConfig) -> int:
     """How many replicas use all GPUs of the cluster; 1 without any."""
     gpus = config.gpus_per_replica
-    if not gpus:
-        return 1
-    on_one_node = sum(_gpus(node) // gpus for node in nodes)
+    on_one_node = sum(_gpus(node) // gpus for node in nodes) if gpus else 1
     return on_one_node or max(1, sum(map(_gpus, nodes)) // gpus)
 
 

@@ -32,7 +32,7 @@ import psutil
 
 from rl_onoff.backends.engine import taken
 from rl_onoff.errors import named
-from rl_onoff.types import Rollout, SampleRequest, TokenScores
+from rl_onoff.types import SampleRequest
 from rl_onoff.workers import process, wire
 
 DIED = 70  # exit code when a process of the engine died; the file `reason` says which
@@ -143,8 +143,6 @@ class Worker:
         self._call, self._unwanted = call, False
         try:
             for result in results:
-                if not isinstance(result, Rollout | TokenScores):
-                    raise TypeError(f"a backend yielded a {type(result).__name__}")
                 self._send(result)
                 self._read()
                 if self._unwanted:
