@@ -20,6 +20,7 @@ from rl_onoff.workers.process import alive, is_helper
 from tests.backends.conftest import options_of
 from tests.backends.failing_huggingface import FailingHuggingFace
 from tests.running import flipped, ids_of
+from tests.workers.tiny_backend import pids_of
 
 ON = ("vllm", "sglang")
 PROMPTS = [np.array([(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))], np.int32) for i in range(12)]
@@ -69,9 +70,9 @@ def in_spite_of(kills: int, backend: BaseBackend) -> list[Rollout]:
     chance, got = random.Random(0), []
     for rollout in backend.complete(MANY):
         got.append(rollout)
-        alive = [pid for pid in getattr(backend._core, "pids", ()) if pid is not None]
-        if kills and alive and len(got) % 50 == 10:
-            os.kill(chance.choice(alive), signal.SIGKILL)
+        running = [pid for pid in pids_of(backend._core) if pid is not None] if kills else []
+        if running and len(got) % 50 == 10:
+            os.kill(chance.choice(running), signal.SIGKILL)
             kills -= 1
     assert kills == 0
     return got
