@@ -22,11 +22,11 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig
+from rl_onoff.backends.devices import Place
 from rl_onoff.backends.engine import Given
 from rl_onoff.backends.engine_config import PoolConfig, PoolKind
 from rl_onoff.backends.fake.backend import FakeBackend
 from rl_onoff.backends.huggingface.backend import HuggingFaceBackend
-from rl_onoff.backends.placement import Place
 from rl_onoff.types import SampleRequest, Sampling, sample_requests
 from rl_onoff.workers.client import WorkerClient
 from rl_onoff.workers.pool import Pool

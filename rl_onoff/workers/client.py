@@ -15,9 +15,9 @@ from logging import LogRecord
 from typing import Any
 
 from rl_onoff import errors
+from rl_onoff.backends.devices import ANYWHERE, Place
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.placement import ANYWHERE, Place
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Key, Rollout, TokenScores, Want
 from rl_onoff.workers import wire

@@ -17,9 +17,9 @@ from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
+from rl_onoff.backends.devices import places
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.placement import places
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
 from rl_onoff.types import Key, Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient

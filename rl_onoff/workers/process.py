@@ -26,9 +26,9 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from rl_onoff.backends.devices import ANYWHERE, Place, environment_for_python
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
-from rl_onoff.backends.placement import ANYWHERE, Place, environment_for_python
 from rl_onoff.errors import UsageError
 from rl_onoff.workers import wire
 
@@ -221,8 +221,7 @@ def end(processes: Iterable[psutil.Process], memory: Iterable[Path] = (), *, las
         until = time.monotonic() + END_SECONDS
         while any(map(alive, victims)) and time.monotonic() < until:
             time.sleep(0.02)
-    left = {path for path in shared if path.exists()}
-    if left:
+    if left := {path for path in shared if path.exists()}:
         others = (process for process in psutil.process_iter() if not last_act or process.pid != os.getpid())
         for path in left - shared_memory(others):
             path.unlink(missing_ok=True)

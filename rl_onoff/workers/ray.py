@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from rl_onoff.backends.devices import VISIBLE, Place
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.backends.placement import VISIBLE, Place
 from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, UsageError
 from rl_onoff.workers import wire
 from rl_onoff.workers.client import RUN_AGAIN, WorkerClient

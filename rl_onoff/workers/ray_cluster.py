@@ -11,8 +11,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, ClassVar
 
+from rl_onoff.backends.devices import cores
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
-from rl_onoff.backends.placement import cores
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
 
 log = logging.getLogger(__name__)

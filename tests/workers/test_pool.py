@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from rl_onoff.backends import FakeBackendConfig, create_backend, placement
+from rl_onoff.backends import FakeBackendConfig, create_backend, devices
 from rl_onoff.errors import EngineDiedError, EngineError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers.pool import Pool
@@ -122,44 +122,44 @@ def test_what_comes_back_without_blame_is_as_it_was():
 
 
 def test_visible_gpus_are_cut_into_groups(monkeypatch):
-    monkeypatch.setattr(placement, "_count_gpus", lambda: 4)
+    monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in placement.places(2, 2)] == ["4,5", "6,7"]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in devices.places(2, 2)] == ["4,5", "6,7"]
     with pytest.raises(UsageError, match=r"need 6 GPUs, but 4 are visible: set backend\.dp_size=2"):
-        placement.places(3, 2)
+        devices.places(3, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b,GPU-c")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in placement.places(2, 1)] == ["GPU-a", "GPU-b"]
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in devices.places(2, 1)] == ["GPU-a", "GPU-b"]
 
 
 @pytest.mark.parametrize(("value", "devices"), [("0, 2,-1,3", ["0", "2"]), ("", []), ("0,1,2,3,4", list("0123"))])
 def test_a_list_of_devices_ends_where_cuda_says_it_ends(value, devices, monkeypatch):
-    monkeypatch.setattr(placement, "_count_gpus", lambda: 4)
+    monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-    assert placement.visible_gpus() == devices
+    assert devices.visible_gpus() == devices
 
 
 def test_each_replica_gets_gpus_of_its_own(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1,2,0")
-    monkeypatch.setattr(placement, "_count_gpus", lambda: 4)
-    assert [place.environment for place in placement.places(2, 2)] == [
+    monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
+    assert [place.environment for place in devices.places(2, 2)] == [
         {"CUDA_VISIBLE_DEVICES": "3,1"},
         {"CUDA_VISIBLE_DEVICES": "2,0"},
     ]
-    assert placement.replicas_that_fit(2) == 2
+    assert devices.replicas_that_fit(2) == 2
     with pytest.raises(UsageError, match=r"4 visible GPUs cannot be divided into replicas of backend\.tp_size=3"):
-        placement.replicas_that_fit(3)
+        devices.replicas_that_fit(3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in placement.places(3, 1)] == ["0", "1", "2"]
-    assert all(place.environment == {} for place in placement.places(8, 0)), "an engine that uses none gets none"
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in devices.places(3, 1)] == ["0", "1", "2"]
+    assert all(place.environment == {} for place in devices.places(8, 0)), "an engine that uses none gets none"
 
 
 def test_without_gpus_each_replica_gets_cores_of_its_own(monkeypatch):
-    monkeypatch.setattr(placement, "_count_gpus", lambda: 0)
-    monkeypatch.setattr(placement, "cores", lambda: [0, 1, 2, 3, 8])
-    assert [place.cores for place in placement.places(2, 1)] == [(0, 1), (2, 3)]
-    assert [place.cores for place in placement.places(6, 1)] == [()] * 6
-    assert placement.replicas_that_fit(2) == 1
-    assert all(place.environment == {} for place in placement.places(2, 1))
+    monkeypatch.setattr(devices, "_count_gpus", lambda: 0)
+    monkeypatch.setattr(devices, "cores", lambda: [0, 1, 2, 3, 8])
+    assert [place.cores for place in devices.places(2, 1)] == [(0, 1), (2, 3)]
+    assert [place.cores for place in devices.places(6, 1)] == [()] * 6
+    assert devices.replicas_that_fit(2) == 1
+    assert all(place.environment == {} for place in devices.places(2, 1))
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
