@@ -131,11 +131,11 @@ def test_visible_gpus_are_cut_into_groups(monkeypatch):
     assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in devices.places(2, 1)] == ["GPU-a", "GPU-b"]
 
 
-@pytest.mark.parametrize(("value", "devices"), [("0, 2,-1,3", ["0", "2"]), ("", []), ("0,1,2,3,4", list("0123"))])
-def test_a_list_of_devices_ends_where_cuda_says_it_ends(value, devices, monkeypatch):
+@pytest.mark.parametrize(("value", "names"), [("0, 2,-1,3", ["0", "2"]), ("", []), ("0,1,2,3,4", list("0123"))])
+def test_a_list_of_devices_ends_where_cuda_says_it_ends(value, names, monkeypatch):
     monkeypatch.setattr(devices, "_count_gpus", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-    assert devices.visible_gpus() == devices
+    assert devices.visible_gpus() == names
 
 
 def test_each_replica_gets_gpus_of_its_own(monkeypatch):
