@@ -121,7 +121,7 @@ def wire(folder: Path) -> dict[str, float]:
     """Bytes a response token that a worker sends, and those its parent sends it."""
     from rl_onoff.workers import wire
 
-    class Counted(wire.SocketChannel):
+    class Counted(wire.Channel):
         def __init__(self) -> None:
             super().__init__(socket.socketpair()[0])
             self.count = 0
@@ -129,7 +129,7 @@ def wire(folder: Path) -> dict[str, float]:
         def send_raw(self, data: bytes | memoryview) -> None:
             self.count += len(data)
 
-    def size(message: wire.AnyMessage) -> int:
+    def size(message: wire.ToWorker | wire.FromWorker) -> int:
         channel = Counted()
         channel.send(message)
         return channel.count
@@ -139,11 +139,11 @@ def wire(folder: Path) -> dict[str, float]:
     everything = [scores_of(row) for row in run.scores("all").rows()]
     sampled = [replace(rollout, prompt_ids=Rollout(request_id="", sample=0, token_ids_T=rollout.token_ids_T).prompt_ids,
                        meta={}) for rollout in rollouts]  # fmt: skip
-    found = {"worker to parent, a Rollout": sum(size(wire.Completed(call=1, result=one)) for one in sampled) / tokens}
+    found = {"worker to parent, a Rollout": sum(size(one) for one in sampled) / tokens}
     for top_k in TOP_KS:
-        sizes = [size(wire.Scored(call=1, result=_narrow(scores, top_k))) for scores in everything]
+        sizes = [size(_narrow(scores, top_k)) for scores in everything]
         found[f"worker to parent, TokenScores with top_k={top_k}"] = sum(sizes) / tokens
-    asked = wire.Score(call=1, rollouts=list(stages.responses(run)), want=Want())
+    asked = wire.Assignment(call=1, work=list(stages.responses(run)), want=Want(), last=True)
     return found | {"parent to worker, Rollouts to score": size(asked) / tokens}
 
 
@@ -151,13 +151,12 @@ def decoding(folder: Path) -> float:
     """CPU seconds a token of making TokenScores out of the bytes that arrive."""
     from rl_onoff.workers import wire
 
-    channel = wire.SocketChannel(socket.socketpair()[0])
     rows = [_narrow(scores_of(row), 20) for row in RunDir(folder / "real").scores("all").rows()]
-    packed = [channel._encoder.encode(wire.Scored(call=1, result=row)) for row in rows]
+    packed = [wire.dumped(row)[0] for row in rows]
     start = time.process_time()
     for _ in range(20):
         for header in packed:
-            channel._decoder.decode(header)
+            pickle.loads(header)
     return (time.process_time() - start) / 20 / sum(len(row.token_ids_T) for row in rows)
 
 

@@ -22,15 +22,15 @@ import numpy as np
 import psutil
 
 from rl_onoff.backends import FakeBackendConfig, HuggingFaceBackendConfig
+from rl_onoff.backends.devices import Place
 from rl_onoff.backends.engine import Given
 from rl_onoff.backends.engine_config import PoolConfig, PoolKind
 from rl_onoff.backends.fake.backend import FakeBackend
 from rl_onoff.backends.huggingface.backend import HuggingFaceBackend
 from rl_onoff.types import SampleRequest, Sampling, sample_requests
 from rl_onoff.workers.client import WorkerClient
-from rl_onoff.workers.devices import Place
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.ray import RayCluster
+from rl_onoff.workers.ray import RayPool
 
 
 def requests(number: int, max_new_tokens: int) -> list[SampleRequest]:
@@ -84,7 +84,8 @@ def throughput(rounds: int, model: str) -> None:
 
 def busy(core: WorkerClient | Pool) -> list[float]:
     """CPU seconds each worker has used so far."""
-    times = [psutil.Process(pid).cpu_times() for pid in (core.pids if isinstance(core, Pool) else [core.pid])]
+    clients = [replica.client for replica in core._replicas] if isinstance(core, Pool) else [core]
+    times = [psutil.Process(client.pid).cpu_times() for client in clients]
     return [time.user + time.system for time in times]
 
 
@@ -94,7 +95,7 @@ def overhead(rounds: int) -> None:
     cores = {
         "one worker": WorkerClient(FakeBackend, FakeBackendConfig(model_name="fake")),
         "a pool of two": Pool(FakeBackend, FakeBackendConfig(model_name="fake", dp_size=2)),
-        "a pool of two on Ray": Pool(FakeBackend, on_ray, cluster=RayCluster(FakeBackend, on_ray)),
+        "a pool of two on Ray": RayPool(FakeBackend, on_ray),
     }
     best: dict[str, tuple[float, float]] = {}
     try:

@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from importlib import metadata
 
+from rl_onoff.backends.devices import environment_for_python
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.errors import MissingDependencyError, UsageError
@@ -21,44 +22,39 @@ def place(engine: Core, config: EngineConfig, *, in_worker: bool) -> Core:
     backend, on_cluster = type(engine), config.pool.kind is PoolKind.ray
     if on_cluster or (config.dp_size or 1) > 1:
         if config.worker is False:
-            why = "pool=ray runs it on a cluster" if on_cluster else f"backend.dp_size={config.dp_size} needs several"
-            raise UsageError(
-                f"backend.worker=false keeps the engine in this process, but {why}: drop backend.worker=false, or set"
-                f" {'pool=local' if on_cluster else 'backend.dp_size=1'}"
-            )
-        from rl_onoff.workers.pool import Pool
-
-        if not on_cluster:
-            return Pool(backend, config)
-        from rl_onoff.workers.ray import RayCluster
-
-        return Pool(backend, config, cluster=RayCluster(backend, config))
-    if not (in_worker if config.worker is None else config.worker) and config.python is None:
+            why, fix = f"backend.dp_size={config.dp_size} needs several", "backend.dp_size=1"
+            if on_cluster:
+                why, fix = "pool=ray runs it on a cluster", "pool=local"
+            what = f"backend.worker=false keeps the engine in this process, but {why}"
+            raise UsageError(f"{what}: drop backend.worker=false, or set {fix}")
+        if on_cluster:
+            from rl_onoff.workers.ray import RayPool as Elsewhere
+        else:
+            from rl_onoff.workers.pool import Pool as Elsewhere
+    elif not (in_worker if config.worker is None else config.worker) and config.python is None:
         return engine
-    from rl_onoff.workers.client import WorkerClient
-
-    return WorkerClient(backend, config)
+    else:
+        from rl_onoff.workers.client import WorkerClient as Elsewhere
+    return Elsewhere(backend, config)
 
 
 def check_installed(package: str, config: EngineConfig, option: str) -> None:
     """Refuse an engine whose package is not where it shall run; imports nothing. A cluster's nodes are not asked."""
     if config.pool.kind is PoolKind.ray:
         return
-    other = f"set {option}.python to the interpreter of an environment that has it"
+    here = f"{option}.python={config.python}"
     if config.python is None:
         found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:  # a folder that is called like it is a spec without an origin
-            extras = metadata.metadata("rl-onoff").get_all("Provides-Extra") or []
-            name = f"'rl-onoff[{package}]'" if package in extras else package
-            why = f"{option} is {config.name}, which needs the package {package}: pip install {name}, or {other}"
-            raise MissingDependencyError(why)
-        return
-    said, here = _ask(config.python, package), f"{option}.python={config.python}"
+        said = str(bool(found and found.origin))  # a folder that is called like it is a spec without an origin
+        who, pip = f"{option} is {config.name}, which needs the package {package}", "pip"
+    else:
+        said, pip = _ask(config.python, package), f"{config.python} -m pip"
+        who = f"{here} lacks the package {package}, which {config.name} needs"
     if said == "False":
-        raise MissingDependencyError(
-            f"{here} lacks the package {package}, which {config.name} needs: {config.python} -m pip install {package},"
-            f" or {other}"
-        )
+        extras = (config.python is None and metadata.metadata("rl-onoff").get_all("Provides-Extra")) or ()
+        name = f"'rl-onoff[{package}]'" if package in extras else package
+        other = f"set {option}.python to the interpreter of an environment that has it"
+        raise MissingDependencyError(f"{who}: {pip} install {name}, or {other}")
     if said != "True":
         raise UsageError(f"{here} cannot be run ({said}): set {option}.python to a Python interpreter")
 
@@ -66,13 +62,10 @@ def check_installed(package: str, config: EngineConfig, option: str) -> None:
 @cache
 def _ask(python: str, package: str) -> str:
     """Whether an interpreter has a package: "True" or "False"; else why it cannot tell."""
-    ours = ("PYTHONHOME", "__PYVENV_LAUNCHER__")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
     try:
         done = subprocess.run(
-            [python, "-c", HAS, package], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=PYTHON_SECONDS,
+            [python, "-c", HAS, package], env=environment_for_python(), stdin=subprocess.DEVNULL, capture_output=True,
+            text=True, errors="replace", timeout=PYTHON_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"it gave no answer in {PYTHON_SECONDS:.0f} s"
@@ -80,13 +73,6 @@ def _ask(python: str, package: str) -> str:
         return str(error.strerror)
     said = "".join(done.stdout.split()[-1:])  # a sitecustomize may print before
     return said if said in ("True", "False") else "it is no Python interpreter"
-
-
-def replicas_that_fit(num_devices: int) -> int:
-    """How many replicas of so many devices each this machine has GPUs for."""
-    from rl_onoff.workers import devices
-
-    return devices.replicas_that_fit(num_devices)
 
 
 def cores_by_rank(num_ranks: int) -> str:

@@ -1,75 +1,46 @@
 """The parent's side of an engine that runs in a worker process, maybe under another interpreter or on another machine.
 
 A crashed engine is then an exception and not the end of the run, its memory is really freed between jobs, and engines
-whose dependencies clash serve one experiment. `WorkerClient` is a `Core` (`_load`, `_generate`, `_score`, `_close`),
-like an engine in this process. The parent never hangs on a dead engine and is never killed by one: the worker leads
-its own session.
+whose dependencies clash serve one experiment. The parent never hangs on a dead engine and is never killed by one.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from logging import LogRecord
+from typing import Any
 
 from rl_onoff import errors
+from rl_onoff.backends.devices import ANYWHERE, Place
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
-from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
 from rl_onoff.types import Key, Rollout, TokenScores, Want
 from rl_onoff.workers import wire
-from rl_onoff.workers.devices import ANYWHERE, Place
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
 
 HELLO_SECONDS = 120.0  # from starting the interpreter to its first words; a cold network disk is slow
 CLOSE_SECONDS = 10.0  # for an engine to free itself before it is killed
 BUSY_CLOSE_SECONDS = 2.0  # the same, in the middle of work nobody wants any more
 STILL_SECONDS = 20.0  # between two log lines about a load that takes long
-UNLIMITED = 1 << 30
+DISPLACED = "another call to this backend began before this one was read to its end: read it first"
+NOT_RUNNING = "the {} engine is not running: load the backend again"
+RUN_AGAIN = ": run it again to go on"
 
 log = logging.getLogger(__name__)
 
-Error = TypeVar("Error", bound=OnOffError)
-
-
-class Process(Protocol):
-    """A worker's process as its client sees it: on this machine (`WorkerProcess`), or on a node of a cluster."""
-
-    pid: int
-    python: str
-    log: Path
-    config: EngineConfig  # the worker's
-    deadline: float | None  # monotonic time by which the worker must have spoken
-
-    @property
-    def channel(self) -> wire.Channel: ...
-    def check(self) -> None: ...
-    def remember(self) -> None: ...
-    def wait(self, seconds: float) -> None: ...
-    def reason(self) -> str: ...
-    def tail(self) -> str: ...
-    def close(self, patience: float) -> None: ...
-
 
 class WorkerClient:
-    """Runs one backend in a worker. One call at a time; a new call drops what an older one had not yielded."""
+    """A `Core` that runs in a worker. One call at a time; a new call drops what an older one had not yielded."""
 
-    def __init__(
-        self,
-        backend_class: type[Core],
-        config: EngineConfig,
-        log_folder: Path | str | None = None,
-        place: Place = ANYWHERE,
-    ):
+    def __init__(self, backend_class: type[Core], config: EngineConfig, place: Place = ANYWHERE):
         self._class, self._config, self._place = backend_class, config, place
         self.interrupt: Callable[[], None] = lambda: None  # called now and then while waiting for the worker; may raise
-        self._log_folder = log_folder or os.environ.get(LOG_FOLDER)
-        self._worker: Process | None = None
+        self._worker: WorkerProcess | None = None
         self._call = 0  # the number of the latest call
         self._open = False  # whether the latest call has not ended yet
         self._in_flight: set[Key] = set()  # the responses of the latest call that have not come back
@@ -82,66 +53,34 @@ class WorkerClient:
     @property
     def is_alive(self) -> bool:
         """Whether the worker runs, as far as can be told without asking it."""
-        if self._worker is None or self._worker.channel.torn:
-            return False
         with suppress(wire.PeerGoneError):
-            self._worker.check()
-            return True
+            if self._worker is not None and not self._worker.channel.torn:
+                self._worker.check()
+                return True
         return False
 
-    def _start(self) -> Process:
-        """Start the worker process."""
-        return WorkerProcess(self._class, self._config, self._log_folder, self._place)
-
-    # -- the core ------------------------------------------------------------------------------------------------------
+    def _start(self) -> WorkerProcess:
+        return WorkerProcess(self._class, self._config, self._place)
 
     def _load(self) -> EngineInfo:
-        if why := wire.fits(dataclasses.asdict(dataclasses.replace(self._config, pool=PoolConfig()))):
-            raise UsageError(
-                f"backend.engine_kwargs may only hold plain values when the engine runs in a worker: {why}"
-            )
         self._worker = worker = self._start()
-        config = dataclasses.replace(worker.config, pool=PoolConfig())  # a worker starts no pool of its own
-        target = f"{self._class.__module__}:{self._class.__qualname__}"
         try:
             self._hello()
-            self._send(wire.Load(target=target, config=dataclasses.asdict(config)))
-            reply = self._receive(_still_loading(self._config.name, worker.log))
-            if isinstance(reply, wire.Failed):
+            reply = self._receive(loading=True)
+            if isinstance(reply, wire.End):
                 raise self._error(reply)
         except BaseException:
             self._close()
             raise
-        assert isinstance(reply, wire.Loaded)
         worker.remember()
-        return reply.info
+        return reply
 
-    def _generate(self, supply: Supply, room: int = UNLIMITED) -> Iterator[Rollout]:
-        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time.
-
-        The worker gets more while half of what it may have is still with it, so that its engine never runs dry.
-        """
-        requests, last = supply.take(room, wait=True), False
-        keys = {request.key for request in requests}
-
-        def more(call: int) -> wire.Generate | None:
-            nonlocal last
-            if last or len(keys) > room // 2:
-                return None
-            further = supply.take(room - len(keys), wait=not keys)
-            keys.update(request.key for request in further)
-            last = not keys  # the supply gave none after a wait
-            if not further and not last:
-                return None
-            return wire.Generate(call=call, requests=wire.Requests.pack(further), last=last)
-
-        if requests:
-            packed = wire.Requests.pack(requests)
-            yield from self._stream(lambda call: wire.Generate(call=call, requests=packed, last=False), keys, more)
+    def _generate(self, supply: Supply, room: int = 1 << 30) -> Iterator[Rollout]:
+        """Sample what the supply gives while it gives; at most `room` requests are with the worker at a time."""
+        yield from self._stream(supply.take(room, wait=True), None, supply, room)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        keys = {rollout.key for rollout in rollouts}
-        yield from self._stream(lambda call: wire.Score(call=call, rollouts=list(rollouts), want=want), keys)
+        yield from self._stream(rollouts, want)
 
     def _close(self) -> None:
         worker, self._worker = self._worker, None
@@ -149,52 +88,47 @@ class WorkerClient:
             worker.close(BUSY_CLOSE_SECONDS if self._open else CLOSE_SECONDS)
         self._open = False
 
-    # -- calls ---------------------------------------------------------------------------------------------------------
-
     def _stream(
-        self,
-        begin: Callable[[int], wire.AnyMessage],
-        keys: set[Key],
-        more: Callable[[int], wire.AnyMessage | None] = lambda call: None,
+        self, work: Sequence[wire.Work], want: Want | None, supply: Supply | None = None, room: int = 0
     ) -> Iterator[Any]:
-        """The results of one call; after each of them, what `more` returns is sent to the worker."""
-        self._settle()
+        """The results of one call. The worker gets more from the supply while half of what it may have is still with
+        it, so that its engine never runs dry."""
+        if not work:
+            return
+        self._alive()
+        self._cancel(self._call)
+        while self._open:  # a call that was abandoned has not ended
+            self._open = not isinstance(self._receive(), wire.End)
         self._call += 1
-        call, self._open, self._in_flight = self._call, True, keys
-        self._send(begin(call))
+        call, self._open = self._call, True
+        keys = self._in_flight = {one.key for one in work}
+        self._send(wire.Assignment(call, work, want, last=supply is None))
         try:
-            while isinstance(reply := self._receive(), wire.Completed | wire.Scored):
-                keys.discard(reply.result.key)
-                yield reply.result
+            while not isinstance(reply := self._receive(), wire.End):
+                keys.discard(reply.key)
+                yield reply
                 if self._call != call:
-                    raise EngineError(
-                        "another call to this backend began before this one was read to its end: read it first"
-                    )
-                if (message := more(call)) is not None:
-                    self._send(message)
+                    raise EngineError(DISPLACED)
+                if supply is not None and len(keys) <= room // 2:
+                    further = supply.take(room - len(keys), wait=not keys)
+                    keys.update(request.key for request in further)
+                    if further or not keys:  # not keys: the supply gave none after a wait
+                        self._send(wire.Assignment(call, further, want, last=not keys))
+                    supply = supply if keys else None
             self._open = False
-            if isinstance(reply, wire.Failed):
+            if reply.error:
                 raise self._error(reply)
         finally:
             self._cancel(call)
         if keys:
-            raise EngineError(
-                f"{self._config.name} gave no result for {len(keys)} of the responses, {sorted(keys)[0]} first"
-            )
+            name, first = self._config.name, min(keys)
+            raise EngineError(f"{name} gave no result for {len(keys)} of the responses, {first} first")
 
     def _cancel(self, call: int) -> None:
         """Tell the worker that nobody reads the call's results any more; the next call drops what was sent of them."""
         if self._open and self._call == call and self._worker is not None and not self._worker.channel.torn:
             with suppress(EngineDiedError):
-                self._send(wire.Cancel(call=call))
-
-    def _settle(self) -> None:
-        """Wait for the end of a call that was abandoned."""
-        self._cancel(self._call)
-        while self._open:
-            self._open = not isinstance(self._receive(), wire.Done | wire.Failed)
-
-    # -- messages ------------------------------------------------------------------------------------------------------
+                self._send(wire.Cancel(call))
 
     def _hello(self) -> None:
         """Wait for the worker's first words. Raises where its interpreter cannot run a worker of this version."""
@@ -206,90 +140,70 @@ class WorkerClient:
             worker.wait(0.5)
             last = next((line for line in reversed(worker.tail().splitlines()) if line.strip()), "it said nothing")
             kind = MissingDependencyError if last.startswith(("ModuleNotFoundError", "ImportError")) else UsageError
-            raise self._noted(
-                kind(
-                    f"backend.python={worker.python} cannot run a worker of rl_onoff ({last}): set backend.python to a "
-                    "Python interpreter that has the engine and rl_onoff's own dependencies"
-                )
-            ) from None
+            why = f"backend.python={worker.python} cannot run a worker of rl_onoff ({last})"
+            fix = "set backend.python to a Python interpreter that has the engine and rl_onoff's own dependencies"
+            raise self._noted(kind(f"{why}: {fix}")) from None
         if got != want:
-            theirs = got.split()[-1].lstrip("0") if got.split() else "?"
-            raise EngineError(
-                f"the worker under backend.python={worker.python} speaks version {theirs} of the worker protocol and "
-                f"this process version {wire.PROTOCOL}: install the same version of rl_onoff in both"
-            )
+            theirs = f"version {got.split()[-1].lstrip('0')} of the worker protocol" if got.split() else "nothing"
+            what = f"the worker under backend.python={worker.python} speaks {theirs} and this process version"
+            raise EngineError(f"{what} {wire.PROTOCOL}: install the same version of rl_onoff in both")
         worker.deadline = None
 
-    def _send(self, message: wire.AnyMessage) -> None:
+    def _send(self, message: wire.ToWorker) -> None:
         try:
             self._alive().channel.send(message)
         except wire.PeerGoneError:
             raise self._died() from None
 
-    def _receive(self, meanwhile: Callable[[], None] = lambda: None) -> wire.AnyMessage:
-        """The worker's next message; `meanwhile` is called now and then while there is none."""
-        worker = self._alive()
+    def _receive(self, *, loading: bool = False) -> Any:
+        """What the worker says next. Its warnings are logged here; that it still loads is logged now and then."""
+        worker, began, said = self._alive(), time.monotonic(), 0
         while True:
             try:  # a call can be left without harm between two messages alone
                 while not worker.channel.readable(wire.PERIOD):
                     worker.check()
                     self.interrupt()
-                    meanwhile()
+                    passed = time.monotonic() - began
+                    if loading and passed >= (said + 1) * STILL_SECONDS:
+                        said += 1
+                        where = f"; what it says: tail -f {worker.log}" if os.access(worker.log, os.R_OK) else ""
+                        log.info("still loading %s after %.0f s%s", self._config.name, passed, where)
                 message = worker.channel.receive()
             except wire.PeerGoneError:
                 raise self._died() from None
-            if not isinstance(message, wire.Logged):
+            if not isinstance(message, LogRecord):
                 return message
-            logging.getLogger(message.logger).log(message.level, message.text)
+            logging.getLogger(message.name).log(message.levelno, message.msg)
 
-    def _alive(self) -> Process:
+    def _alive(self) -> WorkerProcess:
         if self._worker is None:
-            raise EngineDiedError(f"the {self._config.name} engine is not running: load the backend again")
+            raise EngineDiedError(NOT_RUNNING.format(self._config.name))
         if self._worker.channel.torn:
             self._close()
-            raise EngineError(
-                f"the last call to the {self._config.name} engine was interrupted in the middle: load the backend again"
-            )
+            what = f"the last call to the {self._config.name} engine"
+            raise EngineError(f"{what} was interrupted in the middle: load the backend again")
         return self._worker
 
-    # -- errors --------------------------------------------------------------------------------------------------------
-
-    def _error(self, failed: wire.Failed) -> OnOffError:
-        kind = getattr(errors, failed.error, EngineError)
-        text = failed.text
+    def _error(self, end: wire.End) -> OnOffError:
+        kind, text = getattr(errors, end.error, EngineError), end.text
         if self._config.python is not None and kind is MissingDependencyError:
             text += f" (in the environment of backend.python={self._config.python})"
         return self._noted(kind(text))
 
-    def _died(self) -> EngineDiedError:
+    def _died(self) -> OnOffError:
         """The error of a dead worker; ends what is left of it."""
         assert self._worker is not None
         in_flight = tuple(sorted(self._in_flight if self._open else ()))
         lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
-        text = f"the {self._config.name} engine died{lost} ({self._worker.reason()}): run it again to go on"
+        text = f"the {self._config.name} engine died{lost} ({self._worker.reason()}){RUN_AGAIN}"
         error = self._noted(EngineDiedError(text, in_flight))
         self._open = False
         self._close()
         return error
 
-    def _noted(self, error: Error) -> Error:
+    def _noted(self, error: OnOffError) -> OnOffError:
         """The error with the tail of the worker's log as a note, so that its message stays one sentence."""
         if self._worker is not None and (tail := self._worker.tail()):
-            kept = f" ({self._worker.log})" if self._log_folder else ""
+            kept = f" ({self._worker.log})" if os.environ.get(LOG_FOLDER) else ""
             error.add_note(f"The end of the worker's log{kept}:\n{tail}")
         return error
-
-
-def _still_loading(name: str, worker_log: Path) -> Callable[[], None]:
-    """A function that logs, when called often, that an engine still loads and where its own words are."""
-    began = said = time.monotonic()
-
-    def say() -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= STILL_SECONDS:
-            said = now
-            where = f"; what it says: tail -f {worker_log}" if os.access(worker_log, os.R_OK) else ""
-            log.info("still loading %s after %.0f s%s", name, now - began, where)
-
-    return say

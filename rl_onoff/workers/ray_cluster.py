@@ -7,12 +7,13 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, ClassVar
 
+from rl_onoff.backends.devices import cores
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
-from rl_onoff.workers.devices import cores
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,10 @@ START_SECONDS = 180.0  # to start one
 LEAVE_SECONDS = 20.0  # to end the connection; without its head that takes a minute, after which Ray ends the process
 NODE = 0.001  # of a node's own resource: enough to be placed there
 
-Resources = Mapping[str, float]
+Resources = Mapping[str, float]  # amounts by name: CPU, GPU, node:ADDRESS
 
 
-class Connection(threading.Thread):
+class Connection:
     """Ray in this process, begun and ended in a thread of its own.
 
     `ray.init` may hang, puts its own handler of SIGTERM where there was ours when it is called in the main thread,
@@ -35,31 +36,53 @@ class Connection(threading.Thread):
     _current: ClassVar[Connection | None] = None
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, options: Mapping[str, Any]):
-        super().__init__(daemon=True, name="ray")
-        self._options = options
-        self._ready, self._leave = threading.Event(), threading.Event()
-        self.address: str | None = None  # HOST:PORT of the cluster, once connected
-        self._error: Exception | None = None
-        self._users = 0
+    def __init__(self, pool: PoolConfig, num_cpus: int):
+        self._named, self._users, self._leave = _address(pool), 0, threading.Event()
+        options: dict[str, Any] = {}
+        if self._named == "local":
+            log.info("starting a Ray cluster on this machine")
+            options = {"num_cpus": max(len(cores()), num_cpus), "include_dashboard": False}
+        begun: Future[str] = Future()
+        self._thread = threading.Thread(target=self._stay, args=(begun, options), daemon=True, name="ray")
+        self._thread.start()
+        try:
+            # HOST:PORT of the cluster's head
+            self._address = begun.result(START_SECONDS if self._named == "local" else JOIN_SECONDS)
+        except BaseException as error:
+            self._leave.set()
+            if not isinstance(error, Exception):
+                raise
+            said = " ".join(str(error).split()) or "it does not answer like one"
+            fix = "set pool.address to one that can, or RAY_AUTH_MODE=token where it wants a token"
+            raise EngineError(f"the Ray cluster at {self._named} cannot be used ({said}): {fix}") from error
+
+    def _stay(self, begun: Future[str], options: Mapping[str, Any]) -> None:
+        import ray
+
+        try:
+            ray.init(self._named, logging_level=logging.ERROR, log_to_driver=False, **options)
+            scheme, _, rest = self._named.rpartition("://")
+            begun.set_result(rest if scheme == "ray" else ray.get_runtime_context().gcs_address)
+        except Exception as error:  # Ray raises what it likes
+            begun.set_exception(error)
+        self._leave.wait()
+        ray.shutdown()  # after an error too: it would take itself for connected in part
 
     @classmethod
-    def join_cluster(cls, pool: PoolConfig, num_cpus: int) -> Connection | None:
-        """Connect, or count one more user of the connection; None where somebody else's is used. `release` must follow.
-
-        `num_cpus` is the least that a cluster has which is started here.
-        """
+    def join(cls, pool: PoolConfig, num_cpus: int) -> Connection | None:
+        """Connect, or count one more user of the connection, who must `release` it; None where it is somebody else's.
+        `num_cpus` is the least that a cluster has which is started here."""
         # a thread that asks for something after the end must not start Ray again
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
         except ImportError as error:
             raise MissingDependencyError("pool=ray needs Ray: pip install 'rl-onoff[ray]'") from error
         with cls._lock:
-            if cls._current is None:
-                if ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
-                    return None
-                cls._current = cls._begun(pool, num_cpus)
+            if cls._current is None and ray.is_initialized():  # a notebook's, or a launcher's: it is theirs to end
+                return None
+            cls._current = cls._current or cls(pool, num_cpus)
             cls._current._users += 1
             return cls._current
 
@@ -70,47 +93,14 @@ class Connection(threading.Thread):
             if not self._users:
                 Connection._current = None
                 self._leave.set()
-                self.join(LEAVE_SECONDS)
+                self._thread.join(LEAVE_SECONDS)
 
     @classmethod
-    def _begun(cls, pool: PoolConfig, num_cpus: int) -> Connection:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = _address(pool)
-        options: dict[str, Any] = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
-        if address == "local":
-            options |= {"num_cpus": max(len(cores()), num_cpus), "include_dashboard": False}
-            log.info("starting a Ray cluster on this machine")
-        self = cls(options)
-        self.start()
-        try:
-            if not self._ready.wait(START_SECONDS if address == "local" else JOIN_SECONDS):
-                raise EngineError(
-                    f"what is at {address} does not answer like a Ray cluster: set pool.address to one that runs"
-                )
-        except BaseException:
-            self._leave.set()
-            raise
-        if self._error is not None:
-            said = " ".join(str(self._error).split())
-            raise EngineError(
-                f"the Ray cluster at {address} cannot be used ({said}): set pool.address to one that can, or "
-                "RAY_AUTH_MODE=token where it wants a token"
-            ) from self._error
-        return self
-
-    def run(self) -> None:
+    def answers(cls) -> bool:
+        """Whether the cluster's head is there: without it Ray waits a minute in most calls, then ends this process."""
         import ray
 
-        try:
-            ray.init(**self._options)
-            scheme, _, rest = self._options["address"].rpartition("://")
-            self.address = rest if scheme == "ray" else ray.get_runtime_context().gcs_address
-        except Exception as error:  # Ray raises what it likes; it is told where it is waited for
-            self._error = error
-            self._leave.set()
-        self._ready.set()
-        self._leave.wait()
-        ray.shutdown()  # after an error too: it would take itself for connected in part
+        return ray.is_initialized() and (cls._current is None or _listens(cls._current._address))
 
 
 def _address(pool: PoolConfig) -> str:
@@ -118,99 +108,75 @@ def _address(pool: PoolConfig) -> str:
     named = pool.address or os.environ.get("RAY_ADDRESS")
     if named == "local":
         return named
-    from ray._private.services import (
-        canonicalize_bootstrap_address,  # the file that `ray start` writes has no public reader
-    )
+    # the file that `ray start` writes has no public reader
+    from ray._private.services import canonicalize_bootstrap_address as found_at
 
     scheme, _, rest = (named or "").rpartition("://")
 
-    def answering() -> bool:
-        try:
-            found = rest if scheme == "ray" else canonicalize_bootstrap_address(named, None)  # type: ignore[arg-type]
-        except (ConnectionError, ValueError, OSError):
-            return False
-        return found is not None and answers(found)
+    def find() -> bool:
+        found = rest if scheme == "ray" else found_at(named, None)  # type: ignore[arg-type]
+        return found is not None and _listens(found)
 
-    if _in_time(answering):
-        return (
-            named or "auto"
-        )  # and not what was found: only where it finds a cluster does Ray look for the token it wants
+    if _in_time(find):
+        return named or "auto"  # not what was found: only where it finds a cluster does Ray look for the token it wants
     if named is None:
         return "local"
     where = "on this machine" if named == "auto" else f"at {named}"
-    raise EngineError(
-        f"no Ray cluster answers {where}: set pool.address to one that runs, or to null to start one for this run"
-    )
+    fix = "set pool.address to one that runs, or to null to start one for this run"
+    raise EngineError(f"no Ray cluster answers {where}: {fix}")
 
 
-def answers(address: str) -> bool:
+def _listens(address: str) -> bool:
     """Whether something listens at HOST:PORT; False after PROBE_SECONDS without a word."""
-    host, _, port = address.rpartition(":")
 
-    def connects() -> bool:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
-        except (OSError, ValueError):
-            return False
+    def connect() -> bool:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
         return True
 
-    return _in_time(connects)
+    return _in_time(connect)
 
 
-def _in_time(true: Callable[[], bool]) -> bool:
-    """What the function says; False when it says nothing in PROBE_SECONDS: a name server that is silent has no
-    timeout."""
+def _in_time(probe: Callable[[], bool]) -> bool:
+    """What the function says; False when it fails or is silent too long: asking a name server has no timeout."""
     said: list[bool] = []
-    thread = threading.Thread(target=lambda: said.append(true()), daemon=True, name="probe")
+
+    def run() -> None:
+        with suppress(OSError, ValueError):
+            said.append(probe())
+
+    thread = threading.Thread(target=run, daemon=True, name="probe")
     thread.start()
     thread.join(PROBE_SECONDS)
     return said == [True]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Berth:
-    """What one replica takes of the cluster."""
-
-    bundle: Resources  # what it reserves, all on one node
-    config: EngineConfig
-    across_nodes: bool = False  # the engine takes its GPUs from the cluster itself
-
-    def __str__(self) -> str:
-        return ", ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
-
-
-def berth(nodes: Sequence[Resources], config: EngineConfig) -> Berth:
-    """What a replica takes of a cluster whose nodes have these resources.
-
-    Raises UsageError where one node has too few GPUs, and the engine, or the cluster, cannot do with several.
-    """
+def berth(nodes: Sequence[Resources], config: EngineConfig) -> tuple[Resources, EngineConfig]:
+    """What a replica reserves, all on one node, of a cluster whose nodes have these resources; and its config, which is
+    another where its engine takes its GPUs from several nodes itself."""
     cpus = {"CPU": float(config.pool.cpus_per_replica)}
     gpus = config.gpus_per_replica
     largest = max(nodes, key=_gpus, default={})
     if not gpus or not _gpus(largest):
-        return Berth(bundle=cpus, config=config)
+        return cpus, config
     if gpus <= _gpus(largest):
-        return Berth(bundle={**cpus, "GPU": float(gpus)}, config=config)
+        return {**cpus, "GPU": float(gpus)}, config
     total = sum(map(_gpus, nodes))
     wide = config.across_nodes()
     if wide is None or gpus > total:
         one_node = f"no node with more than {_gpus(largest)}, and {config.name} needs one"
         there = one_node if wide is None else f"{total} GPUs in all"
-        raise UsageError(
-            f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}: set backend.tp_size to that or "
-            "less"
-        )
+        what = f"backend.tp_size={gpus} needs {gpus} GPUs but the Ray cluster has {there}"
+        raise UsageError(f"{what}: set backend.tp_size to that or less")
     # the engine's own processes sit beside some of its GPUs, which they must see but not reserve: its Ray workers will
     here = next(name for name in largest if name.startswith("node:") and not name.startswith("node:__"))
-    return Berth(bundle={**cpus, here: NODE}, config=wide, across_nodes=True)
+    return {**cpus, here: NODE}, wide
 
 
 def replicas_that_fit(nodes: Sequence[Resources], config: EngineConfig) -> int:
     """How many replicas use all GPUs of the cluster; 1 without any."""
     gpus = config.gpus_per_replica
-    if not gpus:
-        return 1
-    on_one_node = sum(_gpus(node) // gpus for node in nodes)
+    on_one_node = sum(_gpus(node) // gpus for node in nodes) if gpus else 1
     return on_one_node or max(1, sum(map(_gpus, nodes)) // gpus)
 
 
@@ -227,12 +193,16 @@ def alive_nodes() -> list[dict[str, float]]:
 
 def described(resources: Resources) -> str:
     """`3 CPU, 1 GPU`; for people."""
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    return f"{cpus:g} CPU, {gpus:g} GPU" if gpus else f"{cpus:g} CPU"
+    gpus = resources.get("GPU", 0)
+    return f"{resources.get('CPU', 0):g} CPU" + (f", {gpus:g} GPU" if gpus else "")
 
 
-def room() -> str:
-    """What the cluster has, and how much of that is free; for people."""
-    import ray
+def why_gone(error: Exception | None) -> str:
+    """Why an actor is gone, for people."""
+    import ray.exceptions
 
-    return f"it has {described(ray.cluster_resources())}, of which {described(ray.available_resources())} are free"
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "Ray ended it, for its node was short of memory"
+    if "node has died" in str(error):
+        return "its node left the Ray cluster"
+    return f"its actor is gone: {type(error).__name__}" if error else "its actor does not answer"

@@ -1,221 +1,111 @@
-"""What a worker and its parent say to each other, and how it travels: msgpack headers and raw array buffers.
+"""What a worker and its parent, both of one user and one version, say to each other: pickles, and arrays beside them.
 
-Arrays are never turned into text: small ones ride in the header, big ones are received straight into the memory of
-the array that the caller gets, so full logits are held once and freed with that array. All arrays that arrive can be
-written to.
+An array that several requests share is sent once. Small ones ride in the pickle, big ones are received straight into
+the memory of the array that the caller gets, so full logits are held once and freed with it. All can be written to.
 """
 
 from __future__ import annotations
 
+import copyreg
+import io
+import pickle
 import select
 import socket
 import struct
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from logging import LogRecord
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from rl_onoff.backends.engine import EngineInfo
-from rl_onoff.types import Rollout, SampleRequest, Sampling, TokenScores, Want
+from rl_onoff.types import Rollout, SampleRequest, TokenScores, Want
 
-PROTOCOL = 3  # raise it whenever a message changes its meaning
+PROTOCOL = 4  # raise it whenever a message changes its meaning
 PREAMBLE = "rl-onoff worker %08d\n"  # a worker's first bytes, the same in every version so that a mismatch can be told
-INLINE_BYTES = 1 << 16  # arrays below this ride in the header: a bigger one has memory of its own to free
+INLINE_BYTES = 1 << 16  # arrays below this ride in the pickle: a bigger one has memory of its own to free
 PERIOD = 0.2  # seconds between two looks at whether the other end is there, while waiting for it
 
-
-class Message(msgspec.Struct, kw_only=True, tag=True):
-    """Base of all messages. `call` numbers the calls: the end of an abandoned call must not end the next one."""
+Work = SampleRequest | Rollout  # one response to sample or to score
 
 
-class Load(Message):
-    """To the worker, first: which backend it is."""
+class Assignment(msgspec.Struct):
+    """To the worker: sample these requests, which may join those of a call that is being answered; or score these."""
 
-    target: str  # "module:Class"
-    config: dict[str, Any]
-
-
-class Requests(msgspec.Struct):
-    """Requests as they travel: a prompt and a sampler that several of them share are written once."""
-
-    prompts: list[np.ndarray]
-    samplings: list[Sampling]
-    rows: list[tuple[str, int, int, int, int]]  # request id, sample, seed, index of the prompt, index of the sampler
-
-    @classmethod
-    def pack(cls, requests: Iterable[SampleRequest]) -> Requests:
-        prompts: dict[int, tuple[int, np.ndarray]] = {}  # by identity
-        samplings: dict[int, tuple[int, Sampling]] = {}
-        rows = []
-        for request in requests:
-            prompt, _ = prompts.setdefault(id(request.prompt_ids), (len(prompts), request.prompt_ids))
-            sampling, _ = samplings.setdefault(id(request.sampling), (len(samplings), request.sampling))
-            rows.append((request.request_id, request.sample, request.seed, prompt, sampling))
-        return cls([ids for _, ids in prompts.values()], [sampling for _, sampling in samplings.values()], rows)
-
-    def unpack(self) -> list[SampleRequest]:
-        return [
-            SampleRequest(
-                request_id=id,
-                sample=sample,
-                seed=seed,
-                prompt_ids=self.prompts[prompt],
-                sampling=self.samplings[sampling],
-            )
-            for id, sample, seed, prompt, sampling in self.rows
-        ]
+    call: int  # the call's number: what crosses with the end of a call must not change the next one
+    work: Sequence[Work]
+    want: Want | None  # what is to be scored; None: the work is to be sampled
+    last: bool  # no further work of this call will come
 
 
-class Generate(Message):
-    """To the worker: sample these requests, which may join those of a call that is being answered."""
-
-    call: int
-    requests: Requests
-    last: bool  # no further requests of this call will come
-
-
-class Score(Message):
-    call: int
-    rollouts: list[Rollout]
-    want: Want
-
-
-class Cancel(Message):
+class Cancel(msgspec.Struct):
     """To the worker: nobody reads this call's results any more."""
 
     call: int
 
 
-class Close(Message):
+class Close(msgspec.Struct):
     """To the worker: free the engine and end."""
 
 
-class Loaded(Message):
-    info: EngineInfo
+class End(msgspec.Struct):
+    """From the worker: all results of the call were sent, or an exception ended the load or the call."""
+
+    error: str = ""  # the name of the exception's class in rl_onoff.errors; empty: there was none
+    text: str = ""
 
 
-class Completed(Message):
-    call: int
-    result: Rollout
-
-
-class Scored(Message):
-    call: int
-    result: TokenScores
-
-
-class Done(Message):
-    call: int
-
-
-class Failed(Message):
-    """From the worker: an exception, by the name of its class in rl_onoff.errors."""
-
-    call: int  # 0: while loading
-    error: str
-    text: str
-
-
-class Logged(Message):
-    """From the worker: a line that its own log file would hide from the user."""
-
-    logger: str
-    level: int
-    text: str
-
-
-AnyMessage = Load | Generate | Score | Cancel | Close | Loaded | Completed | Scored | Done | Failed | Logged
+ToWorker = Assignment | Cancel | Close
+FromWorker = EngineInfo | Rollout | TokenScores | End | LogRecord  # once loaded; results; warnings of rl_onoff
 
 
 class PeerGoneError(Exception):
     """The other end of the channel has closed."""
 
 
-class Channel(ABC):
-    """Messages to and from a worker. `check` is called every PERIOD seconds while waiting, and may raise."""
+class Channel:
+    """Messages to and from a worker over a socket pair, which holds a worker back that runs ahead of its reader.
 
-    def __init__(self, check: Callable[[], None] = lambda: None):
-        self._check = check
-        self.torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood
-        self._sending: list[np.ndarray] = []
-        self._received: list[memoryview] = []
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._pack)
-        self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._unpack)
+    `check` is called every PERIOD seconds while waiting, and may raise: the socket tells at once when its other end is
+    gone, but a forked grandchild of a dead worker may still hold that open.
+    """
 
-    @abstractmethod
-    def readable(self, seconds: float) -> bool:
-        """Whether something, or the end, has arrived; waits up to `seconds` for it."""
+    torn = False  # a message was cut in the middle, by Ctrl-C say: nothing that follows can be understood
 
-    @abstractmethod
-    def send_raw(self, data: bytes | memoryview) -> None:
-        """Send all of the bytes. Raises PeerGoneError."""
+    def __init__(self, sock: socket.socket, check: Callable[[], None] = lambda: None):
+        self._sock, self._check = sock, check
+        sock.settimeout(PERIOD)
 
-    @abstractmethod
-    def receive_raw(self, size: int) -> memoryview:
-        """The next `size` bytes, in memory of their own. Raises PeerGoneError."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give up the connection."""
-
-    def send(self, message: AnyMessage) -> None:
-        self._sending = []
-        header = self._encoder.encode(message)
-        arrays, self._sending = self._sending, []
-        sizes = [array.nbytes for array in arrays]
+    def send(self, message: ToWorker | FromWorker) -> None:
+        header, buffers = dumped(message)
+        sizes = [buffer.nbytes for buffer in buffers]
         self.torn = True
         self.send_raw(struct.pack(f"<QI{len(sizes)}Q", len(header), len(sizes), *sizes) + header)
-        for array in arrays:
-            self.send_raw(array.reshape(-1).view(np.uint8).data)
+        for buffer in buffers:
+            self.send_raw(buffer)
         self.torn = False
 
-    def receive(self) -> AnyMessage:
+    def receive(self) -> Any:
         while not self.readable(PERIOD):
             self._check()
         self.torn = True
         header_size, num_buffers = struct.unpack("<QI", self.receive_raw(12))
         sizes = struct.unpack(f"<{num_buffers}Q", self.receive_raw(8 * num_buffers))
         header = self.receive_raw(header_size)
-        self._received = [self.receive_raw(size) for size in sizes]
+        buffers = [self.receive_raw(size) for size in sizes]
         self.torn = False
-        try:
-            return self._decoder.decode(header)
-        finally:
-            self._received = []
+        return pickle.loads(header, buffers=buffers)
 
-    def _pack(self, value: Any) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        if not isinstance(value, np.ndarray):
-            raise NotImplementedError(f"a {type(value).__name__} cannot be sent to a worker")
-        if value.nbytes < INLINE_BYTES:
-            return value.dtype.str, value.shape, value.tobytes()
-        self._sending.append(np.ascontiguousarray(value))
-        return value.dtype.str, value.shape, len(self._sending) - 1
-
-    def _unpack(self, kind: type, packed: Any) -> Any:
-        if kind is not np.ndarray:
-            raise NotImplementedError(f"a {kind.__name__} cannot be received")
-        dtype, shape, data = packed
-        memory = self._received[data] if isinstance(data, int) else bytearray(data)  # both can be written to
-        return np.frombuffer(memory, dtype).reshape(shape)
-
-
-class SocketChannel(Channel):
-    """A channel over a socket pair, which has no port and no file.
-
-    It tells both ends at once when the other is gone, and the kernel holds a worker back that runs ahead of its reader.
-    A parent needs `check` too: a forked grandchild of a dead worker may still hold the worker's end of the socket open.
-    """
-
-    def __init__(self, sock: socket.socket, check: Callable[[], None] = lambda: None):
-        super().__init__(check)
-        self._sock = sock
-        sock.settimeout(PERIOD)
+    def receive_raw(self, size: int) -> memoryview:
+        """The next `size` bytes, in memory of their own. Raises PeerGoneError."""
+        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
+        while view:
+            view = view[self.read(view) :]
+        return data
 
     def readable(self, seconds: float) -> bool:
+        """Whether something, or the end, has arrived; waits up to `seconds` for it."""
         if self._sock.fileno() < 0:
             raise PeerGoneError
         poll = select.poll()  # a new one: an actor's threads wait side by side, which one object refuses
@@ -224,27 +114,21 @@ class SocketChannel(Channel):
 
     def read(self, into: memoryview) -> int:
         """Read what has arrived, after a wait; returns the number of bytes. Raises PeerGoneError at the end."""
-        while True:
-            try:
-                if count := self._sock.recv_into(into):
-                    return count
-                raise PeerGoneError
-            except TimeoutError:
-                self._check()
-            except OSError as e:
-                raise PeerGoneError from e
-
-    def receive_raw(self, size: int) -> memoryview:
-        data = view = np.empty(size, np.uint8).data  # numpy's memory: aligned, and not cleared first
-        while view:
-            view = view[self.read(view) :]
-        return data
+        return self._some(self._sock.recv_into, into)
 
     def send_raw(self, data: bytes | memoryview) -> None:
+        """Send all of the bytes. Raises PeerGoneError."""
         view = memoryview(data)
         while view:
+            view = view[self._some(self._sock.send, view) :]
+
+    def _some(self, move: Callable[[memoryview], int], memory: memoryview) -> int:
+        """How many bytes were moved, once some could be."""
+        while True:
             try:
-                view = view[self._sock.send(view) :]
+                if count := move(memory):
+                    return count
+                raise PeerGoneError
             except TimeoutError:
                 self._check()
             except OSError as e:
@@ -254,10 +138,22 @@ class SocketChannel(Channel):
         self._sock.close()
 
 
-def fits(config: dict[str, Any]) -> str | None:
-    """Why a config cannot be sent to a worker; None when it can."""
-    try:
-        msgspec.msgpack.encode(config)
-    except (TypeError, NotImplementedError) as e:
-        return str(e)
-    return None
+def dumped(message: Any) -> tuple[bytes, list[memoryview]]:
+    """A message as a pickle, and the memory of its big arrays."""
+    file, buffers = io.BytesIO(), []
+
+    def in_the_pickle(buffer: pickle.PickleBuffer) -> bool:
+        if (memory := buffer.raw()).nbytes >= INLINE_BYTES:
+            buffers.append(memory)
+        return memory.nbytes < INLINE_BYTES
+
+    pickler = pickle.Pickler(file, protocol=5, buffer_callback=in_the_pickle)
+    pickler.dispatch_table = {**copyreg.dispatch_table, np.ndarray: _reduced}
+    pickler.dump(message)
+    return file.getvalue(), buffers
+
+
+def _reduced(array: np.ndarray) -> tuple[Any, ...]:
+    """How an array is pickled: contiguous, and from memory that can be written to, as then the copy can be, too."""
+    array = np.require(array, requirements=["C", "W"])
+    return np.ndarray, (array.shape, array.dtype.str, pickle.PickleBuffer(array.data))

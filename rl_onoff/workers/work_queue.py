@@ -1,9 +1,8 @@
 """What a pool's replicas still have to do, and who gets what next: longest first, a prompt's samples together.
 
-Where a share is scored as a whole, it is a part of what is left (guided self-scheduling): large while there is much
-to do, which keeps an engine's batches full, and small at the end, so that all replicas finish together. Where a
-replica is topped up while it samples, it has as much as its engine can use, but no more than its fair part of all
-that is not done.
+A share that is scored as a whole is a part of what is left (guided self-scheduling): large while there is much to do,
+which keeps an engine's batches full, and small at the end, so that all replicas finish together. A replica that is
+topped up while it samples has as much as its engine can use, but no more than its fair part of all that is not done.
 
 When a replica dies, what it held comes back. No one can tell which of the responses did it, so they are tried again
 in pieces, after everything that is above suspicion, and the third time each one alone: what dies then is named and
@@ -20,12 +19,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from rl_onoff.errors import EngineDiedError
-from rl_onoff.types import Key, Rollout, SampleRequest
+from rl_onoff.types import Key
+from rl_onoff.workers.wire import Work
 
 MOST_DEATHS = 3  # of a replica, with the same response in its hands
 FILL = 32  # responses that a share has at least, if there are enough: engines compute them side by side
-
-Work = SampleRequest | Rollout  # one response to sample or to score
 
 
 class WorkQueue:
@@ -41,7 +39,7 @@ class WorkQueue:
         self._tokens = sum(one.num_tokens for one in work)  # of what waits
         self._taken = 0
         self._replicas, self._fill = num_replicas, fill
-        self._stopped = self._ended = False
+        self.stopped = False
         self.deaths: Counter[Key] = Counter()  # of replicas that held the response
         self.given_up: dict[Key, EngineDiedError] = {}  # what died too often, and its last death
         self._changed = threading.Condition()
@@ -52,31 +50,31 @@ class WorkQueue:
         Waits while others hold some that may come back. Without `wait` empty means that there is nothing now.
         """
         with self._changed:
-            while not self._stopped:
-                if self._waiting:
-                    share = self._cut() if most is None else self._top_up(most, held)
-                elif not wait:
-                    break
-                elif self._suspects:
-                    self._suspects.sort(key=lambda piece: self.deaths[piece[0].key])
-                    share = self._suspects.pop()
-                elif self._taken:
-                    self._changed.wait()
-                    continue
-                else:
-                    break
-                self._taken += len(share)
+            while wait and self._taken and not (self._waiting or self._suspects or self.stopped):
+                self._changed.wait()
+            share: list[Work] = []
+            if self.stopped:
                 return share
-            return []
+            if num_waiting := len(self._waiting):
+                fair = math.ceil((num_waiting + self._taken) / self._replicas) - held
+                number = self._cut() if most is None else min(most, num_waiting, fair if held else max(fair, 1))
+                share = [self._waiting.popleft() for _ in range(number)]
+                self._tokens -= sum(one.num_tokens for one in share)
+            elif wait and self._suspects:
+                self._suspects.sort(key=lambda piece: self.deaths[piece[0].key])
+                share = self._suspects.pop()
+            self._taken += len(share)
+            return share
 
-    def done(self) -> bool:
-        """One of the responses that were taken has its result; True when it was the last of all."""
+    def done(self) -> None:
+        """One of the responses that were taken has its result."""
         with self._changed:
             self._taken -= 1
-            return self._ends()
+            if not self._taken:
+                self._changed.notify_all()
 
-    def give_back(self, work: Sequence[Work], error: EngineDiedError | None = None) -> bool:
-        """Take back what a replica held that died, maybe of it, with `error`; True when nothing is left to do now."""
+    def give_back(self, work: Sequence[Work], error: EngineDiedError | None = None) -> None:
+        """Take back what a replica held that died, maybe of it, with `error`."""
         with self._changed:
             self._taken -= len(work)
             if error is not None:
@@ -92,44 +90,21 @@ class WorkQueue:
                 self._waiting.extendleft(reversed(work))
                 self._tokens += sum(one.num_tokens for one in work)
             self._changed.notify_all()
-            return self._ends()
-
-    def left(self) -> list[Key]:
-        """The responses that wait to be taken; for an error's sake."""
-        with self._changed:
-            return [one.key for one in (*self._waiting, *(one for piece in self._suspects for one in piece))]
 
     def stop(self) -> None:
         """Nobody wants the rest: every `take` returns nothing."""
         with self._changed:
-            self._stopped = True
+            self.stopped = True
             self._changed.notify_all()
 
-    def _ends(self) -> bool:
-        """Whether the call has ended by the change just made: True once."""
-        if self._ended or self._taken or self._waiting or self._suspects:
-            return False
-        self._ended = True
-        self._changed.notify_all()
-        return True
-
-    def _top_up(self, most: int, held: int) -> list[Work]:
-        fair = math.ceil((len(self._waiting) + self._taken) / self._replicas) - held
-        number = min(most, fair if held else max(fair, 1), len(self._waiting))
-        share = [self._waiting.popleft() for _ in range(number)]
-        self._tokens -= sum(one.num_tokens for one in share)
-        return share
-
-    def _cut(self) -> list[Work]:
+    def _cut(self) -> int:
+        """How many responses the next whole share has: a prompt's samples, unless that makes it twice as large."""
         enough = self._tokens / (2 * self._replicas)
         least = min(self._fill, math.ceil(len(self._waiting) / self._replicas))
-        share: list[Work] = []
-        tokens = 0
-        while self._waiting:
-            full = len(share) >= least and tokens >= enough
-            if full and (tokens >= 2 * enough or not np.array_equal(self._waiting[0].prompt_ids, share[-1].prompt_ids)):
-                break
-            share.append(self._waiting.popleft())
-            tokens += share[-1].num_tokens
-        self._tokens -= tokens
-        return share
+        tokens, last = 0, self._waiting[0]
+        for number, one in enumerate(self._waiting):
+            full = number >= least and tokens >= enough
+            if full and (tokens >= 2 * enough or not np.array_equal(one.prompt_ids, last.prompt_ids)):
+                return number
+            tokens, last = tokens + one.num_tokens, one
+        return len(self._waiting)

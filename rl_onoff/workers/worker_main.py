@@ -1,13 +1,12 @@
-"""The worker's side: `python -m rl_onoff.workers.worker_main SOCKET_FD PARENT_PID FOLDER` serves one backend.
+"""The worker's side: `python -m rl_onoff.workers.worker_main FD PARENT_PID FOLDER MODULE CLASS` serves one backend.
 
-Started by process.py, maybe under another interpreter, so nothing here may import more than the backend needs. Errors
-travel by name; the engine's chatter stays in this process's log file; warnings of rl_onoff itself are handed to the
-parent.
+The backend's config comes on the standard input. Started by process.py, maybe under another interpreter, so nothing
+here may import more than the backend needs. Errors travel by name; the engine's chatter stays in this process's log
+file; warnings of rl_onoff itself are handed to the parent.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import itertools
 import logging
@@ -22,7 +21,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import import_module
+from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,8 +32,8 @@ import psutil
 
 from rl_onoff.backends.engine import taken
 from rl_onoff.errors import named
-from rl_onoff.types import Rollout, SampleRequest, TokenScores
-from rl_onoff.workers import sessions, wire
+from rl_onoff.types import SampleRequest
+from rl_onoff.workers import process, wire
 
 DIED = 70  # exit code when a process of the engine died; the file `reason` says which
 
@@ -43,9 +44,8 @@ class Watchdog(threading.Thread):
     def __init__(self, parent: int, folder: Path):
         super().__init__(daemon=True, name="watchdog")
         self._parent, self._folder = parent, folder
-        self._engine: list[psutil.Process] = []
-        self._memory: set[Path] = set()
-        self._loaded = False
+        self._engine: list[psutil.Process] | None = None  # its processes that must live; None: it still loads
+        self.memory: set[Path] = set()
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -53,14 +53,13 @@ class Watchdog(threading.Thread):
             if os.getppid() != self._parent:
                 self.end_all()
             self.check()
-            if not self._loaded and tick % 3 == 0:
+            if self._engine is None and tick % 3 == 0:
                 self._note()  # an engine that starts, fails and is started again may leave what the first one had
             time.sleep(0.3)
 
     def loaded(self) -> None:
         """From now on the processes that the engine has at this moment must live."""
-        self._loaded = True
-        self._engine = [child for child in self._note() if not sessions.is_helper(child)]
+        self._engine = [child for child in self._note() if not process.is_helper(child)]
 
     def closing(self) -> None:
         """From now on the engine's processes may end."""
@@ -71,106 +70,63 @@ class Watchdog(threading.Thread):
         """Remember the shared memory of this moment, to be removed at the end; returns this process's descendants."""
         me = psutil.Process()
         children = me.children(recursive=True)
-        self._memory = self._memory | sessions.shared_memory([me, *children])  # a new set: two threads read it
+        self.memory = self.memory | process.shared_memory([me, *children])  # a new set: two threads read it
         return children
-
-    def tidy(self) -> None:
-        """Remove the shared memory that the engine left."""
-        sessions.end([], self._memory, last_act=True)
 
     def check(self) -> None:
         """End this process if one of the engine's is gone."""
         with self._lock:
-            for process in self._engine:
-                if not sessions.alive(process):
-                    (self._folder / "reason").write_text(f"its {sessions.describe(process)} ended unexpectedly")
+            for child in self._engine or ():
+                if not process.alive(child):
+                    who = f"pid {child.pid}"
+                    with suppress(*process.GONE):
+                        who += f" ({child.name()})"
+                    (self._folder / "reason").write_text(f"its {who} ended unexpectedly")
                     os._exit(DIED)
 
     def end_all(self) -> NoReturn:
         """End the engine's processes, then this one: no parent is there to do so."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        me = psutil.Process()
-        sessions.end([p for p in (*self._note(), *sessions.members(me.pid)) if p != me], self._memory, last_act=True)
+        self._note()
+        process.end(process.tree(os.getpid()) - {psutil.Process()}, self.memory, last_act=True)
         os._exit(0)
-
-
-class Warnings(logging.Handler):
-    """Keeps the warnings of this package until the thread that sends takes them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._waiting: deque[wire.Logged] = deque()
-        logging.getLogger("rl_onoff").addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._waiting.append(wire.Logged(logger=record.name, level=record.levelno, text=record.getMessage()))
-
-    def take(self) -> list[wire.Logged]:
-        """The warnings logged since the previous call."""
-        return [self._waiting.popleft() for _ in range(len(self._waiting))]
-
-
-class Inbox(threading.Thread):
-    """Takes in what the parent sends, whatever the engine does.
-
-    A parent that sends more requests while its worker sends results waits for the worker to read, as the worker waits
-    for the parent: without this thread neither would ever go on.
-    """
-
-    def __init__(self, channel: wire.Channel):
-        super().__init__(daemon=True, name="inbox")
-        self._channel = channel
-        self._messages: queue.SimpleQueue[wire.AnyMessage | BaseException] = queue.SimpleQueue()
-
-    def run(self) -> None:
-        try:
-            while True:
-                self._messages.put(self._channel.receive())
-        except BaseException as error:  # it is raised where it is read
-            self._messages.put(error)
-
-    def next(self, *, wait: bool) -> wire.AnyMessage | None:
-        """The next message; None when there is none now. Raises PeerGoneError once the parent is gone."""
-        try:
-            message = self._messages.get(block=wait)
-        except queue.Empty:
-            return None
-        if isinstance(message, BaseException):
-            self._messages.put(message)
-            raise message
-        return message
 
 
 class Worker:
     """Serves one backend: loads it, and answers calls one after the other."""
 
     def __init__(self, sock: socket.socket, watchdog: Watchdog):
-        self._watchdog = watchdog
-        self._channel = wire.SocketChannel(sock)
+        self._watchdog, self._channel = watchdog, wire.Channel(sock)
         self._channel.send_raw((wire.PREAMBLE % wire.PROTOCOL).encode())
-        self._inbox = Inbox(self._channel)
-        self._inbox.start()
-        self._warnings = Warnings()
+        self._inbox: queue.SimpleQueue[wire.ToWorker] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True, name="inbox").start()
+        self._warnings: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()  # the thread that sends takes them
+        handler = QueueHandler(self._warnings)  # type: ignore[arg-type]
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter())  # the message alone
+        logging.getLogger("rl_onoff").addHandler(handler)
         self._call = 0  # the call that is being answered
-        self._requests: deque[SampleRequest] = deque()  # of this call, not yet taken by the engine
+        self._requests: deque[Any] = deque()  # of this call, not yet taken by the engine
         self._last = False  # no further requests of this call will come
         self._unwanted = False  # nobody reads the results of this call
         self._closing = False
 
-    def serve(self) -> None:
-        backend = self._load()
-        if backend is None:
-            return
+    def serve(self, module: str, name: str) -> None:
+        try:
+            cls = getattr(import_module(module), name)
+            backend = cls(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=cls.config_class))
+            backend.load()
+        except BaseException as e:
+            return self._fail(e)
+        self._watchdog.loaded()
+        self._send(backend.info)
         while not self._closing:
-            match self._inbox.next(wait=True):
-                case wire.Generate() as message if message.call > self._call:
-                    self._requests, self._last = deque(message.requests.unpack()), message.last
-                    self._answer(message.call, backend._generate(self))
-                case wire.Score() as message:
-                    self._answer(message.call, backend._score(message.rollouts, message.want))
-                case wire.Cancel() | wire.Generate():
-                    pass  # it crossed with the end of its call
-                case _:
+            match self._inbox.get():
+                case wire.Assignment() as message if message.call > self._call:
+                    self._requests, self._last, want = deque(message.work), message.last, message.want
+                    results = backend._generate(self) if want is None else backend._score(message.work, want)
+                    self._answer(message.call, results)
+                case wire.Close():
                     break
         self._watchdog.closing()
         backend.close()
@@ -182,35 +138,12 @@ class Worker:
             self._read(wait=True)
         return [] if self._unwanted else taken(self._requests, most)
 
-    def _load(self) -> Any:
-        """The backend, loaded; None where that failed, which is said."""
-        message = self._inbox.next(wait=True)
-        assert isinstance(message, wire.Load)
-        try:
-            module, _, name = message.target.partition(":")
-            cls = getattr(import_module(module), name)
-            config = msgspec.convert(message.config, cls.config_class)
-            backend = cls(dataclasses.replace(config, worker=False, python=None, dp_size=1))
-            backend.load()
-        except BaseException as e:
-            self._fail(0, e)
-            return None
-        self._watchdog.loaded()
-        self._send(wire.Loaded(info=backend.info))
-        return backend
-
     def _answer(self, call: int, results: Iterator[Any]) -> None:
         """Send a call's results as they come, until they end or the parent does not want them any more."""
         self._call, self._unwanted = call, False
         try:
             for result in results:
-                match result:
-                    case Rollout():
-                        self._send(wire.Completed(call=call, result=result))
-                    case TokenScores():
-                        self._send(wire.Scored(call=call, result=result))
-                    case _:
-                        raise TypeError(f"a backend yielded a {type(result).__name__}")
+                self._send(result)
                 self._read()
                 if self._unwanted:
                     results.close()  # type: ignore[attr-defined]
@@ -218,34 +151,45 @@ class Worker:
         except wire.PeerGoneError:
             raise
         except BaseException as e:
-            self._fail(call, e)
+            self._fail(e)
         else:
-            self._send(wire.Done(call=call))
+            self._send(wire.End())
+
+    def _listen(self) -> None:
+        """Take in what the parent sends, whatever the engine does: where both send, each waits for the other to read,
+        and neither would ever go on without a thread for it. Without a parent nothing goes on."""
+        try:
+            while True:
+                self._inbox.put(self._channel.receive())
+        except wire.PeerGoneError:
+            pass
+        except BaseException:
+            traceback.print_exc()
+        self._watchdog.end_all()
 
     def _read(self, *, wait: bool = False) -> None:
-        """Take in what the parent has said in the middle of a call; `wait` for it to say something."""
-        while (message := self._inbox.next(wait=wait)) is not None:
-            wait = False
+        """Look at what the parent has said in the middle of a call; `wait` for it to say something."""
+        while wait or not self._inbox.empty():
+            wait, message = False, self._inbox.get()
             match message:
-                case wire.Generate() if message.call == self._call:
-                    self._requests.extend(message.requests.unpack())
+                case wire.Assignment() if message.call == self._call:
+                    self._requests.extend(message.work)
                     self._last = message.last
                 case wire.Cancel() if message.call == self._call:
                     self._unwanted = True
                 case wire.Close():
                     self._closing = self._unwanted = True
 
-    def _send(self, message: wire.AnyMessage) -> None:
-        for warning in self._warnings.take():
-            self._channel.send(warning)
+    def _send(self, message: wire.FromWorker) -> None:
+        while not self._warnings.empty():
+            self._channel.send(self._warnings.get())
         self._channel.send(message)
 
-    def _fail(self, call: int, error: BaseException) -> None:
+    def _fail(self, error: BaseException) -> None:
         traceback.print_exception(error)
         sys.stderr.flush()
         self._watchdog.check()  # an engine that lost a process may say so itself before the watchdog does
-        name, text = named(error)
-        self._send(wire.Failed(call=call, error=name, text=text))
+        self._send(wire.End(*named(error)))
 
 
 def main() -> None:
@@ -257,10 +201,10 @@ def main() -> None:
     watchdog = Watchdog(parent, folder)
     watchdog.start()
     try:
-        Worker(socket.socket(fileno=fd), watchdog).serve()
+        Worker(socket.socket(fileno=fd), watchdog).serve(*sys.argv[4:])
     except wire.PeerGoneError:
         watchdog.end_all()
-    watchdog.tidy()
+    process.end([], watchdog.memory, last_act=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # an engine's exit handlers may hang, and the parent ends what is left

@@ -16,10 +16,11 @@ import pytest
 from rl_onoff.backends import BaseBackend, HuggingFaceBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, UsageError
 from rl_onoff.types import Rollout, Sampling, TokenScores, Want, sample_requests
-from rl_onoff.workers import sessions
+from rl_onoff.workers.process import alive, is_helper
 from tests.backends.conftest import options_of
 from tests.backends.failing_huggingface import FailingHuggingFace
 from tests.running import flipped, ids_of
+from tests.workers.tiny_backend import pids_of
 
 ON = ("vllm", "sglang")
 PROMPTS = [np.array([(7 * i + j * j) % 900 + 1 for j in range(3 + 4 * (i % 6))], np.int32) for i in range(12)]
@@ -69,9 +70,9 @@ def in_spite_of(kills: int, backend: BaseBackend) -> list[Rollout]:
     chance, got = random.Random(0), []
     for rollout in backend.complete(MANY):
         got.append(rollout)
-        alive = [pid for pid in getattr(backend._core, "pids", ()) if pid is not None]
-        if kills and alive and len(got) % 50 == 10:
-            os.kill(chance.choice(alive), signal.SIGKILL)
+        running = [pid for pid in pids_of(backend._core) if pid is not None] if kills else []
+        if running and len(got) % 50 == 10:
+            os.kill(chance.choice(running), signal.SIGKILL)
             kills -= 1
     assert kills == 0
     return got
@@ -112,7 +113,7 @@ def test_hybrid_parallelism_gives_what_one_process_gives(tiny_llama, alone, caps
 def ranks_of(backend: BaseBackend) -> list[psutil.Process]:
     """The processes of the ranks other than 0."""
     children = psutil.Process(backend._core.pid).children()
-    return [child for child in children if not sessions.is_helper(child)]
+    return [child for child in children if not is_helper(child)]
 
 
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
@@ -154,7 +155,7 @@ def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, fai
         assert len(family) == 2 and len(list(backend.score(ROLLOUTS))) == len(ROLLOUTS)
         with pytest.raises(EngineDiedError, match=f"pid {family[1].pid}"):
             list(backend.score([*ROLLOUTS, bad]))
-    assert not any(sessions.alive(process) for process in family)
+    assert not any(alive(process) for process in family)
     assert not list(tmp_path.iterdir())
 
 

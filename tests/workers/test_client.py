@@ -20,7 +20,7 @@ import pytest
 from rl_onoff.backends import FakeBackendConfig, create_backend
 from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, UsageError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
-from rl_onoff.workers import process, sessions, wire
+from rl_onoff.workers import process, wire
 from rl_onoff.workers.client import WorkerClient
 from tests.conftest import ROOT
 from tests.workers.tiny_backend import TinyBackend, generate
@@ -41,9 +41,9 @@ def response(sample: int, num_tokens: int) -> Rollout:
 
 def gone(pid: int, seconds: float = 10) -> bool:
     until = time.monotonic() + seconds
-    while psutil.pid_exists(pid) and sessions.alive(psutil.Process(pid)) and time.monotonic() < until:
+    while psutil.pid_exists(pid) and process.alive(psutil.Process(pid)) and time.monotonic() < until:
         time.sleep(0.05)
-    return not psutil.pid_exists(pid) or not sessions.alive(psutil.Process(pid))
+    return not psutil.pid_exists(pid) or not process.alive(psutil.Process(pid))
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def nothing_left(tmp_path_factory, monkeypatch):
     def state():
         return (
             os.listdir(temporary),
-            {child.pid for child in psutil.Process().children(recursive=True) if sessions.alive(child)},
+            {child.pid for child in psutil.Process().children(recursive=True) if process.alive(child)},
             len(os.listdir("/proc/self/fd")),
         )
 
@@ -204,7 +204,7 @@ def test_close_frees_everything(engine_file, careless):
     backend = tiny(engine=str(engine_file), careless=careless)
     backend.load()
     worker, (engine, memory) = backend._core.pid, engine_of(engine_file)
-    shared = sessions.shared_memory([psutil.Process(worker)])
+    shared = process.shared_memory([psutil.Process(worker)])
     assert memory in shared and any(path.name.startswith("sem.mp-") for path in shared)
     backend.close()
     assert gone(worker, 0) and gone(engine, 0) and not any(map(Path.exists, shared))
@@ -247,7 +247,7 @@ def test_warnings_of_the_package_reach_the_parent(caplog):
 
 def test_a_cancel_that_crosses_with_the_end_of_its_call_is_ignored():
     with tiny() as backend:
-        backend._core._worker.channel.send(wire.Cancel(call=0))
+        backend._core._worker.channel.send(wire.Cancel(0))
         assert len(list(generate(backend._core, [request("a")]))) == 1
 
 
@@ -287,7 +287,7 @@ def test_another_version_of_the_protocol_is_one_sentence(tmp_path):
         tmp_path,
         f"import os, sys, time\nos.write(int(sys.argv[3]), {(wire.PREAMBLE % 99).encode()!r})\ntime.sleep(60)\n",
     )
-    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 3"):
+    with pytest.raises(EngineError, match="speaks version 99 of the worker protocol and this process version 4"):
         tiny(python=python).load()
 
 
@@ -335,7 +335,7 @@ def test_the_log_is_kept_where_it_is_wanted(tmp_path, monkeypatch):
 
 
 def test_the_child_sees_this_package_but_not_its_neighbours(tmp_path):
-    worker = process.WorkerProcess(TinyBackend, FakeBackendConfig(model_name="tiny"), None)
+    worker = process.WorkerProcess(TinyBackend, FakeBackendConfig(model_name="tiny"))
     try:
         (path,) = (worker._folder / "path",)
         assert {p.name for p in path.iterdir()} == {"rl_onoff", "tests"}
@@ -396,7 +396,7 @@ def test_nothing_outlives_the_parent(engine_file, sign):
     worker = int(parent.stdout.readline())
     assert parent.stdout.readline() == "got a\n"
     engine, _ = engine_of(engine_file)
-    shared = sessions.shared_memory([psutil.Process(worker), psutil.Process(engine)])
+    shared = process.shared_memory([psutil.Process(worker), psutil.Process(engine)])
     assert len(shared) == 2
     os.killpg(parent.pid, sign)  # as a terminal does
     parent.wait(60)

@@ -30,12 +30,12 @@ from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError
 from rl_onoff.types import Rollout, SampleRequest, Sampling, Want, sample_requests
 from rl_onoff.workers import ray_cluster
 from rl_onoff.workers.pool import Pool
-from rl_onoff.workers.ray import RayCluster
+from rl_onoff.workers.ray import RayPool
 from rl_onoff.workers.ray_cluster import berth, replicas_that_fit
 from tests.conftest import ROOT
 from tests.running import flipped, ids_of
 from tests.workers.test_pool import many, request
-from tests.workers.tiny_backend import TinyBackend, generate
+from tests.workers.tiny_backend import TinyBackend, generate, pids_of
 
 STORE_BYTES = 128 << 20
 
@@ -93,7 +93,7 @@ def pool(cluster: TwoNodes) -> Iterator[Callable[..., Pool]]:
     ) -> Pool:
         placed = on(cluster, wait_s=wait_s, runtime_env=runtime_env or {})
         config = FakeBackendConfig(model_name="tiny", dp_size=dp_size, engine_kwargs=engine_kwargs, pool=placed)
-        made.append(Pool(TinyBackend, config, cluster=RayCluster(TinyBackend, config)))
+        made.append(RayPool(TinyBackend, config))
         if load:
             made[-1]._load()
         return made[-1]
@@ -120,7 +120,7 @@ def test_every_response_once_from_both_nodes(pool):
     got = list(two._generate(Given(requests.values())))
     assert sorted(c.key for c in got) == sorted(requests)
     assert all(c.text == str(requests[c.key].seed) for c in got), "requests arrive as they are"
-    actors = [psutil.Process(pid).parent() for pid in two.pids]
+    actors = [psutil.Process(pid).parent() for pid in pids_of(two)]
     raylets = [actor.parent() for actor in actors if actor]
     assert len({raylet.pid for raylet in raylets if raylet}) == 2, "one on each node"
 
@@ -136,8 +136,8 @@ def test_requests_that_come_while_it_works(cluster):
 
     taken: list[int] = []
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.002}, pool=on(cluster))
-    site = RayCluster(TinyBackend, config)
-    (client,) = site.clients()
+    site = RayPool(TinyBackend, config)
+    (client,) = site._clients()
     try:
         client._load()
         for room in (1, 20, 1 << 30):
@@ -146,7 +146,7 @@ def test_requests_that_come_while_it_works(cluster):
         assert len(taken) > 60 + 9 + 9 and taken[-1] == 0
     finally:
         client._close()
-        site.close()
+        site._close()
 
 
 def test_large_scores_come_whole_and_can_be_written_to(pool):
@@ -170,7 +170,7 @@ def test_a_slow_reader_slows_the_worker_and_an_abandoned_call_leaves_the_pool_us
     responses = [Rollout(request_id=str(i), sample=i, prompt_ids=ids[:3], token_ids_T=ids) for i in range(100)]
     stream = two._score(responses, Want(full_logits=True))  # 1.2 GB in all
     next(stream)
-    actors = [psutil.Process(pid).parent() for pid in two.pids]
+    actors = [psutil.Process(pid).parent() for pid in pids_of(two)]
     time.sleep(1)
     assert all(actor.memory_info().rss < 600 << 20 for actor in actors if actor)
     stream.close()
@@ -183,8 +183,8 @@ def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
     """Methods of an actor overtake each other: a `next` or `cancel` of the call that was left may come after the next
     one began."""
     config = FakeBackendConfig(model_name="tiny", engine_kwargs={"seconds": 0.001}, pool=on(cluster))
-    site = RayCluster(TinyBackend, config)
-    (client,) = site.clients()
+    site = RayPool(TinyBackend, config)
+    (client,) = site._clients()
     try:
         client._load()
         for _ in range(40):
@@ -194,7 +194,7 @@ def test_a_call_that_is_left_takes_nothing_from_the_next_one(cluster):
             assert len(list(client._generate(Given(many(3))))) == 3
     finally:
         client._close()
-        site.close()
+        site._close()
 
 
 def test_the_public_api(cluster):
@@ -235,7 +235,7 @@ def test_a_node_that_leaves_costs_only_the_work_in_flight(cluster, tiny_llama):
 
 def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
     two, got = pool(seconds=0.02), []
-    before = list(two.pids)
+    before = list(pids_of(two))
     for completion in two._generate(Given(many(300))):
         got.append(completion.key)
         if len(got) == 20:
@@ -243,8 +243,8 @@ def test_a_node_that_comes_back_is_used_again(cluster, pool, caplog):
         if len(got) == 60:
             cluster.add()
     assert len(got) == len(set(got)) == 300
-    until(lambda: None not in two.pids)
-    assert len(set(before) & set(two.pids)) == 1
+    until(lambda: None not in pids_of(two))
+    assert len(set(before) & set(pids_of(two))) == 1
     waits = [r.message for r in caplog.records if "waits for room" in r.message]
     assert (
         "(its node left the Ray cluster)" in caplog.text
@@ -259,19 +259,19 @@ def test_a_killed_process_loses_nothing(pool, whose):
     for completion in two._generate(Given(many(150))):
         got.append(completion.key)
         if len(got) == 20:
-            worker = psutil.Process(two.pids[0])
+            worker = psutil.Process(pids_of(two)[0])
             (worker.parent() if whose == "the actor" else worker).kill()  # type: ignore[union-attr]
     assert len(got) == len(set(got)) == 150
 
 
 def test_a_replica_that_died_while_idle_is_started_again(pool):
     two = pool()
-    before = list(two.pids)
+    before = list(pids_of(two))
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     time.sleep(1)
     assert len(list(two._generate(Given(many(80))))) == 80
-    assert not set(before) & set(two.pids)
+    assert not set(before) & set(pids_of(two))
 
 
 def test_a_request_that_kills_every_replica_is_named_after_all_others_are_done(pool):
@@ -342,7 +342,7 @@ def test_a_wait_for_room_can_be_left(pool):
 
     thread = threading.Thread(target=load)
     thread.start()
-    until(lambda: sum(pid is not None for pid in three.pids) == 2)
+    until(lambda: sum(pid is not None for pid in pids_of(three)) == 2)
     began = time.monotonic()
     three._close()
     thread.join(55)
@@ -432,18 +432,17 @@ GPU_NODES = [
     ],
 )
 def test_what_a_replica_reserves(nodes, config: EngineConfig, bundle, replicas):
-    place = berth(nodes, config)
-    assert place.bundle == bundle and replicas_that_fit(nodes, config) == replicas
-    assert place.across_nodes == any(name.startswith("node:") for name in bundle)
-    assert place.across_nodes or place.config is config
+    reserved, placed = berth(nodes, config)
+    assert reserved == bundle and replicas_that_fit(nodes, config) == replicas
+    across_nodes = any(name.startswith("node:") for name in bundle)
+    assert (placed is config) != across_nodes
 
 
 def test_vllm_spans_nodes_with_its_own_ray_executor():
-    assert berth(GPU_NODES, VLLMBackendConfig(tp_size=12)).config.engine_kwargs == {
-        "distributed_executor_backend": "ray"
-    }
+    _, placed = berth(GPU_NODES, VLLMBackendConfig(tp_size=12))
+    assert placed.engine_kwargs == {"distributed_executor_backend": "ray"}
     mine = VLLMBackendConfig(tp_size=12, engine_kwargs={"distributed_executor_backend": "mp", "x": 1})
-    assert berth(GPU_NODES, mine).config.engine_kwargs == mine.engine_kwargs, "who says so themselves is not overruled"
+    assert berth(GPU_NODES, mine)[1].engine_kwargs == mine.engine_kwargs, "who says so themselves is not overruled"
 
 
 def test_more_gpus_than_there_are():

@@ -133,3 +133,8 @@ class TinyBackend(BaseBackend):
 def generate(core: Any, requests: Sequence[Sequence[SampleRequest]]) -> Any:
     """What a core samples for what `sample_requests` made of some prompts."""
     return core._generate(Given(itertools.chain.from_iterable(requests)))
+
+
+def pids_of(pool: Any) -> list[int | None]:
+    """The ids of the processes of a pool's workers, None for one that is not running."""
+    return [replica.client.pid for replica in pool._replicas]

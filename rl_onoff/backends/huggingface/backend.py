@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
+from rl_onoff.backends.devices import replicas_that_fit
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface import tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.backends.huggingface.model import decode, load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
-from rl_onoff.backends.placement import place, replicas_that_fit
+from rl_onoff.backends.placement import place
 from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
