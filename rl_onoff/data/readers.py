@@ -79,9 +79,11 @@ def format_of(path: str, file: Path, key: str) -> Format:
     if file.exists():
         otherwise = ", or set data.format=jsonl, for example" if key == "data.path" else ""
         raise UsageError(f"the ending of {key}={path} is none of {', '.join(ENDINGS)}: rename the file{otherwise}")
+    why = f"the file {key}={path} does not exist"
+    if near := next((path + known for known in ENDINGS if Path(f"{file}{known}").is_file()), None):
+        raise UsageError(f"{why}: did you mean {key}={near}?")
     if is_hub_id(path.partition(":")[0]) and not re.fullmatch(r"\.[a-z]{2,}", ending):  # an ending as of a file
         return Format.datasets
-    why = f"the file {key}={path} does not exist"
     raise UsageError(f"{why}: set {key} to an existing file or to a Hugging Face datasets id")
 
 

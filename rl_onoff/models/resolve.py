@@ -70,7 +70,7 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
     elif not is_hub_id(name):
         why = f"{key}={name!r} is neither a folder or .gguf file here, nor a hub id (owner/name): set {key}={BUILT_IN}"
     elif "/" not in name and nearest(name, (BUILT_IN, SMOLLM2), cutoff=0.7):  # few ids have no owner, none like these
-        why = f"{key}={name} is no folder and no hub id (owner/name): did you mean {key}={BUILT_IN}, the built-in?"
+        why = f"{key}={name} is neither a folder nor a hub id (owner/name): did you mean {key}={BUILT_IN}?"
     else:
         return
     raise UsageError(why)
@@ -174,8 +174,7 @@ def model_sampling(sampling: Sampling, model_name: str, revision: str | None = N
         if (value := getattr(found, name, None)) not in (None, nothing):
             why = f"the model's generation_config.json asks for {name}={value}, which no sampler here does"
             raise UsageError(f"{why}: set model.sampling_defaults=false")
-    values = {name: value for name in TAKEN if (value := getattr(found, name, None)) is not None}
-    return sampling.replace(**values)
+    return sampling.replace(**{name: value for name in TAKEN if (value := getattr(found, name, None)) is not None})
 
 
 def different_tensors(a: tuple[str, str | None], b: tuple[str, str | None]) -> list[str]:
