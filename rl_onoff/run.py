@@ -217,7 +217,7 @@ def conclude(this: Run) -> dict[str, float]:
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
     texts = [] if this.brief else [summary_text(shown)]
     texts += this.texts
-    if comparisons and all(comparison.comparable for comparison in comparisons.values()):  # else `gate` says it
+    if all(comparison.comparable for comparison in comparisons.values()) or Stage.compare not in this.config.stages:
         texts += [f"  {name}: set aside, {x.sentence()}" for name, each in comparisons.items() for x in each.findings]
         texts += [f"  {sentence}" for sentence in said.values()]
     where = {"run folder": folder.path, "page": this.page, "W&B": this.tracker.where}
@@ -227,6 +227,8 @@ def conclude(this: Run) -> dict[str, float]:
 
 def gate(this: Run) -> None:
     """NotComparableError (exit code 3) where numbers mean nothing, GateError (4) beyond compare.fail_above."""
+    if Stage.compare not in this.config.stages:  # experiment=attribute says the cause
+        return
     asked, own = this.config.compare, own_scores(this.folder) if this.comparisons else None
     if not all(comparison.comparable for comparison in this.comparisons.values()):
         raise NotComparableError(verdict_of(this.folder, this.comparisons))

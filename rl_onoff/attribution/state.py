@@ -22,7 +22,7 @@ from rl_onoff.rundir.table import Table, rollout_of, row_of_scores, scores_of
 from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Want
 
 SCORES = ("request_id", "sample", "token_ids", "logprobs", "logprob_kind", "processed_logprobs", "nucleus_mass")
-COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "finish_reason")
+COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "mask", "finish_reason")
 MOST = 0.5  # least share of the gap that is called the main cause
 ROUNDING = 1e-11  # nats a token: what float32 logprobs cannot resolve; no floor is lower
 
@@ -71,7 +71,8 @@ def chosen_rollouts(completions: Table, scores: Table, limit: int | None) -> dic
     chosen = dict.fromkeys(sorted(digests, key=digests.__getitem__)[:limit])
     rows = (row for row in completions.rows(COMPLETIONS) if (row["request_id"], row["sample"]) in chosen)
     found = {rollout.key: rollout for rollout in map(rollout_of, rows)}
-    usable = {key for key, rollout in found.items() if rollout.logprobs_T is not None and len(rollout.token_ids_T)}
+    told = {key: rollout.logprobs_T for key, rollout in found.items() if rollout.logprobs_T is not None}
+    usable = {key for key, logprobs_T in told.items() if len(logprobs_T) and not np.isnan(logprobs_T).any()}
     return {key: found[key] for key in chosen if key in usable}
 
 
@@ -85,6 +86,7 @@ class State:
     same_ids_only: bool = False  # compare up to the first token in which the ids differ
     without_last: frozenset[Key] = frozenset()  # responses whose last token is left out
     without: frozenset[Key] = frozenset()  # responses that are left out
+    masks: Mapping[Key, np.ndarray]  # of the responses that hold tokens which the policy did not sample
 
     @classmethod
     def of(cls, rollouts: Mapping[Key, Rollout], table: Table, engines: Mapping[str, EngineConfig | None]) -> State:
@@ -95,7 +97,9 @@ class State:
             rows[key] = TokenScores(token_ids_T=rollout.token_ids_T, logprobs_T=rollout.logprobs_T)
         behaviour = Side(rows, engines.get("behaviour"), reported=True)
         kind = next(iter(rollouts.values())).kind or LogprobKind.raw
-        return cls(behaviour=behaviour, target=scored(table, rollouts.keys(), engines.get("target")), kind=kind)
+        masks = {key: rollout.mask_T for key, rollout in rollouts.items() if rollout.mask_T is not None}
+        target = scored(table, rollouts.keys(), engines.get("target"))
+        return cls(behaviour=behaviour, target=target, kind=kind, masks=masks)
 
     @property
     def engines(self) -> dict[str, EngineConfig]:
@@ -108,6 +112,9 @@ class State:
         for key in self.without:
             q.pop(key, None)
         for key in q.keys() & p.keys():
+            mask_T = self.masks.get(key)
+            if mask_T is not None and len(mask_T) == len(q[key].token_ids_T) == len(p[key].token_ids_T):
+                q[key], p[key] = q[key][mask_T], p[key][mask_T]
             if self.same_ids_only:
                 ours, theirs = q[key].token_ids_T, p[key].token_ids_T
                 width = min(len(ours), len(theirs))

@@ -315,7 +315,9 @@ def test_files_without_any_engine(tmp_path: Path) -> None:
     found = climb(RunDir(tmp_path / "run"), *files)
     assert main_cause(found) == "end_token" and "8 of 8 responses have it on one side only" in found["sentence"]
     assert "is not recorded" in found["rows"]["noise"]["verdict"]
-    assert not (tmp_path / "run" / "report.html").exists()  # ids that differ are not compared
+    told = RunDir(tmp_path / "run").read_json("metrics.json")  # ids that differ are not compared
+    assert told["verdict"].startswith("Not comparable: the two sides hold other tokens in 8 of 8")
+    assert not [name for name in told["values"] if name.startswith("onoff/")]
 
 
 def test_a_ladder_holds_the_responses_it_chose_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
