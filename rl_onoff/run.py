@@ -210,6 +210,7 @@ def conclude(this: Run) -> dict[str, float]:
     if comparisons:
         summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
         said = {"verdict": verdict_of(folder, comparisons)}
+    summary.values = {name: value for name, value in summary.values.items() if math.isfinite(value)}  # −inf is no JSON
     found = {"values": summary.values, "comparisons": {name: each.to_dict() for name, each in comparisons.items()}}
     folder.write_json("metrics.json", {**said, **found, **this.sections})
     track(this, summary)

@@ -157,14 +157,28 @@ def unscored(run: RunDir, table: Table) -> int:
 
 
 def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress: Progress) -> None:
-    """Score every completion of the run that `table` lacks, and append each to it as it is done."""
-    done = table.keys()
-    waiting = (response for response in responses(run) if response.key not in done)
+    """Score every completion of the run that `table` lacks, and append each to it as it is done. Responses with token
+    ids that the model has no row for, of another tokenizer, are left out and counted.
+    """
+    done, size, outside = table.keys(), backend.info.vocab_size, []
+
+    def fits(response: Rollout) -> bool:
+        if max(response.token_ids_T.max(), response.prompt_ids.max(initial=0)) < size:
+            return True
+        outside.append("{}/{}".format(*response.key))
+        return False
+
+    waiting = (response for response in responses(run) if response.key not in done and fits(response))
     with table.writer() as writer, progress:
         while window := list(islice(waiting, max(WINDOW, REPLICA_WINDOW * backend.info.replicas))):
             for scores in backend.score(window, want):
                 writer.append(row_of_scores(scores))
                 progress.add(len(scores.token_ids_T))
+    if outside:
+        what = f"{len(outside)} responses hold token ids past the model's {size} rows, {outside[0]} first"
+        if not table.exists():
+            raise UsageError(f"{what}: set model to the one that sampled, or score.responses to another file")
+        log.warning("%s: they are left out, not scored", what)
 
 
 def responses(run: RunDir) -> Iterator[Rollout]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from rl_onoff.rewards import FAILED
 from rl_onoff.rundir.files import read_shard
 from rl_onoff.rundir.table import Row, RunDir, Table, rollout_of, scores_of
 from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores
+
+log = logging.getLogger(__name__)
 
 BLOCK_BYTES = 256 << 20  # of scores, as on the disk, that are held at a time
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
@@ -93,12 +96,16 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
 
 
 def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[str] = ()) -> Iterator[Pair]:
-    """Every response of the run that has a behaviour and that `scores/<target>` has."""
+    """Every response of the run that has a behaviour and that `scores/<target>` has; how many have none is said."""
+    unknown = 0
     for found in joined(run, [target], own if own != target else None):
         if found.behaviour is not None and target in found.targets:
             rollout, (q, p) = found.rollout, (found.behaviour, found.targets[target])
             groups, facts = groups_of(rollout, group_columns), facts_of(rollout)
             yield Pair(behaviour=q, target=p, mask_T=rollout.mask_T, groups=groups, facts=facts)
+        unknown += found.behaviour is None
+    if unknown:
+        log.warning("%d responses came without logprobs, so nothing is compared with %s there", unknown, target)
 
 
 def sampler_of(table: Table) -> Sampling | None:

@@ -130,3 +130,33 @@ def test_a_monitors_folder_opens(tmp_path):
     comparison = found(tmp_path)["comparisons"]["trainer"]
     assert len(comparison["steps"]) == 8 and comparison["counts"]["responses"] == 120
     assert [row["staleness"] for row in comparison["staleness"]] == [1]
+
+
+def test_an_impossible_token_is_a_fact_and_a_row_without_logprobs_is_said(tmp_path):
+    given = rows()
+    given[4]["rollout_log_probs"][2] = given[9]["old_log_probs"][1] = -np.inf
+    given[0]["rollout_log_probs"] = None
+    done = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, given)}", cwd=tmp_path)
+    [comparison] = found(tmp_path)["comparisons"].values()
+    assert comparison["counts"]["tokens_impossible_target"] == 1 and comparison["counts"]["responses"] == 119
+    assert "1 responses came without logprobs" in done.stderr + done.stdout
+    assert "could not have been drawn by the target's sampler" in done.stdout
+
+
+def test_ids_that_the_model_has_no_row_for_are_left_out_of_the_scores(tmp_path):
+    given = [{"prompt_ids": [1, 2], "token_ids": ids} for ids in ([5, 6], [5, 999_999], [7, 8])]
+    score = (
+        "experiment=score",
+        "backend=fake",
+        "model=fake",
+        "tracking=none",
+        "run_dir=run",
+        "score.responses=r.jsonl",
+    )
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    done = rl_onoff(*score, cwd=tmp_path)
+    assert "1 responses hold token ids past the model's 257 rows, 1/0 first: they are left out" in done.stderr
+    assert found(tmp_path)["values"]["score/fake-fake-auto/responses"] == 2
+    (tmp_path / "r.jsonl").write_text(json.dumps(given[1]))
+    last = rl_onoff(*score[:-2], "run_dir=other", score[-1], cwd=tmp_path, code=2).stderr.splitlines()[-1]
+    assert last.startswith("rl-onoff: ") and "set model to the one that sampled" in last
