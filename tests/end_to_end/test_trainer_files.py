@@ -155,7 +155,7 @@ def test_ids_that_the_model_has_no_row_for_are_left_out_of_the_scores(tmp_path):
     )
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     done = rl_onoff(*score, cwd=tmp_path)
-    assert "1 responses hold token ids past the model's 257 rows, 1/0 first: they are left out" in done.stderr
+    assert "1 responses hold token ids past the model's 257 rows, 0/1 first: they are left out" in done.stdout
     assert found(tmp_path)["values"]["score/fake-fake-auto/responses"] == 2
     (tmp_path / "r.jsonl").write_text(json.dumps(given[1]))
     last = rl_onoff(*score[:-2], "run_dir=other", score[-1], cwd=tmp_path, code=2).stderr.splitlines()[-1]
