@@ -263,8 +263,10 @@ def track(this: Run, summary: Summary) -> None:
             if histogram := comparison.histograms.get(what):
                 counts, edges = np.asarray(histogram["counts"]), np.asarray(histogram["edges"])
                 tracker.histogram(f"onoff/{name}/{what}", counts, edges)
-        if comparison.worst:
-            track_rows(tracker, f"onoff/{name}/worst_tokens", comparison.worst)
+        tables = {"worst_tokens": comparison.worst, "findings": [asdict(each) for each in comparison.findings]}
+        for what, rows in tables.items():
+            if rows:
+                track_rows(tracker, f"onoff/{name}/{what}", rows)
     if this.page is not None:
         tracker.html("report", this.page)
     tracker.artifact(folder.path)
