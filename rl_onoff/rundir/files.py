@@ -111,7 +111,7 @@ def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[
 def _arrow_type(kind: str) -> Any:
     import pyarrow as pa
 
-    return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else getattr(pa, kind)()
+    return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else pa.type_for_alias(kind)
 
 
 def _value(cell: Any) -> Any:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the command line imports this module, and answers at once s
 COMPLETIONS = {
     "request_id": "string", "sample": "int32", "prompt": "string", "prompt_ids": "list<int32>",
     "token_ids": "list<int32>", "text": "string", "logprobs": "list<float32>", "logprob_kind": "string",
-    "finish_reason": "string", "reward": "float64", "meta": "string", "mask": "list<bool_>",
+    "mask": "list<bool>", "finish_reason": "string", "reward": "float64", "meta": "string",
 }  # fmt: skip
 # The fields of a Rollout whose columns have other names.
 FIELDS = {"token_ids": "token_ids_T", "mask": "mask_T", "logprobs": "logprobs_T", "logprob_kind": "kind"}
