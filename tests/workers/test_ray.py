@@ -406,7 +406,8 @@ def test_a_pool_on_ray_is_no_engine_in_this_process():
     "pool", [{"kind": "slurm"}, {"adress": "auto"}, {"kind": "ray", "cpus_per_replica": 0}, {"wait_s": "long"}]
 )
 def test_a_wrong_pool_is_refused(pool):
-    with pytest.raises(UsageError, match=r"pool|wait_s is 'long' but must be of type float"):
+    refusal = r"pool|kind is 'slurm' but must be one of local, ray|wait_s is 'long' but must be of type float"
+    with pytest.raises(UsageError, match=refusal):
         create_backend({"model_name": "m", "backend_specific": {"pool": pool}})
 
 
