@@ -23,7 +23,7 @@ import numpy as np
 from rl_onoff.compare import HEADLINES
 from rl_onoff.compare.checks import Finding, Sampled, examine
 from rl_onoff.compare.comparison import Sums
-from rl_onoff.compare.metrics import order_metrics, segment_sums, sequence_terms, token_terms
+from rl_onoff.compare.metrics import order_metrics, response_sums, sequence_terms, token_terms
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir, row_of_rollout, row_of_scores
 from rl_onoff.types import LogprobKind, Rollout, TokenScores
@@ -130,9 +130,7 @@ class Monitor:
         metrics = {name: float(value) for name, value in counts.items()} | {"comparable": float(comparable)}
         if comparable:
             lengths_S, q_N, p_N = counted.lengths_S, counted.behaviour_N, counted.target_N
-            terms, per_response = token_terms(q_N, p_N), sequence_terms(q_N, p_N, lengths_S)
-            sums = {name: (segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
-            sums |= {name: (term, np.ones(len(lengths_S))) for name, term in per_response.items()}
+            sums = response_sums(token_terms(q_N, p_N), sequence_terms(q_N, p_N, lengths_S), lengths_S)
             estimates = Sums.of([sums]).estimates(0, 0, order_metrics(q_N, p_N, lengths_S))
             found = {name: estimate.value for name, estimate in estimates.items()}
             metrics |= {name: found[name] for name in HEADLINES if np.isfinite(found.get(name, np.nan))}

@@ -107,11 +107,9 @@ class Aggregator:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         findings, kept_S = self._examine(columns)
-        kind, aside = (
-            self._kind or LogprobKind.raw,
-            [key for key, kept in zip(self._keys, kept_S, strict=True) if not kept],
-        )
-        aside = ["{}/{}".format(*key) for key in (*self._misfits, *aside)]
+        kind = self._kind or LogprobKind.raw
+        faulty = [key for key, kept in zip(self._keys, kept_S, strict=True) if not kept]
+        aside = ["{}/{}".format(*key) for key in (*self._misfits, *faulty)]
         counts = {"responses_empty": self._num_empty, "responses_set_aside": len(aside)}
         if any(finding.fatal for finding in findings):
             counts |= {"responses": len(self._keys), "tokens": int(columns.get("lengths", kept_S).sum())}
@@ -165,17 +163,15 @@ class Aggregator:
 
     def _steps(self, name: str, facts_S: Mapping[str, np.ndarray], sums: Sums, tokens: Tokens) -> list[dict[str, Any]]:
         """The metrics of the responses of each training step (or staleness), and its worst responses."""
-        found, abs_S = [], metrics.segment_sums(np.abs(tokens.l_N), tokens.lengths_S) / tokens.lengths_S
-        values_S = facts_S[name]
+        found, values_S = [], facts_S[name]
         for value in np.unique(values_S[~np.isnan(values_S)]).tolist():
             chosen_S = values_S == value
             summary = self._summary(sums, tokens, chosen_S)
             estimates = {x: summary.metrics[x].to_dict() for x in STEP_METRICS if x in summary.metrics}
             if not np.isnan(rewards := facts_S["reward"][chosen_S]).all():
                 estimates["reward"] = {"value": float(np.nanmean(rewards)), "lo": None, "hi": None}
-            worst = sorted(np.flatnonzero(chosen_S).tolist(), key=lambda s: -abs_S[s])[:5]
-            named = [dict(zip(("request_id", "sample"), tokens.keys[s], strict=True)) for s in worst]
-            named = [row | {"mean_abs_l": float(abs_S[s])} for row, s in zip(named, worst, strict=True)]
+            worst = sorted(np.flatnonzero(chosen_S).tolist(), key=lambda s: -tokens.mean_abs_S[s])[:5]
+            named = [tokens.named(s) | {"mean_abs_l": float(tokens.mean_abs_S[s])} for s in worst]
             number = int(value) if value.is_integer() else value
             found.append({name: number, "metrics": estimates, "counts": summary.counts, "worst": named})
         return found
@@ -190,9 +186,8 @@ class Aggregator:
         terms = metrics.token_terms(q_N, p_N, self.thresholds)
         terms |= optional_terms(q, p, pairs[0].target.kind, is_exact=bool(exact[0]))
         terms |= {name: np.concatenate([part[name] for part in exact]) for name in exact[0]}
-        once_S, per_response = np.ones(len(pairs)), metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
-        sums = {name: (metrics.segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
-        self._responses.append(sums | {name: (term, once_S) for name, term in per_response.items()})
+        per_response = metrics.sequence_terms(q_N, p_N, lengths_S, self.thresholds)
+        self._responses.append(metrics.response_sums(terms, per_response, lengths_S))
         # the position buckets (0, 1, 2 to 3, 4 to 7, …: the bits of a position) cut a response into consecutive pieces
         positions_N = metrics.segment_positions(lengths_S)
         starts_R = np.flatnonzero((positions_N & (positions_N - 1)) == 0)
@@ -243,6 +238,11 @@ class Tokens:
         self.starts_S = metrics.segment_starts(self.lengths_S)
         self.l_N = metrics.log_ratios(columns["behaviour"], columns["target"])
         self.positions_N = metrics.segment_positions(self.lengths_S)
+        self.mean_abs_S = metrics.segment_sums(np.abs(self.l_N), self.lengths_S) / self.lengths_S
+
+    def named(self, s: int) -> dict[str, Any]:
+        """The name of a response, for a row of a table."""
+        return dict(zip(("request_id", "sample"), self.keys[s], strict=True))
 
     def histograms(self) -> dict[str, Any]:
         """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response; ready for JSON.
@@ -275,21 +275,22 @@ class Tokens:
         A logprob of −inf is null, since JSON has no infinity.
         """
         abs_N, responses_S = np.abs(self.l_N), np.arange(len(self.keys))
-        mean_S = metrics.segment_sums(abs_N, self.lengths_S) / self.lengths_S
         tokens = {"position": self.columns["positions"], "token_id": self.columns["token_ids"]}
         tokens |= {f"{side}_logprob": self.columns[side] for side in SIDES} | {"l": self.l_N}
-        responses = {"tokens": self.lengths_S, "mean_abs_l": mean_S}
+        responses = {"tokens": self.lengths_S, "mean_abs_l": self.mean_abs_S}
         responses |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
         responses |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}
         found: dict[str, list[dict[str, Any]]] = {"worst": [], "worst_responses": []}
         for rows, size, response, columns in (
             (found["worst"], abs_N, np.repeat(responses_S, self.lengths_S), tokens),
-            (found["worst_responses"], mean_S, responses_S, responses),
+            (found["worst_responses"], self.mean_abs_S, responses_S, responses),
         ):
             for at in np.argsort(-size, kind="stable")[:num]:
                 values = {name: column[at].item() for name, column in columns.items()}
-                named = dict(zip(("request_id", "sample"), self.keys[response[at]], strict=True))
-                rows.append(named | {name: x if math.isfinite(x) else None for name, x in values.items()})
+                rows.append(
+                    self.named(int(response[at]))
+                    | {name: x if math.isfinite(x) else None for name, x in values.items()}
+                )
         return found
 
 

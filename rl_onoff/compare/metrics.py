@@ -211,6 +211,15 @@ def cumulative_l(l_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
     return sum_N - np.repeat(np.where(starts_S > 0, sum_N[starts_S - 1], 0.0), lengths_S)
 
 
+def response_sums(
+    terms: Mapping[str, np.ndarray], per_response: Mapping[str, np.ndarray], lengths_S: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(sums, counts) of every term by response, (S,) each: over its tokens, or the response's own number, once."""
+    once_S = np.ones(len(lengths_S))
+    sums = {name: (segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
+    return sums | {name: (term, once_S) for name, term in per_response.items()}
+
+
 def segment_starts(lengths_S: np.ndarray) -> np.ndarray:
     """Where every response starts among the N tokens."""
     return np.cumsum(lengths_S) - lengths_S

@@ -39,7 +39,8 @@ def _completions(table: Table, summary: Summary) -> dict[Key, np.ndarray]:
     masks: dict[Key, np.ndarray] = {}
     lengths, rewards, reasons, failed = [], defaultdict(list), Counter(), 0
     logprobs = _Histogram(LOGPROB_EDGES)
-    for rollout in map(rollout_of, table.rows()):
+    columns = ["request_id", "sample", "token_ids", "logprobs", "mask", "finish_reason", "reward", "meta"]
+    for rollout in map(rollout_of, table.rows(columns)):  # rows of earlier versions have no mask
         lengths.append(len(rollout.token_ids_T) if rollout.mask_T is None else int(rollout.mask_T.sum()))
         if rollout.mask_T is not None:
             masks[rollout.key] = rollout.mask_T

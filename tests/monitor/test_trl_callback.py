@@ -8,8 +8,6 @@ import pytest
 
 from rl_onoff.rundir.table import RunDir, rollout_of, scores_of
 
-trl = pytest.importorskip("trl")
-
 
 def sample(prompts, trainer):
     """A sampler in place of vLLM: draws from the model and gives the logprobs of a slightly warmer one."""
@@ -36,6 +34,7 @@ def sample(prompts, trainer):
 
 @pytest.mark.parametrize("iterations", [2, 1])
 def test_a_real_grpo_run(tiny_llama, tmp_path, caplog, iterations):
+    import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
