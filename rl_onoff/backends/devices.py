@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -78,7 +79,14 @@ def cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def environment_for_python() -> dict[str, str]:
-    """The environment variables of a process under another interpreter, maybe, without those that are this one's."""
-    ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
-    return {**ours, "PYTHONSAFEPATH": "1"}  # a file in the working folder must not stand in for a package
+def environment_for_python(python: str | None = None, packages: Path | None = None) -> dict[str, str]:
+    """The environment variables of a process under another interpreter, maybe, without those that are this one's.
+
+    The programs beside `python` come first, and the folder `packages` before what is installed.
+    """
+    found = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
+    found["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
+    for name, first in (("PYTHONPATH", packages), ("PATH", Path(python).parent if python else None)):
+        if first is not None:
+            found[name] = os.pathsep.join(filter(None, (str(first), found.get(name))))
+    return found

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 from rl_onoff.backends import backend_class, engine_configs
+from rl_onoff.backends.devices import environment_for_python
 from rl_onoff.models.convert import cache_dir
 
 WORKER = ("msgspec", "numpy", "psutil")  # packages that a worker needs beside its engine
@@ -146,14 +147,10 @@ def _package(name: str, module: str, python: str, fix: str) -> Line:
 
 def _ask(python: str, seconds: float, *modules: str) -> dict:
     """What an interpreter says of these modules; where it does not answer, `error` alone, which says why."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONHOME", "__PYVENV_LAUNCHER__")}
-    environment["PYTHONSAFEPATH"] = "1"  # a file in the working folder must not stand in for a package
     with tempfile.TemporaryDirectory(prefix="rl_onoff-") as folder:
         package = Path(__file__).resolve().parents[1]
         (Path(folder) / package.name).symlink_to(package)  # handed over by the parent, as to a worker
-        for name, first in (("PYTHONPATH", folder), ("PATH", str(Path(python).parent))):
-            environment[name] = os.pathsep.join(filter(None, (first, os.environ.get(name))))
-        command = [python, "-c", ASK, *modules]
+        environment, command = environment_for_python(python, Path(folder)), [python, "-c", ASK, *modules]
         try:
             said = subprocess.run(command, stdin=DEVNULL, capture_output=True, timeout=seconds, env=environment).stdout
             return json.loads(said.strip().splitlines()[-1])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.data.readers import READERS, format_of
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, one_line
 from rl_onoff.rundir.files import content_of
 
 ENDINGS = (".jsonl", ".parquet", ".pt", ".pkl")
@@ -67,7 +67,7 @@ class Source:
         except (ValueError, csv.Error, OSError) as error:
             if isinstance(error, UsageError):
                 raise
-            cause = " ".join(str(error).split())
+            cause = one_line(error)
             what = "cannot be read" if isinstance(error, OSError) else f"is not valid {language}"
             raise UsageError(f"{unit} {last + 1} of {name} {what} ({cause}): fix it, or {wanted}") from error
 
@@ -149,7 +149,7 @@ def _pickled(file: Path, name: str, key: str) -> Iterator[tuple[int, Any]]:
             with file.open("rb") as stream:
                 value = Unpickler(stream).load()
     except Exception as error:  # a broken or foreign pickle fails wherever its instructions lead
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = one_line(error)[:200]
         raise UsageError(
             f"{name} does not open as tensors and plain containers alone, and other pickles may run code ({cause}):"
             " write its rows out where the trainer's packages are, with"

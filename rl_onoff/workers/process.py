@@ -92,14 +92,11 @@ class WorkerProcess:
         path.mkdir()
         for package in packages:
             (path / package.name).symlink_to(package)
-        environment = environment_for_python()
-        for name, first in (("PYTHONPATH", path), ("PATH", Path(self.python).parent)):
-            environment[name] = os.pathsep.join(filter(None, (str(first), environment.get(name))))
         return {
             "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin halve the speed where processes share cores
             # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
             "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"),
-            **environment,
+            **environment_for_python(self.python, path),
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": str(self._folder),
         }
