@@ -31,7 +31,7 @@ from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, 
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import summary_text
 from rl_onoff.rewards import load_reward
-from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of
+from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of, texts_tokenizer
 from rl_onoff.rundir.summary import Summary, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
@@ -159,15 +159,17 @@ def compare(this: Run) -> None:
     """Compare every table of scores with what was sampled, and write the page. Reads the disk alone."""
     config = this.config
     this.folder = folder = open_sources(config.compare, this.folder)
-    comparisons = compare_run(folder)
+    names = folder.score_names()
+    records = [folder.completions.record(), *(folder.scores(name).record() for name in names)]
+    tokenizer = texts_tokenizer(records, config.compare.tokenizer, known_engines(config)) if names else None
+    comparisons = compare_run(folder, tokenizer)
     if not comparisons:
         if Stage.score in config.stages:
             return log.info("compare: the responses came without logprobs, so their scores have nothing to compare to")
         why = "has nothing to compare, which is responses with logprobs and scores of them"
         raise UsageError(f"{folder.path} {why}: set run_dir to such a run, or compare.behaviour and compare.target")
     this.comparisons |= comparisons
-    records = [folder.completions.record(), *(folder.scores(name).record() for name in comparisons)]
-    this.page = write_page(folder, comparisons, texts_of(records, config.compare.tokenizer, known_engines(config)))
+    this.page = write_page(folder, comparisons, texts_of(records, tokenizer))
 
 
 def matrix(this: Run) -> Steps:

@@ -2,8 +2,7 @@
 
 Of a response that went by, only its token ids, the two logprobs and entropies of each token (24 bytes a token) and the
 sums of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
-Tokens that a mask leaves out are dropped first. What the checks (`checks.py`) set aside is taken out at the end.
-A histogram is {"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too.
+Tokens that a mask leaves out are dropped first. What the checks set aside is taken out at the end.
 
 Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one a position bucket.
 """
@@ -19,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import metrics
-from rl_onoff.compare.checks import Finding, Sampled, examine, other_tokens
+from rl_onoff.compare.checks import examine
 from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
+from rl_onoff.compare.findings import Finding, Sampled
 from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
-from rl_onoff.compare.pair import Pair, check_pair, misfit
+from rl_onoff.compare.pair import Pair, check_pair, fault_of
+from rl_onoff.compare.row_checks import Fault, row_findings
 from rl_onoff.compare.steps import STEP_METRICS, departure
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind, TokenScores
@@ -64,7 +65,7 @@ class Aggregator:
         self._keys: list[Key] = []
         self._groups: list[Mapping[str, str]] = []
         self._facts: list[Mapping[str, float]] = []
-        self._misfits: dict[Key, str] = {}
+        self._faults: dict[Key, Fault] = {}
         self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
         self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
         self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
@@ -73,8 +74,8 @@ class Aggregator:
 
     def add(self, pair: Pair) -> None:
         """Check a pair and take it in; a response without sampled tokens is counted and says nothing."""
-        if other := misfit(pair):
-            self._misfits[pair.key] = other
+        if fault := fault_of(pair):
+            self._faults[pair.key] = fault
             return
         check_pair(pair)
         positions_T = np.arange(pair.num_tokens, dtype=np.int32)
@@ -103,17 +104,17 @@ class Aggregator:
 
     def result(self) -> Comparison:
         self._flush()
-        if not self._keys and not self._misfits:
+        if not self._keys and not self._faults:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         findings, kept_S = self._examine(columns)
         kind = self._kind or LogprobKind.raw
         faulty = [key for key, kept in zip(self._keys, kept_S, strict=True) if not kept]
-        aside = ["{}/{}".format(*key) for key in (*self._misfits, *faulty)]
+        aside = ["{}/{}".format(*key) for key in (*self._faults, *faulty)]
         counts = {"responses_empty": self._num_empty, "responses_set_aside": len(aside)}
         if any(finding.fatal for finding in findings):
             counts |= {"responses": len(self._keys), "tokens": int(columns.get("lengths", kept_S).sum())}
-            counts["responses_set_aside"] = len(self._misfits)
+            counts["responses_set_aside"] = len(self._faults)
             nothing: dict[str, Any] = {"groups": {}, "positions": [], "histograms": {}, "worst": []}
             nothing |= {"worst_responses": [], "overall": Summary(metrics={}, counts=counts)}
             return Comparison(kind=kind, thresholds=self.thresholds, findings=findings, **nothing)
@@ -153,13 +154,13 @@ class Aggregator:
 
     def _examine(self, columns: Mapping[str, np.ndarray]) -> tuple[list[Finding], np.ndarray]:
         """What the checks find, and which responses are worth comparing: (S,)."""
-        found, kept_S = [], np.ones(len(self._keys), bool)
+        found, kept_S = row_findings(self._faults, len(self._keys) + len(self._faults)), np.ones(len(self._keys), bool)
         if self._keys:
-            sides = {f"{name}_N": columns[name] for name in ("token_ids", "behaviour", "target")}
-            lengths = {"lengths_S": columns["lengths"], "positions_N": columns["positions"]}
-            found, kept_S = examine(Sampled(keys=self._keys, recorded=self.recorded, **sides, **lengths))
-        others = other_tokens(self._misfits, len(self._keys) + len(self._misfits))
-        return ([others, *found] if others else found), kept_S
+            named = {f"{name}_N": columns[name] for name in ("token_ids", "behaviour", "target", "positions")}
+            tokens = Sampled(keys=self._keys, lengths_S=columns["lengths"], recorded=self.recorded, **named)
+            others, kept_S = examine(tokens)
+            found += others
+        return found, kept_S
 
     def _steps(self, name: str, facts_S: Mapping[str, np.ndarray], sums: Sums, tokens: Tokens) -> list[dict[str, Any]]:
         """The metrics of the responses of each training step (or staleness), and its worst responses."""
@@ -262,10 +263,10 @@ class Tokens:
         reached = [sum_N[self.starts_S[self.lengths_S > t] + t] for t in positions]
         curve = {"position": positions, "mean": [float(x.mean()) for x in reached], "num": [len(x) for x in reached]}
         return {
-            "l": _histogram(self.l_N, np.linspace(-limit, limit, 102)),
-            "abs_l": _histogram(np.abs(self.l_N), ABS_EDGES),
+            "l": metrics.histogram(self.l_N, np.linspace(-limit, limit, 102)),
+            "abs_l": metrics.histogram(np.abs(self.l_N), ABS_EDGES),
             "probabilities": {"edges": np.linspace(0, 1, PROB_BINS + 1).tolist(), "counts": counts.tolist()},
-            **{name: _histogram(values_N, edges) for name, values_N in entropies.items()},
+            **{name: metrics.histogram(values_N, edges) for name, values_N in entropies.items()},
             "cumulative_l": curve,
         }
 
@@ -292,9 +293,3 @@ class Tokens:
                     | {name: x if math.isfinite(x) else None for name, x in values.items()}
                 )
         return found
-
-
-def _histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
-    counts = np.histogram(values_N, edges)[0]
-    below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "below": below, "above": above}

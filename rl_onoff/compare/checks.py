@@ -1,6 +1,7 @@
 """Checks of logprobs before they are judged: faults that make a comparison meaningless, or a few rows of it.
 
-Each check is a pure function from the tokens of all responses to a Finding, or None. `examine` runs them: rows that a
+Each check is a pure function from the tokens of all responses to a Finding, or None; a response's ids alone are looked
+at before (`row_checks.py`). `examine` runs them: rows that a
 check names are set aside as long as they are few; what concerns many rows, or the file as a whole, is fatal: no number
 of the comparison means anything then.
 
@@ -9,16 +10,14 @@ Shapes: S responses, N tokens of all of them one after the other; sampled tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from rl_onoff.types import Key
+from rl_onoff.compare.findings import Finding, Found, Sampled
 
-FEW = 0.1  # rows with a fault are set aside up to this share of them; more, and the fault is the file's
 ROUNDING = 1e-3  # nats above 0 that a logprob may be by rounding
 SENTINEL = -99.0  # no sampler draws a token this unlikely twice at the same value: −100, −9999, −1e9 stand for "none"
 ZERO_RUN = 8  # tokens with a logprob of exactly 0, one after the other
@@ -26,84 +25,6 @@ UNSURE = -0.5  # nats a token: what the other side says, on average, of tokens t
 MIN_TOKENS = 32  # a pattern over fewer tokens may be chance
 OTHER_KIND = "compare one kind: set compare.behaviour_kind and compare.target_kind to what the columns are"
 PADDING_RUN = 4  # tokens of one id at the end of a response
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """A fault of the data: what it is, what it concerns, and what to do."""
-
-    check: str
-    what: str
-    fix: str
-    responses: int
-    tokens: int
-    example: str  # request id/sample, and the position in the response
-    fatal: bool = False
-
-    def sentence(self) -> str:
-        return f"{self.what} (first in {self.example}): {self.fix}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampled:
-    """The sampled tokens of S responses under two policies; `recorded` names the sides that another program wrote."""
-
-    keys: Sequence[Key]
-    lengths_S: np.ndarray
-    token_ids_N: np.ndarray
-    behaviour_N: np.ndarray  # float32 or float64, nats
-    target_N: np.ndarray
-    recorded: Collection[str] = ()
-    positions_N: np.ndarray | None = None  # of each token in its response, where masks leave tokens out
-
-    @property
-    def sides(self) -> dict[str, np.ndarray]:
-        return {"behaviour": self.behaviour_N, "target": self.target_N}
-
-    @property
-    def responses_N(self) -> np.ndarray:
-        """The number of each token's response."""
-        return np.repeat(np.arange(len(self.lengths_S)), self.lengths_S)
-
-    @property
-    def ends_S(self) -> np.ndarray:
-        return np.cumsum(self.lengths_S)
-
-    def only(self, kept_S: np.ndarray) -> Sampled:
-        """The same of some responses."""
-        if kept_S.all():
-            return self
-        kept_N = kept_S[self.responses_N]
-        return replace(
-            self,
-            keys=[key for key, kept in zip(self.keys, kept_S, strict=True) if kept],
-            lengths_S=self.lengths_S[kept_S],
-            **{name: getattr(self, name)[kept_N] for name in ("token_ids_N", "behaviour_N", "target_N")},
-            positions_N=None if self.positions_N is None else self.positions_N[kept_N],
-        )
-
-    def finding(self, check: str, bad_N: np.ndarray, what: str, fix: str, *, fatal: bool = False) -> Found:
-        """A finding about the tokens in `bad_N`, which says how many they are; None where there is none."""
-        if not bad_N.any():
-            return None
-        bad_S = np.bincount(self.responses_N, weights=bad_N, minlength=len(self.lengths_S)) > 0
-        n, responses, tokens = int(bad_N.argmax()), int(bad_S.sum()), int(bad_N.sum())
-        s = int(self.responses_N[n])
-        position = n - int(self.ends_S[s] - self.lengths_S[s]) if self.positions_N is None else self.positions_N[n]
-        what = f"{what}: {tokens:,} tokens of {responses:,} of {len(bad_S):,} responses"
-        example = "{}/{}".format(*self.keys[s]) + f" at token {position}"
-        told: dict[str, Any] = {"check": check, "what": what, "fix": fix, "example": example}
-        fatal = fatal or is_many(responses, len(bad_S))
-        return Finding(**told, responses=responses, tokens=tokens, fatal=fatal), bad_S
-
-
-def is_many(responses: int, of: int) -> bool:
-    """Whether so many responses have a fault that it is the file's."""
-    return responses == of or responses > max(1, FEW * of)
-
-
-Found = tuple[Finding, np.ndarray] | None
-"""A finding, and which responses it concerns: (S,)."""
 
 
 def no_numbers(tokens: Sampled) -> Found:
@@ -249,20 +170,6 @@ def temperature(tokens: Sampled) -> Found:
         )
         return tokens.finding("temperature", np.ones(len(tokens.target_N), bool), what, OTHER_KIND, fatal=True)
     return None
-
-
-def other_tokens(misfits: Mapping[Key, str], num_responses: int) -> Finding | None:
-    """Responses whose two sides are not the same tokens: of another length, or tokenised again."""
-    if not misfits:
-        return None
-    key, first = next(iter(misfits.items()))
-    return Finding(
-        check="other_tokens",
-        what=f"the two sides hold other tokens in {len(misfits):,} of {num_responses:,} responses",
-        fix="score the very token ids that were sampled, with the same tokenizer",
-        responses=len(misfits), tokens=0, example="{}/{}: ".format(*key) + first,
-        fatal=is_many(len(misfits), num_responses),
-    )  # fmt: skip
 
 
 ROWS: tuple[Callable[[Sampled], Found], ...] = (no_numbers, positive, sentinels, zero_runs)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rl_onoff.compare.checks import Finding
+from rl_onoff.compare.findings import Finding
 from rl_onoff.compare.metrics import PRIME_RL_BAR, Thresholds, metrics_from_means
 from rl_onoff.types import LogprobKind
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rl_onoff.compare.row_checks import Fault, other_tokens
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind, Sampling, TokenScores
 
@@ -25,6 +26,7 @@ class Pair:
     mask_T: np.ndarray | None = None  # bool: the policy sampled this token; None: all of them
     groups: Mapping[str, str] = field(default_factory=dict)  # e.g. {"level": "3", "reward": "right"}
     facts: Mapping[str, float] = field(default_factory=dict)  # step, staleness (step − weight version), reward
+    fault: Fault | None = None  # of its ids, for which the row is set aside
 
     @property
     def key(self) -> Key:
@@ -63,13 +65,10 @@ def as_kind(scores: TokenScores, kind: LogprobKind, sampler: Sampling | None = N
     return replace(scores, kind=kind, logprobs_T=processed_T + np.log(mass_T))
 
 
-def misfit(pair: Pair) -> str:
-    """In what the tokens of the two sides differ; empty where they are the same tokens."""
-    q_T, p_T = (np.asarray(scores.token_ids_T) for scores in (pair.behaviour, pair.target))
-    if len(q_T) != len(p_T):
-        return f"{len(q_T)} tokens under the behaviour and {len(p_T)} under the target"
-    at = np.flatnonzero(q_T != p_T)[:1].tolist()
-    return "".join(f"token id {q_T[t]} at {t} under the behaviour and {p_T[t]} under the target" for t in at)
+def fault_of(pair: Pair) -> Fault | None:
+    """What is wrong with the token ids of a pair."""
+    other = other_tokens(pair.behaviour.token_ids_T, pair.target.token_ids_T)
+    return pair.fault or (("other_tokens", other) if other else None)
 
 
 def check_pair(pair: Pair) -> None:

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from itertools import islice
 from typing import Any
 
+from rl_onoff.compare.row_checks import other_text, row_findings
 from rl_onoff.data.columns import COLUMNS, SHOWN, WHOLE, Columns, Format, find_columns
 from rl_onoff.data.formats import FORMATS
 from rl_onoff.data.readers import Table
@@ -16,7 +17,7 @@ from rl_onoff.data.requests import Texts
 from rl_onoff.data.rollout_file import Recorded, RolloutFile
 from rl_onoff.data.sources import Source, open_source
 from rl_onoff.data.values import LOGPROBS
-from rl_onoff.errors import UsageError, nearest
+from rl_onoff.errors import NotComparableError, UsageError, nearest
 from rl_onoff.types import LogprobKind, Rollout
 
 __all__ = ["Recorded", "RolloutFile", "load_responses", "open_rollouts"]
@@ -90,7 +91,8 @@ def load_responses(
 
     Best are token ids: nothing is tokenised. Text is tokenised once: a prompt that is a list of messages goes through
     the chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already.
-    A response that is text is taken as it is. Rows with an empty response are left out, with a warning.
+    A response that is text is taken as it is. Rows with an empty response are left out, with a warning. Where many rows
+    have ids that are not those of the text beside them, the file is refused.
     """
     file = _open(path, "score.responses", format, Texts(tokenizer, chat_template, system))
     columns = file.columns
@@ -98,10 +100,12 @@ def load_responses(
         text = "%s is text, which is tokenised once: its ids need not be those that were sampled%s"
         log.warning(text, file.name, file.format.lost)
     small = sum(each.stat().st_size for each in file.source.files) <= KEPT_BYTES
-    kept, total, found = [], 0, 0
+    kept, total, found, faults = [], 0, 0, {}
     for total, recorded in enumerate(file.rows(), 1):  # noqa: B007 - counted
         rollout = recorded.rollout
         found += bool(len(rollout.token_ids_T))
+        if tokenizer is not None and (wrong := other_text(rollout, tokenizer.decode)):
+            faults[rollout.key] = ("other_text", wrong)
         if small and len(rollout.token_ids_T):
             kept.append(rollout)
     if not found:
@@ -111,6 +115,10 @@ def load_responses(
         )
     if empty := total - found:
         log.warning("%s: %d of %d rows left out: their response is empty, nothing to score", file.name, empty, total)
+    for finding in row_findings(faults, found):
+        if finding.fatal:
+            raise NotComparableError(f"Not comparable: {finding.sentence()}")
+        log.warning("%s: %s", file.name, finding.sentence())
     kind = None
     if "behaviour" in columns:
         kind = file.assumed_kind("behaviour", LogprobKind.raw, "add a column logprob_kind")

@@ -24,7 +24,7 @@ from rl_onoff.report import ReportInput, ReportResponse, write_report
 from rl_onoff.report.tables import Matrix
 from rl_onoff.rundir.files import write_csv, write_whole
 from rl_onoff.rundir.join import TRANSFORM, group_columns, groups_of, joined, pairs
-from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of
+from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of, texts_tokenizer
 from rl_onoff.rundir.summary import summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
@@ -34,14 +34,17 @@ log = logging.getLogger(__name__)
 TAKEN_FROM = {"file", "responses", "monitor"}  # keys of the record of rows that another program wrote
 
 
-def compare_run(run: RunDir) -> dict[str, Comparison]:
-    """Every table of scores against what was sampled, by the table's name; the behaviour's own scores come first."""
+def compare_run(run: RunDir, tokenizer: Any = None) -> dict[str, Comparison]:
+    """Every table of scores against what was sampled, by the table's name; the behaviour's own scores come first. With
+    a tokenizer, ids that another program wrote are compared with the text beside them.
+    """
     own, columns, comparisons = own_scores(run), group_columns(run), {}
     for name in sorted(run.score_names(), key=lambda name: (name != own, name)):
         check_tokenizers(run.completions.record(), run.scores(name).record(), name)
-        found = pairs(run, name, own, group_columns=columns)
         sides = {"behaviour": run.completions.record(), "target": run.scores(name).record()}
         recorded = [side for side, record in sides.items() if TAKEN_FROM & record.get("config", {}).keys()]
+        decode = tokenizer.decode if tokenizer is not None and "behaviour" in recorded else None
+        found = pairs(run, name, own, group_columns=columns, decode=decode)
         if (first := next(found, None)) is not None:
             comparisons[name] = compare(chain([first], found), recorded=recorded)
     return comparisons
@@ -185,7 +188,8 @@ def run_matrix(
             raise UsageError(
                 f"{folder.path} has no response with tokens to compare with {missing[0]}: change data.path"
             )
-        write_page(folder, comparisons, texts_of([completions.record()], None, policies.values()))
+        records = [completions.record()]
+        write_page(folder, comparisons, texts_of(records, texts_tokenizer(records, None, policies.values())))
         found = {b: comparison.to_dict() for b, comparison in comparisons.items()}
         folder.write_json("metrics.json", {"values": summarise(sub.folder).values | sub.values, "comparisons": found})
         matrix.cells.update({(a, b): comparison for b, comparison in comparisons.items()})

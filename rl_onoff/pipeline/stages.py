@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,11 @@ import numpy as np
 
 from rl_onoff.backends.base import BaseBackend
 from rl_onoff.compare import Comparison
+from rl_onoff.compare.row_checks import outside_vocab, row_findings
 from rl_onoff.config import RunConfig
 from rl_onoff.data.prompts import Row
 from rl_onoff.data.requests import EncodedPrompt
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import NotComparableError, UsageError
 from rl_onoff.pipeline.engines import Slot
 from rl_onoff.rewards import FAILED, Judge, Reward
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_rollout, row_of_scores
@@ -158,27 +159,24 @@ def unscored(run: RunDir, table: Table) -> int:
 
 def score(run: RunDir, table: Table, backend: BaseBackend, want: Want, progress: Progress) -> None:
     """Score every completion of the run that `table` lacks, and append each to it as it is done. Responses with token
-    ids that the model has no row for, of another tokenizer, are left out and counted.
+    ids that the model has no row for are left out and named; many of them are those of another tokenizer.
     """
-    done, size, outside = table.keys(), backend.info.vocab_size, []
-
-    def fits(response: Rollout) -> bool:
-        if max(response.token_ids_T.max(), response.prompt_ids.max(initial=0)) < size:
-            return True
-        outside.append("{}/{}".format(*response.key))
-        return False
-
-    waiting = (response for response in responses(run) if response.key not in done and fits(response))
+    total, outside = 0, {}
+    for total, response in enumerate(responses(run), 1):  # noqa: B007 - counted
+        if wrong := outside_vocab(response, backend.info.vocab_size):
+            outside[response.key] = ("outside_vocab", wrong)
+    for finding in row_findings(outside, total):
+        table.describe(findings=[asdict(finding)])
+        if finding.fatal:
+            raise NotComparableError(f"Not comparable: {finding.sentence()}")
+        log.warning("not scored: %s", finding.sentence())
+    left_out = table.keys() | outside.keys()
+    waiting = (response for response in responses(run) if response.key not in left_out)
     with table.writer() as writer, progress:
         while window := list(islice(waiting, max(WINDOW, REPLICA_WINDOW * backend.info.replicas))):
             for scores in backend.score(window, want):
                 writer.append(row_of_scores(scores))
                 progress.add(len(scores.token_ids_T))
-    if outside:
-        what = f"{len(outside)} responses hold token ids past the model's {size} rows, {outside[0]} first"
-        if not table.exists():
-            raise UsageError(f"{what}: set model to the one that sampled, or score.responses to another file")
-        log.warning("%s: they are left out, not scored", what)
 
 
 def responses(run: RunDir) -> Iterator[Rollout]:

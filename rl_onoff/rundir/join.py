@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from rl_onoff.compare import Pair, as_kind
+from rl_onoff.compare.row_checks import other_text, outside_vocab
 from rl_onoff.errors import UsageError
 from rl_onoff.rewards import FAILED
 from rl_onoff.rundir.files import read_shard
@@ -95,15 +97,31 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
         yield Joined(rollout=rollout, prompt=row["prompt"] or "", behaviour=behaviour, targets=scored)
 
 
-def pairs(run: RunDir, target: str, own: str | None, *, group_columns: Sequence[str] = ()) -> Iterator[Pair]:
-    """Every response of the run that has a behaviour and that `scores/<target>` has; how many have none is said."""
-    unknown = 0
+def pairs(
+    run: RunDir,
+    target: str,
+    own: str | None,
+    *,
+    group_columns: Sequence[str] = (),
+    decode: Callable[..., str] | None = None,
+) -> Iterator[Pair]:
+    """Every response of the run that has a behaviour and that `scores/<target>` has; how many have none is said. One
+    that the target's model has no rows for, and with `decode` one whose ids are not its text's, have a `fault`.
+    """
+    unknown, vocab_size = 0, run.scores(target).record().get("engine", {}).get("vocab_size", math.inf)
     for found in joined(run, [target], own if own != target else None):
-        if found.behaviour is not None and target in found.targets:
-            rollout, (q, p) = found.rollout, (found.behaviour, found.targets[target])
+        rollout, q, p = found.rollout, found.behaviour, found.targets.get(target)
+        unknown += q is None
+        if q is None:
+            continue
+        if p is None:
+            check, wrong = "outside_vocab", outside_vocab(rollout, vocab_size)
+        else:
+            check, wrong = "other_text", other_text(rollout, decode) if decode else ""
+        if p is not None or wrong:
             groups, facts = groups_of(rollout, group_columns), facts_of(rollout)
-            yield Pair(behaviour=q, target=p, mask_T=rollout.mask_T, groups=groups, facts=facts)
-        unknown += found.behaviour is None
+            fault = (check, wrong) if wrong else None
+            yield Pair(behaviour=q, target=p or q, mask_T=rollout.mask_T, groups=groups, facts=facts, fault=fault)
     if unknown:
         log.warning("%d responses came without logprobs, so nothing is compared with %s there", unknown, target)
 

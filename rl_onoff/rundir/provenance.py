@@ -101,11 +101,11 @@ def check_tokenizers(behaviour: Mapping[str, Any], target: Mapping[str, Any], na
         raise UsageError(f"{why}: compare models that share a tokenizer, or set target.tokenizer")
 
 
-def texts_of(records: Records, tokenizer: str | None, known: Collection[EngineConfig]) -> Callable[[int], str]:
+def texts_of(records: Records, tokenizer: Any) -> Callable[[int], str]:
     """How the page writes a token out: by the tokenizer, special tokens too, else by the pieces of text beside the ids,
     else as its id."""
-    if (loaded := texts_tokenizer(records, tokenizer, known)) is not None:
-        return cache(lambda token_id: loaded.decode([token_id]))
+    if tokenizer is not None:
+        return cache(lambda token_id: tokenizer.decode([token_id]))
     pieces = next((record["pieces"] for record in records if record.get("pieces")), {})
     return lambda token_id: pieces.get(str(token_id), f"⟨{token_id}⟩")
 
