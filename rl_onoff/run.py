@@ -125,6 +125,7 @@ def score(this: Run) -> Steps:
         file, data = Path(config.score.responses), config.data
         tokenizer = create_backend(next(iter(scorers(config).values()))).get_tokenizer()
         options = {"chat_template": data.chat_template, "system": data.system, "format": config.compare.format}
+        options["tools"] = "tools" not in data.template_kwargs
         texts = with_template_kwargs(tokenizer, data.template_kwargs)
         given = load_responses(config.score.responses, texts, **options)
         made_of = {"responses": str(file.absolute()), "content": given.file.source.content()}

@@ -154,13 +154,12 @@ class Aggregator:
 
     def _examine(self, columns: Mapping[str, np.ndarray]) -> tuple[list[Finding], np.ndarray]:
         """What the checks find, and which responses are worth comparing: (S,)."""
-        found, kept_S = row_findings(self._faults, len(self._keys) + len(self._faults)), np.ones(len(self._keys), bool)
+        found, kept_S = [], np.ones(len(self._keys), bool)
         if self._keys:
-            named = {f"{name}_N": columns[name] for name in ("token_ids", "behaviour", "target", "positions")}
-            tokens = Sampled(keys=self._keys, lengths_S=columns["lengths"], recorded=self.recorded, **named)
-            others, kept_S = examine(tokens)
-            found += others
-        return found, kept_S
+            sides = {f"{name}_N": columns[name] for name in ("token_ids", "behaviour", "target")}
+            lengths = {"lengths_S": columns["lengths"], "positions_N": columns["positions"]}
+            found, kept_S = examine(Sampled(keys=self._keys, recorded=self.recorded, **sides, **lengths))
+        return [*row_findings(self._faults, len(self._keys) + len(self._faults)), *found], kept_S
 
     def _steps(self, name: str, facts_S: Mapping[str, np.ndarray], sums: Sums, tokens: Tokens) -> list[dict[str, Any]]:
         """The metrics of the responses of each training step (or staleness), and its worst responses."""

@@ -250,7 +250,7 @@ def _exp(x: np.ndarray | float) -> np.ndarray:
     return np.exp(np.clip(x, -CLAMP, CLAMP))
 
 
-def histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, Any]:
+def histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, int | list[float]]:
     """{"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too."""
     counts = np.histogram(values_N, edges)[0]
     below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())

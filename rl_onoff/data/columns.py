@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from rl_onoff.config import COLUMN_ROLES
-from rl_onoff.data.prompts import GROUP_COLUMNS
+from rl_onoff.data.prompts import GROUP_COLUMNS, IMAGE_COLUMNS
 from rl_onoff.data.readers import look_up
 from rl_onoff.data.values import LOGPROBS, Wrong, whole
 from rl_onoff.types import LogprobKind
@@ -61,7 +61,7 @@ class Format:
 
     def rows(self, record: Record, step: int | None) -> Iterator[Row]:
         """The responses in a record; `step` is what the file's path tells of it."""
-        yield {role: record.get(column) for role, column in self.roles.items()}
+        yield beside(record) | {role: record.get(column) for role, column in self.roles.items()}
 
     def start(self, row: Row, arrays: Mapping[str, np.ndarray]) -> int:
         """How many of the row's ids stand before its response."""
@@ -87,7 +87,8 @@ class Columns(Format):
             row["token_ids"] = row.get("text")
         said = {"attention": record.get("attention_mask"), "response_length": record.get("response_length")}
         kind = {"kind": record.get("logprob_kind")} if self.has_kind else {}
-        yield row | said | kind | {"record": record, **{name: record.get(name) for name in GROUP_COLUMNS}}
+        groups = {name: record.get(name) for name in GROUP_COLUMNS}
+        yield beside(record) | row | said | kind | groups | {"record": record}
 
     def start(self, row: Row, arrays: Mapping[str, np.ndarray]) -> int:
         """Believed only where the row says how long the response is, by a response_length or by a mask."""
@@ -131,6 +132,11 @@ def _fits(role: str, value: Any) -> bool:
 def first_sampled(mask: np.ndarray) -> int:
     """Where the first token is that the policy sampled; the end where it sampled none."""
     return int(np.argmax(mask > 0)) if (mask > 0).any() else len(mask)
+
+
+def beside(record: Record) -> Row:
+    """What stands beside a prompt and belongs to it."""
+    return {name: record[name] for name in ("tools", *IMAGE_COLUMNS) if record.get(name) is not None}
 
 
 def apart(columns: Record, leader: str) -> list[Row]:

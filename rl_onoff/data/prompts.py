@@ -27,6 +27,7 @@ PROMPT_COLUMNS = ("prompt_ids", "prompt_token_ids", "prompt", "messages", "quest
 GROUP_COLUMNS = ("data_source", "subject", "level")
 MAX_ID = 2**31 - 1  # of a token: ids are int32 everywhere
 IMAGES = {"image", "image_url", "input_image"}  # types of content parts
+IMAGE_COLUMNS = ("images", "image")
 WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content")  # a message with one of them may lack content
 
 Messages = list[dict[str, Any]]
@@ -83,9 +84,7 @@ def load_rows(data: DataConfig) -> list[Row]:
         if table.unit == "row":
             value, tools = without_nulls(value), without_nulls(tools)
         prompt = parse_prompt(value, where=where, column=prompt_column, key="data.prompt")
-        if images := next((name for name in ("images", "image") if record.get(name)), None):
-            why = f"{where} holds images in its column {images}, and engines are sent text alone"
-            raise UsageError(f"{why}: remove the row, or set data.path to another file")
+        refuse_images(record, where=where, key="data.path")
         if is_chat(prompt) and prompt[-1]["role"] == "assistant":
             if prompt_column != "messages" or len(prompt) == 1:
                 why = f"the conversation in {where} ends with the assistant's turn"
@@ -96,7 +95,7 @@ def load_rows(data: DataConfig) -> list[Row]:
             why = f"{where} and {rows[row_id].where} share the id {row_id!r}"
             raise UsageError(f"{why}: set data.id to a column without repetitions, or data.id={ROW_NUMBER}")
         meta = meta_of(prompt, record, answer_column, groups, where=where)
-        tools = None if "tools" in data.template_kwargs else _tools(tools, where)
+        tools = None if "tools" in data.template_kwargs else parse_tools(tools, where)
         rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta, tools=tools)
     if answered:  # in TRL's layout the last turn of `messages` is the answer to learn
         log.warning("%s: the assistant's last turn is left out of the prompts of %d rows", table.name, answered)
@@ -109,9 +108,7 @@ def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     ids = isinstance(value, list) and all(type(item) is int for item in value)
     chat = isinstance(value, list) and all(_is_message(item) for item in value)
     text = "".join(text_of(item) for item in value) if chat else value
-    lists = [item["content"] for item in value if isinstance(item.get("content"), list)] if chat else []
-    images = {part["type"] for parts in lists for part in parts} & IMAGES
-    if images:
+    if images := _images(value):
         what = f"a prompt that holds images (content of type {min(images)}), and engines are sent text alone"
     elif text is None or (isinstance(text, str) and not text.strip()):
         what = "an empty prompt"
@@ -125,6 +122,24 @@ def parse_prompt(value: Any, *, where: str, column: str, key: str) -> Prompt:
     other = "file" if key == "score.responses" else "column"
     fix = "remove the row" if images else f"fill column {column}"
     raise UsageError(f"{where} has {what}: {fix} or set {key} to another {other}")
+
+
+def refuse_images(record: Mapping[str, Any], *, where: str, key: str, messages: Any = None) -> None:
+    """Refuse a row with images in a column of their own, or in the messages that its prompt's ids were made of."""
+    values = {name: record.get(name) for name in IMAGE_COLUMNS}
+    held = [f"holds images in its column {x}" for x, value in values.items() if getattr(value, "ndim", 0) or value]
+    held += [f"has a prompt that holds images (content of type {x})" for x in sorted(_images(messages))]
+    if held:
+        why = f"{where} {held[0]}, and engines are sent text alone"
+        raise UsageError(f"{why}: remove the row, or set {key} to another file")
+
+
+def _images(value: Any) -> set[str]:
+    """The types of a conversation's content parts that are images."""
+    messages = value if isinstance(value, list) and all(isinstance(item, dict) for item in value) else []
+    lists = [item["content"] for item in messages if isinstance(item.get("content"), list)]
+    types = [part.get("type") for parts in lists for part in parts if isinstance(part, dict)]
+    return {each for each in types if isinstance(each, str)} & IMAGES
 
 
 def _is_message(item: Any) -> bool:
@@ -154,7 +169,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+def parse_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
     """A row's tools for the chat template, from a list or, as Parquet files often hold it, its JSON."""
     with suppress(ValueError):
         value = json.loads(value) if isinstance(value, str) else value

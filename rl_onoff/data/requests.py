@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.config import DataConfig
-from rl_onoff.data.prompts import Messages, Prompt, Row, is_chat, is_ids, text_of
+from rl_onoff.data.prompts import Messages, Prompt, Row, is_chat, is_ids, parse_tools, text_of
 from rl_onoff.errors import UsageError, one_line
 from rl_onoff.types import SampleRequest
 
@@ -113,15 +113,21 @@ class Texts:
     tokenizer: Any = None  # None: text is refused
     chat_template: bool = False
     system: str | None = None
+    tools: bool = True  # a row's own tools go to the chat template
+    said: list[str] = field(default_factory=list)  # warnings, each of them said once
 
-    def of_prompt(self, prompt: Any, where: str) -> np.ndarray:
+    def of_prompt(self, prompt: Any, where: str, tools: Any = None) -> np.ndarray:
         """The ids of a prompt; one that is text goes through the chat template, unless it has been through it."""
         if is_ids(prompt):
             return np.asarray(prompt, np.int32)
         tokenizer = self._tokenizer("prompt", "prompt_ids", where)
         special = (tokenizer.decode([i]) for i in tokenizer.all_special_ids)
         chat = is_chat(prompt) or (self.chat_template and not any(token in prompt for token in special))
-        return encode_prompt(prompt, tokenizer, chat_template=chat, system=self.system, where=where).ids
+        tools = parse_tools(tools, where) if self.tools and chat else None
+        if tools and not _reads(tokenizer, "tools") and not self.said:
+            self.said.append("tools")
+            log.warning("the model's chat template reads no tools: those of the file's rows are in no prompt")
+        return encode_prompt(prompt, tokenizer, chat_template=chat, system=self.system, tools=tools, where=where).ids
 
     def of_response(self, text: str, where: str) -> list[int]:
         """The ids of a response, whose text is taken as it is."""

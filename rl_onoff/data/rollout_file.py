@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rl_onoff.data.columns import COLUMNS, Columns, Format, Row
-from rl_onoff.data.prompts import GROUP_COLUMNS, answer_column_of, jsonable, meta_of, parse_prompt
+from rl_onoff.data.prompts import GROUP_COLUMNS, answer_column_of, jsonable, meta_of, parse_prompt, refuse_images
 from rl_onoff.data.readers import Table
 from rl_onoff.data.requests import Texts
 from rl_onoff.data.sources import Source
@@ -208,8 +208,9 @@ class RolloutFile:
             if getattr(given, "ndim", 0):
                 given = ids(given, "prompt_ids").astype(int).tolist()
             prompt = parse_prompt(given, where=where, column=self.columns.get(role, role), key=self.source.key)
+            refuse_images(row, where=where, key=self.source.key, messages=row.get("prompt"))
             texts = self.texts if self.format.chat is None else replace(self.texts, chat_template=self.format.chat)
-            prompt_ids = texts.of_prompt(prompt, where)
+            prompt_ids = texts.of_prompt(prompt, where, row.get("tools"))
             record, answer = row.get("record"), answer_column_of(self.table)
             if record is None:  # of a format, whose rows have the answer under that name
                 record = row | {"prompt": _question(row.get("prompt"))}

@@ -85,16 +85,18 @@ def load_responses(
     *,
     chat_template: bool = False,
     system: str | None = None,
+    tools: bool = True,
     format: str | None = None,
 ) -> Responses:
     """The prompts and responses in a file or a folder of step files, to be scored, all of them checked.
 
     Best are token ids: nothing is tokenised. Text is tokenised once: a prompt that is a list of messages goes through
-    the chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already.
-    A response that is text is taken as it is. Rows with an empty response are left out, with a warning. Where many rows
-    have ids that are not those of the text beside them, the file is refused.
+    the chat template, and so does a prompt that is text with `chat_template`, unless it holds special tokens already;
+    with `tools` the template gets the row's tools. A response that is text is taken as it is. Rows with an empty
+    response are left out, with a warning. Where many rows have ids that are not those of the text beside them, the file
+    is refused.
     """
-    file = _open(path, "score.responses", format, Texts(tokenizer, chat_template, system))
+    file = _open(path, "score.responses", format, Texts(tokenizer, chat_template, system, tools))
     columns = file.columns
     if "token_ids" not in columns and not isinstance(file.format, Columns):
         text = "%s is text, which is tokenised once: its ids need not be those that were sampled%s"

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rl_onoff.data.prompts import without_nulls
 from rl_onoff.data.readers import READERS, format_of
 from rl_onoff.errors import UsageError, one_line
 from rl_onoff.rundir.files import content_of
@@ -135,7 +136,12 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
             for record in batch.to_pylist():
                 number += 1
-                yield number, record
+                yield number, {name: without_nulls(x) if _is_objects(x) else x for name, x in record.items()}
+
+
+def _is_objects(value: Any) -> bool:
+    """Messages or tools; lists of numbers are long, and have no nulls that Arrow added."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _pickled(file: Path, name: str, key: str) -> Iterator[tuple[int, Any]]:

@@ -46,7 +46,8 @@ class TrlDataset(Format):
         return all(isinstance(side, list) and side and all(isinstance(each, dict) for each in side) for side in sides)
 
     def rows(self, record: Record, step: int | None) -> Iterator[Row]:
-        yield {"prompt": record.get("prompt"), "text": reply(record.get("completion"))}
+        for row in super().rows(record, step):
+            yield row | {"text": reply(row["text"])}
 
 
 def reply(completion: Any) -> Any:

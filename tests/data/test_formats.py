@@ -19,7 +19,7 @@ from rl_onoff.data.rollouts import Recorded, load_responses, open_rollouts
 from rl_onoff.data.sources import step_of
 from rl_onoff.errors import UsageError
 from rl_onoff.types import LogprobKind
-from tests.data.rollouts.make import IDS, MASKS, PROMPTS, REWARDS, TEXTS, P, Q
+from tests.data.rollouts.make import IDS, MASKS, PROMPTS, RESPONSES, REWARDS, TEXTS, P, Q
 from tests.running import run_in
 
 FILES = Path(__file__).parent / "rollouts"
@@ -143,7 +143,7 @@ def test_what_a_row_is_called_and_what_else_it_tells() -> None:
     assert opened("prime-rl/step_9")[0].rollout.meta == {"data_source": "gsm8k", "step": 9}
     (given, *_) = load_responses(str(FILES / "slime/10.pt"))
     assert given.meta == {"question": TEXTS[0][0], "answer": "4", "step": 10, "weight_version": 3}
-    assert given.text == TEXTS[0][1] and last.rollout.text == TEXTS[2][1]
+    assert given.text == RESPONSES[0] and last.rollout.text == RESPONSES[2]
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rl_onoff.backends.fake.backend import ByteTokenizer
 from rl_onoff.data.columns import COLUMNS
 from rl_onoff.data.rollouts import load_responses, open_rollouts
 from rl_onoff.errors import UsageError
@@ -158,9 +159,9 @@ def test_the_layouts_of_trainers_can_be_scored_too(write):
     (given,) = load_responses(write(verl))
     assert (given.key, given.prompt_ids.tolist(), given.token_ids_T.tolist()) == (("a", 0), [7], [4, 5])
     assert given.logprobs_T.tolist() == [-1, -2] and given.mask_T is None
-    slime = {"prompt": "text", "tokens": [7, 8, 4, 5], "response": "x", "response_length": 2, "loss_mask": [1, 1]}
-    (given,) = load_responses(write(slime), object())
-    assert (given.prompt_ids.tolist(), given.token_ids_T.tolist(), given.text) == ([7, 8], [4, 5], "x")
+    slime = {"prompt": "text", "tokens": [7, 8, 65, 66], "response": "AB", "response_length": 2, "loss_mask": [1, 1]}
+    (given,) = load_responses(write(slime), ByteTokenizer())
+    assert (given.prompt_ids.tolist(), given.token_ids_T.tolist(), given.text) == ([7, 8], [65, 66], "AB")
     packed = {"prompt_ids": [7, 8], "input_ids": [7, 8, 4, 5], "loss_mask": [False, False, True, True]}
     (given,) = load_responses(write(packed))
     assert (given.prompt_ids.tolist(), given.token_ids_T.tolist()) == ([7, 8], [4, 5])

@@ -143,20 +143,61 @@ def test_an_impossible_token_is_a_fact_and_a_row_without_logprobs_is_said(tmp_pa
     assert "could not have been drawn by the target's sampler" in done.stdout
 
 
-def test_ids_that_the_model_has_no_row_for_are_left_out_of_the_scores(tmp_path):
+SCORE = ("experiment=score", "backend=fake", "model=fake", "tracking=none", "score.responses=r.jsonl")
+PAST = "token ids lie past the last row of the target's model in 1 of"
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+def test_ids_that_the_model_has_no_row_for_are_not_scored_and_said(tmp_path, logprobs):
     given = [{"prompt_ids": [1, 2], "token_ids": ids} for ids in ([5, 6], [5, 999_999], [7, 8])]
-    score = (
-        "experiment=score",
-        "backend=fake",
-        "model=fake",
-        "tracking=none",
-        "run_dir=run",
-        "score.responses=r.jsonl",
-    )
+    given = [row | {"logprobs": [-1.0, -2.0], "logprob_kind": "raw"} for row in given] if logprobs else given
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-    done = rl_onoff(*score, cwd=tmp_path)
-    assert "1 responses hold token ids past the model's 257 rows, 0/1 first: they are left out" in done.stdout
+    done = rl_onoff(*SCORE, "run_dir=run", cwd=tmp_path)
+    assert (
+        f"not scored: {PAST} 3 responses (first in 0/1: token id 999999 in its response, and 257 rows)" in done.stdout
+    )
     assert found(tmp_path)["values"]["score/fake-fake-auto/responses"] == 2
-    (tmp_path / "r.jsonl").write_text(json.dumps(given[1]))
-    last = rl_onoff(*score[:-2], "run_dir=other", score[-1], cwd=tmp_path, code=2).stderr.splitlines()[-1]
-    assert last.startswith("rl-onoff: ") and "set model to the one that sampled" in last
+    [recorded] = json.loads((tmp_path / "run/scores/fake-fake-auto/_made_with.json").read_text())["findings"]
+    if logprobs:
+        comparison = found(tmp_path)["comparisons"]["fake-fake-auto"]
+        assert comparison["findings"] == [recorded] and recorded["check"] == "outside_vocab"
+        assert comparison["counts"]["responses_set_aside"] == 1 and comparison["set_aside"] == ["0/1"]
+        assert done.stdout.count("set aside, ") == 1 and "1 responses were set aside" in done.stdout
+        assert "token ids lie past the last row" in (tmp_path / "run/report.html").read_text()
+    assert not recorded["fatal"] and recorded["responses"] == 1
+
+
+def test_ids_that_the_model_has_no_row_for_in_many_responses(tmp_path):
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt_ids": [1, 300], "token_ids": [5]}))
+    last = rl_onoff(*SCORE, "run_dir=run", cwd=tmp_path, code=3).stderr.splitlines()[-1]
+    assert last.startswith(f"rl-onoff: Not comparable: {PAST} 1 responses (first in 0/0: token id 300 in its prompt")
+    assert "set model to the one that sampled" in last
+
+
+def worded(num: int, others: int) -> list[dict]:
+    """Responses of bytes with their text, some with the ids of another tokenizer."""
+    texts = [f"The answer to question {i} is {i * i}." for i in range(num)]
+    made = [[(b + 100 * (i < others)) % 256 for b in text.encode()] for i, text in enumerate(texts)]
+    logprobs = [(-np.random.default_rng(i).exponential(8, len(ids))).tolist() for i, ids in enumerate(made)]
+    return [
+        {"prompt_ids": [1], "token_ids": ids, "response": text, "logprobs": of_ids, "logprob_kind": "raw"}
+        for ids, text, of_ids in zip(made, texts, logprobs, strict=True)
+    ]  # fmt: skip
+
+
+def test_ids_of_another_tokenizer_are_found_before_a_model_loads(tmp_path):
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worded(20, others=3)))
+    done = rl_onoff(*SCORE, "run_dir=run", cwd=tmp_path, code=3)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("rl-onoff: Not comparable: the token ids are not those of the text beside them in 3 of 20")
+    assert "the text is 'The answer to question 0'" in last and "set model" in last
+    assert "loading fake" not in done.stdout + done.stderr and not list((tmp_path / "run").glob("scores/*"))
+
+
+def test_a_row_with_ids_of_another_tokenizer_is_set_aside(tmp_path):
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worded(20, others=1)))
+    done = rl_onoff(*SCORE, "run_dir=run", cwd=tmp_path)
+    [finding] = found(tmp_path)["comparisons"]["fake-fake-auto"]["findings"]
+    assert (finding["check"], finding["responses"], finding["fatal"]) == ("other_text", 1, False)
+    assert found(tmp_path)["comparisons"]["fake-fake-auto"]["counts"]["responses"] == 19
+    assert "r.jsonl: the token ids are not those of the text beside them in 1 of 20" in done.stdout

@@ -25,6 +25,7 @@ Q = [[-0.5, -1.0, -1.5, -0.25], [-0.25, -2.0, TOOL, TOOL, -0.5, -0.125], [-3.0]]
 P = [[-0.75, -1.25, -1.0, -0.5], [-0.5, -1.75, -9.0, -8.0, -0.25, -0.25], [-2.5]]
 REWARDS = [1.0, 0.0, 0.5]
 TEXTS = [("One two", " three four"), ("One two", " five"), ("A B C", " D")]
+RESPONSES = ["".join(map(chr, ids)) for ids in IDS]  # the ids as a tokenizer of bytes reads them
 CHATS = [[{"role": "user", "content": prompt}] for prompt, _ in TEXTS]
 ALL = range(3)
 
@@ -116,7 +117,7 @@ def slime(rollout_id: int) -> dict[str, Any]:
     samples = [
         {
             "group_index": i // 2, "index": i, "prompt": CHATS[i], "tokens": PROMPTS[i] + IDS[i],
-            "multimodal_inputs": None, "response": TEXTS[i][1], "response_length": len(IDS[i]), "label": "4",
+            "multimodal_inputs": None, "response": RESPONSES[i], "response_length": len(IDS[i]), "label": "4",
             "reward": {"score": REWARDS[i], "length": 3.0} if i else REWARDS[i],
             "loss_mask": MASKS[i] if i == 1 else None, "weight_versions": ["3", "4"], "rollout_log_probs": Q[i],
             "remove_sample": False, "status": "completed", "metadata": {}, "spec_info": {}, "prefix_cache_info": {},
