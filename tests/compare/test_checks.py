@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_onoff.compare.checks import Sampled, examine
+from rl_onoff.backends.fake.backend import END, ByteTokenizer
+from rl_onoff.compare import Pair, compare, verdict
+from rl_onoff.compare.checks import examine
+from rl_onoff.compare.findings import Sampled
+from rl_onoff.compare.row_checks import Fault, other_text, other_tokens, outside_vocab, row_findings
+from rl_onoff.types import Rollout, TokenScores
+from tests.conftest import ROOT
 
 TEMPERATURES = (0.3, 0.6, 1.0, 1.3)
 FILE = np.load(Path(__file__).parent / "rollouts.npz")
@@ -140,6 +146,68 @@ def test_a_temperature_of_two_outcomes_is_fitted_exactly():
     assert finding.check == "temperature" and "temperature of 0.6" in finding.what
 
 
+def response(ids: Any, text: str = "", prompt: Any = (), name: str = "q0") -> Rollout:
+    ids_T, prompt_ids = (np.asarray(x, np.int32) for x in (ids, prompt))
+    return Rollout(request_id=name, sample=0, prompt_ids=prompt_ids, token_ids_T=ids_T, text=text)
+
+
+READ = "Two plus two\n is four."
+
+
+@pytest.mark.parametrize(
+    ("read", "text"),
+    [
+        (READ, READ),
+        (READ, f"{READ}<|end|>"),  # which decoding may leave out
+        (READ, f"  {READ.replace(chr(10), '')} "),
+        (READ, "Two plus"),  # cut at a stop string
+        (READ, "four."),  # the reasoning, or the calls of tools, left out
+        (READ, f"What is 2 + 2? {READ}"),  # with the prompt
+        (READ, f"{READ}\ufffd"),
+        ("", ""), ("", "é"), ("4", ""), ("4", "4."),
+    ],
+)  # fmt: skip
+def test_a_text_that_differs_as_it_may(read, text):
+    assert other_text(response([*read.encode(), END], text), ByteTokenizer().decode) == ""
+    cut = [*read.encode(), "é".encode()[0]]
+    assert other_text(response(cut, text), ByteTokenizer().decode) == ""
+    turns = [*b"one", END, *b"two", END]
+    for text in ("one<|end|>two<|end|>", "one<|end|>two", "onetwo", "two"):
+        assert other_text(response(turns, text), ByteTokenizer().decode) == ""
+
+
+@pytest.mark.parametrize("text", ["Three minus one\n is two.", "5", "ABCDEFGH", "Uxp!qmvt!uxp!jt!gpvs/"])
+def test_a_text_of_other_ids(text):
+    said = other_text(response([*READ.encode(), END], text), ByteTokenizer().decode)
+    assert said == f"the ids read 'Two plus two\\n is four.<|' and the text is {text[:24]!r}"
+    assert other_text(response([END], "A long answer"), ByteTokenizer().decode), "and no answer at all"
+
+
+def test_ids_past_the_rows_of_a_model():
+    assert outside_vocab(response([0, 9], prompt=[9]), 10) == "" == outside_vocab(response([], prompt=[]), 10)
+    assert outside_vocab(response([0, 10, 12], prompt=[11]), 10) == "token id 12 in its response, and 10 rows"
+    assert outside_vocab(response([0, 9], prompt=[10]), 10) == "token id 10 in its prompt, and 10 rows"
+
+
+def test_two_sides_of_other_tokens():
+    assert other_tokens(np.array([1, 2]), np.array([1, 2])) == ""
+    assert other_tokens(np.array([1, 2]), np.array([1])) == "2 tokens under the behaviour and 1 under the target"
+    said = other_tokens(np.array([1, 2, 3]), np.array([1, 4, 5]))
+    assert said == "token id 2 at 1 under the behaviour and 4 under the target"
+
+
+def test_rows_are_counted_by_what_is_wrong_with_them():
+    faults: dict[Any, Fault] = {
+        ("a", 0): ("outside_vocab", "x"),
+        ("b", 1): ("other_tokens", "y"),
+        ("c", 0): ("outside_vocab", "z"),
+    }
+    one, two = row_findings(faults, 20)
+    assert (one.check, one.responses, one.example, one.fatal) == ("other_tokens", 1, "b/1: y", False)
+    assert (two.check, two.responses, two.example, two.fatal) == ("outside_vocab", 2, "a/0: x", False)
+    assert "in 2 of 20 responses" in two.what and row_findings(faults, 19)[1].fatal and row_findings({}, 9) == []
+
+
 # --- faults planted in real rollouts ----------------------------------------------------------------------------------
 
 
@@ -252,3 +320,81 @@ def test_logprobs_after_a_cut_against_raw_ones():
     assert finding.check == "cut"
     named = float(finding.what.split("keeps ")[1].split()[0])
     assert abs(named - 0.9) < 0.03
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def responses(temperatures: tuple[float, ...] = TEMPERATURES) -> list[np.ndarray]:
+    sampled = real("drawn", "f32", at=temperatures)
+    return np.split(sampled.token_ids_N, sampled.ends_S[:-1])
+
+
+def judged(ids: list[np.ndarray], faults: dict[int, Fault] | None = None, target: dict[int, Any] | None = None) -> Any:
+    """The real responses compared, some of them with a fault, or with other ids under the target."""
+    sampled = real("drawn", "f32", at=(1.0, 1.3))
+    logprobs = [np.split(getattr(sampled, f"{side}_N"), sampled.ends_S[:-1]) for side in ("behaviour", "target")]
+    pairs = []
+    for i, (ids_T, q_T, p_T) in enumerate(zip(ids, *logprobs, strict=True)):
+        theirs_T = (target or {}).get(i, ids_T)
+        sides = [(ids_T, q_T), (theirs_T, np.resize(p_T, len(theirs_T)))]
+        q, p = (TokenScores(request_id=str(i), token_ids_T=x, logprobs_T=y) for x, y in sides)
+        pairs.append(Pair(behaviour=q, target=p, fault=(faults or {}).get(i)))
+    return compare(pairs, num_resamples=2, recorded=("behaviour", "target"))
+
+
+def test_ids_of_real_responses_are_those_of_their_text(tokenizer):
+    for ids in responses():
+        for skip in (True, False):
+            text = tokenizer.decode(ids, skip_special_tokens=skip)
+            for told in (text, text.strip(), text[: len(text) // 2], text[len(text) // 2 :]):
+                assert other_text(response(ids, told), tokenizer.decode) == "", told
+
+
+@pytest.mark.parametrize("planted", ["moved", "trained", "next row"])
+def test_planted_ids_of_another_tokenizer(tokenizer, planted):
+    """Ids of a tokenizer whose first 400 tokens are the same (as Llama's and Qwen's are), of one that was trained on
+    other text, and of another row.
+    """
+    ids = responses((1.0, 1.3))
+    texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    if planted == "moved":
+        others = [np.where(each < 400, each, each + 7) for each in ids]
+    elif planted == "trained":
+        other = tokenizer.train_new_from_iterator([(ROOT / "README.md").read_text()], 2000)
+        others = [np.asarray(other(text)["input_ids"]) for text in texts]
+    else:
+        others = [*ids[1:], ids[0]]
+    faults = {i: other_text(response(others[i], text), tokenizer.decode) for i, text in enumerate(texts)}
+    found: dict[int, Fault] = {i: ("other_text", said) for i, said in faults.items() if said}
+    assert len(found) >= 0.98 * len(ids), planted
+    few = judged(ids, {i: found[i] for i in sorted(found)[:3]})
+    assert [(f.check, f.responses, f.fatal) for f in few.findings] == [("other_text", 3, False)]
+    assert few.overall.counts["responses"] == 247 and few.overall.counts["responses_set_aside"] == 3
+    assert verdict(judged(ids, found)).startswith("Not comparable: the token ids are not those of the text beside them")
+
+
+@pytest.mark.parametrize("change", [lambda ids_T: ids_T[:-1], lambda ids_T: np.append(ids_T[1:], 7)])
+def test_planted_tokens_that_the_other_side_does_not_have(change):
+    ids = responses((1.0, 1.3))
+    rows = {i: change(ids[i]) for i in (5, 77, 200)}
+    [finding] = judged(ids, target=rows).findings
+    assert (finding.check, finding.responses, finding.fatal) == ("other_tokens", 3, False)
+    assert finding.example.startswith("5/0: ")
+    assert "two sides hold other tokens" in verdict(judged(ids, target={i: change(each) for i, each in enumerate(ids)}))
+
+
+def test_planted_ids_that_the_model_has_no_row_for(tokenizer):
+    ids, size = responses((1.0, 1.3)), len(tokenizer)
+    assert not any(outside_vocab(response(each), size) for each in ids)
+    planted = [np.append(each, size) if i in (5, 77, 200) else each for i, each in enumerate(ids)]
+    faults: dict[int, Fault] = {
+        i: ("outside_vocab", said) for i, each in enumerate(planted) if (said := outside_vocab(response(each), size))
+    }
+    [finding] = judged(ids, faults).findings
+    assert (finding.check, finding.responses, finding.example.split(":")[0]) == ("outside_vocab", 3, "5/0")
+    assert "past the last row" in verdict(judged(ids, dict.fromkeys(range(100), faults[5])))
