@@ -10,6 +10,7 @@ import pytest
 from rl_onoff.config import DataConfig
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import encode_rows
+from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import UsageError
 from tests.running import config_of, run_in
 
@@ -161,6 +162,91 @@ def test_tools_that_are_none_or_that_nothing_reads(data, smollm2, caplog):
 def test_images_are_refused(data, row):
     with pytest.raises(UsageError, match=r"^line 2 of a\.jsonl .*holds images .*text alone: remove the row"):
         load_rows(data({"prompt": "Hi", "images": []}, row))
+
+
+def rollouts(path: Path, *rows: dict) -> str:
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rendered(tokenizer, messages: list, **options) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("column", "answer"),
+    [("response", "21."), ("completion", [{"role": "assistant", "content": "21."}])],  # a table's row; TRL's data set
+)
+def test_a_trainers_row_gives_its_tools_to_the_template(tmp_path, tokenizer, column, answer):
+    row = {"prompt": CHAT, column: answer}
+    for name, told in (("list", TOOLS), ("json", json.dumps(TOOLS))):
+        path = rollouts(tmp_path / f"{name}.jsonl", {**row, "tools": told}, row)
+        with_tools, without = load_responses(path, tokenizer)
+        assert with_tools.prompt_ids.tolist() == rendered(tokenizer, CHAT, tools=TOOLS)
+        assert without.prompt_ids.tolist() == rendered(tokenizer, CHAT)
+        assert load_responses(path, tokenizer, tools=False).kept[0].prompt_ids.tolist() == without.prompt_ids.tolist()
+    with pytest.raises(UsageError, match=r"line 1 of x\.jsonl has text as its tools .*template_kwargs\.tools=\[\]"):
+        load_responses(rollouts(tmp_path / "x.jsonl", {**row, "tools": "a hammer"}), tokenizer)
+
+
+def test_options_come_before_a_trainers_tools(tmp_path):
+    path = rollouts(tmp_path / "a.jsonl", {"prompt": CHAT, "response": "21.", "tools": TOOLS})
+    command = ("experiment=score", "backend=fake", "model.name=x", f"score.responses={path}")
+    for name, options, start in (
+        ("own", (), f"tools: {TOOLS}\n"), ("none", ("+data.template_kwargs.tools=[]",), "user: "),
+        ("other", ("+data.template_kwargs.tools=[{a: b}]",), "tools: [{'a': 'b'}]\n"),
+    ):  # fmt: skip
+        (row,) = run_in(tmp_path / name, *command, *options).completions.rows()
+        assert row["prompt"].startswith(start)
+
+
+def test_a_trainers_tools_that_nothing_reads_are_said_once(tmp_path, smollm2, caplog):
+    from transformers import AutoTokenizer
+
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "response": "21.", "tools": TOOLS}
+    load_responses(rollouts(tmp_path / "a.jsonl", row, row), AutoTokenizer.from_pretrained(smollm2))
+    assert caplog.text.count("reads no tools: those of the file's rows are in no prompt") == 1
+
+
+def test_a_trainers_parquet_adds_no_fields_that_a_message_lacks(tmp_path, tokenizer):
+    other = [{"role": "user", "content": "x", "name": "Bo"}, {"role": "tool", "content": "y", "tool_call_id": "1"}]
+    calls = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    rows = [{"prompt": messages, "response": "21."} for messages in (calls, other)]
+    for rollout, messages in zip(load_responses(rollouts(tmp_path / "a.parquet", *rows), tokenizer),
+                                 (calls, other), strict=True):  # fmt: skip
+        assert "null" not in tokenizer.decode(rollout.prompt_ids[-20:])
+        text = tokenizer.decode(rollout.prompt_ids)
+        assert ("name" in text, "1 calls" in text) == (True, messages is calls)
+        assert text.count("null") == (1 if messages is calls else 0), "content: null is the message's own"
+
+
+ASKED = [{"role": "user", "content": "Hi"}]
+SHOWN = [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]
+REPLY = [{"role": "assistant", "content": "21."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "image"),
+    [
+        ({"prompt": "Hi", "response": "21."}, {"images": ["a.png"]}),
+        ({"prompt": ASKED, "response": "21."}, {"prompt": SHOWN}),
+        ({"prompt_ids": [1], "token_ids": [34]}, {"image": {"bytes": "x"}}),
+        ({"prompt_ids": [1], "prompt": ASKED, "response": "21."}, {"prompt": SHOWN}),
+        ({"prompt": ASKED, "completion": REPLY}, {"prompt": SHOWN}),  # TRL's data set
+        ({"prompt": ASKED, "completion": REPLY}, {"images": ["a.png"]}),
+    ],
+)
+def test_images_in_a_trainers_file_are_refused(tmp_path, tokenizer, row, image):
+    path = rollouts(tmp_path / "a.jsonl", {**row, "images": [], "image": None}, {**row, **image})
+    words = r"^line 2 of a\.jsonl .*holds images .*text alone: remove the row,? or set score\.responses to another file"
+    with pytest.raises(UsageError, match=words):
+        load_responses(path, tokenizer)
 
 
 @pytest.mark.parametrize(
