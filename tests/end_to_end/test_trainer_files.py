@@ -201,3 +201,22 @@ def test_a_row_with_ids_of_another_tokenizer_is_set_aside(tmp_path):
     assert (finding["check"], finding["responses"], finding["fatal"]) == ("other_text", 1, False)
     assert found(tmp_path)["comparisons"]["fake-fake-auto"]["counts"]["responses"] == 19
     assert "r.jsonl: the token ids are not those of the text beside them in 1 of 20" in done.stdout
+
+
+@pytest.mark.parametrize(("num", "code"), [(2, 0), (120, 3)])
+def test_texts_of_a_file_are_looked_at_where_its_tokenizer_is_named(tmp_path, num, code):
+    from rl_onoff.models.resolve import load_tokenizer
+
+    given, tokenizer = rows(), load_tokenizer("smollm2")
+    for i, row in enumerate(given):
+        read = np.array(row["responses"])
+        row["response"] = tokenizer.decode(read + 7 * (read >= 400) * (i < num))
+    file = f"compare.behaviour={write(tmp_path, given)}"
+    rl_onoff(*COMPARE, file, cwd=tmp_path)
+    [comparison] = found(tmp_path)["comparisons"].values()
+    assert comparison["findings"] == [], "nothing reads the ids"
+    done = rl_onoff(*COMPARE, file, "compare.tokenizer=smollm2", cwd=tmp_path, code=code)
+    [comparison] = found(tmp_path)["comparisons"].values()
+    [finding] = comparison["findings"]
+    assert (finding["check"], finding["responses"], finding["fatal"]) == ("other_text", num, code == 3)
+    assert (done.stdout + done.stderr).count("the token ids are not those of the text beside them") == 1
