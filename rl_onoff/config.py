@@ -165,7 +165,8 @@ class CompareConfig:
     fail_metric: str = "kl_k3"
     """The metric that fail_above is a bar for: kl_k3, logprob_diff_mean, ess_token or another headline."""
     tokenizer: str | None = None
-    """Hub id or folder of the tokenizer that writes a file's tokens out; null shows the file's pieces, else ids."""
+    """Hub id or folder of the tokenizer that writes a file's tokens out, and checks them against the text beside them;
+    null shows the file's pieces, else ids."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -48,8 +48,9 @@ def other_tokens(behaviour_ids_T: np.ndarray, target_ids_T: np.ndarray) -> str:
 
 def other_text(rollout: Rollout, decode: Callable[..., str]) -> str:
     """Ids that decode to another text than the one beside them, with special tokens or without."""
-    ids, text = rollout.token_ids_T.tolist(), rollout.text
-    read = ""
+    ids, text, read = rollout.token_ids_T.tolist(), rollout.text, ""
+    if not text:
+        return ""
     for skip in (True, False):
         read = decode(ids, skip_special_tokens=skip)
         if _alike(read, text) >= ALIKE:

@@ -106,7 +106,7 @@ def load_responses(
     for total, recorded in enumerate(file.rows(), 1):  # noqa: B007 - counted
         rollout = recorded.rollout
         found += bool(len(rollout.token_ids_T))
-        if tokenizer is not None and (wrong := other_text(rollout, tokenizer.decode)):
+        if tokenizer is not None and "token_ids" in columns and (wrong := other_text(rollout, tokenizer.decode)):
             faults[rollout.key] = ("other_text", wrong)
         if small and len(rollout.token_ids_T):
             kept.append(rollout)
