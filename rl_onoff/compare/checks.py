@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,6 +132,8 @@ def sentinels(tokens: Sampled) -> Found:
     bad_N, seen = np.zeros(len(tokens.token_ids_N), bool), set()
     for logprobs_N in tokens.sides.values():
         low_N = (logprobs_N <= SENTINEL) & np.isfinite(logprobs_N)
+        if not low_N.any():
+            continue
         values, counts = np.unique(logprobs_N[low_N], return_counts=True)
         said = values[(counts > 1) | (values == np.round(values))]
         bad_N |= low_N & np.isin(logprobs_N, said)
@@ -146,8 +147,8 @@ def zero_runs(tokens: Sampled) -> Found:
     bad_N, sides = np.zeros(len(tokens.token_ids_N), bool), []
     for side, other in (("behaviour", tokens.target_N), ("target", tokens.behaviour_N)):
         zero_N = tokens.sides[side] == 0
-        for start, end in _runs(zero_N, tokens.ends_S):
-            if end - start >= ZERO_RUN and other[start:end].mean() < UNSURE:
+        for start, end in _runs(zero_N, tokens.ends_S) if zero_N.any() else ():
+            if other[start:end].mean() < UNSURE:
                 bad_N[start:end] = True
                 sides.append(side)
     what = f"the {' and '.join(dict.fromkeys(sides))} logprobs are exactly 0 in runs of {ZERO_RUN} tokens or more"
@@ -293,8 +294,9 @@ def _median_gap(q_N: np.ndarray, p_N: np.ndarray) -> float:
 
 
 def _runs(true_N: np.ndarray, ends_S: np.ndarray) -> list[tuple[int, int]]:
-    """Stretches of true values, each within one response."""
-    change_N = np.diff(true_N.astype(np.int8), prepend=0, append=0) != 0
-    cuts = np.union1d(np.flatnonzero(change_N), ends_S[ends_S < len(true_N)])
-    edges = np.append(cuts, len(true_N))
-    return [(int(a), int(b)) for a, b in pairwise(edges) if b > a and true_N[a]]
+    """Stretches of ZERO_RUN true values or more, each within one response."""
+    before_N, after_N = np.roll(true_N, 1), np.roll(true_N, -1)
+    before_N[np.append(0, ends_S[:-1])] = after_N[ends_S - 1] = False
+    starts, ends = np.flatnonzero(true_N & ~before_N), np.flatnonzero(true_N & ~after_N) + 1
+    long = ends - starts >= ZERO_RUN
+    return list(zip(starts[long].tolist(), ends[long].tolist(), strict=True))

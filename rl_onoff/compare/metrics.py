@@ -113,6 +113,8 @@ def finite_logprobs(logq_N: np.ndarray, logp_N: np.ndarray) -> tuple[np.ndarray,
     """Both in float64, with −inf as the other side's less 20, so that l is ±20; where both are −inf, l is 0."""
     logq_N, logp_N = np.asarray(logq_N, np.float64), np.asarray(logp_N, np.float64)
     no_q_N, no_p_N = np.isneginf(logq_N), np.isneginf(logp_N)
+    if not (no_q_N.any() or no_p_N.any()):
+        return logq_N, logp_N
     finite_logq_N = np.where(no_q_N, np.where(no_p_N, 0.0, logp_N) - CLAMP, logq_N)
     return finite_logq_N, np.where(no_p_N, np.where(no_q_N, 0.0, logq_N) - CLAMP, logp_N)
 
@@ -216,7 +218,8 @@ def response_sums(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(sums, counts) of every term by response, (S,) each: over its tokens, or the response's own number, once."""
     once_S = np.ones(len(lengths_S))
-    sums = {name: (segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
+    sums_FS = segment_sums(np.stack(list(terms.values()), dtype=np.float64, casting="unsafe"), lengths_S)
+    sums = {name: (sums_S, lengths_S) for name, sums_S in zip(terms, sums_FS, strict=True)}
     return sums | {name: (term, once_S) for name, term in per_response.items()}
 
 
@@ -232,9 +235,12 @@ def segment_positions(lengths_S: np.ndarray) -> np.ndarray:
 
 
 def segment_sums(values_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
-    """Σ over the tokens of every response; reduceat is wrong for empty ones, so there may be none."""
-    assert np.all(np.asarray(lengths_S) > 0) and np.sum(lengths_S) == len(values_N)
-    return np.add.reduceat(values_N, segment_starts(lengths_S), dtype=np.float64)
+    """Σ over the tokens of every response, of one row of values or of several; reduceat is wrong for empty responses,
+    so there may be none.
+    """
+    starts_S = segment_starts(lengths_S)
+    assert lengths_S.min() > 0 and starts_S[-1] + lengths_S[-1] == values_N.shape[-1]
+    return np.add.reduceat(values_N, starts_S, axis=-1, dtype=np.float64)
 
 
 def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, np.ndarray]:
