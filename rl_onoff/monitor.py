@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import HEADLINES
-from rl_onoff.compare.checks import Finding, Sampled, examine
+from rl_onoff.compare.checks import Finding, Sampled
 from rl_onoff.compare.comparison import Sums
+from rl_onoff.compare.examine import examine
 from rl_onoff.compare.metrics import response_sums, sequence_terms, token_terms
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir, row_of_rollout, row_of_scores

@@ -1,15 +1,14 @@
 """Checks of logprobs before they are judged: faults that make a comparison meaningless, or a few rows of it.
 
-Each check is a pure function from the tokens of all responses to a Finding, or None. `examine` runs them: rows that a
-check names are set aside as long as they are few; what concerns many rows, or the file as a whole, is fatal: no number
-of the comparison means anything then.
+Each check is a pure function from the tokens of responses to a Finding, or None; `examine.py` runs them.
 
 Shapes: S responses, N tokens of all of them one after the other; sampled tokens alone, in the order of the responses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +42,9 @@ class Finding:
         return f"{self.what} (first in {self.example}): {self.fix}"
 
 
+ARRAYS = ("lengths_S", "token_ids_N", "behaviour_N", "target_N", "positions_N")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampled:
     """The sampled tokens of S responses under two policies; `recorded` names the sides that another program wrote."""
@@ -68,6 +70,13 @@ class Sampled:
     def ends_S(self) -> np.ndarray:
         return np.cumsum(self.lengths_S)
 
+    def digests(self) -> list[bytes]:
+        """A hash of each response: of its ids and logprobs."""
+        columns = (self.token_ids_N, self.behaviour_N, self.target_N)
+        spans = zip((self.ends_S - self.lengths_S).tolist(), self.ends_S.tolist(), strict=True)
+        rows = (b"".join(x[start:end].tobytes() for x in columns) for start, end in spans)
+        return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+
     def only(self, kept_S: np.ndarray) -> Sampled:
         """The same of some responses."""
         if kept_S.all():
@@ -81,6 +90,17 @@ class Sampled:
             positions_N=None if self.positions_N is None else self.positions_N[kept_N],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Sampled]) -> Sampled:
+        """The responses of all parts."""
+        if len(parts) == 1:
+            return parts[0]
+        keys = [key for part in parts for key in part.keys]
+        names = [name for name in ARRAYS if getattr(parts[0], name) is not None]
+        return replace(
+            parts[0], keys=keys, **{name: np.concatenate([getattr(x, name) for x in parts]) for name in names}
+        )
+
     def finding(self, check: str, bad_N: np.ndarray, what: str, fix: str, *, fatal: bool = False) -> Found:
         """A finding about the tokens in `bad_N`, which says how many they are; None where there is none."""
         if not bad_N.any():
@@ -89,11 +109,15 @@ class Sampled:
         n, responses, tokens = int(bad_N.argmax()), int(bad_S.sum()), int(bad_N.sum())
         s = int(self.responses_N[n])
         position = n - int(self.ends_S[s] - self.lengths_S[s]) if self.positions_N is None else self.positions_N[n]
-        what = f"{what}: {tokens:,} tokens of {responses:,} of {len(bad_S):,} responses"
+        what = counted(what, tokens, responses, len(bad_S))
         example = "{}/{}".format(*self.keys[s]) + f" at token {position}"
         told: dict[str, Any] = {"check": check, "what": what, "fix": fix, "example": example}
         fatal = fatal or is_many(responses, len(bad_S))
         return Finding(**told, responses=responses, tokens=tokens, fatal=fatal), bad_S
+
+
+def counted(what: str, tokens: int, responses: int, of: int) -> str:
+    return f"{what}: {tokens:,} tokens of {responses:,} of {of:,} responses"
 
 
 def is_many(responses: int, of: int) -> bool:
@@ -180,21 +204,18 @@ def shifted(tokens: Sampled) -> Found:
     return None
 
 
-def copies(tokens: Sampled) -> Found:
-    """Nearly every row stands in the data twice or more, ids and logprobs alike."""
-    if len(tokens.keys) < 4 or tokens.lengths_S.mean() < MIN_TOKENS / 2:  # short answers are alike by chance
-        return None
-    starts_S = tokens.ends_S - tokens.lengths_S
+def copied(digests: Sequence[bytes], lengths_S: np.ndarray) -> np.ndarray:
+    """Which responses stand in the data before, ids and logprobs alike, where nearly every one does: (S,)."""
     seen: dict[bytes, int] = {}
-    copy_S = np.zeros(len(starts_S), bool)
-    for s, (start, end) in enumerate(zip(starts_S, tokens.ends_S, strict=True)):
-        row = b"".join(x[start:end].tobytes() for x in (tokens.token_ids_N, tokens.behaviour_N, tokens.target_N))
-        copy_S[s] = seen.setdefault(row, s) != s
-    many = copy_S.sum() >= 0.45 * len(starts_S)
-    bad_N = (copy_S & many)[tokens.responses_N]
+    copy_S = np.array([seen.setdefault(digest, s) != s for s, digest in enumerate(digests)], bool)
+    chance = len(digests) < 4 or lengths_S.mean() < MIN_TOKENS / 2  # short answers are alike by chance
+    return copy_S & (not chance and copy_S.sum() >= 0.45 * len(digests))
+
+
+def copies(tokens: Sampled, copy_S: np.ndarray) -> Found:
+    """Nearly every row stands in the data twice or more; the first of each is as good as it ever was."""
     what, fix = "rows are copies of earlier rows", "write every response once (a file for each rank may repeat them)"
-    found = tokens.finding("copies", bad_N, what, fix)
-    return found and (replace(found[0], fatal=False), found[1])  # the first of each is as good as it ever was
+    return tokens.finding("copies", copy_S[tokens.responses_N], what, fix)
 
 
 def padding(tokens: Sampled) -> Found:
@@ -264,28 +285,6 @@ def other_tokens(misfits: Mapping[Key, str], num_responses: int) -> Finding | No
         responses=len(misfits), tokens=0, example="{}/{}: ".format(*key) + first,
         fatal=is_many(len(misfits), num_responses),
     )  # fmt: skip
-
-
-ROWS: tuple[Callable[[Sampled], Found], ...] = (no_numbers, positive, sentinels, zero_runs)
-WHOLE: tuple[Callable[[Sampled], Found], ...] = (padding, same_columns, shifted, cut, temperature, copies)
-
-
-def examine(tokens: Sampled) -> tuple[list[Finding], np.ndarray]:
-    """All findings, and which responses are worth comparing: (S,). After a fatal finding nothing is.
-
-    Patterns over the whole are looked for only where another program wrote a side: what our engines give is known.
-    """
-    findings: list[Finding] = []
-    kept_S = np.ones(len(tokens.lengths_S), bool)
-    for check in (*ROWS, *(WHOLE if tokens.recorded else ())):
-        found = check(tokens.only(kept_S))
-        if found is None:
-            continue
-        findings.append(found[0])
-        if found[0].fatal:
-            break
-        kept_S[np.flatnonzero(kept_S)[found[1]]] = False
-    return findings, kept_S
 
 
 def _median_gap(q_N: np.ndarray, p_N: np.ndarray) -> float:

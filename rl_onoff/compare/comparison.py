@@ -69,6 +69,11 @@ class Sums:
         counts_RC = stacked(1, [names[shared.index(column)] for column in columns])
         return cls(names, stacked(0, names), counts_RC, np.array([columns.index(column) for column in shared]))
 
+    def batch(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The rows as a batch of a larger whole."""
+        counts = list(self.counts_RC.T)
+        return {name: (self.sums_RF[:, f], counts[self.column_F[f]]) for f, name in enumerate(self.names)}
+
     def rows(self, rows: np.ndarray) -> Sums:
         return Sums(self.names, self.sums_RF[rows], self.counts_RC[rows], self.column_F)
 

@@ -20,6 +20,7 @@ import numpy as np
 
 CLAMP = 20.0
 PRIME_RL_BAR = 0.015
+PERCENTILES = {"logprob_diff_p50": 50, "logprob_diff_p95": 95, "logprob_diff_p99": 99, "logprob_diff_max": 100}  # |l|
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +191,11 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
 
 def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray) -> dict[str, float]:
     """Percentiles and extremes: what cannot be had from sums."""
+    values = np.percentile(np.abs(log_ratios(logq_N, logp_N)), list(PERCENTILES.values())).tolist()
+    return dict(zip(PERCENTILES, values, strict=True)) | extremes(logq_N, logp_N, lengths_S)
+
+
+def extremes(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray) -> dict[str, float]:
     l_N = log_ratios(logq_N, logp_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
@@ -198,13 +204,7 @@ def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray)
     values |= {"log_ppl_diff_min": diff_S.min(), "log_ppl_diff_max": diff_S.max()}
     values |= {"is_ratio_min_token": _exp(l_N.min()), "is_ratio_max_token": _exp(l_N.max())}
     values |= {"is_ratio_min_seq": _exp(sum_S.min()), "is_ratio_max_seq": _exp(sum_S.max())}
-    return percentiles(l_N) | {name: float(value) for name, value in values.items()}
-
-
-def percentiles(l_N: np.ndarray) -> dict[str, float]:
-    """Exact percentiles of |l|, linearly interpolated, and the largest."""
-    values = np.percentile(np.abs(l_N), (50, 95, 99, 100))
-    return {f"logprob_diff_{name}": float(x) for name, x in zip(("p50", "p95", "p99", "max"), values, strict=True)}
+    return {name: float(value) for name, value in values.items()}
 
 
 def cumulative_l(l_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:

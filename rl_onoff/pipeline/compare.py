@@ -43,7 +43,7 @@ def compare_run(run: RunDir) -> dict[str, Comparison]:
         sides = {"behaviour": run.completions.record(), "target": run.scores(name).record()}
         recorded = [side for side, record in sides.items() if TAKEN_FROM & record.get("config", {}).keys()]
         if (first := next(found, None)) is not None:
-            comparisons[name] = compare(chain([first], found), recorded=recorded)
+            comparisons[name] = compare(chain([first], found), recorded=recorded, scratch=run.path)
     return comparisons
 
 

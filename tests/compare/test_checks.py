@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_onoff.compare.checks import Sampled, examine
+from rl_onoff.compare.checks import Sampled
+from rl_onoff.compare.examine import examine
 
 TEMPERATURES = (0.3, 0.6, 1.0, 1.3)
 FILE = np.load(Path(__file__).parent / "rollouts.npz")
