@@ -69,9 +69,8 @@ def main(folder: Path, gigabytes: float, kind: str = "jsonl") -> None:
     run = [sys.executable, "-m", "rl_onoff", "experiment=compare", "tracking=none"]
     run += [f"compare.behaviour={path}", f"run_dir={folder / path.stem}-{kind}"]
     peak, seconds = measure(run)
-    print(
-        f"{path.stat().st_size / 1e9:.2f} GB of {kind}, {tokens:,} tokens: {peak:.2f} GB at its peak, {seconds:.0f} s"
-    )
+    size = f"{path.stat().st_size / 1e9:.2f} GB of {kind}, {tokens:,} tokens"
+    print(f"{size}: {peak:.2f} GB at its peak, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

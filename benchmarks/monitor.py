@@ -25,9 +25,8 @@ def main(tokens: int) -> None:
                 start = time.perf_counter()
                 monitor.add(step=step, token_ids=ids, behaviour_logprobs=q, target_logprobs=p)
                 costs.append((time.perf_counter() - start) / size * 1000)
-        print(
-            f"{size:3} responses of {tokens} tokens an add: {min(costs):.2f} / {np.median(costs):.2f} / {max(costs):.2f} ms a response"
-        )
+        cost = " / ".join(f"{x:.2f}" for x in (min(costs), np.median(costs), max(costs)))
+        print(f"{size:3} responses of {tokens} tokens an add: {cost} ms a response")
 
 
 if __name__ == "__main__":

@@ -96,10 +96,9 @@ class Sampled:
         if len(parts) == 1:
             return parts[0]
         keys = [key for part in parts for key in part.keys]
-        names = [name for name in ARRAYS if getattr(parts[0], name) is not None]
-        return replace(
-            parts[0], keys=keys, **{name: np.concatenate([getattr(x, name) for x in parts]) for name in names}
-        )
+        columns = {name: [getattr(part, name) for part in parts] for name in ARRAYS}
+        known = {name: np.concatenate(each) for name, each in columns.items() if each[0] is not None}
+        return replace(parts[0], keys=keys, **known)
 
     def finding(self, check: str, bad_N: np.ndarray, what: str, fix: str, *, fatal: bool = False) -> Found:
         """A finding about the tokens in `bad_N`, which says how many they are; None where there is none."""

@@ -44,8 +44,8 @@ def examine(tokens: Sampled) -> tuple[list[Finding], np.ndarray]:
 
 
 def examine_blocks(blocks: Callable[[], Iterator[Sampled]], num_tokens: int) -> tuple[list[Finding], np.ndarray]:
-    """The same of blocks of responses. Of more than SAMPLE tokens, patterns other than copies are looked for in a random
-    sample of the responses, of about so many tokens; every response is looked at for all else.
+    """The same of blocks of responses. Of more than SAMPLE tokens, patterns other than copies are looked for in a
+    random sample of the responses, of about so many tokens; every response is looked at for all else.
     """
     parts: list[list[tuple[Finding | None, np.ndarray]]] = [[] for _ in ROWS]
     rng, samples, digests, lengths = np.random.default_rng(0), [], [], []
