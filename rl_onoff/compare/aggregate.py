@@ -67,7 +67,8 @@ class Aggregator:
         self._store, self._num_in_block = Store(self.scratch), 0
         self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
         self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
-        self._sums: list[tuple[Sums, Sums]] = []  # of both, by block
+        self._sums: list[Sums] = []  # of responses, by block; those of the buckets lie in the store
+        self._forms: list[Sums] = []  # of the buckets' sums, without rows, by block
         self._numbers: list[np.ndarray] = []  # of the buckets, by batch
         self._waiting: list[tuple[Pair, dict[str, np.ndarray]]] = []
         self._num_waiting, self._num_empty, self._form = 0, 0, None
@@ -119,10 +120,8 @@ class Aggregator:
             nothing: dict[str, Any] = {"groups": {}, "positions": [], "histograms": {}, "worst": []}
             nothing |= {"worst_responses": [], "overall": Summary(metrics={}, counts=counts)}
             return Comparison(kind=kind, thresholds=self.thresholds, findings=findings, **nothing)
-        sums, buckets = (Sums.of([each[i].batch() for each in self._sums]) for i in range(2))
+        sums = Sums.of([each.batch() for each in self._sums]).rows(kept_S)
         self._sums.clear()
-        sums, numbers_R = sums.rows(kept_S), np.concatenate(self._numbers)
-        kept_R = np.repeat(kept_S, np.frexp(lengths_S - 1)[1] + 1)  # a response reaches so many buckets
         of_kept = [(key, of, facts) for key, of, facts, kept in zip(
             self._keys, self._groups, self._facts, kept_S, strict=True) if kept]  # fmt: skip
         tokens = Tokens(self._store, kept_S, [key for key, _, _ in of_kept])
@@ -141,7 +140,7 @@ class Aggregator:
             kind=kind,
             overall=replace(overall, counts=overall.counts | counts),
             groups=groups,
-            positions=self._positions(buckets, np.where(kept_R, numbers_R, -1), tokens),
+            positions=self._positions(tokens),
             histograms=tokens.histograms(),
             thresholds=self.thresholds,
             findings=findings,
@@ -221,8 +220,14 @@ class Aggregator:
     def _close_block(self) -> None:
         if self._num_in_block:
             columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+            sums, numbers_R = Sums.of(self._buckets), np.concatenate(self._numbers)
+            for bucket in range(numbers_R.max() + 1):
+                rows = sums.rows(numbers_R == bucket)
+                columns |= {f"sums {bucket}": rows.sums_RF, f"counts {bucket}": rows.counts_RC}
+            self._forms.append(sums.rows(np.zeros(len(numbers_R), bool)))
             self._store.append(columns.pop("lengths"), columns)
-            self._sums.append((Sums.of(self._responses), Sums.of(self._buckets)))
+            self._sums.append(Sums.of(self._responses))
+            self._numbers.clear()
             self._num_in_block, self._responses, self._buckets = 0, [], []
             self._columns.clear()
 
@@ -233,11 +238,17 @@ class Aggregator:
         estimates = sums.estimates(self.num_resamples, self.seed, tokens.order_metrics(chosen_S))
         return Summary(metrics=estimates, counts=counts)
 
-    def _positions(self, sums: Sums, buckets_R: np.ndarray, tokens: Tokens) -> list[PositionBucket]:
-        """The metrics by bucket, of the rows of `sums` that have its number."""
+    def _positions(self, tokens: Tokens) -> list[PositionBucket]:
+        """The metrics by bucket, over the responses that reach it."""
         longest, found = int(tokens.lengths_S.max()), []
-        for bucket in range(buckets_R.max() + 1):
-            rows, start, end = sums.rows(buckets_R == bucket), (1 << bucket) >> 1, min(1 << bucket, longest)
+        for bucket in range(int(np.frexp(longest - 1)[1]) + 1):
+            start, end, first, parts = (1 << bucket) >> 1, min(1 << bucket, longest), 0, []
+            for number, (form, lengths_S) in enumerate(zip(self._forms, self._store.lengths, strict=True)):
+                kept_S, first = tokens.kept_S[first : first + len(lengths_S)], first + len(lengths_S)
+                if (kept_R := kept_S[lengths_S > start]).any():
+                    sums_RF, counts_RC = (self._store.read(number, f"{x} {bucket}") for x in ("sums", "counts"))
+                    parts.append(replace(form, sums_RF=sums_RF, counts_RC=counts_RC).rows(kept_R).batch())
+            rows = Sums.of(parts)
             num_tokens = int(np.clip(tokens.lengths_S - start, 0, end - start).sum())
             counts = {"responses": len(rows.sums_RF), "tokens": num_tokens}
             counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
