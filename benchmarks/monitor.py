@@ -1,4 +1,5 @@
-"""What `Monitor.add` costs a training loop, in milliseconds a response: batches of 64, and one response at a time.
+"""What `Monitor.add` costs a training loop, in milliseconds a response: minimum, median and
+maximum over adds of 1, 8 and 64 responses (the maximum writes a shard).
 
 python benchmarks/monitor.py [tokens]
 """
@@ -14,7 +15,7 @@ from rl_onoff.monitor import Monitor
 
 def main(tokens: int) -> None:
     rng = np.random.default_rng(0)
-    for size, steps in ((64, 20), (1, 200)):
+    for size, steps in ((1, 400), (8, 100), (64, 20)):
         with tempfile.TemporaryDirectory() as folder, Monitor(folder) as monitor:
             costs = []
             for step in range(steps):
@@ -24,7 +25,8 @@ def main(tokens: int) -> None:
                 start = time.perf_counter()
                 monitor.add(step=step, token_ids=ids, behaviour_logprobs=q, target_logprobs=p)
                 costs.append((time.perf_counter() - start) / size * 1000)
-        print(f"{size:3} responses of {tokens} tokens an add: median {np.median(costs):.2f} ms a response")
+        cost = " / ".join(f"{x:.2f}" for x in (min(costs), np.median(costs), max(costs)))
+        print(f"{size:3} responses of {tokens} tokens an add: {cost} ms a response")
 
 
 if __name__ == "__main__":

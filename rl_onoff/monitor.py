@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import HEADLINES
-from rl_onoff.compare.checks import examine
 from rl_onoff.compare.comparison import Sums
+from rl_onoff.compare.examine import examine
 from rl_onoff.compare.findings import Finding, Sampled
-from rl_onoff.compare.metrics import order_metrics, response_sums, sequence_terms, token_terms
+from rl_onoff.compare.metrics import response_sums, sequence_terms, token_terms
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir, row_of_rollout, row_of_scores
 from rl_onoff.types import LogprobKind, Rollout, TokenScores
@@ -131,9 +131,9 @@ class Monitor:
         metrics = {name: float(value) for name, value in counts.items()} | {"comparable": float(comparable)}
         if comparable:
             lengths_S, q_N, p_N = counted.lengths_S, counted.behaviour_N, counted.target_N
-            sums = response_sums(token_terms(q_N, p_N), sequence_terms(q_N, p_N, lengths_S), lengths_S)
-            estimates = Sums.of([sums]).estimates(0, 0, order_metrics(q_N, p_N, lengths_S))
-            found = {name: estimate.value for name, estimate in estimates.items()}
+            terms = token_terms(q_N, p_N)
+            found = Sums.of([response_sums(terms, sequence_terms(q_N, p_N, lengths_S), lengths_S)]).values()
+            found["logprob_diff_max"] = float(terms["logprob_diff_mean"].max())  # the one headline that is no mean
             metrics |= {name: found[name] for name in HEADLINES if np.isfinite(found.get(name, np.nan))}
         return findings, {f"onoff/{name}": value for name, value in metrics.items()}
 

@@ -1,40 +1,36 @@
 """The stream: pairs come in one by one, are joined into batches, reduced to sums, and forgotten.
 
-Of a response that went by, only its token ids, the two logprobs and entropies of each token (24 bytes a token) and the
-sums of its terms are kept; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are exact.
-Tokens that a mask leaves out are dropped first. What the checks set aside is taken out at the end.
+Of a response that went by, only the sums of its terms are kept in memory, and, in blocks on the disk (`tokens.py`), its
+token ids, logprobs and entropies; top-k lists and logits are reduced to sums as they pass. Percentiles and extremes are
+exact. Tokens that a mask leaves out are dropped first. What the checks set aside is taken out at the end.
 
 Shapes: S responses, N tokens of all of them one after the other, R pieces of responses, one a position bucket.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rl_onoff.compare import metrics
-from rl_onoff.compare.checks import examine
 from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
+from rl_onoff.compare.examine import examine_blocks
 from rl_onoff.compare.findings import Finding, Sampled
 from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
 from rl_onoff.compare.pair import Pair, check_pair, fault_of
 from rl_onoff.compare.row_checks import Fault, row_findings
 from rl_onoff.compare.steps import STEP_METRICS, departure
+from rl_onoff.compare.tokens import BLOCK_TOKENS, ENTROPIES, SIDES, Store, Tokens
 from rl_onoff.errors import UsageError
 from rl_onoff.types import Key, LogprobKind, TokenScores
 
 BATCH_TOKENS = 16_384
-ABS_EDGES = np.logspace(-8, 2, 81)
-PROB_BINS = 50
-MAX_POSITIONS = 200
-SIDES = ("behaviour", "target")
-ENTROPIES = ("entropy_behaviour", "entropy_target")
 POSITION_TERMS = (
     "kl", "kl_k2", "kl_k3", "logprob_diff_mean", "prob_diff_mean", "fraction_outside", "is_ratio_mean_token",
     "_w2_token", "_excess_token", "_excess2_token", "_limited_token", "_limited2_token", "_tokens_clamped",
@@ -58,6 +54,7 @@ class Aggregator:
     num_resamples: int = 1000
     seed: int = 0
     num_worst: int = 50
+    scratch: Path | None = None  # the folder of a temporary file, with some 40 bytes a token where there are many
     recorded: Collection[str] = ()  # the sides that another program wrote, whose patterns are looked at
 
     def __post_init__(self) -> None:
@@ -66,9 +63,13 @@ class Aggregator:
         self._groups: list[Mapping[str, str]] = []
         self._facts: list[Mapping[str, float]] = []
         self._faults: dict[Key, Fault] = {}
-        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
+        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)  # of the block that is being filled
+        self._store, self._num_in_block = Store(self.scratch), 0
         self._responses: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []  # sums and counts of terms, by batch
         self._buckets: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+        self._sums: list[Sums] = []  # of responses, by block; those of the buckets lie in the store
+        self._forms: list[Sums] = []  # of the buckets' sums, without rows, by block
+        self._numbers: list[np.ndarray] = []  # of the buckets, by batch
         self._waiting: list[tuple[Pair, dict[str, np.ndarray]]] = []
         self._num_waiting, self._num_empty, self._form = 0, 0, None
 
@@ -106,26 +107,24 @@ class Aggregator:
         self._flush()
         if not self._keys and not self._faults:
             raise UsageError("no response with tokens to compare: check that both sides hold the same request ids")
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        findings, kept_S = self._examine(columns)
+        self._close_block()
+        lengths_S = np.concatenate([np.zeros(0, np.int64), *self._store.lengths])
+        findings, kept_S = self._examine()
         kind = self._kind or LogprobKind.raw
         faulty = [key for key, kept in zip(self._keys, kept_S, strict=True) if not kept]
         aside = ["{}/{}".format(*key) for key in (*self._faults, *faulty)]
         counts = {"responses_empty": self._num_empty, "responses_set_aside": len(aside)}
         if any(finding.fatal for finding in findings):
-            counts |= {"responses": len(self._keys), "tokens": int(columns.get("lengths", kept_S).sum())}
+            counts |= {"responses": len(self._keys), "tokens": int(lengths_S.sum())}
             counts["responses_set_aside"] = len(self._faults)
             nothing: dict[str, Any] = {"groups": {}, "positions": [], "histograms": {}, "worst": []}
             nothing |= {"worst_responses": [], "overall": Summary(metrics={}, counts=counts)}
             return Comparison(kind=kind, thresholds=self.thresholds, findings=findings, **nothing)
-        sums, buckets = Sums.of(self._responses).rows(kept_S), Sums.of(self._buckets)
-        kept_R = np.repeat(kept_S, np.frexp(columns["lengths"] - 1)[1] + 1)  # a response reaches so many buckets
-        kept_N = np.repeat(kept_S, columns["lengths"])
-        for name, column in columns.items():
-            columns[name] = column[{"lengths": kept_S, "buckets": kept_R}.get(name, kept_N)]
+        sums = Sums.of([each.batch() for each in self._sums]).rows(kept_S)
+        self._sums.clear()
         of_kept = [(key, of, facts) for key, of, facts, kept in zip(
             self._keys, self._groups, self._facts, kept_S, strict=True) if kept]  # fmt: skip
-        tokens = Tokens(columns, [key for key, _, _ in of_kept])
+        tokens = Tokens(self._store, kept_S, [key for key, _, _ in of_kept])
         groups: dict[str, dict[str, Summary]] = {}
         for name in sorted({name for _, of, _ in of_kept for name in of}):
             values_S = np.array([of.get(name) for _, of, _ in of_kept], object)
@@ -141,7 +140,7 @@ class Aggregator:
             kind=kind,
             overall=replace(overall, counts=overall.counts | counts),
             groups=groups,
-            positions=self._positions(buckets.rows(kept_R), tokens),
+            positions=self._positions(tokens),
             histograms=tokens.histograms(),
             thresholds=self.thresholds,
             findings=findings,
@@ -152,13 +151,18 @@ class Aggregator:
             **tokens.worst(self.num_worst),
         )
 
-    def _examine(self, columns: Mapping[str, np.ndarray]) -> tuple[list[Finding], np.ndarray]:
+    def _examine(self) -> tuple[list[Finding], np.ndarray]:
         """What the checks find, and which responses are worth comparing: (S,)."""
-        found, kept_S = [], np.ones(len(self._keys), bool)
-        if self._keys:
-            sides = {f"{name}_N": columns[name] for name in ("token_ids", "behaviour", "target")}
-            lengths = {"lengths_S": columns["lengths"], "positions_N": columns["positions"]}
-            found, kept_S = examine(Sampled(keys=self._keys, recorded=self.recorded, **sides, **lengths))
+
+        def blocks() -> Iterator[Sampled]:
+            start, names = 0, ("token_ids", "behaviour", "target", "positions")
+            for number, lengths_S in enumerate(self._store.lengths):
+                keys, start = self._keys[start : start + len(lengths_S)], start + len(lengths_S)
+                columns = {f"{name}_N": self._store.read(number, name) for name in names}
+                yield Sampled(keys=keys, lengths_S=lengths_S, recorded=self.recorded, **columns)
+
+        num_tokens = sum(int(each.sum()) for each in self._store.lengths)
+        found, kept_S = examine_blocks(blocks, num_tokens) if self._keys else ([], np.ones(0, bool))
         return [*row_findings(self._faults, len(self._keys) + len(self._faults)), *found], kept_S
 
     def _steps(self, name: str, facts_S: Mapping[str, np.ndarray], sums: Sums, tokens: Tokens) -> list[dict[str, Any]]:
@@ -203,92 +207,50 @@ class Aggregator:
         kept = {"token_ids": p.token_ids_T, "behaviour": q_N, "target": p_N}
         unknown_N = np.full(len(positions_N), np.nan, np.float32)
         kept |= {name: terms.get(name, unknown_N).astype(np.float32) for name in ENTROPIES}
-        kept |= {"lengths": lengths_S, "buckets": np.frexp(positions_N[starts_R])[1]}
+        kept |= {"l": metrics.log_ratios(q_N, p_N), "lengths": lengths_S}
         for name, column in kept.items():
             self._columns[name].append(column)
+        self._numbers.append(np.frexp(positions_N[starts_R])[1])
+        self._num_in_block += self._num_waiting
         self._waiting, self._num_waiting = [], 0
+        if self._num_in_block >= BLOCK_TOKENS:
+            self._close_block()
+
+    def _close_block(self) -> None:
+        if self._num_in_block:
+            columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+            sums, numbers_R = Sums.of(self._buckets), np.concatenate(self._numbers)
+            for bucket in range(numbers_R.max() + 1):
+                rows = sums.rows(numbers_R == bucket)
+                columns |= {f"sums {bucket}": rows.sums_RF, f"counts {bucket}": rows.counts_RC}
+            self._forms.append(sums.rows(np.zeros(len(numbers_R), bool)))
+            self._store.append(columns.pop("lengths"), columns)
+            self._sums.append(Sums.of(self._responses))
+            self._numbers.clear()
+            self._num_in_block, self._responses, self._buckets = 0, [], []
+            self._columns.clear()
 
     def _summary(self, sums: Sums, tokens: Tokens, chosen_S: np.ndarray) -> Summary:
         sums, lengths_S = sums.rows(chosen_S), tokens.lengths_S[chosen_S]
-        chosen_N = np.repeat(chosen_S, tokens.lengths_S)
-        q_N, p_N = tokens.columns["behaviour"][chosen_N], tokens.columns["target"][chosen_N]
         counts = {"responses": len(lengths_S), "tokens": int(lengths_S.sum())}
         counts |= {name[1:]: sums.total(name) for name in sums.names if name.startswith(("_tokens_", "_responses_"))}
-        estimates = sums.estimates(self.num_resamples, self.seed, metrics.order_metrics(q_N, p_N, lengths_S))
+        estimates = sums.estimates(self.num_resamples, self.seed, tokens.order_metrics(chosen_S))
         return Summary(metrics=estimates, counts=counts)
 
-    def _positions(self, sums: Sums, tokens: Tokens) -> list[PositionBucket]:
-        buckets_R, buckets_N = tokens.columns["buckets"], np.frexp(tokens.positions_N)[1]
+    def _positions(self, tokens: Tokens) -> list[PositionBucket]:
+        """The metrics by bucket, over the responses that reach it."""
         longest, found = int(tokens.lengths_S.max()), []
-        for bucket in range(buckets_R.max() + 1):
-            rows, l_N = sums.rows(buckets_R == bucket), tokens.l_N[buckets_N == bucket]
-            counts = {"responses": len(rows.sums_RF), "tokens": len(l_N)}
+        for bucket in range(int(np.frexp(longest - 1)[1]) + 1):
+            start, end, first, parts = (1 << bucket) >> 1, min(1 << bucket, longest), 0, []
+            for number, (form, lengths_S) in enumerate(zip(self._forms, self._store.lengths, strict=True)):
+                kept_S, first = tokens.kept_S[first : first + len(lengths_S)], first + len(lengths_S)
+                if (kept_R := kept_S[lengths_S > start]).any():
+                    sums_RF, counts_RC = (self._store.read(number, f"{x} {bucket}") for x in ("sums", "counts"))
+                    parts.append(replace(form, sums_RF=sums_RF, counts_RC=counts_RC).rows(kept_R).batch())
+            rows = Sums.of(parts)
+            num_tokens = int(np.clip(tokens.lengths_S - start, 0, end - start).sum())
+            counts = {"responses": len(rows.sums_RF), "tokens": num_tokens}
             counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
-            start, end = (1 << bucket) >> 1, min(1 << bucket, longest)
-            estimates = rows.estimates(self.num_resamples, self.seed, metrics.percentiles(l_N))
+            estimates = rows.estimates(self.num_resamples, self.seed, tokens.percentiles_at(start, end))
             found.append(PositionBucket(start=start, end=end, metrics=estimates, counts=counts))
-        return found
-
-
-class Tokens:
-    """The kept columns, one number a token, and the lengths that cut them into responses."""
-
-    def __init__(self, columns: dict[str, np.ndarray], keys: list[Key]) -> None:
-        self.columns, self.keys, self.lengths_S = columns, keys, columns["lengths"]
-        self.starts_S = metrics.segment_starts(self.lengths_S)
-        self.l_N = metrics.log_ratios(columns["behaviour"], columns["target"])
-        self.positions_N = metrics.segment_positions(self.lengths_S)
-        self.mean_abs_S = metrics.segment_sums(np.abs(self.l_N), self.lengths_S) / self.lengths_S
-
-    def named(self, s: int) -> dict[str, Any]:
-        """The name of a response, for a row of a table."""
-        return dict(zip(("request_id", "sample"), self.keys[s], strict=True))
-
-    def histograms(self) -> dict[str, Any]:
-        """Of l, |l|, p against q, both entropies (empty where unknown), and Σ l along the response; ready for JSON.
-
-        probabilities: counts[i][j] tokens have q in bin i and p in bin j of [0, 1].
-        cumulative_l: mean of Σ_{s≤t} l_s over the `num` responses that reach position t, at no more than 200 positions.
-        Long responses are not short ones continued: where `num` falls, the curve changes population.
-        """
-        limit = max(float(np.percentile(np.abs(self.l_N), 99.5)), 1e-6)
-        entropies = {name: self.columns[name][~np.isnan(self.columns[name])] for name in ENTROPIES}
-        edges = np.linspace(0, max(float(np.max(x, initial=0.0)) for x in entropies.values()) or 1.0, 61)
-        probs = (np.exp(np.asarray(self.columns[side], np.float64)) for side in SIDES)
-        q_N, p_N = (np.minimum(x_N * PROB_BINS, PROB_BINS - 1).astype(np.int64) for x_N in probs)
-        counts = np.bincount(q_N * PROB_BINS + p_N, minlength=PROB_BINS**2).reshape(PROB_BINS, PROB_BINS)
-        sum_N = metrics.cumulative_l(self.l_N, self.lengths_S)
-        positions = np.unique(np.linspace(0, np.max(self.lengths_S) - 1, MAX_POSITIONS).astype(np.int64)).tolist()
-        reached = [sum_N[self.starts_S[self.lengths_S > t] + t] for t in positions]
-        curve = {"position": positions, "mean": [float(x.mean()) for x in reached], "num": [len(x) for x in reached]}
-        return {
-            "l": metrics.histogram(self.l_N, np.linspace(-limit, limit, 102)),
-            "abs_l": metrics.histogram(np.abs(self.l_N), ABS_EDGES),
-            "probabilities": {"edges": np.linspace(0, 1, PROB_BINS + 1).tolist(), "counts": counts.tolist()},
-            **{name: metrics.histogram(values_N, edges) for name, values_N in entropies.items()},
-            "cumulative_l": curve,
-        }
-
-    def worst(self, num: int) -> dict[str, list[dict[str, Any]]]:
-        """The tokens with the largest |l| and the responses with the largest mean |l|, one dict each.
-
-        A logprob of −inf is null, since JSON has no infinity.
-        """
-        abs_N, responses_S = np.abs(self.l_N), np.arange(len(self.keys))
-        tokens = {"position": self.columns["positions"], "token_id": self.columns["token_ids"]}
-        tokens |= {f"{side}_logprob": self.columns[side] for side in SIDES} | {"l": self.l_N}
-        responses = {"tokens": self.lengths_S, "mean_abs_l": self.mean_abs_S}
-        responses |= {"max_abs_l": np.maximum.reduceat(abs_N, self.starts_S)}
-        responses |= {"sum_l": metrics.segment_sums(self.l_N, self.lengths_S)}
-        found: dict[str, list[dict[str, Any]]] = {"worst": [], "worst_responses": []}
-        for rows, size, response, columns in (
-            (found["worst"], abs_N, np.repeat(responses_S, self.lengths_S), tokens),
-            (found["worst_responses"], self.mean_abs_S, responses_S, responses),
-        ):
-            for at in np.argsort(-size, kind="stable")[:num]:
-                values = {name: column[at].item() for name, column in columns.items()}
-                rows.append(
-                    self.named(int(response[at]))
-                    | {name: x if math.isfinite(x) else None for name, x in values.items()}
-                )
         return found

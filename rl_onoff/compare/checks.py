@@ -1,22 +1,18 @@
 """Checks of logprobs before they are judged: faults that make a comparison meaningless, or a few rows of it.
 
-Each check is a pure function from the tokens of all responses to a Finding, or None; a response's ids alone are looked
-at before (`row_checks.py`). `examine` runs them: rows that a
-check names are set aside as long as they are few; what concerns many rows, or the file as a whole, is fatal: no number
-of the comparison means anything then.
+Each check is a pure function from the tokens of responses to a Finding, or None; `examine.py` runs them, and a
+response's ids alone are looked at before (`row_checks.py`).
 
 Shapes: S responses, N tokens of all of them one after the other; sampled tokens alone, in the order of the responses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 
-from rl_onoff.compare.findings import Finding, Found, Sampled
+from rl_onoff.compare.findings import Found, Sampled
 
 ROUNDING = 1e-3  # nats above 0 that a logprob may be by rounding
 SENTINEL = -99.0  # no sampler draws a token this unlikely twice at the same value: −100, −9999, −1e9 stand for "none"
@@ -54,6 +50,8 @@ def sentinels(tokens: Sampled) -> Found:
     bad_N, seen = np.zeros(len(tokens.token_ids_N), bool), set()
     for logprobs_N in tokens.sides.values():
         low_N = (logprobs_N <= SENTINEL) & np.isfinite(logprobs_N)
+        if not low_N.any():
+            continue
         values, counts = np.unique(logprobs_N[low_N], return_counts=True)
         said = values[(counts > 1) | (values == np.round(values))]
         bad_N |= low_N & np.isin(logprobs_N, said)
@@ -67,8 +65,8 @@ def zero_runs(tokens: Sampled) -> Found:
     bad_N, sides = np.zeros(len(tokens.token_ids_N), bool), []
     for side, other in (("behaviour", tokens.target_N), ("target", tokens.behaviour_N)):
         zero_N = tokens.sides[side] == 0
-        for start, end in _runs(zero_N, tokens.ends_S):
-            if end - start >= ZERO_RUN and other[start:end].mean() < UNSURE:
+        for start, end in _runs(zero_N, tokens.ends_S) if zero_N.any() else ():
+            if other[start:end].mean() < UNSURE:
                 bad_N[start:end] = True
                 sides.append(side)
     what = f"the {' and '.join(dict.fromkeys(sides))} logprobs are exactly 0 in runs of {ZERO_RUN} tokens or more"
@@ -100,21 +98,18 @@ def shifted(tokens: Sampled) -> Found:
     return None
 
 
-def copies(tokens: Sampled) -> Found:
-    """Nearly every row stands in the data twice or more, ids and logprobs alike."""
-    if len(tokens.keys) < 4 or tokens.lengths_S.mean() < MIN_TOKENS / 2:  # short answers are alike by chance
-        return None
-    starts_S = tokens.ends_S - tokens.lengths_S
+def copied(digests: Sequence[bytes], lengths_S: np.ndarray) -> np.ndarray:
+    """Which responses stand in the data before, ids and logprobs alike, where nearly every one does: (S,)."""
     seen: dict[bytes, int] = {}
-    copy_S = np.zeros(len(starts_S), bool)
-    for s, (start, end) in enumerate(zip(starts_S, tokens.ends_S, strict=True)):
-        row = b"".join(x[start:end].tobytes() for x in (tokens.token_ids_N, tokens.behaviour_N, tokens.target_N))
-        copy_S[s] = seen.setdefault(row, s) != s
-    many = copy_S.sum() >= 0.45 * len(starts_S)
-    bad_N = (copy_S & many)[tokens.responses_N]
+    copy_S = np.array([seen.setdefault(digest, s) != s for s, digest in enumerate(digests)], bool)
+    chance = len(digests) < 4 or lengths_S.mean() < MIN_TOKENS / 2  # short answers are alike by chance
+    return copy_S & (not chance and copy_S.sum() >= 0.45 * len(digests))
+
+
+def copies(tokens: Sampled, copy_S: np.ndarray) -> Found:
+    """Nearly every row stands in the data twice or more; the first of each is as good as it ever was."""
     what, fix = "rows are copies of earlier rows", "write every response once (a file for each rank may repeat them)"
-    found = tokens.finding("copies", bad_N, what, fix)
-    return found and (replace(found[0], fatal=False), found[1])  # the first of each is as good as it ever was
+    return tokens.finding("copies", copy_S[tokens.responses_N], what, fix)
 
 
 def padding(tokens: Sampled) -> Found:
@@ -172,36 +167,15 @@ def temperature(tokens: Sampled) -> Found:
     return None
 
 
-ROWS: tuple[Callable[[Sampled], Found], ...] = (no_numbers, positive, sentinels, zero_runs)
-WHOLE: tuple[Callable[[Sampled], Found], ...] = (padding, same_columns, shifted, cut, temperature, copies)
-
-
-def examine(tokens: Sampled) -> tuple[list[Finding], np.ndarray]:
-    """All findings, and which responses are worth comparing: (S,). After a fatal finding nothing is.
-
-    Patterns over the whole are looked for only where another program wrote a side: what our engines give is known.
-    """
-    findings: list[Finding] = []
-    kept_S = np.ones(len(tokens.lengths_S), bool)
-    for check in (*ROWS, *(WHOLE if tokens.recorded else ())):
-        found = check(tokens.only(kept_S))
-        if found is None:
-            continue
-        findings.append(found[0])
-        if found[0].fatal:
-            break
-        kept_S[np.flatnonzero(kept_S)[found[1]]] = False
-    return findings, kept_S
-
-
 def _median_gap(q_N: np.ndarray, p_N: np.ndarray) -> float:
     gap_N = np.abs(q_N - p_N, where=np.isfinite(q_N) & np.isfinite(p_N), out=np.full(len(q_N), np.inf))
     return float(np.median(gap_N)) if len(gap_N) else 0.0
 
 
 def _runs(true_N: np.ndarray, ends_S: np.ndarray) -> list[tuple[int, int]]:
-    """Stretches of true values, each within one response."""
-    change_N = np.diff(true_N.astype(np.int8), prepend=0, append=0) != 0
-    cuts = np.union1d(np.flatnonzero(change_N), ends_S[ends_S < len(true_N)])
-    edges = np.append(cuts, len(true_N))
-    return [(int(a), int(b)) for a, b in pairwise(edges) if b > a and true_N[a]]
+    """Stretches of ZERO_RUN true values or more, each within one response."""
+    before_N, after_N = np.roll(true_N, 1), np.roll(true_N, -1)
+    before_N[np.append(0, ends_S[:-1])] = after_N[ends_S - 1] = False
+    starts, ends = np.flatnonzero(true_N & ~before_N), np.flatnonzero(true_N & ~after_N) + 1
+    long = ends - starts >= ZERO_RUN
+    return list(zip(starts[long].tolist(), ends[long].tolist(), strict=True))

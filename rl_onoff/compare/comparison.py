@@ -56,12 +56,23 @@ class Sums:
         shared = [tuple(id(batch[name][1]) if name in batch else 0 for batch in batches) for name in names]
         columns = list(dict.fromkeys(shared))
 
+        ends = np.cumsum([len(next(iter(batch.values()))[0]) for batch in batches])
+
         def stacked(which: int, names: Sequence[str]) -> np.ndarray:
-            parts = [np.broadcast_arrays(*(batch.get(name, (0, 0))[which] for name in names)) for batch in batches]
-            return np.concatenate([np.stack(part, axis=1) for part in parts], dtype=np.float64)
+            found = np.zeros((ends[-1], len(names)))
+            for batch, end in zip(batches, ends, strict=True):
+                start = end - len(next(iter(batch.values()))[0])
+                for f, name in enumerate(names):
+                    found[start:end, f] = batch[name][which] if name in batch else 0
+            return found
 
         counts_RC = stacked(1, [names[shared.index(column)] for column in columns])
         return cls(names, stacked(0, names), counts_RC, np.array([columns.index(column) for column in shared]))
+
+    def batch(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """The rows as a batch of a larger whole."""
+        counts = list(self.counts_RC.T)
+        return {name: (self.sums_RF[:, f], counts[self.column_F[f]]) for f, name in enumerate(self.names)}
 
     def rows(self, rows: np.ndarray) -> Sums:
         return Sums(self.names, self.sums_RF[rows], self.counts_RC[rows], self.column_F)
@@ -69,12 +80,16 @@ class Sums:
     def total(self, name: str) -> int:
         return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
 
-    def estimates(self, num_resamples: int, seed: int, exact: dict[str, float]) -> dict[str, Estimate]:
-        """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
-        num_rows, totals_C = len(self.sums_RF), self.counts_RC.sum(axis=0)
+    def values(self) -> dict[str, float]:
+        """Every metric of all rows together."""
+        totals_C = self.counts_RC.sum(axis=0)
         absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
         values = self._metrics(self.sums_RF.sum(axis=0), totals_C)
-        values = {name: float(value) for name, value in values.items() if name not in absent}
+        return {name: float(value) for name, value in values.items() if name not in absent}
+
+    def estimates(self, num_resamples: int, seed: int, exact: dict[str, float]) -> dict[str, Estimate]:
+        """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
+        num_rows, values = len(self.sums_RF), self.values()
         estimates = {name: Estimate(value) for name, value in (values | exact).items()}
         if num_rows < 2 or num_resamples < 2:
             return estimates

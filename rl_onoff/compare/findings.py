@@ -5,6 +5,7 @@ Shapes: S responses, N tokens of all of them one after the other; sampled tokens
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from rl_onoff.types import Key
 
+ARRAYS = ("lengths_S", "token_ids_N", "behaviour_N", "target_N", "positions_N")
 FEW = 0.1  # rows with a fault are set aside up to this share of them; more, and the fault is the file's
 
 
@@ -57,6 +59,13 @@ class Sampled:
     def ends_S(self) -> np.ndarray:
         return np.cumsum(self.lengths_S)
 
+    def digests(self) -> list[bytes]:
+        """A hash of each response: of its ids and logprobs."""
+        columns = (self.token_ids_N, self.behaviour_N, self.target_N)
+        spans = zip((self.ends_S - self.lengths_S).tolist(), self.ends_S.tolist(), strict=True)
+        rows = (b"".join(x[start:end].tobytes() for x in columns) for start, end in spans)
+        return [hashlib.blake2b(row, digest_size=16).digest() for row in rows]
+
     def only(self, kept_S: np.ndarray) -> Sampled:
         """The same of some responses."""
         if kept_S.all():
@@ -70,6 +79,16 @@ class Sampled:
             positions_N=None if self.positions_N is None else self.positions_N[kept_N],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Sampled]) -> Sampled:
+        """The responses of all parts."""
+        if len(parts) == 1:
+            return parts[0]
+        keys = [key for part in parts for key in part.keys]
+        columns = {name: [getattr(part, name) for part in parts] for name in ARRAYS}
+        known = {name: np.concatenate(each) for name, each in columns.items() if each[0] is not None}
+        return replace(parts[0], keys=keys, **known)
+
     def finding(self, check: str, bad_N: np.ndarray, what: str, fix: str, *, fatal: bool = False) -> Found:
         """A finding about the tokens in `bad_N`, which says how many they are; None where there is none."""
         if not bad_N.any():
@@ -78,11 +97,15 @@ class Sampled:
         n, responses, tokens = int(bad_N.argmax()), int(bad_S.sum()), int(bad_N.sum())
         s = int(self.responses_N[n])
         position = n - int(self.ends_S[s] - self.lengths_S[s]) if self.positions_N is None else self.positions_N[n]
-        what = f"{what}: {tokens:,} tokens of {responses:,} of {len(bad_S):,} responses"
+        what = counted(what, tokens, responses, len(bad_S))
         example = "{}/{}".format(*self.keys[s]) + f" at token {position}"
         told: dict[str, Any] = {"check": check, "what": what, "fix": fix, "example": example}
         fatal = fatal or is_many(responses, len(bad_S))
         return Finding(**told, responses=responses, tokens=tokens, fatal=fatal), bad_S
+
+
+def counted(what: str, tokens: int, responses: int, of: int) -> str:
+    return f"{what}: {tokens:,} tokens of {responses:,} of {of:,} responses"
 
 
 def is_many(responses: int, of: int) -> bool:

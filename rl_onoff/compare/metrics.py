@@ -20,6 +20,7 @@ import numpy as np
 
 CLAMP = 20.0
 PRIME_RL_BAR = 0.015
+PERCENTILES = {"logprob_diff_p50": 50, "logprob_diff_p95": 95, "logprob_diff_p99": 99, "logprob_diff_max": 100}  # |l|
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +114,8 @@ def finite_logprobs(logq_N: np.ndarray, logp_N: np.ndarray) -> tuple[np.ndarray,
     """Both in float64, with −inf as the other side's less 20, so that l is ±20; where both are −inf, l is 0."""
     logq_N, logp_N = np.asarray(logq_N, np.float64), np.asarray(logp_N, np.float64)
     no_q_N, no_p_N = np.isneginf(logq_N), np.isneginf(logp_N)
+    if not (no_q_N.any() or no_p_N.any()):
+        return logq_N, logp_N
     finite_logq_N = np.where(no_q_N, np.where(no_p_N, 0.0, logp_N) - CLAMP, logq_N)
     return finite_logq_N, np.where(no_p_N, np.where(no_q_N, 0.0, logq_N) - CLAMP, logp_N)
 
@@ -188,6 +191,11 @@ def metrics_from_means(means: Mapping[str, np.ndarray | float]) -> dict[str, np.
 
 def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray) -> dict[str, float]:
     """Percentiles and extremes: what cannot be had from sums."""
+    values = np.percentile(np.abs(log_ratios(logq_N, logp_N)), list(PERCENTILES.values())).tolist()
+    return dict(zip(PERCENTILES, values, strict=True)) | extremes(logq_N, logp_N, lengths_S)
+
+
+def extremes(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray) -> dict[str, float]:
     l_N = log_ratios(logq_N, logp_N)
     sum_S = segment_sums(l_N, lengths_S)
     diff_S = -sum_S / lengths_S
@@ -196,13 +204,7 @@ def order_metrics(logq_N: np.ndarray, logp_N: np.ndarray, lengths_S: np.ndarray)
     values |= {"log_ppl_diff_min": diff_S.min(), "log_ppl_diff_max": diff_S.max()}
     values |= {"is_ratio_min_token": _exp(l_N.min()), "is_ratio_max_token": _exp(l_N.max())}
     values |= {"is_ratio_min_seq": _exp(sum_S.min()), "is_ratio_max_seq": _exp(sum_S.max())}
-    return percentiles(l_N) | {name: float(value) for name, value in values.items()}
-
-
-def percentiles(l_N: np.ndarray) -> dict[str, float]:
-    """Exact percentiles of |l|, linearly interpolated, and the largest."""
-    values = np.percentile(np.abs(l_N), (50, 95, 99, 100))
-    return {f"logprob_diff_{name}": float(x) for name, x in zip(("p50", "p95", "p99", "max"), values, strict=True)}
+    return {name: float(value) for name, value in values.items()}
 
 
 def cumulative_l(l_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
@@ -216,7 +218,8 @@ def response_sums(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(sums, counts) of every term by response, (S,) each: over its tokens, or the response's own number, once."""
     once_S = np.ones(len(lengths_S))
-    sums = {name: (segment_sums(term, lengths_S), lengths_S) for name, term in terms.items()}
+    sums_FS = segment_sums(np.stack(list(terms.values()), dtype=np.float64, casting="unsafe"), lengths_S)
+    sums = {name: (sums_S, lengths_S) for name, sums_S in zip(terms, sums_FS, strict=True)}
     return sums | {name: (term, once_S) for name, term in per_response.items()}
 
 
@@ -232,9 +235,12 @@ def segment_positions(lengths_S: np.ndarray) -> np.ndarray:
 
 
 def segment_sums(values_N: np.ndarray, lengths_S: np.ndarray) -> np.ndarray:
-    """Σ over the tokens of every response; reduceat is wrong for empty ones, so there may be none."""
-    assert np.all(np.asarray(lengths_S) > 0) and np.sum(lengths_S) == len(values_N)
-    return np.add.reduceat(values_N, segment_starts(lengths_S), dtype=np.float64)
+    """Σ over the tokens of every response, of one row of values or of several; reduceat is wrong for empty responses,
+    so there may be none.
+    """
+    starts_S = segment_starts(lengths_S)
+    assert lengths_S.min() > 0 and starts_S[-1] + lengths_S[-1] == values_N.shape[-1]
+    return np.add.reduceat(values_N, starts_S, axis=-1, dtype=np.float64)
 
 
 def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, np.ndarray]:
@@ -248,10 +254,3 @@ def _weight_terms(level: str, log_weights: np.ndarray, cap: float) -> dict[str, 
 
 def _exp(x: np.ndarray | float) -> np.ndarray:
     return np.exp(np.clip(x, -CLAMP, CLAMP))
-
-
-def histogram(values_N: np.ndarray, edges: np.ndarray) -> dict[str, int | list[float]]:
-    """{"edges": E + 1 numbers, "counts": E numbers, "below", "above"}: what lies outside is counted too."""
-    counts = np.histogram(values_N, edges)[0]
-    below, above = int((values_N < edges[0]).sum()), int((values_N > edges[-1]).sum())
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "below": below, "above": above}

@@ -22,7 +22,7 @@ from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report import ReportInput, ReportResponse, write_report
 from rl_onoff.report.tables import Matrix
-from rl_onoff.rundir.files import write_csv, write_whole
+from rl_onoff.rundir.files import disk_error, write_csv, write_whole
 from rl_onoff.rundir.join import TRANSFORM, group_columns, groups_of, joined, pairs
 from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of, texts_tokenizer
 from rl_onoff.rundir.summary import summarise
@@ -46,7 +46,10 @@ def compare_run(run: RunDir, tokenizer: Any = None) -> dict[str, Comparison]:
         decode = tokenizer.decode if tokenizer is not None and "behaviour" in recorded else None
         found = pairs(run, name, own, group_columns=columns, decode=decode)
         if (first := next(found, None)) is not None:
-            comparisons[name] = compare(chain([first], found), recorded=recorded)
+            try:
+                comparisons[name] = compare(chain([first], found), recorded=recorded, scratch=run.path)
+            except OSError as error:
+                raise disk_error(error, run.path) from error
     return comparisons
 
 

@@ -68,7 +68,8 @@ def read_json(file: Path) -> Any:
 
 def content_of(file: Path) -> str:
     """A hash of a file's content: what rows made from the file depend on."""
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def sync(path: Path) -> None:

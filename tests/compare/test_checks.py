@@ -14,7 +14,7 @@ import pytest
 
 from rl_onoff.backends.fake.backend import END, ByteTokenizer
 from rl_onoff.compare import Pair, compare, verdict
-from rl_onoff.compare.checks import examine
+from rl_onoff.compare.examine import examine, examine_blocks
 from rl_onoff.compare.findings import Sampled
 from rl_onoff.compare.row_checks import Fault, other_text, other_tokens, outside_vocab, row_findings
 from rl_onoff.types import Rollout, TokenScores
@@ -398,3 +398,39 @@ def test_planted_ids_that_the_model_has_no_row_for(tokenizer):
     [finding] = judged(ids, faults).findings
     assert (finding.check, finding.responses, finding.example.split(":")[0]) == ("outside_vocab", 3, "5/0")
     assert "past the last row" in verdict(judged(ids, dict.fromkeys(range(100), faults[5])))
+
+
+# --- in blocks --------------------------------------------------------------------------------------------------------
+
+
+def in_blocks(sampled: Sampled, size: int = 7) -> tuple[list[Any], np.ndarray]:
+    number_S = np.arange(len(sampled.keys)) // size
+    blocks = [sampled.only(number_S == number) for number in range(number_S[-1] + 1)]
+    return examine_blocks(lambda: iter(blocks), len(sampled.token_ids_N))
+
+
+@pytest.mark.parametrize("bad", [[3], [3, 4, 5], [0, 38], list(range(20)), list(range(40))])
+@pytest.mark.parametrize("value", [np.nan, 5.0, -9999.0])
+def test_rows_in_blocks_are_judged_as_a_whole(bad, value):
+    rows = [good(12, seed=i) for i in range(40)]
+    for i in bad:
+        rows[i][0][4:6] = [value] * 2
+    sampled = of(*rows)
+    (findings, kept_S), (whole, kept_whole_S) = in_blocks(sampled), examine(sampled)
+    assert findings == whole and len(findings) == 1 and kept_S.tolist() == kept_whole_S.tolist()
+
+
+def test_copies_in_other_blocks_are_found():
+    rows = [good(20, seed=i) for i in range(20)]
+    sampled = of(*rows, *rows, ids=[list(range(20))] * 40)
+    (findings, kept_S), (whole, kept_whole_S) = in_blocks(sampled), examine(sampled)
+    assert findings == whole and kept_S.tolist() == kept_whole_S.tolist() == [True] * 20 + [False] * 20
+
+
+def test_patterns_are_looked_for_in_a_sample_that_is_named(monkeypatch):
+    monkeypatch.setattr("rl_onoff.compare.examine.SAMPLE", 4000)
+    rows = [good(200, seed=i) for i in range(60)]
+    [finding], _ = in_blocks(of(*((np.roll(q, 1), p) for q, p in rows)))
+    assert finding.check == "shifted" and finding.fatal and 5 < finding.responses < 40
+    assert finding.what.endswith(f"of {finding.responses} of {finding.responses} responses, chosen at random from 60")
+    assert in_blocks(of(*rows))[0] == []

@@ -11,6 +11,7 @@ import pytest
 from rl_onoff.compare import HEADLINES, METRICS, Estimate, Pair, as_kind, compare, headlines, judge, verdict, word_of
 from rl_onoff.compare.distributions import log_softmax
 from rl_onoff.compare.steps import departure
+from rl_onoff.compare.tokens import percentile
 from rl_onoff.errors import UsageError
 from rl_onoff.types import LogprobKind, TokenScores
 from tests.metrics.at_once import chosen_token_metrics
@@ -48,6 +49,31 @@ def flat(pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         np.concatenate([pair.target.logprobs_T for pair in pairs]),
         np.array([pair.num_tokens for pair in pairs]),
     )
+
+
+def test_blocks_on_the_disk_change_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr("rl_onoff.compare.aggregate.BATCH_TOKENS", 100)
+    pairs = random_pairs(80)
+    pairs = [replace(pair, facts={"step": float(i // 16), "reward": i % 2}) for i, pair in enumerate(pairs)]
+    pairs[20:22] = [make_pair([np.nan, -1], [-1, -1], name="bad"), make_pair([-1, -np.inf], [-1, -2], name="never")]
+    one = compare(pairs, num_resamples=50, recorded=("target",)).to_dict()
+    monkeypatch.setattr("rl_onoff.compare.aggregate.BLOCK_TOKENS", 300)
+    many = compare(pairs, num_resamples=50, recorded=("target",), scratch=tmp_path).to_dict()
+    curves = [found["histograms"].pop("cumulative_l") for found in (one, many)]
+    assert curves[0]["num"] == curves[1]["num"]
+    np.testing.assert_allclose(curves[0]["mean"], curves[1]["mean"], rtol=1e-12, atol=1e-14)
+    assert many == one and one["set_aside"] == ["bad/0"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num", [2, 3, 100, 4001])
+@pytest.mark.parametrize("spread", [0, 1e-9, 1, 20])
+def test_percentiles_of_parts_are_those_of_the_whole(num, spread):
+    rng = np.random.default_rng(num)
+    values = np.abs(rng.normal(0, 1, num)) * spread * (rng.random(num) < 0.6)
+    parts = np.split(values, sorted(rng.integers(0, num + 1, 3)))
+    shares = [0, 1, 50, 95, 99, 99.5, 100]
+    assert percentile(lambda: iter(parts), shares).tolist() == np.percentile(values, shares).tolist()
 
 
 def test_stream_equals_all_at_once(monkeypatch):

@@ -8,8 +8,16 @@ import sys
 SCRIPT = """
 import sys, time
 import numpy as np
-from rl_onoff.compare import Pair, compare
+from rl_onoff.compare import Pair, aggregate, compare
 from rl_onoff.types import TokenScores
+
+def chosen(tokens, length=500):
+    rng = np.random.default_rng(0)
+    for i in range(tokens // length):
+        ids_T, logs_T = rng.integers(0, 1000, length, dtype=np.int32), -rng.exponential(1, length).astype(np.float32)
+        sides = [TokenScores(request_id=str(i), token_ids_T=ids_T, logprobs_T=logs_T + shift)
+                 for shift in (np.float32(0), np.float32(-0.01))]
+        yield Pair(behaviour=sides[0], target=sides[1], groups={"level": str(i % 5)})
 
 def pairs(tokens, k=64, length=500):
     rng = np.random.default_rng(0)
@@ -28,9 +36,11 @@ def peak_mb():
     # not ru_maxrss, which a child takes over from whoever started it
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 
-compare(pairs(20_000))
+stream = globals()[sys.argv[2]]
+compare(stream(20_000))
 before, start = peak_mb(), time.perf_counter()
-result = compare(pairs(int(sys.argv[1])))
+aggregate.BLOCK_TOKENS = 1 << 17
+result = compare(stream(int(sys.argv[1])))
 assert result.overall.counts["tokens"] == int(sys.argv[1])
 print(peak_mb(), peak_mb() - before, time.perf_counter() - start)
 """
@@ -38,8 +48,16 @@ print(peak_mb(), peak_mb() - before, time.perf_counter() - start)
 
 def test_two_hundred_thousand_tokens_stay_small():
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "200000"], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", SCRIPT, "200000", "pairs"], capture_output=True, text=True, check=True, timeout=120
     )
     peak_mb, growth_mb, _seconds = map(float, done.stdout.split())
     assert peak_mb < 400, done.stdout  # 2 GB for 1 M, and what does not grow with the stream
     assert growth_mb < 100, done.stdout  # top-64 of 200k tokens alone would be 205 MB
+
+
+def test_chosen_tokens_stay_small():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "2000000", "chosen"], capture_output=True, text=True, check=True, timeout=120
+    )
+    _peak_mb, growth_mb, _seconds = map(float, done.stdout.split())
+    assert growth_mb < 120, done.stdout  # the tokens' columns at once would be 240 MB at their peak
