@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Ratios of measured rounds: each value of `over` by the median of `under`, so that the ratio of medians is the median."""
+    """Each value of `over` by the median of `under`, so that the median of what comes back is the ratio of medians."""
     middle = statistics.median(under)
     return [value / middle for value in over]
 
