@@ -86,8 +86,12 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
     import pyarrow.parquet as pq
 
     arrays = {name: _column(kind, [row.get(name) for row in rows]) for name, kind in columns.items()}
+    leaves = {name: name + ".list.element" * kind.count("list<") for name, kind in columns.items()}
+    apart = [leaves.pop(name) for name, kind in columns.items() if kind.rstrip(">").endswith("float32")]
+    # floats have their bytes of equal weight side by side: a third smaller, and none is worth a dictionary
+    encodings = {"use_dictionary": [*leaves.values()], "column_encoding": dict.fromkeys(apart, "BYTE_STREAM_SPLIT")}
     with whole(shard) as partial:
-        pq.write_table(pa.table(arrays), partial, compression="zstd")
+        pq.write_table(pa.table(arrays), partial, compression="zstd", **encodings)
 
 
 def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[int] | None = None) -> Iterator[Any]:
