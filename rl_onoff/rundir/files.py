@@ -153,12 +153,22 @@ def _column(kind: str, cells: Sequence[Any]) -> Any:
 
 def _value(cell: Any) -> Any:
     """An Arrow cell as a number, a text or a numpy array, of (T, K) for lists of lists; None where it is null."""
-    import numpy as np
     import pyarrow as pa
 
     if not cell.is_valid or not isinstance(cell, pa.ListScalar):
         return cell.as_py()
     if not pa.types.is_list(cell.values.type):
-        return np.array(cell.values)
+        return _numbers(cell.values).copy()
     # a view of the shard's memory, for lists of top tokens are most of it
-    return np.asarray(cell.values.flatten()).reshape(len(cell.values), -1 if len(cell.values) else 0)
+    return _numbers(cell.values.flatten()).reshape(len(cell.values), -1 if len(cell.values) else 0)
+
+
+def _numbers(array: Any) -> Any:
+    """A view of an Arrow array's memory; pyarrow's own imports pandas first."""
+    import numpy as np
+    import pyarrow as pa
+
+    if pa.types.is_boolean(array.type) or array.null_count or not len(array):  # bits, which are no numpy array
+        return np.array(array.to_pylist(), array.type.to_pandas_dtype())
+    numbers = np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())
+    return numbers[array.offset : array.offset + len(array)]
