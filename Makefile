@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo engines sglang browser test test-engines test-others test-transformers test-fast check format docs clean
+.PHONY: help setup demo engines sglang browser test test-engines test-others test-transformers test-fast bench check format docs clean
 
 help: ## these lines
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -16,7 +16,7 @@ setup: $(VENV)/.core ## the environment with HuggingFace Transformers
 
 demo: setup ## sample with SmolLM2 in bfloat16, score in float32, compare; ends with a page to open
 	$(BIN)/rl-onoff experiment=onoff model.dtype=bfloat16 target=huggingface target.dtype=float32 \
-	  data.limit=16 sampling.max_new_tokens=128
+	  data.limit=16 sampling.max_new_tokens=64
 
 engines: ## vLLM beside the core, SGLang in an environment of its own (CPU builds), side by side
 	$(MAKE) --jobs 2 --output-sync=target $(VENV)/.vllm sglang
@@ -53,6 +53,19 @@ build/transformers-%/.made: requirements/transformers-%.txt | $(VENV)/.dev
 
 test-fast: $(VENV)/.dev ## the tests that need neither vLLM nor SGLang nor a browser
 	$(BIN)/python -m pytest -m "not vllm and not sglang and not browser" $(PYTEST_ARGS)
+
+# run one after the other, since each takes the whole machine; the rows they print are gathered in build/bench.md
+BENCHMARKS := hf_generate.py hf_score.py "engine_generate.py vllm" "engine_generate.py sglang --python .venv-sglang/bin/python" \
+              vllm_stats.py sglang_stats.py startup.py compare.py
+
+bench: engines ## the CPU column of benchmarks/README.md, in less than half an hour
+	@mkdir -p build; rm -f build/bench.md; failed=; export BENCH_TABLE=$(CURDIR)/build/bench.md PYTHONPATH=$(CURDIR); \
+	for each in $(BENCHMARKS); do \
+	  case "$$each" in sglang_*) python=.venv-sglang/bin/python;; *) python=$(BIN)/python;; esac; \
+	  echo "== $$each"; $$python benchmarks/$$each || failed="$$failed $$each"; \
+	done; \
+	echo; echo "| work | against | min / median / max | bar | met? |"; echo "|---|---|---|---|---|"; cat build/bench.md; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 check: $(VENV)/.vllm ## lint and types (vLLM is there so that calls of it are checked too)
 	$(BIN)/ruff check .

@@ -101,7 +101,8 @@ def sample(this: Run) -> None:
     data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
     sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
     completions.claim({"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}, changes)
-    tokenizer = create_backend(config.backend).get_tokenizer()
+    # most likely something is missing where nothing is there: an engine with its own process loads in the meantime
+    tokenizer = this.slot.prepare(config.backend, begin=not completions.exists()).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
     missing = stages.missing_requests(this.folder, prompts, config.sampling)
@@ -123,7 +124,7 @@ def score(this: Run) -> Steps:
     config, folder = this.config, this.folder
     if config.score.responses is not None:
         file, data = Path(config.score.responses), config.data
-        tokenizer = create_backend(next(iter(scorers(config).values()))).get_tokenizer()
+        tokenizer = this.slot.prepare(next(iter(scorers(config).values()))).get_tokenizer()
         options = {"chat_template": data.chat_template, "system": data.system, "format": config.compare.format}
         options["tools"] = "tools" not in data.template_kwargs
         texts = with_template_kwargs(tokenizer, data.template_kwargs)

@@ -50,6 +50,7 @@ class CoreBackend(Core):
             raise UsageError(f"{what}: set backend.logprob_kind to one of {kinds}")
         self.config = config
         self._core: Core | None = None
+        self._begun: Core | None = None  # the same, while it loads
         self._info: EngineInfo | None = None
         self._tokenizer: Any = None
 
@@ -69,14 +70,26 @@ class CoreBackend(Core):
         """Refuse a sampler this engine does not have."""
         self.sampling_args(sampling, (), sampling.seed)
 
+    def begin(self) -> None:
+        """Let an engine that has a process of its own load while the caller does other things; `load` waits for it."""
+        if self._core is None and self._begun is None:
+            from rl_onoff.models.resolve import resolve
+
+            resolve(self.config.model_name, revision=self.config.revision)  # what has to be made is made here, and told
+            core = self._place()
+            core._begin()
+            self._begun = core
+
     def load(self) -> None:
         """Load the model and tokenizer; loading twice is loading once. ImportError when the engine is not installed,
         ValueError for a model that is not there."""
         if self._core is not None:
             return
-        self.get_tokenizer()
-        core = self._place()
+        self.begin()
+        core, self._begun = self._begun, None
+        assert core is not None
         try:
+            self.get_tokenizer()
             self._info = core._load()
         except BaseException:
             core._close()
@@ -89,9 +102,10 @@ class CoreBackend(Core):
 
     def close(self) -> None:
         """Free the model, and every process, file and port the engine took."""
-        core, self._core, self._info = self._core, None, None
-        if core is not None:
-            core._close()
+        cores, self._core, self._begun, self._info = (self._core, self._begun), None, None, None
+        for core in cores:
+            if core is not None:
+                core._close()
 
     def __enter__(self) -> Self:
         self.load()

@@ -40,6 +40,9 @@ class Supply(Protocol):
 class Core(Protocol):
     """The four calls an engine answers, wherever it runs. One call at a time; results come in any order."""
 
+    def _begin(self) -> None:
+        """Start to load where that takes none of the caller's time; `_load` follows."""
+
     @abstractmethod
     def _load(self) -> EngineInfo:
         """Load the weights in this process."""

@@ -45,7 +45,7 @@ DISTRIBUTION_METRICS: dict[str, Metric] = family(
                                "lower", "tokens impossible for target", 1),
 )  # fmt: skip
 
-CHUNK = 1 << 21  # numbers of one array worked on at a time: 16 MB in float64
+CHUNK = 1 << 16  # numbers of one array worked on at a time: in float64 they stay in a core's cache
 
 
 def optional_terms(q: TokenScores, p: TokenScores, kind: LogprobKind, is_exact: bool) -> dict[str, np.ndarray]:
@@ -91,8 +91,9 @@ def distribution_terms(
     logq_TV, logp_TV = log_softmax(logits_q_TV), log_softmax(logits_p_TV)
     k = min(k, size_p)
     shared_T = _shared(*(np.argpartition(x_TV, -k, axis=1)[:, -k:] for x_TV in (logq_TV, logp_TV)))[0].sum(axis=1)
-    terms = divergence_terms(logq_TV, logp_TV)
-    terms |= {"entropy_behaviour": entropy(logq_TV), "entropy_target": entropy(logp_TV)}
+    q_TV, p_TV = np.exp(logq_TV), np.exp(logp_TV)
+    terms = divergence_terms(logq_TV, logp_TV, q_TV, p_TV)
+    terms |= {"entropy_behaviour": entropy(logq_TV, q_TV), "entropy_target": entropy(logp_TV, p_TV)}
     terms |= {"entropy_diff": terms["entropy_target"] - terms["entropy_behaviour"]}
     terms |= {"argmax_agreement": np.equal(logq_TV.argmax(axis=1), logp_TV.argmax(axis=1))}
     terms |= {"topk_jaccard": shared_T / (2 * k - shared_T)}
@@ -127,18 +128,23 @@ def topk_terms(
     ids_q_TA, logs_q_TA, ids_p_TA, logs_p_TA = sides
     shared_TA, columns_p_TA = _shared(ids_q_TA, ids_p_TA)
     logs_p_TA = np.take_along_axis(logs_p_TA, columns_p_TA, axis=1)
-    logq_TA, logp_TA = (np.where(shared_TA, x_TA, -np.inf) for x_TA in (logs_q_TA, logs_p_TA))
-    logq_TA, logp_TA = (  # and what they leave of 1 for the rest, at least what rounding could have made of 0
-        np.column_stack([x_TA, np.log(np.maximum(1 - np.exp(x_TA).sum(axis=1), tiny))]) for x_TA in (logq_TA, logp_TA)
-    )
+    logs, probs = [], []
+    for known_TA in (logs_q_TA, logs_p_TA):
+        logs_TA = np.full((len(known_TA), known_TA.shape[1] + 1), -np.inf)
+        np.copyto(logs_TA[:, :-1], known_TA, where=shared_TA)
+        probs_TA = np.exp(logs_TA)
+        # the rest: what they leave of 1, at least what rounding could have made of 0
+        probs_TA[:, -1] = np.maximum(1 - probs_TA.sum(axis=1), tiny)
+        logs_TA[:, -1] = np.log(probs_TA[:, -1])
+        logs, probs = [*logs, logs_TA], [*probs, probs_TA]
     both_T = (shared_TA & (columns_p_TA < k))[:, :k].sum(axis=1)
     either_T = (q_ids_TK[:, :k] >= 0).sum(axis=1) + (p_ids_TK[:, :k] >= 0).sum(axis=1) - both_T
     rows_T = np.arange(len(both_T))
     agree_T = q_ids_TK[rows_T, q_logs_TK.argmax(axis=1)] == p_ids_TK[rows_T, p_logs_TK.argmax(axis=1)]
-    exact = divergence_terms(logq_TA, logp_TA)
+    exact = divergence_terms(*logs, *probs)
     terms = {name if name.startswith("_") else f"{name}_topk": term for name, term in exact.items()}
-    terms |= {"entropy_behaviour_topk": entropy(logq_TA), "entropy_target_topk": entropy(logp_TA)}
-    terms |= {"mass_outside_behaviour": np.exp(logq_TA[:, -1]), "mass_outside_target": np.exp(logp_TA[:, -1])}
+    for name, logs_TA, probs_TA in zip(("behaviour", "target"), logs, probs, strict=True):
+        terms |= {f"entropy_{name}_topk": entropy(logs_TA, probs_TA), f"mass_outside_{name}": probs_TA[:, -1]}
     return terms | {"argmax_agreement": agree_T, "topk_jaccard": both_T / np.maximum(either_T, 1)}
 
 
@@ -149,34 +155,39 @@ def log_softmax(logits_TV: np.ndarray) -> np.ndarray:
     return shifted_TV - np.log(np.exp(shifted_TV).sum(axis=1, keepdims=True))
 
 
-def divergence_terms(logq_TA: np.ndarray, logp_TA: np.ndarray) -> dict[str, np.ndarray]:
+def divergence_terms(
+    logq_TA: np.ndarray, logp_TA: np.ndarray, q_TA: np.ndarray, p_TA: np.ndarray
+) -> dict[str, np.ndarray]:
     """KL both ways, Jensen–Shannon and total variation of q and p on the same outcomes.
 
     KL(q‖p) is summed as q log(q/p) − q + p: the same number for distributions, and no term of it may be negative, so
     neither rounding nor probabilities that sum to 0.9999999 make it so. Where one side gives 0 and the other does not,
     the infinite log-ratio counts as ±20, and the position is counted.
     """
-    q_TA, p_TA = np.exp(logq_TA), np.exp(logp_TA)
+    middle_TA = 0.5 * (q_TA + p_TA)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio_TA = logq_TA - logp_TA
-        log_middle_TA = np.log(0.5 * (q_TA + p_TA))
-        to_q_TA, to_p_TA = logq_TA - log_middle_TA, logp_TA - log_middle_TA
-    infinite_T = np.asarray(np.isinf(ratio_TA).any(axis=1))
-    ratio_TA = np.nan_to_num(ratio_TA, nan=0.0, posinf=CLAMP, neginf=-CLAMP)
-    to_q_TA, to_p_TA = (np.nan_to_num(x, nan=0.0, neginf=0.0) for x in (to_q_TA, to_p_TA))
+        log_middle_TA = np.log(middle_TA)
+        to_q_TA, to_p_TA = q_TA * (logq_TA - log_middle_TA), p_TA * (logp_TA - log_middle_TA)
+    infinite_TA = np.isinf(ratio_TA)
+    if (infinite_T := infinite_TA.any(axis=1)).any():
+        np.clip(ratio_TA, -CLAMP, CLAMP, out=ratio_TA, where=infinite_TA)
+    np.copyto(ratio_TA, 0.0, where=middle_TA == 0)  # impossible on both sides: NaN, as below
+    for to_TA, probs_TA in ((to_q_TA, q_TA), (to_p_TA, p_TA)):
+        np.copyto(to_TA, 0.0, where=probs_TA == 0)
     gap_TA = p_TA - q_TA
     return {
         "kl_forward": np.maximum(q_TA * ratio_TA + gap_TA, 0.0).sum(axis=1),
         "kl_reverse": np.maximum(-p_TA * ratio_TA - gap_TA, 0.0).sum(axis=1),
-        "js": np.asarray(np.maximum(0.5 * (q_TA * to_q_TA + p_TA * to_p_TA).sum(axis=1), 0.0)),
+        "js": np.maximum(0.5 * (to_q_TA + to_p_TA).sum(axis=1), 0.0),
         "tv": np.abs(0.5 * gap_TA).sum(axis=1),
         "_tokens_infinite_kl": infinite_T,
     }
 
 
-def entropy(logq_TA: np.ndarray) -> np.ndarray:
+def entropy(logq_TA: np.ndarray, q_TA: np.ndarray) -> np.ndarray:
     """−Σ q log q in nats, 0 log 0 = 0."""
-    return -(np.exp(logq_TA) * np.where(np.isneginf(logq_TA), 0.0, logq_TA)).sum(axis=1)
+    return -np.multiply(q_TA, logq_TA, out=np.zeros_like(q_TA), where=q_TA > 0).sum(axis=1)
 
 
 def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +197,9 @@ def _shared(ids_q_TA: np.ndarray, ids_p_TB: np.ndarray) -> tuple[np.ndarray, np.
     """
     width_q, width = ids_q_TA.shape[1], ids_q_TA.shape[1] + ids_p_TB.shape[1]
     bits = width.bit_length()
-    keys_TC = np.column_stack([ids_q_TA, ids_p_TB]).astype(np.int64) << bits
-    keys_TC += np.arange(width)
+    keys_TC = np.concatenate([ids_q_TA, ids_p_TB], axis=1)
+    keys_TC = keys_TC.astype(np.int32 if keys_TC.max(initial=0) < 1 << (31 - bits) else np.int64) << bits
+    keys_TC += np.arange(width, dtype=keys_TC.dtype)
     keys_TC.sort(axis=1)
     ids_TC = keys_TC >> bits
     rows, at = np.nonzero((ids_TC[:, 1:] == ids_TC[:, :-1]) & (ids_TC[:, 1:] >= 0))

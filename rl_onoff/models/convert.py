@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.errors import UsageError
+from rl_onoff.models.gguf_file import open_file, read_config, read_model, tokenizer_field
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ GPT2 = {
 }  # fmt: skip
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 CONTROL, USER_DEFINED = 3, 4  # of `tokenizer.ggml.token_type`: tokens that a text gives whole
-ROPE = "rope_freqs.weight"
 PROBE = "  Ein Test: don't, 12345 + 7\n\n\tÄpfel — 数字 ok? "
 
 
@@ -110,16 +109,15 @@ def convert(file: Path, folder: Path) -> None:
     """Write a GGUF file's weights, tokenizer and configs as a folder that transformers, vLLM and SGLang all load."""
     log.info("converting %s to safetensors, once", file.name)
     import transformers
-    from gguf import GGUFReader
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     with redirect_stderr(StringIO()):  # tqdm bars that have no other switch
         try:
-            reader = GGUFReader(file)
-            config = transformers.AutoConfig.from_pretrained(**source)
+            reader = open_file(file)
+            config = read_config(reader, source)
             vocabulary = transformers.PreTrainedTokenizerFast.from_pretrained(**source)
             tokenizer = _tokenizer(reader, vocabulary.backend_tokenizer)
-            model = _model(reader, config, source)
+            model = read_model(reader, config, source)
         except UsageError:
             raise
         except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError, ImportError) as error:
@@ -128,7 +126,7 @@ def convert(file: Path, folder: Path) -> None:
         tokenizer.model_max_length = config.max_position_embeddings
         model.config._name_or_path = file.stem
         known = model.config.eos_token_id  # one id, or for some models a list that transformers has
-        said = [_said(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        said = [tokenizer_field(reader, f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         ends = dict.fromkeys([*(known if isinstance(known, list) else [known]), *said])
         ends = [token_id for token_id in ends if token_id is not None]
         ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -142,36 +140,35 @@ def convert(file: Path, folder: Path) -> None:
         raise UsageError(f"{why}: set model.name to the folder or hub id that the file was made from")
 
 
-def _said(reader: Any, key: str, default: Any = None) -> Any:
-    """What the file's tokenizer metadata says under this key."""
-    field = reader.get_field(f"tokenizer.{key}")
-    return default if field is None else field.contents()
-
-
 def _tokenizer(reader: Any, backend: Any) -> Any:
     """The tokenizer the metadata describes, from the vocabulary and merges that transformers read."""
     import transformers
     from tokenizers import decoders, normalizers
 
-    kind, pre = _said(reader, "ggml.model"), _said(reader, "ggml.pre")
+    kind, pre = tokenizer_field(reader, "ggml.model"), tokenizer_field(reader, "ggml.pre")
     if kind == "llama":  # SentencePiece's rule: a space is ▁, and one may precede the text and follow special tokens
-        spaces, add = normalizers.Replace(" ", "▁"), _said(reader, "ggml.add_space_prefix", True)
+        spaces, add = normalizers.Replace(" ", "▁"), tokenizer_field(reader, "ggml.add_space_prefix", True)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if add else spaces
         backend.pre_tokenizer = None
         backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if add else steps)
     elif kind == "gpt2":
         _set_pre_tokenizer(backend, pre)
-    backend = _with_own_tokens(backend, _said(reader, "ggml.tokens"), _said(reader, "ggml.token_type", []))
+    backend = _with_own_tokens(
+        backend, tokenizer_field(reader, "ggml.tokens"), tokenizer_field(reader, "ggml.token_type", [])
+    )
     usual = {"bos": 1, "eos": 2, "unknown": 0, "padding": None}  # in a SentencePiece file
-    said = {name: _said(reader, f"ggml.{name}_token_id", i if kind == "llama" else None) for name, i in usual.items()}
+    said = {
+        name: tokenizer_field(reader, f"ggml.{name}_token_id", i if kind == "llama" else None)
+        for name, i in usual.items()
+    }
     names = {f"{name[:3]}_token": None if i is None else backend.id_to_token(i) for name, i in said.items()}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **names,
-        add_bos_token=_said(reader, "ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
-        add_eos_token=_said(reader, "ggml.add_eos_token", kind == "t5"),
-        chat_template=_said(reader, "chat_template"),
+        add_bos_token=tokenizer_field(reader, "ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
+        add_eos_token=tokenizer_field(reader, "ggml.add_eos_token", kind == "t5"),
+        chat_template=tokenizer_field(reader, "chat_template"),
     )
 
 
@@ -210,42 +207,3 @@ def _with_own_tokens(backend: Any, tokens: list[str], types: list[int]) -> Any:
     backend = Tokenizer.from_str(json.dumps(state))
     backend.add_tokens([AddedToken(tokens[i], normalized=False, special=types[i] == CONTROL) for i in lost])
     return backend
-
-
-def _model(reader: Any, config: Any, source: dict[str, Any]) -> Any:
-    """The model with the file's weights, in the type that comes nearest to most of them."""
-    import numpy as np
-    import torch
-    import transformers
-    from gguf import MODEL_ARCH, get_tensor_name_map
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    sizes = Counter()
-    for tensor in reader.tensors:
-        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
-    dtype = {"F32": torch.float32, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.bfloat16)
-    in_file = {tensor.name: tensor for tensor in reader.tensors}
-    if config.model_type == "llama" and ROPE in in_file:  # it holds the result of Llama 3's rotary scaling alone
-        factors_D, theta = in_file.pop(ROPE).data, config.rope_parameters["rope_theta"]  # one for each of D frequencies
-        config.rope_parameters = dict(
-            rope_type="llama3", rope_theta=theta, factor=float(factors_D.max()), low_freq_factor=1.0,
-            high_freq_factor=4.0, original_max_position_embeddings=8192,
-        )  # fmt: skip
-        plain_D = theta ** (-np.arange(len(factors_D)) / len(factors_D))
-        scaled_D = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].numpy()
-        if not np.allclose(plain_D / scaled_D, factors_D, rtol=1e-3):
-            raise ValueError("its rotary scaling is not Llama 3's")
-    # Unless told, transformers keeps the weights packed where it can, and refuses to save a packed model.
-    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True), "output_loading_info": True}
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model, found = load(**source, **unpacked, config=config, dtype=dtype)
-    if missing := sorted(found["missing_keys"]):  # which transformers fills with random numbers
-        raise ValueError(f"it lacks {', '.join(missing[:3])}")
-    if config.model_type == "llama":  # transformers leaves out what it has no place for
-        names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-        for name in model.state_dict():
-            stem, _, end = name.rpartition(".")
-            in_file.pop(f"{names.get_name(stem)}.{end}", None)
-        if in_file:
-            raise ValueError(f"transformers' model has no place for {', '.join(sorted(in_file)[:3])}")
-    return model

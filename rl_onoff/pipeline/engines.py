@@ -31,27 +31,44 @@ class Slot(AbstractContextManager["Slot"]):
     """Holds the engine that is alive, if any; leaving the `with` block frees it."""
 
     _backend: BaseBackend | None = None
+    _next: BaseBackend | None = None  # not loaded yet
+
+    def prepare(self, config: EngineConfig, *, begin: bool = False) -> BaseBackend:
+        """The engine of this config, whose tokenizer can be had before it is loaded. With `begin` the one alive before
+        is closed, and an engine with a process of its own loads from now on."""
+        if self._backend is not None and self._backend.config == config:
+            return self._backend
+        if self._next is None or self._next.config != config:
+            self._next = _closed(self._next)
+            self._next = create_backend(config)
+        if begin:
+            self._backend = _closed(self._backend)
+            self._next.begin()
+        return self._next
 
     def get(self, config: EngineConfig) -> BaseBackend:
         """The loaded engine of this config; the one alive before, if another, is closed first."""
-        if self._backend is not None and self._backend.config == config:
-            return self._backend
-        self.close()
-        backend, start = create_backend(config), time.monotonic()
+        backend, start = self.prepare(config), time.monotonic()
+        if backend is self._backend:
+            return backend
+        self._backend = _closed(self._backend)
         log.info("loading %s with %s", config.name, config.model_name)
         backend.load()
         info, seconds = backend.info, time.monotonic() - start
         log.info("%s %s ready in %.0f s (%s weights)", info.engine, info.version, seconds, info.dtype)
-        self._backend = backend
+        self._backend, self._next = backend, None
         return backend
 
     def close(self) -> None:
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.close()
+        self._backend, self._next = _closed(self._backend), _closed(self._next)
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _closed(backend: BaseBackend | None) -> None:
+    if backend is not None:
+        backend.close()
 
 
 def engines(config: RunConfig) -> dict[str, EngineConfig]:

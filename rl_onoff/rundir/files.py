@@ -86,11 +86,13 @@ def write_shard(shard: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema({name: _arrow_type(kind) for name, kind in columns.items()})
-    # Arrow takes no array of two axes, but a list of arrays.
-    cells = [{name: list(v) if getattr(v, "ndim", 1) == 2 else v for name, v in row.items()} for row in rows]
+    arrays = {name: _column(kind, [row.get(name) for row in rows]) for name, kind in columns.items()}
+    leaves = {name: name + ".list.element" * kind.count("list<") for name, kind in columns.items()}
+    apart = [leaves.pop(name) for name, kind in columns.items() if kind.rstrip(">").endswith("float32")]
+    # floats have their bytes of equal weight side by side: a third smaller, and none is worth a dictionary
+    encodings = {"use_dictionary": [*leaves.values()], "column_encoding": dict.fromkeys(apart, "BYTE_STREAM_SPLIT")}
     with whole(shard) as partial:
-        pq.write_table(pa.Table.from_pylist(cells, schema=schema), partial, compression="zstd")
+        pq.write_table(pa.table(arrays), partial, compression="zstd", **encodings)
 
 
 def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[int] | None = None) -> Iterator[Any]:
@@ -101,7 +103,8 @@ def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[
     try:
         with pq.ParquetFile(shard) as file:  # read_table would take a folder `n=1` of a sweep for a column
             table = file.read(columns=columns)
-        table = table if numbers is None else table.take(numbers)
+        if numbers is not None and numbers != list(range(len(table))):
+            table = table.take(numbers)
         for cells in zip(*table.columns, strict=True):
             yield dict(zip(table.column_names, map(_value, cells), strict=True))
     except (pa.ArrowException, OSError) as error:  # of the file: what is done with a row is not inside this block
@@ -109,19 +112,64 @@ def read_shard(shard: Path, columns: Sequence[str] | None = None, numbers: list[
         raise OnOffError(f"{shard} cannot be read ({one_line(error)}): {fix}") from error
 
 
-def _arrow_type(kind: str) -> Any:
+def _column(kind: str, cells: Sequence[Any]) -> Any:
+    """An Arrow column of numbers, texts, or arrays of one or two axes; None is null. Made of buffers, since pyarrow's
+    own conversion imports pandas first, and takes an array of two axes row by row."""
+    import numpy as np
     import pyarrow as pa
 
-    return pa.list_(_arrow_type(kind[5:-1])) if kind.startswith("list<") else pa.type_for_alias(kind)
+    def ends(lengths: Any) -> Any:
+        """Where each of many lists or texts begins in the values of all, and where the last one ends."""
+        found = np.append(0, np.cumsum(lengths, dtype=np.int64))
+        if found[-1] >= 1 << 31:
+            raise pa.ArrowCapacityError("a shard cannot hold 2^31 numbers of a column")
+        return pa.py_buffer(found.astype(np.int32))
+
+    def numbers(kind: str, values: Any, valid: Any = None) -> Any:
+        if kind == "bool":
+            made = np.packbits(np.asarray(values, bool), bitorder="little")
+        else:
+            made = np.ascontiguousarray(values, kind)
+            if made.dtype.kind == "i" and (made != values).any():
+                raise pa.ArrowInvalid(f"a column of {kind} cannot hold all of its numbers")
+        return pa.Array.from_buffers(pa.type_for_alias(kind), len(values), [valid, pa.py_buffer(made)])
+
+    there, count = np.array([cell is not None for cell in cells], bool), len(cells)
+    valid = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
+    if kind != "string" and not kind.startswith("list<"):
+        return numbers(kind, np.array([0 if cell is None else cell for cell in cells]), valid)
+    given = [cell.encode() if kind == "string" else np.asarray(cell) for cell in cells if cell is not None]
+    lengths = np.zeros(count, np.int64)
+    lengths[there] = [len(cell) for cell in given]
+    if kind == "string":
+        return pa.Array.from_buffers(pa.string(), count, [valid, ends(lengths), pa.py_buffer(b"".join(given))])
+    inner = kind.removeprefix("list<").removesuffix(">")
+    leaf = inner.removeprefix("list<").removesuffix(">")
+    values = numbers(leaf, np.concatenate([cell.ravel() for cell in given] or [np.zeros(0, bool)]))
+    if leaf != inner:
+        widths = np.repeat([cell.shape[1] for cell in given], [len(cell) for cell in given])
+        values = pa.Array.from_buffers(pa.list_(values.type), len(widths), [None, ends(widths)], children=[values])
+    return pa.Array.from_buffers(pa.list_(values.type), count, [valid, ends(lengths)], children=[values])
 
 
 def _value(cell: Any) -> Any:
     """An Arrow cell as a number, a text or a numpy array, of (T, K) for lists of lists; None where it is null."""
-    import numpy as np
     import pyarrow as pa
 
     if not cell.is_valid or not isinstance(cell, pa.ListScalar):
         return cell.as_py()
     if not pa.types.is_list(cell.values.type):
-        return np.array(cell.values)
-    return np.array(cell.values.flatten()).reshape(len(cell.values), -1 if len(cell.values) else 0)
+        return _numbers(cell.values).copy()
+    # a view of the shard's memory, for lists of top tokens are most of it
+    return _numbers(cell.values.flatten()).reshape(len(cell.values), -1 if len(cell.values) else 0)
+
+
+def _numbers(array: Any) -> Any:
+    """A view of an Arrow array's memory; pyarrow's own imports pandas first."""
+    import numpy as np
+    import pyarrow as pa
+
+    if pa.types.is_boolean(array.type) or array.null_count or not len(array):  # bits, which are no numpy array
+        return np.array(array.to_pylist(), array.type.to_pandas_dtype())
+    numbers = np.frombuffer(array.buffers()[1], array.type.to_pandas_dtype())
+    return numbers[array.offset : array.offset + len(array)]

@@ -62,8 +62,14 @@ class WorkerClient:
     def _start(self) -> WorkerProcess:
         return WorkerProcess(self._class, self._config, self._place)
 
+    def _begin(self) -> None:
+        self._worker = self._start()
+        self._worker.deadline = time.monotonic() + HELLO_SECONDS  # one that has not spoken is ended without being asked
+
     def _load(self) -> EngineInfo:
-        self._worker = worker = self._start()
+        if self._worker is None:
+            self._begin()
+        worker = self._alive()
         try:
             self._hello()
             reply = self._receive(loading=True)

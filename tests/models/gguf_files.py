@@ -29,16 +29,17 @@ def write_gguf(
 
     tokens, types = (SPM, SPM_TYPES) if kind == "llama" else (byte_level(), BPE_TYPES)
     random = np.random.default_rng(0)
-    kv = HIDDEN // HEADS * kv_heads
+    head = 128 if arch == "qwen3" else HIDDEN // HEADS  # transformers reads no width of a head from a Qwen 3 file
+    kv = head * kv_heads
     shapes = {
         "token_embd": (len(tokens), HIDDEN),
         "output_norm": (HIDDEN,),
         "blk.0.attn_norm": (HIDDEN,),
         "blk.0.ffn_norm": (HIDDEN,),
-        "blk.0.attn_q": (HIDDEN, HIDDEN),
+        "blk.0.attn_q": (head * HEADS, HIDDEN),
         "blk.0.attn_k": (kv, HIDDEN),
         "blk.0.attn_v": (kv, HIDDEN),
-        "blk.0.attn_output": (HIDDEN, HIDDEN),
+        "blk.0.attn_output": (HIDDEN, head * HEADS),
         "blk.0.ffn_gate": (FEED_FORWARD, HIDDEN),
         "blk.0.ffn_up": (FEED_FORWARD, HIDDEN),
         "blk.0.ffn_down": (HIDDEN, FEED_FORWARD),
@@ -49,9 +50,12 @@ def write_gguf(
             [*types, 4, 4],
         )  # runs of spaces are user-defined tokens, spelled as spaces
         shapes["token_embd"] = (len(tokens), HIDDEN)
-        shapes |= {f"blk.0.attn_{name}_norm": (HIDDEN // HEADS,) for name in "qk"}
         shapes |= {f"blk.0.post_{name}_norm": (HIDDEN,) for name in ("attention", "ffw")}
+    if arch in ("gemma3", "qwen3"):
+        shapes |= {f"blk.0.attn_{name}_norm": (head,) for name in "qk"}
+    biases = {f"blk.0.attn_{name}.bias": shapes[f"blk.0.attn_{name}"][:1] for name in "qkv" if arch == "qwen2"}
     weights = {f"{name}.weight": random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    weights |= {name: random.normal(size=shape).astype(np.float32) for name, shape in biases.items()}
     writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)

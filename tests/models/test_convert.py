@@ -162,13 +162,17 @@ def test_a_special_token_outside_of_the_vocabulary_is_refused(tmp_path):
         converted(tmp_path, eos_token_id=9999)
 
 
-@pytest.mark.parametrize("quantised", [None, "Q8_0", "Q4_1", "F16"])
-def test_weights_have_the_same_bits_as_by_transformers(quantised, tmp_path):
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("quantised", [None, "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16"])
+def test_weights_have_the_same_bits_as_by_transformers(quantised, arch, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    output = [("output.weight", np.random.default_rng(1).normal(size=(len(SPM), HIDDEN)).astype(np.float32))]
-    write_gguf(tmp_path / "m.gguf", "llama", kv_heads=1, quantised=quantised, tensors=output)
+    tokenizer = {"kind": "gpt2", "pre": "qwen2"} if arch.startswith("qwen") else {"kind": "llama"}
+    size = len(BPE if arch.startswith("qwen") else SPM)
+    output = [("output.weight", np.random.default_rng(1).normal(size=(size, HIDDEN)).astype(np.float32))]
+    tensors = output if arch in ("llama", "qwen3") else ()  # the others' LM heads are their embeddings
+    write_gguf(tmp_path / "m.gguf", arch=arch, kv_heads=1, quantised=quantised, tensors=tensors, **tokenizer)
     convert(tmp_path / "m.gguf", tmp_path)
     ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     theirs = AutoModelForCausalLM.from_pretrained(
