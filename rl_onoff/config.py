@@ -178,6 +178,8 @@ class AttributeConfig:
     """Causes to try; empty is all of them."""
     limit: int | None = 256
     """Most responses that are scored again, chosen at random but always the same; null is all."""
+    truth_check: int = 4
+    """Responses on which the truth, a forward pass in float32, is checked in float64; 0 checks nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -249,6 +251,7 @@ class RunConfig:
         at_least(1, "data.limit", data.limit, "20, or null for all rows")
         at_least(0, "score.top_k", score.top_k, 20)
         at_least(1, "attribute.limit", self.attribute.limit, "256, or null for all responses")
+        at_least(0, "attribute.truth_check", self.attribute.truth_check, 4)
         at_least(0, "tracking.table_rows", self.tracking.table_rows, 200)
         at_least(0, "tracking.log_every_s", self.tracking.log_every_s, 10)
         if data.path is not None and not data.path.strip():

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")  # of the weights, on every engine
 DTYPES_ELSEWHERE = {
     "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
 }  # fmt: skip
@@ -63,7 +63,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Run code that ships with the model; only for models you trust."""
     dtype: str | None = None
-    """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
+    """Type of the weights: auto, float32, float16, bfloat16 or, with HuggingFace, float64; null is auto, what the model
+    was saved in."""
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
@@ -84,7 +85,10 @@ class EngineConfig:
 
     name: ClassVar[str] = ""  # the backend's name: huggingface, vllm, …
     second_names: ClassVar[dict[str, str]] = {}  # of an option above -> the engine's own name for it
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
+    reference: ClassVar[str] = "huggingface"  # the engine whose forward pass in float32 is the truth about the weights
+    inexact: ClassVar[tuple[str, ...]] = ("engine_kwargs",)  # options that a truth must not have
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
         ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens",
          "gpu_memory_utilization", "mem_fraction_static", "enforce_eager", "trust_remote_code")
@@ -140,12 +144,12 @@ class EngineConfig:
                 raise UsageError(f"{both} are one option with two values: set one of them")
         at_least(1, "backend.tp_size", self.option("tp_size"), 1)
         at_least(1, "backend.dp_size", self.dp_size, 1)
-        if (dtype := self.option("dtype")) not in (None, *DTYPES):
+        if (dtype := self.option("dtype")) not in (None, *self.dtypes):
             what = f"backend.{self.second_names['dtype'] if self.dtype is None else 'dtype'} is {dtype!r}"
             name = str(dtype).lower().removeprefix("torch.")
-            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
+            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, self.dtypes) or "float32"
             fix = f"set model.dtype={meant}, or that of backend or target where it is set"
-            raise UsageError(f"{what} but must be one of {', '.join(DTYPES)}: {fix}")
+            raise UsageError(f"{what} but must be one of {', '.join(self.dtypes)}: {fix}")
         if self.python is not None and self.worker is False:
             raise UsageError("backend.python needs a process of its own: drop backend.worker=false")
         for owned in self.owned_kwargs:

@@ -1,7 +1,7 @@
 """Logits of some positions -> what they say about the token that was sampled there. One function, used by every engine.
 
-Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32 whatever the type of the logits, and
-the logits are never changed: they may be the engine's own buffer.
+Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32, or float64 where the logits
+are; the logits are never changed: they may be the engine's own buffer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
     import torch
 
     with torch.no_grad():
-        z_RV = logits_RV.float()
+        z_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         logsumexp_R = torch.logsumexp(z_RV, -1)
         chosen_R1 = z_RV.gather(-1, token_ids_R.long()[:, None])
         # entropy = logsumexp - E[z]; z - logsumexp <= 0, so exp is safe, and -inf logits (masked tokens) add nothing

@@ -20,7 +20,7 @@ import numpy as np
 
 from rl_onoff.compare import metrics
 from rl_onoff.compare.checks import Finding, Sampled, examine, other_tokens
-from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
+from rl_onoff.compare.comparison import Bucket, Comparison, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
 from rl_onoff.compare.metrics import DEFAULT_THRESHOLDS, Thresholds
 from rl_onoff.compare.pair import Pair, check_pair, misfit
@@ -217,7 +217,7 @@ class Aggregator:
         estimates = sums.estimates(self.num_resamples, self.seed, metrics.order_metrics(q_N, p_N, lengths_S))
         return Summary(metrics=estimates, counts=counts)
 
-    def _positions(self, sums: Sums, tokens: Tokens) -> list[PositionBucket]:
+    def _positions(self, sums: Sums, tokens: Tokens) -> list[Bucket]:
         buckets_R, buckets_N = tokens.columns["buckets"], np.frexp(tokens.positions_N)[1]
         longest, found = int(tokens.lengths_S.max()), []
         for bucket in range(buckets_R.max() + 1):
@@ -226,7 +226,7 @@ class Aggregator:
             counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
             start, end = (1 << bucket) >> 1, min(1 << bucket, longest)
             estimates = rows.estimates(self.num_resamples, self.seed, metrics.percentiles(l_N))
-            found.append(PositionBucket(start=start, end=end, metrics=estimates, counts=counts))
+            found.append(Bucket(start=start, end=end, metrics=estimates, counts=counts))
         return found
 
 

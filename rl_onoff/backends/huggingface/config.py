@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.engine_config import DTYPES, EngineConfig
 from rl_onoff.errors import UsageError, at_least
 
 
@@ -32,6 +32,7 @@ class HuggingFaceBackendConfig(EngineConfig):
     max_batch_tokens: int = 16384
     """Most tokens (prompts and responses, padding included) computed at once; a longer response runs alone."""
     second_names: ClassVar[dict[str, str]] = {"dtype": "torch_dtype"}
+    dtypes: ClassVar[tuple[str, ...]] = (*DTYPES, "float64")
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "dtype", "torch_dtype", "device_map", "attn_implementation", "revision=model.revision",
         "trust_remote_code=model.trust_remote_code",
