@@ -1,6 +1,5 @@
-"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra. A default is
-written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents it
-(docs/configuration.md is made of them). Nothing here imports an engine."""
+"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra. Defaults are
+here alone, choices in conf/*.yaml; the sentence below a field documents it (docs/configuration.md)."""
 
 from __future__ import annotations
 
@@ -41,6 +40,7 @@ class Rung(Enum):
     retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
     transform = "transform"  # raw, scaled and processed logprobs taken for one another
     decode = "decode"  # what the engine reports while it samples, against its own prefill
+    switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
     lm_head = "lm_head"  # LM head in float32
     dtype = "dtype"  # all weights in float32
     tensor_parallel = "tensor_parallel"  # one device
@@ -176,6 +176,8 @@ class AttributeConfig:
     """Name of the scores whose gap is explained; null is the furthest from the behaviour."""
     rungs: list[Rung] = field(default_factory=list)
     """Causes to try; empty is all of them."""
+    switches: list[str] = field(default_factory=list)
+    """Switches of the engines to try, by name (in the tables below); empty is all that apply."""
     limit: int | None = 256
     """Most responses that are scored again, chosen at random but always the same; null is all."""
     truth_check: int = 4

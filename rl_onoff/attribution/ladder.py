@@ -17,13 +17,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rl_onoff.attribution.causes import LADDER, Attempt
+from rl_onoff.attribution.causes import Attempt, steps
 from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
 from rl_onoff.attribution.truth import errors_of
+from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import ON_POLICY_K3, WhoseError
 from rl_onoff.config import Rung
-from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.errors import OnOffError, UsageError, nearest
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import aligned, number
@@ -86,7 +87,7 @@ class Attribution:
 
     def values(self) -> dict[str, float]:
         """Flat numbers for W&B."""
-        shares = {f"attribute/{row.rung.value}/share": row.share for row in self.rows if row.share is not None}
+        shares = {f"attribute/{row.name}/share": row.share for row in self.rows if row.share is not None}
         errors = self.whose_error.values() if self.whose_error else {}
         shares |= {f"attribute/{name}": value for name, value in errors.items()}
         return {"attribute/gap": self.gap, "attribute/floor": self.floor, "attribute/left": self.left, **shares}
@@ -96,7 +97,7 @@ class Attribution:
         rows = [["rung", "before", "after", "share", "verdict"]]
         for row in self.rows:
             share = "" if row.share is None else f"{row.share:.0%}"
-            rows.append([row.rung.value, number(row.before, 2), number(row.after, 2), share, row.verdict])
+            rows.append([row.name, number(row.before, 2), number(row.after, 2), share, row.verdict])
         head = f"  attribution of {self.target} (k3 KL, nats a token)"
         return "\n".join([head, *aligned(rows, "<>>><"), "", f"  {self.sentence()}"])
 
@@ -132,10 +133,15 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         low={who for who in records if dtypes.get(who) != "float32"},
     )
     rows, whole, as_made = [], state.gap(), state
-    for rung, (words, change, attempt) in LADDER.items():
+    known = {switch.name for schema in engine_configs().values() for switch in schema.switches}
+    if unknown := set(config.switches) - known:
+        fix = nearest(min(unknown), known) or "lm_head"
+        why = f"attribute.switches has {min(unknown)!r}, which no engine has"
+        raise UsageError(f"{why}: set attribute.switches=[{fix}]")
+    for rung, switch, words, change, attempt in steps(case, state, config.switches):
         if config.rungs and rung not in config.rungs:
             continue
-        log.info("attribute: %s", rung.value)
+        log.info("attribute: %s", switch or rung.value)
         try:
             if rung is not Rung.noise and whole <= case.floor:
                 raise NotTried("the gap is not above the noise floor")
@@ -146,7 +152,7 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
             row = Row(rung=rung, verdict=f"not tried: {reason}")
         except OnOffError as error:  # an engine is not installed, or cannot do this: later rungs can still be tried
             row = Row(rung=rung, verdict=f"not tried: it failed ({error})")
-        rows.append(replace(row, changed=row.changed or change))
+        rows.append(replace(row, changed=row.changed or change, switch=switch))
         as_made = state if rung in SAME_ENGINES else as_made
     error, truth = errors_of(case, as_made, name)
     tokens = sum(len(rollout.token_ids_T) for rollout in rollouts.values())
@@ -177,6 +183,7 @@ def _try(rung: Rung, attempt: Attempt, words: str, case: Case, state: State, who
     before, (after, best) = state.gap(), min(gaps, key=lambda item: item[0])
     share = float(np.clip((before - after) / whole, 0, 1)) if whole > 0 else 0.0
     verdict = "not the cause (the gap grows)" if after - before > KEEP * whole else "not the cause"
+    verdict = "changes nothing" if rung is Rung.switches and abs(after - before) <= ROUNDING else verdict
     if share >= KEEP:
         verdict = f"{'the main cause' if share >= MOST else 'part of the cause'}: {best.detail or words}"
     row = Row(rung=rung, changed=best.changed, before=before, after=after, share=share, verdict=verdict)

@@ -41,6 +41,11 @@ class Row:
     after: float | None = None
     share: float | None = None
     verdict: str
+    switch: str = ""  # which, of a row of the rung `switches`
+
+    @property
+    def name(self) -> str:
+        return self.switch or self.rung.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,10 @@ class Case:
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = {"backend": engine.what_it_computes(), "want": asdict(want)}
+        # what a switch turns counts here, also where it should change no number
+        placed = {name for switch in engine.switches for name in switch.options if name in engine.placement}
+        computes = engine.what_it_computes() | {name: getattr(engine, name) for name in placed}
+        config = {"backend": computes, "want": asdict(want)}
         config = masked(config | ({"alone": True} if alone else {}))
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")

@@ -48,6 +48,23 @@ class PoolConfig:
         at_least(0, "pool.wait_s", self.wait_s, 300)
 
 
+WHEN = {
+    "": "always", "gpu": "on a GPU, or where it is set", "set": "where it is set",
+    "low": "with weights in less than float32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One thing that can be turned on an engine without another model: what the attribution tries, one at a time."""
+
+    name: str
+    change: str  # in words
+    options: dict[str, Any]  # options of the engine's config, others in engine_kwargs; None takes the option away
+    when: str = ""  # it applies: a key of WHEN
+    tried: str = "CPU"  # where it was run; empty: nowhere yet
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
     """Options every engine has."""
@@ -89,6 +106,7 @@ class EngineConfig:
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
     reference: ClassVar[str] = "huggingface"  # the engine whose forward pass in float32 is the truth about the weights
     inexact: ClassVar[tuple[str, ...]] = ("engine_kwargs",)  # options that a truth must not have
+    switches: ClassVar[tuple[Switch, ...]] = ()
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
         ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens",
          "gpu_memory_utilization", "mem_fraction_static", "enforce_eager", "trust_remote_code")
@@ -124,9 +142,18 @@ class EngineConfig:
     def with_option(self, name: str, value: Any) -> Self:
         return dataclasses.replace(self, **{name: value, self.second_names.get(name, name): value})
 
-    def with_float32_head(self) -> Self | None:
-        """With the LM head in float32; None where the engine cannot do that."""
-        return None
+    def turned(self, switch: Switch) -> Self | None:
+        """With a switch turned; None where it does not apply, or is turned already."""
+        kwargs, values, is_set = dict(self.engine_kwargs), {}, False
+        for name, value in switch.options.items():
+            options = values if hasattr(self, name) else kwargs
+            now = getattr(self, name) if hasattr(self, name) else kwargs.get(name)
+            options[name] = {**(now or {}), **value} if isinstance(value, dict) else value
+            is_set |= bool(value.keys() & (now or {}).keys() if isinstance(value, dict) else now)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        turned = dataclasses.replace(self, **values, engine_kwargs=kwargs)
+        on_gpu = switch.when == "gpu" and self.gpus_per_replica > 0 and _has_gpu()
+        return turned if turned != self and (is_set or on_gpu or switch.when in ("", "low")) else None
 
     def across_nodes(self) -> Self | None:
         """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
@@ -157,3 +184,9 @@ class EngineConfig:
             if name in self.engine_kwargs:
                 instead = option or f"backend.{name}"
                 raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {instead} instead")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -269,7 +269,7 @@ class Tokens:
             "cumulative_l": curve,
         }
 
-    def worst(self, num: int) -> dict[str, list[dict[str, Any]]]:
+    def worst(self, num: int) -> dict[str, Any]:
         """The tokens with the largest |l| and the responses with the largest mean |l|, one dict each.
 
         A logprob of −inf is null, since JSON has no infinity.

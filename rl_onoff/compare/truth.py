@@ -10,7 +10,7 @@ Shapes: T tokens of a response, S responses, B buckets, of which number 0 holds 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ TERMS = ("qq", "pp", "qp", "gap")  # of a token: e_q², e_p², e_q e_p, (p − q
 
 
 def whose_error(
-    truth: str, target: str, responses: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    truth: str, target: str, responses: Iterable[Sequence[np.ndarray]],
     *, num_resamples: int = 1000, seed: int = 0,
 ) -> WhoseError | None:  # fmt: skip
     """The parts of the gap, from (q_T, p_T, t_T) of every response; None where the two sides do not differ."""

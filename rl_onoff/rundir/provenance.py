@@ -52,8 +52,9 @@ def is_truth(record: Mapping[str, Any]) -> bool:
     """Whether the rows are those of a forward pass in float32 that others' errors can be measured against."""
     backend = record.get("config", {}).get("backend") or {}
     schema, dtype = _schema(backend.get("_target_")), record.get("engine", {}).get("dtype")
-    exact = schema is not None and schema.name == schema.reference and dtype == "float32"
-    return exact and not any(backend.get(option) for option in schema.inexact)
+    if schema is None or schema.name != schema.reference or dtype != "float32":
+        return False
+    return not any(backend.get(option) for option in schema.inexact)
 
 
 def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rl_onoff.backends.engine_config import DTYPES, EngineConfig
+from rl_onoff.backends.engine_config import DTYPES, EngineConfig, Switch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,6 +16,10 @@ class FakeBackendConfig(EngineConfig):
     device: ClassVar[str] = "cpu"
     reference: ClassVar[str] = "fake"
     inexact: ClassVar[tuple[str, ...]] = ("engine_kwargs", "noise", "rounding")
+    switches: ClassVar[tuple[Switch, ...]] = (
+        Switch("rounding", "logits that are not rounded", {"rounding": 0.0}, "set"),
+        Switch("seed", "another seed, which nothing depends on", {"seed": 1}),
+    )
     dtypes: ClassVar[tuple[str, ...]] = (*DTYPES, "float64")
     _target_: str = "rl_onoff.backends.fake.FakeBackend"
     noise: float = 0.0
