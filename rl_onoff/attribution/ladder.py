@@ -133,9 +133,9 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         low={who for who in records if dtypes.get(who) != "float32"},
     )
     rows, whole, as_made = [], state.gap(), state
-    known = {switch.name for schema in engine_configs().values() for switch in schema.switches}
-    if unknown := set(config.switches) - known:
-        fix = nearest(min(unknown), known) or "lm_head"
+    all_names = {switch.name for schema in engine_configs().values() for switch in schema.switches}
+    if unknown := set(config.switches) - all_names:
+        fix = nearest(min(unknown), all_names) or "lm_head"
         why = f"attribute.switches has {min(unknown)!r}, which no engine has"
         raise UsageError(f"{why}: set attribute.switches=[{fix}]")
     for rung, switch, words, change, attempt in steps(case, state, config.switches):
