@@ -115,7 +115,7 @@ def switches(schema: type[EngineConfig]) -> list[str]:
     lines += ["| switch | turned to | options | tried | run on |", "|---|---|---|---|---|"]
     for switch in schema.switches:
         options = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in switch.options.items())
-        run_on = switch.tried or "untried: no GPU was at hand"
+        run_on = switch.tried or "untried"
         lines.append(f"| `{switch.name}` | {switch.change} | {options} | {WHEN[switch.when]} | {run_on} |")
     return lines
 

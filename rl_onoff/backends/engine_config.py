@@ -152,8 +152,12 @@ class EngineConfig:
             is_set |= bool(value.keys() & (now or {}).keys() if isinstance(value, dict) else now)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         turned = dataclasses.replace(self, **values, engine_kwargs=kwargs)
-        on_gpu = switch.when == "gpu" and self.gpus_per_replica > 0 and _has_gpu()
-        return turned if turned != self and (is_set or on_gpu or switch.when in ("", "low")) else None
+        applies = is_set or switch.when in ("", "low")
+        if switch.when == "gpu" and not is_set:
+            import torch
+
+            applies = self.gpus_per_replica > 0 and torch.cuda.is_available()
+        return turned if applies and turned != self else None
 
     def across_nodes(self) -> Self | None:
         """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
@@ -184,9 +188,3 @@ class EngineConfig:
             if name in self.engine_kwargs:
                 instead = option or f"backend.{name}"
                 raise UsageError(f"backend.engine_kwargs.{name} is decided elsewhere: set {instead} instead")
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
