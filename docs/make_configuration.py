@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import re
 from enum import Enum
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import MISSING
 from rl_onoff import config
 from rl_onoff.backends import engine_config as engines
 from rl_onoff.backends import engine_configs
-from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.engine_config import WHEN, EngineConfig
 from rl_onoff.cli.main import CONF
 from rl_onoff.config import SCHEMAS, RunConfig
 
@@ -106,6 +107,19 @@ def table(schema: Any) -> list[str]:
     return lines
 
 
+def switches(schema: type[EngineConfig]) -> list[str]:
+    """What `experiment=attribute` tries on an engine."""
+    if not schema.switches:
+        return []
+    lines = ["", "Switches, which `experiment=attribute` tries one at a time:", ""]
+    lines += ["| switch | turned to | options | tried | run on |", "|---|---|---|---|---|"]
+    for switch in schema.switches:
+        options = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in switch.options.items())
+        run_on = switch.tried or "untried"
+        lines.append(f"| `{switch.name}` | {switch.change} | {options} | {WHEN[switch.when]} | {run_on} |")
+    return lines
+
+
 def choices(group: str) -> list[str]:
     names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
     return [f"Choices: {', '.join(f'`{group}={name}`' for name in names)}.", ""] if names else []
@@ -126,7 +140,8 @@ def page() -> str:
     lines += ["## backend, target, policies", "", ENGINES, ""]
     lines += [*choices("backend"), *choices("target"), *choices("policies"), *table(EngineConfig), ""]
     for name, schema in engine_configs().items():
-        lines += [f"### {name}", "", (inspect.getdoc(schema) or "").splitlines()[0], "", *table(schema), ""]
+        lines += [f"### {name}", "", (inspect.getdoc(schema) or "").splitlines()[0], ""]
+        lines += [*table(schema), *switches(schema), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

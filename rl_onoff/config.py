@@ -1,6 +1,5 @@
-"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra. A default is
-written here and nowhere else; the YAML files under conf/ hold choices. A sentence below a field documents it
-(docs/configuration.md is made of them). Nothing here imports an engine."""
+"""The schema of a run: one dataclass per config group, their checks, and their registration with Hydra. Defaults are
+here alone, choices in conf/*.yaml; the sentence below a field documents it (docs/configuration.md)."""
 
 from __future__ import annotations
 
@@ -41,6 +40,7 @@ class Rung(Enum):
     retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
     transform = "transform"  # raw, scaled and processed logprobs taken for one another
     decode = "decode"  # what the engine reports while it samples, against its own prefill
+    switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
     lm_head = "lm_head"  # LM head in float32
     dtype = "dtype"  # all weights in float32
     tensor_parallel = "tensor_parallel"  # one device
@@ -177,8 +177,12 @@ class AttributeConfig:
     """Name of the scores whose gap is explained; null is the furthest from the behaviour."""
     rungs: list[Rung] = field(default_factory=list)
     """Causes to try; empty is all of them."""
+    switches: list[str] = field(default_factory=list)
+    """Switches of the engines to try, by name (in the tables below); empty is all that apply."""
     limit: int | None = 256
     """Most responses that are scored again, chosen at random but always the same; null is all."""
+    truth_check: int = 4
+    """Responses on which the truth, a forward pass in float32, is checked in float64; 0 checks nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -250,6 +254,7 @@ class RunConfig:
         at_least(1, "data.limit", data.limit, "20, or null for all rows")
         at_least(0, "score.top_k", score.top_k, 20)
         at_least(1, "attribute.limit", self.attribute.limit, "256, or null for all responses")
+        at_least(0, "attribute.truth_check", self.attribute.truth_check, 4)
         at_least(0, "tracking.table_rows", self.tracking.table_rows, 200)
         at_least(0, "tracking.log_every_s", self.tracking.log_every_s, 10)
         if data.path is not None and not data.path.strip():

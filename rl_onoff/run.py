@@ -210,6 +210,7 @@ def conclude(this: Run) -> dict[str, float]:
     summary.values |= this.values
     for name, comparison in comparisons.items():
         estimates = {metric: comparison[metric].value for metric in HEADLINES if metric in comparison}
+        estimates |= comparison.whose_error.values() if comparison.whose_error else {}
         summary.values |= {f"onoff/{name}/{metric}": x for metric, x in estimates.items() if math.isfinite(x)}
     if comparisons:
         summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
@@ -268,6 +269,7 @@ def track(this: Run, summary: Summary) -> None:
                 counts, edges = np.asarray(histogram["counts"]), np.asarray(histogram["edges"])
                 tracker.histogram(f"onoff/{name}/{what}", counts, edges)
         tables = {"worst_tokens": comparison.worst, "findings": [asdict(each) for each in comparison.findings]}
+        tables["whose_error"] = comparison.whose_error.rows() if comparison.whose_error else []
         for what, rows in tables.items():
             if rows:
                 track_rows(tracker, f"onoff/{name}/{what}", rows)

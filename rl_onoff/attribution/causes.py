@@ -4,8 +4,10 @@ gives candidates, states with one change more, of which the ladder takes the one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, gap
@@ -138,38 +140,74 @@ def decode(case: Case, state: State) -> list[Candidate]:
     return [Candidate(replace(state, behaviour=case.own or case.rescore(state.behaviour.engine)))]
 
 
+@cause("a switch of the engine", "a switch of the engine")
+def switches(case: Case, state: State) -> list[Candidate]:
+    raise NotTried("there is no switch of these engines that applies here")
+
+
 @cause("the precision of the LM head", "LM head in float32")
 def lm_head(case: Case, state: State) -> list[Candidate]:
-    return _on_each(case, state, "an LM head in float32", case.low, PRECISE, lambda engine: engine.with_float32_head())
+    turned = _turned(case, state)["lm_head"]
+    return _on_each(case, state, "an LM head in float32", case.low, PRECISE, turned.get)
 
 
 @cause("the precision of weights and arithmetic", "float32")
 def dtype(case: Case, state: State) -> list[Candidate]:
-    return _on_each(case, state, "float32", case.low, PRECISE, lambda engine: engine.with_option("dtype", "float32"))
+    exact = {who: engine.with_option("dtype", "float32") for who, engine in state.engines.items()}
+    return _on_each(case, state, "float32", case.low, PRECISE, exact.get)
 
 
 @cause("the split over several devices", "one device")
 def tensor_parallel(case: Case, state: State) -> list[Candidate]:
     split, otherwise = [who for who, x in state.engines.items() if x.num_devices > 1], "no side is split over devices"
-    return _on_each(case, state, "one device", split, otherwise, lambda engine: engine.with_option("tp_size", 1))
+    joined = {who: engine.with_option("tp_size", 1) for who, engine in state.engines.items()}
+    return _on_each(case, state, "one device", split, otherwise, joined.get)
 
 
 def _on_each(
-    case: Case, state: State, what: str, sides: Collection[str], otherwise: str, change: Callable[[EngineConfig], Any]
+    case: Case, state: State, what: str, sides: Collection[str], otherwise: str, change: Callable[[str], Any]
 ) -> list[Candidate]:
     """The change on the target, on the behaviour, and on both, as far as `sides` need it and their engines can."""
     if not sides:
         raise NotTried(otherwise)
     changed = {}
     for who in ("target", "behaviour"):
-        engine = state.engines.get(who) if who in sides else None
-        if engine is not None and (other := change(engine)) is not None:
+        if who in sides and (other := change(who)) is not None:
             changed[who] = case.rescore(other)
     if not changed:
         raise NotTried("the engine is not recorded or cannot do that")
     ways = {f"{what} in the {who}": {who: side} for who, side in changed.items()}
     ways |= {f"{what} on both sides": changed} if len(changed) > 1 else {}
     return [Candidate(replace(state, **way), words) for words, way in ways.items()]
+
+
+def _turned(case: Case, state: State) -> defaultdict[str, dict[str, EngineConfig]]:
+    """Name of a switch -> the sides that it applies to, with their engines so turned."""
+    found: defaultdict[str, dict[str, EngineConfig]] = defaultdict(dict)
+    for who, engine in state.engines.items():
+        for switch in engine.switches:
+            if (switch.when != "low" or who in case.low) and (turned := engine.turned(switch)) is not None:
+                found[switch.name][who] = turned
+    return found
+
+
+def steps(case: Case, state: State, asked: Collection[str]) -> Iterator[tuple[Rung, str, str, str, Attempt]]:
+    """The ladder: rung, switch, the cause and the change in words, and the attempt; a step for each switch that applies
+    to a side, of those `asked` for, but for the LM head's, which is a rung of its own.
+    """
+    changes = {switch.name: switch.change for engine in state.engines.values() for switch in engine.switches}
+    names = [name for name in changes if name in _turned(case, state) and name != "lm_head"]
+
+    def turn(name: str, case: Case, state: State) -> list[Candidate]:
+        turned = _turned(case, state)[name]
+        return _on_each(case, state, changes[name], turned, "it is turned already", turned.get)
+
+    for rung, found in LADDER.items():
+        turns = [name for name in names if not asked or name in asked] if rung is Rung.switches else []
+        for name in turns:
+            yield rung, name, f"{name} ({changes[name]})", changes[name], partial(turn, name)
+        if not turns:
+            yield rung, "", *found
 
 
 @cause("the engine: it computes something else from the same weights", "the target's weights in the behaviour's engine")

@@ -17,18 +17,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from rl_onoff.attribution.causes import LADDER, Attempt
+from rl_onoff.attribution.causes import Attempt, steps
 from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
+from rl_onoff.attribution.truth import errors_of
+from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.compare import ON_POLICY_K3
+from rl_onoff.compare import ON_POLICY_K3, WhoseError
 from rl_onoff.config import Rung
-from rl_onoff.errors import OnOffError, UsageError
+from rl_onoff.errors import OnOffError, UsageError, nearest
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import aligned, number
 from rl_onoff.rundir.provenance import engine_of, sampling_of
 
 KEEP = 0.1  # least share of the gap for which a change is kept, and called part of the cause
+SAME_ENGINES = (Rung.end_token, Rung.retokenised, Rung.transform)  # change which tokens and logprobs are compared
 NOTHING_LEFT = 0.02  # of the gap: below this, no further rung is tried
 
 log = logging.getLogger(__name__)
@@ -45,9 +48,15 @@ class Attribution:
     responses: int
     tokens: int
     rows: list[Row]
+    whose_error: WhoseError | None = None
+    truth: str = ""  # what the truth is worth, or why there is none
 
     def sentence(self) -> str:
-        """The main cause in one sentence, and what is left."""
+        """The main cause in one sentence, what is left, and whose error the gap is."""
+        whose = self.whose_error.sentence() if self.whose_error else ""
+        return " ".join(filter(None, (self._cause(), whose, self.truth)))
+
+    def _cause(self) -> str:
         gap = f"a mean k3 KL of {self.gap:.2g} nats a token over {self.tokens:,} tokens"
         size = f"the gap between the behaviour and {self.target}, {gap},"
         if self.gap <= self.floor:
@@ -72,13 +81,15 @@ class Attribution:
         return f"{size[0].upper()}{size[1:-1]}, comes {part}from {'; '.join(said)}.{after}"
 
     def to_dict(self) -> dict[str, Any]:
-        found = msgspec.to_builtins(self)
+        found = msgspec.json.decode(msgspec.json.encode(self))  # where NaN is null
         rows = found.pop("rows")
         return {**found, "sentence": self.sentence(), "rows": rows}
 
     def values(self) -> dict[str, float]:
         """Flat numbers for W&B."""
-        shares = {f"attribute/{row.rung.value}/share": row.share for row in self.rows if row.share is not None}
+        shares = {f"attribute/{row.name}/share": row.share for row in self.rows if row.share is not None}
+        errors = self.whose_error.values() if self.whose_error else {}
+        shares |= {f"attribute/{name}": value for name, value in errors.items()}
         return {"attribute/gap": self.gap, "attribute/floor": self.floor, "attribute/left": self.left, **shares}
 
     def as_text(self) -> str:
@@ -86,7 +97,7 @@ class Attribution:
         rows = [["rung", "before", "after", "share", "verdict"]]
         for row in self.rows:
             share = "" if row.share is None else f"{row.share:.0%}"
-            rows.append([row.rung.value, number(row.before, 2), number(row.after, 2), share, row.verdict])
+            rows.append([row.name, number(row.before, 2), number(row.after, 2), share, row.verdict])
         head = f"  attribution of {self.target} (k3 KL, nats a token)"
         return "\n".join([head, *aligned(rows, "<>>><"), "", f"  {self.sentence()}"])
 
@@ -121,11 +132,16 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         own=own if own is not None and own.rows.keys() == rollouts.keys() else None,
         low={who for who in records if dtypes.get(who) != "float32"},
     )
-    rows, whole = [], state.gap()
-    for rung, (words, change, attempt) in LADDER.items():
+    rows, whole, as_made = [], state.gap(), state
+    all_names = {switch.name for schema in engine_configs().values() for switch in schema.switches}
+    if unknown := set(config.switches) - all_names:
+        fix = nearest(min(unknown), all_names) or "lm_head"
+        why = f"attribute.switches has {min(unknown)!r}, which no engine has"
+        raise UsageError(f"{why}: set attribute.switches=[{fix}]")
+    for rung, switch, words, change, attempt in steps(case, state, config.switches):
         if config.rungs and rung not in config.rungs:
             continue
-        log.info("attribute: %s", rung.value)
+        log.info("attribute: %s", switch or rung.value)
         try:
             if rung is not Rung.noise and whole <= case.floor:
                 raise NotTried("the gap is not above the noise floor")
@@ -136,11 +152,14 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
             row = Row(rung=rung, verdict=f"not tried: {reason}")
         except OnOffError as error:  # an engine is not installed, or cannot do this: later rungs can still be tried
             row = Row(rung=rung, verdict=f"not tried: it failed ({error})")
-        rows.append(replace(row, changed=row.changed or change))
+        rows.append(replace(row, changed=row.changed or change, switch=switch))
+        as_made = state if rung in SAME_ENGINES else as_made
+    error, truth = errors_of(case, as_made, name)
     tokens = sum(len(rollout.token_ids_T) for rollout in rollouts.values())
     found = Attribution(
-        target=name, gap=whole, floor=case.floor, left=state.gap(), responses=len(rollouts), tokens=tokens, rows=rows
-    )
+        target=name, gap=whole, floor=case.floor, left=state.gap(), responses=len(rollouts), tokens=tokens, rows=rows,
+        whose_error=error, truth=truth,
+    )  # fmt: skip
     folder.write_json("attribution.json", found.to_dict())
     return found
 
@@ -164,6 +183,7 @@ def _try(rung: Rung, attempt: Attempt, words: str, case: Case, state: State, who
     before, (after, best) = state.gap(), min(gaps, key=lambda item: item[0])
     share = float(np.clip((before - after) / whole, 0, 1)) if whole > 0 else 0.0
     verdict = "not the cause (the gap grows)" if after - before > KEEP * whole else "not the cause"
+    verdict = "changes nothing" if rung is Rung.switches and abs(after - before) <= ROUNDING else verdict
     if share >= KEEP:
         verdict = f"{'the main cause' if share >= MOST else 'part of the cause'}: {best.detail or words}"
     row = Row(rung=rung, changed=best.changed, before=before, after=after, share=share, verdict=verdict)

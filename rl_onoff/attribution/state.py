@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,10 @@ from rl_onoff.compare.metrics import token_terms
 from rl_onoff.config import Rung
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.redaction import masked
-from rl_onoff.rundir.join import sampler_of
+from rl_onoff.rundir.join import SCORES, sampler_of
 from rl_onoff.rundir.table import Table, rollout_of, row_of_scores, scores_of
 from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Want
 
-SCORES = ("request_id", "sample", "token_ids", "logprobs", "logprob_kind", "processed_logprobs", "nucleus_mass")
 COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "mask", "finish_reason")
 MOST = 0.5  # least share of the gap that is called the main cause
 ROUNDING = 1e-11  # nats a token: what float32 logprobs cannot resolve; no floor is lower
@@ -41,6 +41,11 @@ class Row:
     after: float | None = None
     share: float | None = None
     verdict: str
+    switch: str = ""  # which, of a row of the rung `switches`
+
+    @property
+    def name(self) -> str:
+        return self.switch or self.rung.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,10 @@ class State:
         return {who: engine for who, engine in sides.items() if engine is not None}
 
     def gap(self) -> float:
+        return gap(*self.sides())
+
+    def sides(self) -> tuple[dict[Key, TokenScores], dict[Key, TokenScores]]:
+        """The tokens of both sides that are compared."""
         q, p = self.behaviour.as_kind(self.kind), self.target.as_kind(self.kind)
         for key in self.without:
             q.pop(key, None)
@@ -122,7 +131,7 @@ class State:
                 q[key], p[key] = q[key][:same], p[key][:same]
             if key in self.without_last:
                 q[key], p[key] = q[key][:-1], p[key][:-1]
-        return gap(q, p)
+        return q, p
 
     def ids_differ(self) -> list[Key]:
         """Responses of which the two sides hold different ids."""
@@ -159,8 +168,9 @@ class Case:
     low: set[str]  # the sides in lower precision than float32, as far as is known
     floor: float = 0.0  # the gap of one engine to itself, nats a token; the noise rung sets it
 
-    def rescore(self, engine: EngineConfig | None, *, alone: bool = False) -> Side:
-        """What `engine` says of the sampled ids; `alone`: one response at a time, in another order.
+    def rescore(self, engine: EngineConfig | None, *, alone: bool = False, most: int | None = None) -> Side:
+        """What `engine` says of the sampled ids; `alone`: one response at a time, in another order; `most`: of so many
+        responses.
 
         The scores lie under `scores/attribute/`, out of sight of the normal comparisons, under a name made of what they
         depend on: any later ladder that asks for the same finds them again.
@@ -170,13 +180,16 @@ class Case:
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
-        config = {"backend": engine.what_it_computes(), "want": asdict(want)}
+        # what a switch turns counts here, also where it should change no number
+        placed = {name for switch in engine.switches for name in switch.options if name in engine.placement}
+        computes = engine.what_it_computes() | {name: getattr(engine, name) for name in placed}
+        config = {"backend": computes, "want": asdict(want)}
         config = masked(config | ({"alone": True} if alone else {}))
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")
         table.claim(config)
-        done = table.keys()
-        missing = [rollout for key, rollout in self.rollouts.items() if key not in done]
+        done, chosen = table.keys(), dict(islice(self.rollouts.items(), most))
+        missing = [rollout for key, rollout in chosen.items() if key not in done]
         if missing:
             backend = self.this.slot.get(engine)
             table.describe(engine=asdict(backend.info))
@@ -185,4 +198,4 @@ class Case:
                     for scores in backend.score(window, want):
                         writer.append(row_of_scores(scores))
                         progress.add(len(scores.token_ids_T))
-        return scored(table, self.rollouts.keys(), engine)
+        return scored(table, chosen.keys(), engine)

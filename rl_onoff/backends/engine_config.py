@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")  # of the weights, on every engine
 DTYPES_ELSEWHERE = {
     "bf16": "bfloat16", "half": "float16", "fp16": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
 }  # fmt: skip
@@ -48,6 +48,23 @@ class PoolConfig:
         at_least(0, "pool.wait_s", self.wait_s, 300)
 
 
+WHEN = {
+    "": "always", "gpu": "on a GPU, or where it is set", "set": "where it is set",
+    "low": "with weights in less than float32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """One thing that can be turned on an engine without another model: what the attribution tries, one at a time."""
+
+    name: str
+    change: str  # in words
+    options: dict[str, Any]  # options of the engine's config, others in engine_kwargs; None takes the option away
+    when: str = ""  # it applies: a key of WHEN
+    tried: str = "CPU"  # where it was run; empty: nowhere yet
+
+
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
     """Options every engine has."""
@@ -63,7 +80,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Run code that ships with the model; only for models you trust."""
     dtype: str | None = None
-    """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
+    """Type of the weights: auto, float32, float16, bfloat16 or, with HuggingFace, float64; null is auto, what the model
+    was saved in."""
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
@@ -84,7 +102,11 @@ class EngineConfig:
 
     name: ClassVar[str] = ""  # the backend's name: huggingface, vllm, …
     second_names: ClassVar[dict[str, str]] = {}  # of an option above -> the engine's own name for it
+    dtypes: ClassVar[tuple[str, ...]] = DTYPES
     owned_kwargs: ClassVar[tuple[str, ...]] = ()  # engine_kwargs that would contradict an option above: name=option
+    reference: ClassVar[str] = "huggingface"  # the engine whose forward pass in float32 is the truth about the weights
+    inexact: ClassVar[tuple[str, ...]] = ("engine_kwargs",)  # options that a truth must not have
+    switches: ClassVar[tuple[Switch, ...]] = ()
     placement: ClassVar[frozenset[str]] = frozenset(  # where and how fast the engine runs, not what it computes
         ("python", "worker", "dp_size", "pool", "device", "device_map", "batch_size", "max_batch_tokens",
          "gpu_memory_utilization", "mem_fraction_static", "enforce_eager", "trust_remote_code")
@@ -120,9 +142,22 @@ class EngineConfig:
     def with_option(self, name: str, value: Any) -> Self:
         return dataclasses.replace(self, **{name: value, self.second_names.get(name, name): value})
 
-    def with_float32_head(self) -> Self | None:
-        """With the LM head in float32; None where the engine cannot do that."""
-        return None
+    def turned(self, switch: Switch) -> Self | None:
+        """With a switch turned; None where it does not apply, or is turned already."""
+        kwargs, values, is_set = dict(self.engine_kwargs), {}, False
+        for name, value in switch.options.items():
+            options = values if hasattr(self, name) else kwargs
+            now = getattr(self, name) if hasattr(self, name) else kwargs.get(name)
+            options[name] = {**(now or {}), **value} if isinstance(value, dict) else value
+            is_set |= bool(value.keys() & (now or {}).keys() if isinstance(value, dict) else now)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        turned = dataclasses.replace(self, **values, engine_kwargs=kwargs)
+        applies = is_set or switch.when in ("", "low")
+        if switch.when == "gpu" and not is_set:
+            import torch
+
+            applies = self.gpus_per_replica > 0 and torch.cuda.is_available()
+        return turned if applies and turned != self else None
 
     def across_nodes(self) -> Self | None:
         """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
@@ -140,12 +175,12 @@ class EngineConfig:
                 raise UsageError(f"{both} are one option with two values: set one of them")
         at_least(1, "backend.tp_size", self.option("tp_size"), 1)
         at_least(1, "backend.dp_size", self.dp_size, 1)
-        if (dtype := self.option("dtype")) not in (None, *DTYPES):
+        if (dtype := self.option("dtype")) not in (None, *self.dtypes):
             what = f"backend.{self.second_names['dtype'] if self.dtype is None else 'dtype'} is {dtype!r}"
             name = str(dtype).lower().removeprefix("torch.")
-            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
+            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, self.dtypes) or "float32"
             fix = f"set model.dtype={meant}, or that of backend or target where it is set"
-            raise UsageError(f"{what} but must be one of {', '.join(DTYPES)}: {fix}")
+            raise UsageError(f"{what} but must be one of {', '.join(self.dtypes)}: {fix}")
         if self.python is not None and self.worker is False:
             raise UsageError("backend.python needs a process of its own: drop backend.worker=false")
         for owned in self.owned_kwargs:

@@ -1,7 +1,7 @@
 """Logits of some positions -> what they say about the token that was sampled there. One function, used by every engine.
 
-Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32 whatever the type of the logits, and
-the logits are never changed: they may be the engine's own buffer.
+Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32, or float64 where the logits
+are; the logits are never changed: they may be the engine's own buffer.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ def chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(1, size // (4 * vocab_size))
 
 
-def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScores:
-    """Statistics of `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the device of the logits."""
+def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want, *, low: bool = False) -> TokenScores:
+    """Statistics of `token_ids_R` under the raw distributions `softmax(logits_RV)`, on the device of the logits; `low`:
+    with the chosen logprob from a log-softmax in the logits' own type."""
     import torch
 
     with torch.no_grad():
-        z_RV = logits_RV.float()
+        z_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         logsumexp_R = torch.logsumexp(z_RV, -1)
         chosen_R1 = z_RV.gather(-1, token_ids_R.long()[:, None])
         # entropy = logsumexp - E[z]; z - logsumexp <= 0, so exp is safe, and -inf logits (masked tokens) add nothing
@@ -44,6 +45,8 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
             "token_ids_T": token_ids_R, "logprobs_T": chosen_R1[:, 0] - logsumexp_R, "entropy_T": entropy_R,
             "logsumexp_T": logsumexp_R, "rank_T": (z_RV > chosen_R1).sum(-1) + 1,
         }  # fmt: skip
+        if low:
+            found["logprobs_T"] = logits_RV.log_softmax(-1).gather(-1, token_ids_R.long()[:, None])[:, 0].float()
         if want.top_k:
             found["top_logprobs_TK"], found["top_ids_TK"] = shifted_RV.topk(min(want.top_k, z_RV.shape[-1]), -1)
         if want.sampler:
@@ -55,12 +58,12 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want) -> TokenScor
 
 
 def stats_of_hidden(
-    hidden_RD: Any, head: Callable[[Any], Tensor], token_ids_R: Tensor, want: Want, *, rows: int
+    hidden_RD: Any, head: Callable[[Any], Tensor], token_ids_R: Tensor, want: Want, *, rows: int, low: bool = False
 ) -> TokenScores:
     """Like token_stats, from the last hidden states, or whatever `head` takes: runs it over `rows` positions at a time,
     so that no more than (rows, V) logits are ever held."""
     parts = (
-        token_stats(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows], want)
+        token_stats(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows], want, low=low)
         for start in range(0, len(hidden_RD), rows)
     )
     return TokenScores.collect(parts, len(hidden_RD))

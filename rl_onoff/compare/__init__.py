@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from rl_onoff.compare.aggregate import Aggregator, compare
-from rl_onoff.compare.comparison import ON_POLICY_K3, Comparison, Estimate, judge, verdict, word_of
+from rl_onoff.compare.comparison import ON_POLICY_K3, Comparison, Estimate, WhoseError, judge, verdict, word_of
 from rl_onoff.compare.distributions import DISTRIBUTION_METRICS
 from rl_onoff.compare.metrics import TOKEN_METRICS, Metric
 from rl_onoff.compare.pair import Pair, as_kind
+from rl_onoff.compare.truth import whose_error
 
 __all__ = [
-    "HEADLINES", "METRICS", "ON_POLICY_K3", "Aggregator", "Comparison", "Estimate", "Metric", "Pair", "as_kind",
-    "compare", "headlines", "judge", "verdict", "word_of",
+    "HEADLINES", "METRICS", "ON_POLICY_K3", "Aggregator", "Comparison", "Estimate", "Metric", "Pair", "WhoseError",
+    "as_kind", "compare", "headlines", "judge", "verdict", "whose_error", "word_of",
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = TOKEN_METRICS | DISTRIBUTION_METRICS

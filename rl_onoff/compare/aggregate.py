@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.compare import metrics
-from rl_onoff.compare.comparison import Comparison, PositionBucket, Summary, Sums
+from rl_onoff.compare.comparison import Bucket, Comparison, Summary, Sums
 from rl_onoff.compare.distributions import by_rows, distribution_terms, optional_terms
 from rl_onoff.compare.examine import examine_blocks
 from rl_onoff.compare.findings import Finding, Sampled
@@ -237,7 +237,7 @@ class Aggregator:
         estimates = sums.estimates(self.num_resamples, self.seed, tokens.order_metrics(chosen_S))
         return Summary(metrics=estimates, counts=counts)
 
-    def _positions(self, tokens: Tokens) -> list[PositionBucket]:
+    def _positions(self, tokens: Tokens) -> list[Bucket]:
         """The metrics by bucket, over the responses that reach it."""
         longest, found = int(tokens.lengths_S.max()), []
         for bucket in range(int(np.frexp(longest - 1)[1]) + 1):
@@ -252,5 +252,5 @@ class Aggregator:
             counts = {"responses": len(rows.sums_RF), "tokens": num_tokens}
             counts |= {"tokens_clamped": rows.total("_tokens_clamped")}
             estimates = rows.estimates(self.num_resamples, self.seed, tokens.percentiles_at(start, end))
-            found.append(PositionBucket(start=start, end=end, metrics=estimates, counts=counts))
+            found.append(Bucket(start=start, end=end, metrics=estimates, counts=counts))
         return found

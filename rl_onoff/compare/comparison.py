@@ -8,7 +8,7 @@ the rows. So a resample costs one row of a matrix product, and no token is looke
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,15 @@ CHUNK = 1 << 22  # resampling weights made at a time: 32 MB
 FEW_RESPONSES = 10  # a bootstrap over fewer says little
 ON_POLICY_K3 = 1e-4  # nats a token: what stands in for a noise floor that was not measured
 ROUNDING_K3 = 1e-8  # nats a token: rounding in float32, log-ratios of 1.4e-4; a lower noise floor counts as this
+TRUTH_ERROR = 1e-4  # nats: what a forward pass in float32 may itself be off by, at most
+RELATED = 0.15  # a correlation, or a share of the gap that is of both errors together, that is not called nothing
+WIDE = 0.3  # an interval of a share that allows no claim
+FRACTIONS = {
+    "almost none": 0.0, "a tenth": 0.1, "a quarter": 0.25, "a third": 1 / 3, "half": 0.5, "two thirds": 2 / 3,
+    "three quarters": 0.75, "nine tenths": 0.9, "nearly all": 1.0,
+}  # fmt: skip
+
+Formula = Callable[[Mapping[str, Any]], dict[str, np.ndarray]]  # means of terms -> metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +89,18 @@ class Sums:
     def total(self, name: str) -> int:
         return round(self.sums_RF[:, self.names.index(name)].sum()) if name in self.names else 0
 
-    def values(self) -> dict[str, float]:
+    def values(self, formula: Formula = metrics_from_means) -> dict[str, float]:
         """Every metric of all rows together."""
         totals_C = self.counts_RC.sum(axis=0)
         absent = {name for name, column in zip(self.names, self.column_F, strict=True) if not totals_C[column]}
-        values = self._metrics(self.sums_RF.sum(axis=0), totals_C)
+        values = self._metrics(self.sums_RF.sum(axis=0), totals_C, formula)
         return {name: float(value) for name, value in values.items() if name not in absent}
 
-    def estimates(self, num_resamples: int, seed: int, exact: dict[str, float]) -> dict[str, Estimate]:
+    def estimates(
+        self, num_resamples: int, seed: int, exact: dict[str, float], formula: Formula = metrics_from_means
+    ) -> dict[str, Estimate]:
         """Every metric with its interval (percentile bootstrap, Efron 1979), and those of `exact` without."""
-        num_rows, values = len(self.sums_RF), self.values()
+        num_rows, values = len(self.sums_RF), self.values(formula)
         estimates = {name: Estimate(value) for name, value in (values | exact).items()}
         if num_rows < 2 or num_resamples < 2:
             return estimates
@@ -99,7 +110,7 @@ class Sums:
             drawn_BR = rng.integers(num_rows, size=shape) + np.arange(shape[0])[:, None] * num_rows
             # how often a resample drew each row
             weights_BR = np.bincount(drawn_BR.ravel(), minlength=drawn_BR.size).reshape(shape).astype(np.float64)
-            parts.append(self._metrics(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC))
+            parts.append(self._metrics(weights_BR @ self.sums_RF, weights_BR @ self.counts_RC, formula))
         tail = 100 * (1 - CONFIDENCE) / 2
         for name, value in values.items():
             draws_B = np.concatenate([part[name] for part in parts])
@@ -108,10 +119,10 @@ class Sums:
                 estimates[name] = Estimate(value, *np.percentile(draws_B, (tail, 100 - tail)).tolist())
         return estimates
 
-    def _metrics(self, sums_F: np.ndarray, counts_C: np.ndarray) -> dict[str, np.ndarray]:
+    def _metrics(self, sums_F: np.ndarray, counts_C: np.ndarray, formula: Formula) -> dict[str, np.ndarray]:
         with np.errstate(invalid="ignore", divide="ignore"):
             means_F = sums_F / counts_C[..., self.column_F]
-        return metrics_from_means({name: means_F[..., f] for f, name in enumerate(self.names)})
+            return formula({name: means_F[..., f] for f, name in enumerate(self.names)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,11 +134,71 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PositionBucket(Summary):
-    """Positions start ≤ t < end of the responses longer than start; `cumulative_l` is Σ l up to and with `start`."""
+class Bucket(Summary):
+    """Positions start ≤ t < end of the responses longer than start, where `cumulative_l` is Σ l up to and with `start`;
+    or tokens whose probability is in [start, end).
+    """
 
-    start: int
-    end: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WhoseError:
+    """The gap between behaviour and target, taken apart by their errors against a truth (`truth.py`)."""
+
+    truth: str  # name of the scores that are the truth
+    target: str
+    overall: Summary
+    by_probability: list[Bucket]  # of the token, under the truth
+
+    @property
+    def told(self) -> bool:
+        """Whether an error is larger than what the truth itself may be off by."""
+        return max(self.overall.metrics[f"error_{side}"].value for side in ("behaviour", "target")) >= TRUTH_ERROR
+
+    def values(self) -> dict[str, float]:
+        return {name: x.value for name, x in self.overall.metrics.items() if np.isfinite(x.value)}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each bucket that has tokens."""
+        return [
+            {"from": x.start, "to": x.end, "tokens": x.counts["tokens"]}
+            | {name: each.to_dict()["value"] for name, each in x.metrics.items()}
+            for x in self.by_probability
+        ]  # fmt: skip
+
+    def sentence(self) -> str:
+        """Whose the gap is, with the numbers, as far as the intervals allow to say so."""
+        m, target, counts = self.overall.metrics, self.target, self.overall.counts
+        q, p, r = m["error_behaviour"].value, m["error_target"].value, m["error_correlation"]
+        shares = [m[f"error_share_{part}"] for part in ("behaviour", "target", "together")]
+        said = f"Against {self.truth}, which is in float32, the sampler is off by {q:.2g} nats (root mean square)"
+        said += f" and {target} by {p:.2g}"
+        if not self.told:
+            return f"{said}: as near as float32 is to the truth itself, so whose error it is cannot be told."
+        (q_lo, q_hi), (p_lo, p_hi), (both_lo, both_hi) = (
+            (-np.inf, np.inf) if x.lo is None or x.hi is None else (x.lo, x.hi) for x in shares
+        )
+        r_lo, r_hi = (0.0 if end is None else end for end in (r.lo, r.hi))  # no correlation with an error of 0
+        numbers = ", ".join(
+            f"{x.value:.0%}" + ("" if x.lo is None else f" [{x.lo:.0%}, {x.hi:.0%}]") for x in shares[:2]
+        )
+        if np.isfinite(r.value):
+            numbers += f"; correlation {r.value:.2f}" + ("" if r.lo is None else f" [{r_lo:.2f}, {r_hi:.2f}]")
+        if counts["responses"] < FEW_RESPONSES:
+            whose = f"{counts['responses']:,} responses are too few to say whose the gap is"
+        elif both_lo > -RELATED and both_hi < RELATED and max(q_hi - q_lo, p_hi - p_lo) < WIDE:
+            related = "are unrelated" if r_lo > -RELATED and r_hi < RELATED else f"correlate by {r.value:.2f}"
+            words = (min(FRACTIONS, key=lambda word: abs(FRACTIONS[word] - x.value)) for x in shares[:2])
+            whose = "{} of the gap is the sampler's error, {} {}'s, and the two {}".format(*words, target, related)
+        elif both_lo > 0 or both_hi < 0:
+            way = "cancel in part" if r.value > 0 else "add up"
+            whose = f"the two errors are related and {way}, so no share of the gap is one side's alone"
+        else:
+            whose = "the intervals are too wide to say whose the gap is"
+        out = f" {counts['left_out']:,} tokens without a finite logprob are left out." if counts["left_out"] else ""
+        return f"{said}: {whose} (shares {numbers}).{out}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +208,7 @@ class Comparison:
     kind: LogprobKind
     overall: Summary
     groups: dict[str, dict[str, Summary]]  # {"level": {"3": …}}
-    positions: list[PositionBucket]
+    positions: list[Bucket]
     histograms: dict[str, Any]
     worst: list[dict[str, Any]]  # tokens with the largest |l|
     worst_responses: list[dict[str, Any]]  # responses with the largest mean |l|
@@ -147,6 +218,7 @@ class Comparison:
     steps: list[dict[str, Any]] = field(default_factory=list)  # metrics, counts and worst responses by training step
     staleness: list[dict[str, Any]] = field(default_factory=list)  # the same by step − weight version
     departure: dict[str, Any] | None = None  # the first step that left the band of the steps before it
+    whose_error: WhoseError | None = None  # None: no truth was scored, or nothing is to be told apart
 
     @property
     def comparable(self) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.compare import METRICS, Comparison, compare, verdict
+from rl_onoff.compare import METRICS, Comparison, compare, verdict, whose_error
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import NotComparableError, UsageError
 from rl_onoff.pipeline.compare_inputs import Sources, own_scores
@@ -23,8 +23,8 @@ from rl_onoff.pipeline.stages import Run
 from rl_onoff.report import ReportInput, ReportResponse, write_report
 from rl_onoff.report.tables import Matrix
 from rl_onoff.rundir.files import disk_error, write_csv, write_whole
-from rl_onoff.rundir.join import TRANSFORM, group_columns, groups_of, joined, pairs
-from rl_onoff.rundir.provenance import check_tokenizers, sampling_of, texts_of, texts_tokenizer
+from rl_onoff.rundir.join import SCORES, TRANSFORM, group_columns, groups_of, joined, pairs
+from rl_onoff.rundir.provenance import check_tokenizers, is_truth, same_weights, sampling_of, texts_of, texts_tokenizer
 from rl_onoff.rundir.summary import summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.types import LogprobKind, Sampling
@@ -50,7 +50,28 @@ def compare_run(run: RunDir, tokenizer: Any = None) -> dict[str, Comparison]:
                 comparisons[name] = compare(chain([first], found), recorded=recorded, scratch=run.path)
             except OSError as error:
                 raise disk_error(error, run.path) from error
-    return comparisons
+    return comparisons | dict(_with_errors(run, own, comparisons))
+
+
+def _with_errors(
+    run: RunDir, own: str | None, comparisons: Mapping[str, Comparison]
+) -> Iterator[tuple[str, Comparison]]:
+    """The comparisons that the run has a truth for, with whose error their gap is. The behaviour, the target and the
+    truth must have the same weights, as far as the records say.
+    """
+    records = {name: run.scores(name).record() for name, comparison in comparisons.items() if comparison.comparable}
+    records = {name: record for name, record in records.items() if same_weights(run.completions.record(), record)}
+    truth = next((name for name, record in records.items() if is_truth(record)), None)
+    for name in records.keys() - {truth}:
+        if truth is not None and same_weights(records[name], records[truth]):
+            aside = {*comparisons[name].set_aside, *comparisons[truth].set_aside}
+            found = (
+                [x.logprobs_T if mask_T is None else x.logprobs_T[mask_T] for x in (q, p, t)]
+                for row in joined(run, [name, truth], own, SCORES)
+                if (q := row.behaviour) and (p := row.targets.get(name)) and (t := row.targets.get(truth))
+                for mask_T in [row.rollout.mask_T] if "{}/{}".format(*q.key) not in aside
+            )  # fmt: skip
+            yield name, replace(comparisons[name], whose_error=whose_error(truth, name, found))
 
 
 def distance(comparison: Comparison) -> float:
@@ -76,8 +97,8 @@ def gap_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> dict[str, floa
 
 
 def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
-    """A sentence about the target that is furthest away, and a second one where raw logprobs are compared of tokens
-    that were not drawn from the raw distribution.
+    """A sentence about the target that is furthest away, a second one where raw logprobs are compared of tokens that
+    were not drawn from the raw distribution, and one about whose error the gap is where a truth was scored.
     """
     own = own_scores(run)
     name, floor = furthest(own, comparisons)
@@ -96,7 +117,10 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
             "off): a distance at these tokens, not the KL of what they were drawn from, which "
             "backend.logprob_kind=processed compares."
         )
-    return said if len(comparisons.keys() - {own}) <= 1 else f"{name}: {said}"
+    said = said if len(comparisons.keys() - {own}) <= 1 else f"{name}: {said}"
+    split = {name: comparison for name, comparison in comparisons.items() if comparison.whose_error}
+    found = split[furthest(own, split)[0]].whose_error if split else None
+    return f"{said} {found.sentence()}" if found else said
 
 
 def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: Callable[[int], str]) -> Path:

@@ -24,10 +24,13 @@ log = logging.getLogger(__name__)
 BLOCK_BYTES = 256 << 20  # of scores, as on the disk, that are held at a time
 GROUP_LIMIT = 40  # a column with more values than this is an id, not a group
 STEPS = ("step", "weight_version")  # of the meta of a response that a trainer wrote
+SCORES = ("request_id", "sample", "token_ids", "logprobs", "logprob_kind", "processed_logprobs", "nucleus_mass")
 TRANSFORM = ("temperature", "top_p", "top_k", "min_p")
 
 
-def beside(rows: Iterable[Row], tables: Mapping[str, Table]) -> Iterator[tuple[Row, dict[str, TokenScores | None]]]:
+def beside(
+    rows: Iterable[Row], tables: Mapping[str, Table], columns: Sequence[str] | None = None
+) -> Iterator[tuple[Row, dict[str, TokenScores | None]]]:
     """Each of these rows, with the scores of the same key in every table; None where a table has none.
 
     Scores are large (top tokens, full logits), so a block of keys is looked up at a time, and neighbours in one table
@@ -43,17 +46,17 @@ def beside(rows: Iterable[Row], tables: Mapping[str, Table]) -> Iterator[tuple[R
     rows, size = iter(rows), max(1, int(BLOCK_BYTES / row_bytes))
     while block := list(islice(rows, size)):
         keys = [(row["request_id"], row["sample"]) for row in block]
-        found = {name: _scores_at(filter(None, map(of.get, keys))) for name, of in places.items()}
+        found = {name: _scores_at(filter(None, map(of.get, keys)), columns) for name, of in places.items()}
         for row, key in zip(block, keys, strict=True):
             yield row, {name: of.pop(key, None) for name, of in found.items()}
 
 
-def _scores_at(places: Iterable[tuple[Path, int]]) -> dict[Key, TokenScores]:
+def _scores_at(places: Iterable[tuple[Path, int]], columns: Sequence[str] | None) -> dict[Key, TokenScores]:
     """The scores in these rows of shards, each shard read once."""
     numbers: dict[Path, list[int]] = defaultdict(list)
     for shard, number in places:
         numbers[shard].append(number)
-    scores = (scores_of(row) for shard, of in numbers.items() for row in read_shard(shard, numbers=of))
+    scores = (scores_of(row) for shard, of in numbers.items() for row in read_shard(shard, columns, of))
     return {each.key: each for each in scores}
 
 
@@ -67,8 +70,11 @@ class Joined:
     targets: dict[str, TokenScores]
 
 
-def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joined]:
-    """Every response of the run. The kind of logprobs is that of the sampled ones: processed meet processed.
+def joined(
+    run: RunDir, targets: Sequence[str], own: str | None, columns: Sequence[str] | None = None
+) -> Iterator[Joined]:
+    """Every response of the run, with these columns of the scores, or all. The kind of logprobs is that of the sampled
+    ones: processed meet processed.
 
     `own` names the scores by the engine that sampled, if there are any: its distribution stands beside the sampled
     logprobs, and its logprobs in their place where the responses came without.
@@ -76,7 +82,7 @@ def joined(run: RunDir, targets: Sequence[str], own: str | None) -> Iterator[Joi
     tables = {name: run.scores(name) for name in (*targets, *([own] if own else []))}
     samplers = {name: sampler_of(table) for name, table in tables.items()}
     drawn_with = run.completions.record().get("config", {}).get("sampling")
-    for row, found in beside(run.completions.rows(), tables):
+    for row, found in beside(run.completions.rows(), tables, columns):
         rollout = rollout_of(row)
         behaviour, kind = found[own] if own else None, LogprobKind.raw
         if rollout.logprobs_T is not None:

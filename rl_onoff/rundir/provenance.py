@@ -48,6 +48,21 @@ def same_engine(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) 
     return bool(one and other) and not changes({"backend": one}, {"backend": other})
 
 
+def is_truth(record: Mapping[str, Any]) -> bool:
+    """Whether the rows are those of a forward pass in float32 that others' errors can be measured against."""
+    backend = record.get("config", {}).get("backend") or {}
+    schema, dtype = _schema(backend.get("_target_")), record.get("engine", {}).get("dtype")
+    if schema is None or schema.name != schema.reference or dtype != "float32":
+        return False
+    return not any(backend.get(option) for option in schema.inexact)
+
+
+def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records name the same weights, as far as both name any."""
+    first, second = (record.get("config", {}).get("backend") for record in (one, other))
+    return not (first and second) or all(first.get(x) == second.get(x) for x in ("model_name", "revision"))
+
+
 def _settled(backend: Mapping[str, Any]) -> dict[str, Any]:
     """An engine's record with every option under one name."""
     options = {name: value for name, value in backend.items() if name not in ALIASES}

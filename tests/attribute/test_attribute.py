@@ -192,7 +192,7 @@ def test_a_perturbed_lm_head(
     )
     folder = run_in(tmp_path / "run", "experiment=onoff", *engines, "data.limit=6", "sampling.max_new_tokens=16")
     with caplog.at_level("INFO"):
-        found = climb(folder, *engines)
+        found = climb(folder, *engines, "attribute.switches=[quantisation]")  # no side has that one to turn
     assert main_cause(found) == "weights" and found["rows"]["weights"]["share"] > 0.99
     assert "they differ in lm_head.weight)" in found["sentence"] and "comes from the weights" in found["sentence"]
     others = [

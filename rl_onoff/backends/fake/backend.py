@@ -109,7 +109,8 @@ class FakeBackend(BaseBackend):
     def _rows(self, ids: np.ndarray, num_rows: int) -> Any:
         """Logits of the last `num_rows` positions of a sequence: (num_rows, 257)."""
         ids = np.concatenate([[0], ids]).astype(np.int64)
-        return self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
+        logits = self._table[0, ids[-num_rows:]] + 0.5 * self._table[1, ids[-num_rows - 1 : -1]]
+        return (logits / step).round() * step if (step := self.config.rounding) else logits
 
     def _logits_of(self, rollout: Rollout) -> Any:
         return self._rows(np.concatenate([rollout.prompt_ids, rollout.token_ids_T[:-1]]), len(rollout.token_ids_T))

@@ -132,10 +132,11 @@ class HuggingFaceBackend(BaseBackend):
         """The scores of a batch; other ranks than 0 only compute their part of the logits."""
         import torch
 
+        low = self.config.logprob_dtype == "weights"
         with torch.no_grad():
             if not self._split.splits:
                 pairs = ((r, self._whole_logits(r)) for r in batch)
-                return [token_stats(z_TV, torch.as_tensor(r.token_ids_T, device=z_TV.device), want).of(r)
+                return [token_stats(z_TV, torch.as_tensor(r.token_ids_T, device=z_TV.device), want, low=low).of(r)
                         for r, z_TV in pairs]  # fmt: skip
             hidden_RD = self._hidden(batch, shares_prompt)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
@@ -144,7 +145,7 @@ class HuggingFaceBackend(BaseBackend):
                     self._split.head(hidden)
                 return []
             token_ids_R = torch.as_tensor(np.concatenate([r.token_ids_T for r in batch]), device=hidden_RD.device)
-            stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows)
+            stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows, low=low)
         ends = np.cumsum([len(rollout.token_ids_T) for rollout in batch])
         return [stats[end - len(r.token_ids_T) : end].of(r) for r, end in zip(batch, ends, strict=True)]
 

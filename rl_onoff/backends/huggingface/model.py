@@ -36,6 +36,7 @@ def load(config: HuggingFaceBackendConfig) -> SplitModel:
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     options: dict[str, Any] = {"device_map": config.device_map}
     if config.num_devices > 1:
         options["distributed_config"] = transformers.DistributedConfig(tp_size=config.tp_size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.engine_config import EngineConfig, Switch
 from rl_onoff.errors import UsageError, at_least
 from rl_onoff.sampling import LogprobKind
 
@@ -27,6 +26,21 @@ class SGLangBackendConfig(EngineConfig):
     """Longest sequence in tokens; null is the model's own."""
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    switches: ClassVar[tuple[Switch, ...]] = (
+        Switch("attention_triton", "Triton's attention", {"attention_backend": "triton"}, "gpu", ""),
+        Switch("attention_native", "torch's own attention", {"attention_backend": "torch_native"}, "gpu", ""),
+        Switch("tf32", "float32 without TF32", {"enable_tf32_matmul": None}, "set", ""),
+        Switch("compilation", "no CUDA graphs", {"disable_cuda_graph": True, "enable_torch_compile": None}, "gpu", ""),
+        Switch("prefix_cache", "no prefix cache", {"disable_radix_cache": True}, tried=""),
+        Switch("chunked_prefill", "prompts in one piece", {"chunked_prefill_size": -1}, tried=""),
+        Switch("scheduling", "steps one after the other", {"disable_overlap_schedule": True}, "gpu", ""),
+        Switch("batch", "one response at a time", {"max_running_requests": 1}, tried=""),
+        Switch("deterministic", "kernels that follow the batch", {"enable_deterministic_inference": False}, "gpu", ""),
+        Switch("kv_cache", "a key-value cache in the weights' type", {"kv_cache_dtype": None}, "set", ""),
+        Switch("quantisation", "weights that are not quantised", {"quantization": None}, "set", ""),
+        Switch("speculative", "no speculative decoding", {"speculative_algorithm": None}, "set", ""),
+        Switch("lm_head", "an LM head in float32", {"enable_fp32_lm_head": True}, "low", ""),
+    )
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "model_path=model.name", "tokenizer_path=model.tokenizer", "dtype", "tp_size", "dp_size", "mem_fraction_static",
         "context_length", "random_seed=backend.seed", "revision=model.revision",
@@ -39,9 +53,6 @@ class SGLangBackendConfig(EngineConfig):
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             what = f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1"
             raise UsageError(f"{what}: set backend.mem_fraction_static=0.85")
-
-    def with_float32_head(self) -> Self:
-        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "enable_fp32_lm_head": True})
 
     def environment(self) -> dict[str, str]:
         """What SGLang reads from the environment only, most of it while it is imported."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ class VLLMBackend(BaseBackend):
     _in_engine = False
 
     def _load(self) -> EngineInfo:
+        os.environ |= self.config.environment  # before vLLM is imported: some of its modules read it then
         vllm = self._import_engine()
         from rl_onoff.models.resolve import end_ids
 

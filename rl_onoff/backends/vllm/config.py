@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.engine_config import EngineConfig, Switch
 from rl_onoff.errors import UsageError, at_least
+
+TF32 = "VLLM_FLOAT32_MATMUL_PRECISION"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,6 +28,23 @@ class VLLMBackendConfig(EngineConfig):
     """Skip compilation and CUDA graphs: starts faster, runs slower."""
     in_engine_stats: bool = True
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Settings of vLLM that are environment variables: '+backend.environment.VLLM_BATCH_INVARIANT="1"'."""
+    switches: ClassVar[tuple[Switch, ...]] = (
+        Switch("attention_triton", "Triton's attention", {"attention_backend": "TRITON_ATTN"}, "gpu", ""),
+        Switch("attention_flex", "torch's flex attention", {"attention_backend": "FLEX_ATTENTION"}, "gpu", ""),
+        Switch("tf32", "float32 without TF32", {"environment": {TF32: "highest"}}, "set", ""),
+        Switch("compilation", "no compilation and no CUDA graphs", {"enforce_eager": True}, "gpu", ""),
+        Switch("prefix_cache", "no prefix cache", {"enable_prefix_caching": False}, tried=""),
+        Switch("chunked_prefill", "prompts in one piece", {"enable_chunked_prefill": False}, "gpu", ""),
+        Switch("scheduling", "steps one after the other", {"async_scheduling": False}, "gpu", ""),
+        Switch("batch", "one response at a time", {"max_num_seqs": 1}, tried=""),
+        Switch("deterministic", "batch-invariant kernels", {"environment": {"VLLM_BATCH_INVARIANT": "1"}}, "gpu", ""),
+        Switch("kv_cache", "a key-value cache in the weights' type", {"kv_cache_dtype": None}, "set", ""),
+        Switch("quantisation", "weights that are not quantised", {"quantization": None}, "set", ""),
+        Switch("speculative", "no speculative decoding", {"speculative_config": None}, "set", ""),
+        Switch("lm_head", "an LM head in float32", {"hf_overrides": {"head_dtype": "float32"}}, "low", ""),
+    )
     second_names: ClassVar[dict[str, str]] = {"tp_size": "tensor_parallel_size"}
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "model=model.name", "tokenizer=model.tokenizer", "dtype", "seed", "tensor_parallel_size", "max_model_len",
@@ -46,7 +65,3 @@ class VLLMBackendConfig(EngineConfig):
         # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from
         # vLLM 0.32's source and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
         return dataclasses.replace(self, engine_kwargs={"distributed_executor_backend": "ray", **self.engine_kwargs})
-
-    def with_float32_head(self) -> Self:
-        overrides = {**self.engine_kwargs.get("hf_overrides", {}), "head_dtype": "float32"}
-        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "hf_overrides": overrides})

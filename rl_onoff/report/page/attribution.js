@@ -8,7 +8,7 @@ function showAttribution() {
     return el(
       "tr",
       { class: Number.isNaN(share) ? "note" : null },
-      el("th", { scope: "row" }, words(row.rung), el("span", { class: "note block-note" }, row.changed)),
+      el("th", { scope: "row" }, words(row.switch || row.rung), el("span", { class: "note block-note" }, row.changed)),
       [row.before, row.after].map((x) => el("td", { class: "number" }, fmt(x))),
       el("td", { class: "number" }, Number.isNaN(share) ? "\u2013" : `${Math.round(share * 100)}\u00a0%`),
       el("td", {}, row.verdict),

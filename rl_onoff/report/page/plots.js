@@ -124,7 +124,7 @@ function lineChart({ label, xs, linear, noun = "token", series, xTitle, yTitle, 
   const x = linear && xs.length > 1 ? linearAxis(xs[0], xs.at(-1), 6) : bucketAxis(xs);
   const zero = zeroLine && svg("line", { class: "zero", x1: toX(0), x2: toX(1), y1: toY(y.share(0)), y2: toY(y.share(0)) });
   const lines = series.map((s) => lineMarks(s, xs, x.share, y.share, noun));
-  const xTicks = noun === "token" ? x.ticks : x.ticks.filter(([, text]) => !text.includes("."));
+  const xTicks = !linear || noun === "token" ? x.ticks : x.ticks.filter(([, text]) => !text.includes("."));
   return frame(label, yAxis(y.ticks, yTitle), zero, marks && marks(x.share, y.share), lines, keyOf(series), xAxis(xTicks, xTitle));
 }
 

@@ -22,6 +22,7 @@ function showPlots() {
     plotEntropyByPosition(positions),
     plotEntropies(histograms.entropy_behaviour, histograms.entropy_target),
     plotSizes(histograms.abs_l),
+    plotErrors(errorsOf(comparison())),
     ...Object.entries(histograms)
       .filter(([name]) => !DRAWN.has(name))
       .map(([name, h]) => plotOther(name, h)),
@@ -187,8 +188,37 @@ function plotEssByPosition(positions) {
   );
 }
 
+// Whose error the gap is, of a run that has a truth; the ladder's where only the ladder made one.
+function errorsOf(compared) {
+  const { attribution } = summary;
+  const found = compared.whose_error || (attribution && attribution.target === compared.name && attribution.whose_error);
+  return found && found.by_probability.map((p) => ({ start: p.start, end: p.end, count: countOf(p), ...metricsOf(p) }));
+}
+
+function plotErrors(buckets) {
+  if (!buckets) return null;
+  return positionFigure(
+    "Whose error, by probability",
+    "How far each side is from a forward pass in float32, by the token's probability there; bands are 95\u00a0% intervals.",
+    buckets,
+    [
+      ["error_behaviour", "behaviour", "s0"],
+      ["error_target", "target", "s1"],
+      ["error_gap", "gap", "s2"],
+    ],
+    {
+      label: "Root mean square error of both sides by the token's probability",
+      xTitle: "probability of the token, from",
+      yTitle: "nats (root mean square)",
+      floor: 0,
+      noun: "probability",
+      heads: ["from probability", "to"],
+    },
+  );
+}
+
 // wanted: [[metric, name, colour], ...]
-function positionFigure(title, says, positions, wanted, settings) {
+function positionFigure(title, says, positions, wanted, { heads = ["from token", "to"], ...settings }) {
   const there = wanted.filter(([name]) => positions.some((p) => Number.isFinite(num(p[name]))));
   if (!there.length) return null;
   const part = (name, key) => positions.map((p) => num((p[name] || {})[key]));
@@ -205,7 +235,7 @@ function positionFigure(title, says, positions, wanted, settings) {
   return figure(title, says, drawing, () =>
     table(
       null,
-      ["from token", "to", "tokens", ...there.map(([, label]) => label)],
+      [...heads, "tokens", ...there.map(([, label]) => label)],
       positions.map((p) =>
         el(
           "tr",
