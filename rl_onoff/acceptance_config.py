@@ -38,8 +38,8 @@ class AcceptanceConfig:
     """Most mean k3 KL, nats a token, for decode, decode_long, batch, cache and truth."""
     sampling_z: float = 5.0
     """Most standard errors by which the drawn tokens' mean logprob may miss minus the mean entropy."""
-    greedy_prefix: float = 0.5
-    """Least share of 32 greedy tokens, on average, before the first that is not the truth's likeliest."""
+    greedy: float = 0.5
+    """Most nats by which the truth's likeliest token may beat a greedy token, where their ids first part."""
     head_mass: float = 1e-4
     """Most probability, at any position, on rows of the LM head that stand for no token."""
     skip: list[Check] = field(default_factory=list)
@@ -49,5 +49,5 @@ class AcceptanceConfig:
         at_least(1, "acceptance.prompts", self.prompts, 8)
         at_least(1, "acceptance.tokens", self.tokens, 100)
         at_least(1, "acceptance.long_tokens", self.long_tokens, 1000)
-        for name in ("k3", "sampling_z", "greedy_prefix", "head_mass"):
+        for name in ("k3", "sampling_z", "greedy", "head_mass"):
             at_least(0, f"acceptance.{name}", getattr(self, name), 0.015)

@@ -157,7 +157,7 @@ class Trial:
     def prepare_truth(self) -> Wish:
         """The truth's engine, once all that needs the other engine is done."""
         if self.truth_bench is None:
-            raise NotTried("there is no truth: set target=huggingface target.dtype=float32")
+            raise NotTried("there is no truth: set target=truth")
         _ = self.scored, self.drawn_greedily
         with suppress(NotTried):
             _ = self.scored_long
@@ -205,7 +205,7 @@ class Trial:
             why = "the model ends its responses at once" if room >= n else f"the context has room for {room:,}"
             raise NotTried(f"no response has {n:,} tokens: {why}")
         q, p = ([side[key].logprobs_T for key in whole] for side in (self.drawn, self.scored))
-        return lines.k3_line(Check.decode, q, p, self.bars.k3, f"{n:,} tokens of a response, sampled and prefilled")
+        return lines.k3_line(Check.decode, q, p, self.bars.k3, f"{n:,} tokens a response, sampled and prefilled")
 
     def decode_long(self) -> Line:
         q, p = ([side[key].logprobs_T for key in self.drawn_long] for side in (self.drawn_long, self.scored_long))
@@ -216,8 +216,8 @@ class Trial:
         together = self.together
         alone = self.bench.scores("alone", together[:: max(1, len(together) // ALONE)], alone=True)
         q, p = [self.scored[key].logprobs_T for key in alone], [scores.logprobs_T for scores in alone.values()]
-        width = f" (computed {self.info['batch']} at once)" if self.info["batch"] < len(together) else ""
-        said = f"{len(alone)} responses in a batch of {len(together)}{width}, and alone"
+        width = f", {self.info['batch']} at a time" if self.info["batch"] < len(together) else ""
+        said = f"{len(alone)} responses alone and among {len(together)}{width}"
         return lines.k3_line(Check.batch, q, p, self.bars.k3, said)
 
     def cache(self) -> Line:
@@ -231,7 +231,7 @@ class Trial:
             q.append(before[key].logprobs_T[:same])
             p.append(rollout.logprobs_T[:same])
         widths = sorted(map(len, self.sent))
-        said = f"the same draws, once the engine has seen the prompts of {widths[0]} to {widths[-1]} tokens"
+        said = f"draws behind prompts of {widths[0]} to {widths[-1]} tokens, new and seen before"
         return lines.k3_line(Check.cache, q, p, self.bars.k3, said)
 
     def head(self) -> Line:
@@ -244,7 +244,7 @@ class Trial:
 
     def greedy(self) -> Line:
         found = self._by_truth("truth_greedy", self.drawn_greedily.values())
-        return lines.greedy_line(list(found.values()), self.bars.greedy_prefix)
+        return lines.greedy_line(list(found.values()), self.bars.greedy)
 
     def truth(self) -> Line:
         drawn, scored = self.together, self.scored
@@ -252,4 +252,4 @@ class Trial:
             drawn, scored = [*drawn, *self.drawn_long.values()], scored | self.scored_long
         found = self._by_truth("truth", drawn)
         q, p = ([side[key].logprobs_T for key in found] for side in (scored, found))
-        return lines.k3_line(Check.truth, q, p, self.bars.k3, "scores of all responses beside the truth's")
+        return lines.k3_line(Check.truth, q, p, self.bars.k3, "scores of all responses and the truth's")

@@ -41,11 +41,10 @@ class Line:
     said: str
 
 
-def judged(check: Check, value: float, bar: float, said: str, *, least: bool = False) -> Line:
-    """Pass where the value is at most the bar, or at least the bar."""
-    fits = value >= bar if least else value <= bar
+def judged(check: Check, value: float, bar: float, said: str) -> Line:
+    """Pass where the value is at most the bar."""
     finite = value if math.isfinite(value) else None
-    return Line(check=check, outcome=PASS if fits else FAIL, value=finite, bar=bar, said=said)
+    return Line(check=check, outcome=PASS if value <= bar else FAIL, value=finite, bar=bar, said=said)
 
 
 def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, template: bool | None) -> Line:
@@ -53,11 +52,10 @@ def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, 
     source = "the tokenizer's chat template" if template else "the tokenizer"
     differ = sum(list(a) != list(b) for a, b in zip(sent, told, strict=True))
     begins = {_leading(ids, bos) for ids in told}
-    said = f"{differ} of {len(sent)} prompts are sent otherwise than {source} says"
-    if differ == 0:
-        said = f"{len(sent)} prompts are sent as {source} says"
+    how = "as" if differ == 0 else "otherwise than"
+    said = f"{differ or len(sent)} of {len(sent)} prompts are sent {how} {source} says"
     if bos is not None:
-        said += f", which begins with {' or '.join(map(str, sorted(begins)))} BOS (id {bos})"
+        said += f", with {' or '.join(map(str, sorted(begins)))} BOS (id {bos}) in front"
     if template is False:
         said = "the tokenizer has no chat template: set data.chat_template=false if prompts are meant to be plain text"
     doubled = max(begins, default=0) > 1
@@ -125,18 +123,17 @@ def k3_line(check: Check, q: Sequence[np.ndarray], p: Sequence[np.ndarray], bar:
 
 
 def greedy_line(scores: Sequence[TokenScores], bar: float) -> Line:
-    """Greedy tokens under the truth. As long as each is the truth's likeliest, they are the truth's own greedy ids."""
-    shares, lost = [], 0.0
+    """Greedy tokens under the truth: up to the first that is not the truth's likeliest they are its own greedy ids. The
+    number is how many nats less likely such a first one is, at most: rounding turns near ties, a fault turns more."""
+    equal, lost = [], [0.0]
     for each in scores:
         assert each.rank_T is not None and each.top_logprobs_TK is not None
-        parts = np.flatnonzero(each.rank_T > 1)
-        shares.append(parts[0] / len(each.rank_T) if len(parts) else 1.0)
-        if len(parts):
-            lost = max(lost, float(each.top_logprobs_TK[parts[0], 0] - each.logprobs_T[parts[0]]))
-    said = f"{sum(share == 1 for share in shares)} of {len(shares)} prompts have the truth's greedy ids"
-    if lost:
-        said += f"; where others part, the truth's token is at most {lost:.2g} nats likelier"
-    return judged(Check.greedy, float(np.mean(shares)) if shares else math.nan, bar, said, least=True)
+        at = int(np.append(each.rank_T > 1, True).argmax())
+        equal.append(at / len(each.rank_T))
+        lost += [float(each.top_logprobs_TK[at, 0] - each.logprobs_T[at])] if at < len(each.rank_T) else []
+    said = f"{sum(share == 1 for share in equal)} of {len(equal)} prompts have the truth's greedy ids"
+    said += f", together {np.mean(equal):.0%} of the tokens; the number is the nats lost where they part"
+    return judged(Check.greedy, float(np.max(lost)), bar, said)
 
 
 def head_line(rows: Collection[int], mass: float, positions: int, bar: float) -> Line:
