@@ -37,7 +37,7 @@ class Acceptance:
     """Every line, and of whom."""
 
     model: str
-    engine: str
+    engine: str | None
     truth: str | None
     lines: list[Line]
 
@@ -158,9 +158,12 @@ class Trial:
         """The truth's engine, once all that needs the other engine is done."""
         if self.truth_bench is None:
             raise NotTried("there is no truth: set target=truth")
-        _ = self.scored, self.drawn_greedily
-        with suppress(NotTried):
-            _ = self.scored_long
+        if Check.greedy not in self.bars.skip:
+            _ = self.drawn_greedily
+        if Check.truth not in self.bars.skip:
+            _ = self.scored
+            with suppress(NotTried):
+                _ = self.scored_long
         return self.truth_bench.engine
 
     def _by_truth(self, name: str, rollouts: Iterable[Rollout]) -> dict[Key, TokenScores]:
@@ -204,35 +207,31 @@ class Trial:
             room = self.info["max_len"] - min(map(len, self.sent))
             why = "the model ends its responses at once" if room >= n else f"the context has room for {room:,}"
             raise NotTried(f"no response has {n:,} tokens: {why}")
-        q, p = ([side[key].logprobs_T for key in whole] for side in (self.drawn, self.scored))
-        return lines.k3_line(Check.decode, q, p, self.bars.k3, f"{n:,} tokens a response, sampled and prefilled")
+        pairs = [(self.drawn[key], self.scored[key]) for key in whole]
+        return lines.k3_line(Check.decode, pairs, self.bars.k3, f"{n:,} tokens a response, sampled and prefilled")
 
     def decode_long(self) -> Line:
-        q, p = ([side[key].logprobs_T for key in self.drawn_long] for side in (self.drawn_long, self.scored_long))
+        pairs = [(rollout, self.scored_long[key]) for key, rollout in self.drawn_long.items()]
         said = f"behind {self.bars.long_tokens:,} tokens, sampled and prefilled"
-        return lines.k3_line(Check.decode_long, q, p, self.bars.k3, said)
+        return lines.k3_line(Check.decode_long, pairs, self.bars.k3, said)
 
     def batch(self) -> Line:
         together = self.together
         alone = self.bench.scores("alone", together[:: max(1, len(together) // ALONE)], alone=True)
-        q, p = [self.scored[key].logprobs_T for key in alone], [scores.logprobs_T for scores in alone.values()]
+        pairs = [(self.scored[key], scores) for key, scores in alone.items()]
         width = f", {self.info['batch']} at a time" if self.info["batch"] < len(together) else ""
         said = f"{len(alone)} responses alone and among {len(together)}{width}"
-        return lines.k3_line(Check.batch, q, p, self.bars.k3, said)
+        return lines.k3_line(Check.batch, pairs, self.bars.k3, said)
 
     def cache(self) -> Line:
         if not self.info["caches_prompts"]:
             raise NotTried("the engine keeps no prompts")
         requests = self._requests(min(FEW, self.bars.tokens))
-        before, again, q, p = self.drawn, self.bench.rollouts("drawn_again", requests, draw_again), [], []
-        for key, rollout in again.items():
-            ids_T = before[key].token_ids_T[: len(rollout.token_ids_T)]
-            same = int(np.append(ids_T == rollout.token_ids_T, False).argmin())  # up to a draw that rounding flips
-            q.append(before[key].logprobs_T[:same])
-            p.append(rollout.logprobs_T[:same])
+        again = self.bench.rollouts("drawn_again", requests, draw_again)
+        pairs = [(self.drawn[key], rollout) for key, rollout in again.items()]
         widths = sorted(map(len, self.sent))
         said = f"draws behind prompts of {widths[0]} to {widths[-1]} tokens, new and seen before"
-        return lines.k3_line(Check.cache, q, p, self.bars.k3, said)
+        return lines.k3_line(Check.cache, pairs, self.bars.k3, said)
 
     def head(self) -> Line:
         rows = sorted({*range(self.info["vocab_size"])} - {*self.tokenizer.get_vocab().values()})
@@ -251,5 +250,5 @@ class Trial:
         with suppress(NotTried):  # a context that holds no long ones
             drawn, scored = [*drawn, *self.drawn_long.values()], scored | self.scored_long
         found = self._by_truth("truth", drawn)
-        q, p = ([side[key].logprobs_T for key in found] for side in (scored, found))
-        return lines.k3_line(Check.truth, q, p, self.bars.k3, "scores of all responses and the truth's")
+        pairs = [(scored[key], scores) for key, scores in found.items()]
+        return lines.k3_line(Check.truth, pairs, self.bars.k3, "scores of all responses and the truth's")

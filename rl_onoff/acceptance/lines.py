@@ -14,7 +14,7 @@ import numpy as np
 
 from rl_onoff.acceptance_config import Check
 from rl_onoff.compare.metrics import token_terms
-from rl_onoff.types import TokenScores
+from rl_onoff.types import Rollout, TokenScores
 
 PASS, FAIL, NOT_TRIED = "pass", "fail", "not tried"
 ROUNDING = 1e-3  # nats: what a logprob and an entropy may be off, so that a model without doubts passes
@@ -24,6 +24,7 @@ NEUTRAL: Mapping[str, Collection[Any]] = {  # of generation_config.json: the val
     "no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
 Ids = Sequence[int]
+Said = Rollout | TokenScores  # who says a response's logprobs
 
 
 class NotTried(Exception):
@@ -111,9 +112,16 @@ def sampling_line(defaults: Mapping[str, Any], scores: Iterable[TokenScores], ba
     return judged(Check.sampling, z, bar, f"{said}{tokens:,} draws at temperature 1, {miss}")
 
 
-def k3_line(check: Check, q: Sequence[np.ndarray], p: Sequence[np.ndarray], bar: float, said: str) -> Line:
-    """The mean k3 KL of the same tokens' logprobs said twice."""
-    q_N, p_N = (np.concatenate([*side, np.zeros(0)]) for side in (q, p))
+def k3_line(check: Check, pairs: Sequence[tuple[Said, Said]], bar: float, said: str) -> Line:
+    """The mean k3 KL of the same responses' logprobs said twice, up to a token that a rounded draw made another."""
+    sides: list[list[np.ndarray]] = [[np.zeros(0)], [np.zeros(0)]]
+    for pair in pairs:
+        ids = [side.token_ids_T[: min(len(side.token_ids_T) for side in pair)] for side in pair]
+        same = int(np.append(ids[0] == ids[1], False).argmin())
+        for logprobs, side in zip(sides, pair, strict=True):
+            assert side.logprobs_T is not None
+            logprobs.append(side.logprobs_T[:same])
+    q_N, p_N = map(np.concatenate, sides)
     if not len(q_N):
         return judged(check, math.nan, bar, f"{said}: there is no token to compare")
     terms = token_terms(q_N, p_N)

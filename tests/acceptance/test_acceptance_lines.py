@@ -123,19 +123,32 @@ def test_draws_of_a_model_without_doubts_or_with_masked_tokens() -> None:
     assert sampling_line({}, [masked], 5.0).value == pytest.approx(0, abs=1e-4)
 
 
+def said(*logprobs: float, ids: list[int] | None = None) -> TokenScores:
+    ids_T = np.array(range(len(logprobs)) if ids is None else ids, np.int32)
+    return TokenScores(token_ids_T=ids_T, logprobs_T=np.array(logprobs, np.float32))
+
+
 def test_a_logprob_said_twice() -> None:
-    q, p = [np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.0, -2.5]), np.array([-3.0])]
-    k3 = (math.exp(-0.5) + 0.5 - 1) / 3
-    line = k3_line(Check.decode, q, p, 0.05, "once and again")
-    assert line.outcome == "pass" and line.value == pytest.approx(k3)
+    pairs = [(said(-1.0, -2.0), said(-1.0, -2.5)), (said(-3.0), said(-3.0))]
+    line = k3_line(Check.decode, pairs, 0.05, "once and again")
+    assert line.outcome == "pass" and line.value == pytest.approx((math.exp(-0.5) + 0.5 - 1) / 3)
     assert line.said == "once and again: mean |Δ| 0.17, worst 0.5 of 3 tokens"
-    assert k3_line(Check.decode, q, p, 0.03, "").outcome == "fail"
+    assert k3_line(Check.decode, pairs, 0.03, "").outcome == "fail"
+
+
+def test_only_what_both_have_is_compared() -> None:
+    longer, other = said(-1.0, -2.0, -3.0), said(-1.5, -9.0, ids=[0, 7])
+    line = k3_line(Check.cache, [(longer, other)], 1.0, "draws")
+    assert line.value == pytest.approx(math.exp(-0.5) + 0.5 - 1) and "of 1 tokens" in line.said
+    line = k3_line(Check.cache, [(longer, said(-1.0, ids=[7]))], 1e9, "draws")
+    assert (line.outcome, line.value) == ("fail", None) and "no token to compare" in line.said
 
 
 def test_a_logprob_that_is_no_number_fails() -> None:
-    line = k3_line(Check.truth, [np.array([-1.0, math.nan])], [np.array([-1.0, -1.0])], 1e9, "")
+    line = k3_line(Check.truth, [(said(-1.0, math.nan), said(-1.0, -1.0))], 1e9, "")
     assert (line.outcome, line.value) == ("fail", None)
-    assert k3_line(Check.cache, [], [], 0.015, "draws").outcome == "fail"
+    line = k3_line(Check.truth, [(said(-1.0), said(-math.inf))], 1.0, "")
+    assert line.outcome == "fail" and line.value == pytest.approx(math.exp(-20) + 20 - 1)
 
 
 def greedy(ranks: list[int], behind: list[float]) -> TokenScores:
