@@ -163,7 +163,7 @@ def turn_end(tokenizer: Any) -> int | None:
     """The first special token that the chat template puts behind an answer; None where there is none."""
     messages = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": ANSWER}]
     try:
-        text = render(messages, tokenizer, {}, "the conversation")
+        text = render(messages, tokenizer, {"add_generation_prompt": False}, "the conversation")
     except UsageError:  # it has no template, or one that refuses this
         return None
     behind = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]

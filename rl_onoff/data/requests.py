@@ -142,14 +142,14 @@ def messages_of(prompt: Prompt, system: str | None) -> Messages:
 
 
 def render(messages: Messages, tokenizer: Any, options: Mapping[str, Any], where: str) -> str:
-    """The text that the chat template makes of a conversation, up to where the answer begins."""
+    """The text that the chat template makes of a conversation, by default up to where the answer begins."""
     if not tokenizer.chat_template:
         why = f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's"
         raise UsageError(f"{why}: set data.chat_template=false to send plain prompts, or model.name to a chat model")
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, "add_generation_prompt": True, **options})
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # templates are programs
         roles = ", ".join(message["role"] for message in messages)
         fix = "set data.system=null" if messages[0]["role"] == "system" else "fix it, or set data.chat_template=false"

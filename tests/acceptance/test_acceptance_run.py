@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_onoff.acceptance.measure import draw_in_full, head_mass
+from rl_onoff.acceptance.measure import draw_in_full, head_mass, turn_end
 from rl_onoff.acceptance_config import Check
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine import EngineInfo, Supply
@@ -313,6 +313,28 @@ def test_responses_go_on_until_they_are_whole() -> None:
             rollout = drawn[scores.key]
             assert len(rollout.token_ids_T) == 2000 and rollout.prompt_ids.tolist() == [72, 105]
             np.testing.assert_allclose(rollout.logprobs_T, scores.logprobs_T, atol=1e-6)
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TURN.replace("END", "<|im_end|>") + ASK, 2),
+        (TURN.replace("END", "<|endoftext|>") + ASK, 0),
+        (TURN.replace("END", "") + ASK, None),  # the next turn's first token ends nothing
+        ("{% if messages | length > 1 %}{{ raise_exception('one turn alone') }}{% endif %}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_ends_a_turn(template: str | None, end: int | None, smollm2: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = template
+    assert turn_end(tokenizer) == end
 
 
 def test_the_mass_on_rows_of_the_head() -> None:
