@@ -149,7 +149,7 @@ def load_tokenizer(
 
 def read_json_of(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """One of a model's JSON files; empty where it has none."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     files = resolve(name, revision=revision)
     with hub_errors(name):
