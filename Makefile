@@ -32,7 +32,7 @@ test: engines browser ## all tests, on all engines; two halves side by side
 	$(MAKE) --jobs 2 --output-sync=target test-engines test-others
 
 # the tests that start vLLM and SGLang, and all others
-ON_ENGINES := tests/backends tests/compare/test_engines.py tests/config/test_doctor.py
+ON_ENGINES := tests/backends tests/acceptance/test_acceptance_engines.py tests/compare/test_engines.py tests/config/test_doctor.py
 
 test-engines:
 	$(BIN)/python -m pytest $(ON_ENGINES) $(PYTEST_ARGS)

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from rl_onoff.acceptance_config import AcceptanceConfig
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import UsageError, at_least, nearest
@@ -30,6 +31,7 @@ class Stage(Enum):
     compare = "compare"
     matrix = "matrix"
     attribute = "attribute"
+    acceptance = "acceptance"
 
 
 class Rung(Enum):
@@ -244,6 +246,8 @@ class RunConfig:
     """What is compared."""
     attribute: AttributeConfig = field(default_factory=AttributeConfig)
     """How a gap is explained."""
+    acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
+    """What makes a model on an engine fit to be trained."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where the run is logged."""
     metric: str | None = None

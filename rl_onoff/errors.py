@@ -36,7 +36,7 @@ class NotComparableError(OnOffError):
 
 
 class GateError(OnOffError):
-    """A metric is beyond `compare.fail_above`; everything is written."""
+    """A metric is beyond `compare.fail_above`, or experiment=acceptance failed; everything is written."""
 
     exit_code = 4
 

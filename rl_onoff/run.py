@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from hydra.utils import instantiate
 
+from rl_onoff.acceptance.accept import run_acceptance
 from rl_onoff.attribution.ladder import run_attribute
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
@@ -61,7 +62,8 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
     for engine in engines(config).values():
         create_backend(engine).check_model()
     load_reward(config.reward.function)
-    rows = load_rows(config.data) if {Stage.generate, Stage.matrix} & set(config.stages) else []
+    asks = {Stage.generate, Stage.matrix, Stage.acceptance} & set(config.stages)
+    rows = load_rows(config.data) if asks else []
     if config.model.sampling_defaults:
         config.sampling = model_sampling(config.sampling, config.backend.model_name, config.backend.revision)
     for engine in samplers(config):
@@ -200,7 +202,16 @@ def attribute(this: Run) -> Steps:
         log.warning("no page: %s", error)
 
 
-STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute)}
+def acceptance(this: Run) -> Steps:
+    """Say whether the model on the engine is fit to be trained."""
+    found = yield from run_acceptance(this)
+    this.values.update(found.values())
+    this.sections["acceptance"] = found.to_dict()
+    this.texts.append(found.as_text())
+    track_rows(this.tracker, "acceptance", this.sections["acceptance"]["lines"])
+
+
+STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute, acceptance)}
 
 
 def conclude(this: Run) -> dict[str, float]:
@@ -219,9 +230,9 @@ def conclude(this: Run) -> dict[str, float]:
     found = {"values": summary.values, "comparisons": {name: each.to_dict() for name, each in comparisons.items()}}
     folder.write_json("metrics.json", {**said, **found, **this.sections})
     track(this, summary)
-    in_words = re.compile("matrix/|attribute/|onoff/kl_k3")
+    in_words = re.compile("matrix/|attribute/|acceptance/|onoff/kl_k3")
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    texts = [] if this.brief else [summary_text(shown)]
+    texts = [] if this.brief or not shown else [summary_text(shown)]
     texts += this.texts
     if all(comparison.comparable for comparison in comparisons.values()) or Stage.compare not in this.config.stages:
         texts += [f"  {name}: set aside, {x.sentence()}" for name, each in comparisons.items() for x in each.findings]
@@ -232,7 +243,11 @@ def conclude(this: Run) -> dict[str, float]:
 
 
 def gate(this: Run) -> None:
-    """NotComparableError (exit code 3) where numbers mean nothing, GateError (4) beyond compare.fail_above."""
+    """NotComparableError (exit code 3) where numbers mean nothing, GateError (4) beyond compare.fail_above, and where
+    acceptance failed."""
+    if failed := this.sections.get("acceptance", {}).get("failed"):
+        names = ",".join(failed)
+        raise GateError(f"acceptance failed: {names}: fix what its lines say, or set acceptance.skip=[{names}]")
     if Stage.compare not in this.config.stages:  # experiment=attribute says the cause
         return
     asked, own = this.config.compare, own_scores(this.folder) if this.comparisons else None

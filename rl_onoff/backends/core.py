@@ -66,6 +66,12 @@ class CoreBackend(Core):
 
         check_name(self.config.model_name, revision=self.config.revision)
 
+    def model_json(self, file: str) -> dict[str, Any]:
+        """One of the model's JSON files; empty where it has none."""
+        from rl_onoff.models.resolve import read_json_of
+
+        return read_json_of(self.config.model_name, file, self.config.revision)
+
     def check_sampling(self, sampling: Sampling) -> None:
         """Refuse a sampler this engine does not have."""
         self.sampling_args(sampling, (), sampling.seed)

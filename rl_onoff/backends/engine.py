@@ -25,6 +25,7 @@ class EngineInfo:
     max_len: int  # most tokens of prompt and response together
     eos_ids: tuple[int, ...]  # tokens that end a response
     in_engine_stats: bool = True  # False: statistics come through the engine's public API
+    caches_prompts: bool = False  # a prompt that was computed before is not computed again
     batch: int = 32  # responses that it samples side by side, about
     replicas: int = 1
 

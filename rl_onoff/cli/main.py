@@ -1,5 +1,6 @@
 """The command line: compose the config with Hydra, run the job, and turn every error a user can make into one sentence.
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not comparable, 4 beyond compare.fail_above, 130 stopped with Ctrl-C."""
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not comparable, 4 beyond compare.fail_above or not
+accepted, 130 stopped with Ctrl-C."""
 
 from __future__ import annotations
 

@@ -86,11 +86,9 @@ def encode_prompt(
     ids are taken as they are."""
     if is_ids(prompt):
         return EncodedPrompt(ids=np.asarray(prompt, np.int32), text=tokenizer.decode(prompt))
-    messages = list(prompt) if is_chat(prompt) else [{"role": "user", "content": str(prompt)}]
+    messages = messages_of(prompt, system if chat_template else None)
     if chat_template:
-        if system is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-        text = _render(messages, tokenizer, {"tools": tools} if tools else {}, where)
+        text = render(messages, tokenizer, {"tools": tools} if tools else {}, where)
     elif len(messages) > 1:
         why = f"{where} has {len(messages)} chat messages, and without a chat template only a single one can be sent"
         raise UsageError(f"{why} as it is: set data.chat_template=true")
@@ -141,14 +139,23 @@ class Texts:
         return self.tokenizer
 
 
-def _render(messages: Messages, tokenizer: Any, options: Mapping[str, Any], where: str) -> str:
+def messages_of(prompt: Prompt, system: str | None) -> Messages:
+    """The conversation that a chat template gets for text or chat messages."""
+    messages = list(prompt) if is_chat(prompt) else [{"role": "user", "content": str(prompt)}]
+    if system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def render(messages: Messages, tokenizer: Any, options: Mapping[str, Any], where: str) -> str:
+    """The text that the chat template makes of a conversation, by default up to where the answer begins."""
     if not tokenizer.chat_template:
         why = f"the tokenizer {tokenizer.name_or_path} has no chat template, like a base model's"
         raise UsageError(f"{why}: set data.chat_template=false to send plain prompts, or model.name to a chat model")
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, "add_generation_prompt": True, **options})
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # templates are programs
         roles = ", ".join(message["role"] for message in messages)
         fix = "set data.system=null" if messages[0]["role"] == "system" else "fix it, or set data.chat_template=false"

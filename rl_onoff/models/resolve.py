@@ -6,6 +6,7 @@ here, before any engine starts.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -144,6 +145,17 @@ def load_tokenizer(
     if loaded.pad_token_id is None and loaded.eos_token_id is not None:
         loaded.pad_token = loaded.eos_token
     return loaded
+
+
+def read_json_of(name: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    """One of a model's JSON files; empty where it has none."""
+    from transformers.utils.hub import cached_file
+
+    files = resolve(name, revision=revision)
+    with hub_errors(name):
+        options = {"revision": files.revision or "main", "_raise_exceptions_for_missing_entries": False}
+        path = cached_file(files.path, file, **options)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def context_length(config: Any) -> int:

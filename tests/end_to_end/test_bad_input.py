@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
     [
         # unknown backend, group, option or type
         (["backend=nope"], "backend=nope is not one of the choices", "set backend to one of fake huggingface"),
-        (["experiment=nope"], "experiment=nope is not one of the choices", "set experiment to one of analyse"),
+        (["experiment=nope"], "experiment=nope is not one of the choices", "set experiment to one of acceptance"),
         (["grop=x"], "there is no option grop", "--help shows the groups"),
         (["--data.limit=3"], "--data.limit is not an option", "write data.limit=3"),
         (

@@ -51,6 +51,9 @@ class ByteTokenizer:
         end = b"" if skip_special_tokens else self.eos_token.encode()
         return b"".join(bytes([i]) if i < END else end for i in token_ids).decode(errors="replace")
 
+    def get_vocab(self) -> dict[str, int]:
+        return {f"<{i}>": i for i in range(len(self))}
+
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [self.decode([i]) for i in ids]
 
@@ -102,6 +105,9 @@ class FakeBackend(BaseBackend):
 
     def check_model(self) -> None:
         """Any name will do: it seeds the table."""
+
+    def model_json(self, file: str) -> dict[str, Any]:
+        return {}
 
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()

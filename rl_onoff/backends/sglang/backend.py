@@ -82,6 +82,7 @@ class SGLangBackend(BaseBackend):
             engine=self.name, version=version, dtype=str(model.dtype).removeprefix("torch."),
             vocab_size=model.vocab_size, max_len=min(model.context_len, self._pool) - MARGIN,
             eos_ids=tuple(sorted(eos_ids)), in_engine_stats=self._public is None, batch=MAX_IN_FLIGHT // 4,
+            caches_prompts=not self._engine.server_args.disable_radix_cache,
         )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:

@@ -63,7 +63,7 @@ class VLLMBackend(BaseBackend):
         return EngineInfo(
             engine=self.name, version=vllm.__version__, dtype=str(engine.model.dtype).removeprefix("torch."),
             vocab_size=engine.vocab_size, max_len=engine.model.max_model_len, eos_ids=eos_ids,
-            in_engine_stats=self._in_engine, batch=engine.batch,
+            in_engine_stats=self._in_engine, caches_prompts=engine.caches_prompts, batch=engine.batch,
         )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:

@@ -81,6 +81,7 @@ class Engine:
         self.vocab_size: int = self.model.get_vocab_size()
         # most requests that are computed at once
         self.batch: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self.caches_prompts = bool(self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
         self._number = 0  # of the latest request
 
     def run(self, take: Take, most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:

@@ -1,0 +1,53 @@
+"""The checks of experiment=acceptance and their bars: the config group `acceptance`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from rl_onoff.errors import at_least
+
+
+class Check(Enum):
+    """A line of the list that says whether a model on an engine is fit to be trained, in this order."""
+
+    template = "template"  # prompts are sent as the tokenizer's chat template says, with one BOS
+    round_trip = "round_trip"  # the tokenizer gives the ids of its own text back
+    eos = "eos"  # config.json, generation_config.json, tokenizer, template and engine agree on what ends a response
+    sampling = "sampling"  # tokens are drawn from the whole distribution, whatever the checkpoint's defaults
+    decode = "decode"  # logprobs while sampling are those of prefill
+    decode_long = "decode_long"  # the same behind a long context
+    batch = "batch"  # a response alone has the scores it has in a batch of 32
+    cache = "cache"  # a prompt in the engine's cache gives the tokens and logprobs it gave before
+    head = "head"  # rows of the LM head that stand for no token have no probability
+    greedy = "greedy"  # greedy tokens are the likeliest ones of the truth
+    truth = "truth"  # scores are those of the truth, HuggingFace in float32
+
+
+@dataclass(kw_only=True, slots=True)
+class AcceptanceConfig:
+    """What a model on an engine must pass before it is trained with; `target` is the truth it is held against."""
+
+    prompts: int = 8
+    """Prompts that are asked, the first of the data; 32 responses to them are drawn, at temperature 1."""
+    tokens: int = 100
+    """Tokens of the first response to each prompt, which decode compares."""
+    long_tokens: int = 1000
+    """Tokens of context behind which decode_long draws 32 more, twice."""
+    k3: float = 0.015
+    """Most mean k3 KL, nats a token, for decode, decode_long, batch, cache and truth."""
+    sampling_z: float = 5.0
+    """Most standard errors by which the drawn tokens' mean logprob may miss minus the mean entropy."""
+    greedy: float = 0.5
+    """Most nats by which the truth's likeliest token may beat a greedy token, where their ids first part."""
+    head_mass: float = 1e-4
+    """Most probability, at any position, on rows of the LM head that stand for no token."""
+    skip: list[Check] = field(default_factory=list)
+    """Lines that are not tried."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "acceptance.prompts", self.prompts, 8)
+        at_least(1, "acceptance.tokens", self.tokens, 100)
+        at_least(1, "acceptance.long_tokens", self.long_tokens, 1000)
+        for name in ("k3", "sampling_z", "greedy", "head_mass"):
+            at_least(0, f"acceptance.{name}", getattr(self, name), 0.015)
