@@ -115,7 +115,7 @@ class EngineConfig:
     def weights_dtype(self) -> str:
         return self.option("dtype") or "auto"
 
-    # The same engine with one thing changed: what the attribution tries
+    # The same engine with one thing changed: what the attribution and the view into layers ask for
 
     def with_option(self, name: str, value: Any) -> Self:
         return dataclasses.replace(self, **{name: value, self.second_names.get(name, name): value})
@@ -127,6 +127,10 @@ class EngineConfig:
     def across_nodes(self) -> Self | None:
         """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
         return None
+
+    def with_all_layers_run(self) -> Self:
+        """With every layer run as a module over every token: nothing compiled, captured or taken from a cache."""
+        return self
 
     def with_model_of(self, other: EngineConfig) -> Self:
         names = ("model_name", "revision", "tokenizer", "trust_remote_code")

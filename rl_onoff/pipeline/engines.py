@@ -60,9 +60,9 @@ def engines(config: RunConfig) -> dict[str, EngineConfig]:
     targets = {f"targets.{name}": engine for name, engine in config.targets.items()}
     if config.target is not None:
         targets = {"target": config.target, **targets}
-    if stages & {Stage.generate, Stage.attribute} or (Stage.score in stages and not targets):
+    if stages & {Stage.generate, Stage.attribute, Stage.layers} or (Stage.score in stages and not targets):
         found["backend"] = config.backend
-    if stages & {Stage.score, Stage.attribute}:
+    if stages & {Stage.score, Stage.attribute, Stage.layers}:
         found.update(targets)
     if Stage.matrix in stages:
         found.update({f"policies.{name}": engine for name, engine in config.policies.items()})
