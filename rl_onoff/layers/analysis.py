@@ -61,11 +61,11 @@ class Parting:
 
     where: str  # a key of WORDS
     layer: int | None  # None: before or after all layers
-    start: int  # of the positions where it shows most
+    start: int  # of the positions where it shows
     end: int
-    before: float  # median relative error there, before and after
+    before: float  # median relative error before and after, in the bucket of positions where it shows most
     after: float
-    times: float  # its growth over the typical one
+    times: float  # its growth there over the typical one
     jumps: list[int]  # every layer that jumps
 
     def words(self) -> str:
@@ -240,7 +240,7 @@ class _Growth:
         of = errors.buckets_N
         chosen = [np.ones(len(of), bool), *(of == bucket for bucket in range(int(of.max()) + 1))]
         self._chosen = [mask for i, mask in enumerate(chosen) if i == 0 or mask.sum() >= MIN_TOKENS]
-        self._buckets = [None, *(int(of[mask][0]) for mask in self._chosen[1:])]
+        self._buckets = [int(of[mask][0]) for mask in self._chosen]
         norms_PN = np.maximum(errors.norms_PN[1:], errors.norms_PN[:-1])
         norms_PN[-1] = errors.norms_PN[-1]  # the last norm changes the scale itself
         with np.errstate(all="ignore"):
@@ -255,7 +255,7 @@ class _Growth:
         return float(self.steps_PB[i, 0]) if i else None
 
     def parting(self) -> Parting | None:
-        """The first point that jumps, at the positions where it jumps most."""
+        """The first point that jumps."""
         times_PB = self.steps_PB / np.array([typical_of(row_P) for row_P in self.steps_PB[1:-1].T])
         jumps = np.flatnonzero((times_PB > JUMP).any(1))
         if not len(jumps):
@@ -263,8 +263,8 @@ class _Growth:
         i, num = int(jumps[0]), len(times_PB) - 2
         b = int(times_PB[i].argmax())
         before, after = (float(np.median(self._errors.errors_PN[k][self._chosen[b]])) for k in (max(i - 1, 0), i))
-        bucket = self._buckets[b]
-        start, end = (0, 1 << int(self._errors.buckets_N.max())) if bucket is None else ((1 << bucket) >> 1, 1 << bucket)
+        where = [self._buckets[k] for k in np.flatnonzero(times_PB[i] > JUMP) if k] or [0, int(self._errors.buckets_N.max())]
+        start, end = (1 << where[0]) >> 1, 1 << where[-1]
         return Parting(
             where=EMBEDDINGS if i == 0 else LAYER if i <= num else "norm",
             layer=i - 1 if 0 < i <= num else None,
