@@ -189,7 +189,7 @@ class LayersConfig:
     """Most responses that are looked at, chosen at random but always the same; null is all. The disk holds 4 bytes ×
     (layers + 2) × hidden size a token."""
     inside: int = 8
-    """In how many of them, the longest, each layer's attention and MLP are looked at too; these need 3 times the disk."""
+    """In how many of them, the longest, each layer's attention and MLP are looked at too: 3 times the disk."""
 
 
 @dataclass(kw_only=True, slots=True)

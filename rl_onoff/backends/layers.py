@@ -1,5 +1,5 @@
-"""Hidden states on the way through a model: the reference engine writes them to files, the other engine compares its own
-with them where they arise, so that only norms leave an engine.
+"""Hidden states on the way through a model: the reference engine writes them to files, the other engine compares its
+own with them where they arise, so that only norms leave an engine.
 
 A file holds the states of one response, float32 (points, positions, D), where position i is that of the i-th token of
 prompt and response together, the last token left out. Points follow the forward pass: what goes into the first decoder
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 EMBEDDINGS, ATTENTION, MLP, LAYER, HEAD = "embeddings", "attention", "mlp", "layer", "lm_head"
 PARTS = {ATTENTION: ("attn", "attention"), MLP: ("mlp", "feed_forward", "ffn", "moe")}  # in names of a layer's modules
 
+NO_LAYERS = "our code does not work inside this {0}, so its layers cannot be looked at: pip install 'rl-onoff[{1}]'"
+
 Point = tuple[str, int]  # kind of point, number of the layer
 
 
@@ -42,7 +44,9 @@ def points_of(num_layers: int, inside: bool) -> list[Point]:
 def states_name(response: Rollout) -> str:
     """Name of the file with a response's hidden states, which depend on its ids alone."""
     ids = np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int32)
-    return hashlib.blake2b(ids.tobytes(), digest_size=16, salt=len(response.prompt_ids).to_bytes(8, "little")).hexdigest()
+    return hashlib.blake2b(
+        ids.tobytes(), digest_size=16, salt=len(response.prompt_ids).to_bytes(8, "little")
+    ).hexdigest()
 
 
 class States:
@@ -61,7 +65,9 @@ class States:
         for (kind, _), i in self.index.items():
             if kind in PARTS and self._missing[i].all():
                 if self.writes:
-                    self._write(4 * self._size * i * self.length, np.full((self.length, self._size), np.nan, np.float32))
+                    self._write(
+                        4 * self._size * i * self.length, np.full((self.length, self._size), np.nan, np.float32)
+                    )
                 self._missing[i] = False
         return not self._missing.any()
 
@@ -105,16 +111,16 @@ class LayerSpan(NamedTuple):
 class LayerWatch(AbstractContextManager["LayerWatch"]):
     """Hooks on a model's decoder layers, for as long as the context lasts.
 
-    `spans` is asked at the beginning of each forward pass which rows belong to whom. An engine that fuses the residual's
-    sum into the next norm (`fused`) hands two tensors from layer to layer, whose sum is the residual stream. What fails
-    in a hook is kept in `error`, since an exception inside an engine ends more than a call.
+    `spans` is asked at the beginning of each forward pass which rows belong to whom. An engine that fuses the sum with
+    the residual into the next norm (`fused`) hands two tensors from layer to layer, whose sum is the residual stream.
+    What fails in a hook is kept in `error`, since an exception inside an engine ends more than a call.
     """
 
     error = ""
 
-    def __init__(self, model: Any, spans: Callable[[], Iterable[LayerSpan]], *, fused: bool):
+    def __init__(self, model: Any, config: Any, spans: Callable[[], Iterable[LayerSpan]], *, fused: bool):
         self._spans_of, self._fused, self._spans = spans, fused, list[LayerSpan]()
-        self.num_layers = model.config.get_text_config().num_hidden_layers
+        self.num_layers = config.get_text_config().num_hidden_layers
         self._body, self._layers = find_layers(model, self.num_layers)
         self._handles: list[Any] = []
 
@@ -129,6 +135,7 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._spans = [], []

@@ -4,8 +4,8 @@ The relative error at a point is e = ‖a − b‖ / ‖b‖ for each token: a t
 rule that tells a fault from rounding, with its constants below:
 
 - A layer's growth is (e′ + f) / (e before + f). e′ is the error after the layer over the larger of the target's norms
-  before and after: a layer that takes a large part of the stream away leaves the error and shrinks the norm, which is no
-  fault. f = 8 roundings of the coarser side's type is what a layer may add whatever came in, so that 0 -> 2e-7 is none.
+  before and after: a layer that takes a large part of the stream away leaves the error and shrinks the norm: no fault.
+  f = 8 roundings of the coarser side's type is what a layer may add whatever came in, so that 0 -> 2e-7 is none.
 - The medians over the tokens of a position bucket (0, 1, 2 to 3, 4 to 7, …) are looked at, and of all tokens: a wrong
   RoPE base or window shows at some positions only, while a token with an odd norm is no fault.
 - A layer jumps when its growth is above 4 times that of a typical layer. Rounding alone grows by 0.3 to 1.6 a layer and
@@ -13,8 +13,8 @@ rule that tells a fault from rounding, with its constants below:
   with another attention); the faults of the tests grow by 30 and more.
 - The first layer that jumps is where the sides part. Its attention is named where its own growth jumps; else its MLP,
   likewise; else what lies around the two, norms and sums.
-- The LM head is named where no point before jumps, but the median |Δ logprob| is above (e + f) × (|logit| + |logsumexp|):
-  hidden states that are off by e move the logits by a fraction of that (0.02 to 0.03 of it in SmolLM2).
+- The LM head is named where no point before jumps, but the median |Δ logprob| is above (e + f) × (|logit| +
+  |logsumexp|): hidden states that are off by e move the logits by a fraction of that (0.02 to 0.03 in SmolLM2).
 
 Shapes: P points, L positions of a response, T of its tokens, N positions of all responses.
 """
@@ -157,7 +157,18 @@ class Layers:
 
     def to_dict(self) -> dict[str, Any]:
         parting = self.parting and {name: getattr(self.parting, name) for name in Parting.__slots__}
-        names = ("sentence", "sides", "responses", "tokens", "floor", "typical", "nats", "positions", "points", "inside")
+        names = (
+            "sentence",
+            "sides",
+            "responses",
+            "tokens",
+            "floor",
+            "typical",
+            "nats",
+            "positions",
+            "points",
+            "inside",
+        )
         rule = {"floor_roundings": FLOOR, "jump": JUMP, "head_share": HEAD_SHARE, "min_tokens": MIN_TOKENS}
         return _finite({name: getattr(self, name) for name in names} | {"parting": parting, "rule": rule})
 
@@ -263,7 +274,10 @@ class _Growth:
         i, num = int(jumps[0]), len(times_PB) - 2
         b = int(times_PB[i].argmax())
         before, after = (float(np.median(self._errors.errors_PN[k][self._chosen[b]])) for k in (max(i - 1, 0), i))
-        where = [self._buckets[k] for k in np.flatnonzero(times_PB[i] > JUMP) if k] or [0, int(self._errors.buckets_N.max())]
+        where = [self._buckets[k] for k in np.flatnonzero(times_PB[i] > JUMP) if k] or [
+            0,
+            int(self._errors.buckets_N.max()),
+        ]
         start, end = (1 << where[0]) >> 1, 1 << where[-1]
         return Parting(
             where=EMBEDDINGS if i == 0 else LAYER if i <= num else "norm",

@@ -1,4 +1,4 @@
-"""The stage: both sides run over the same ids, one after the other; the target's hidden states lie on disk meanwhile."""
+"""The stage: one side after the other runs over the same ids; the target's hidden states lie on disk meanwhile."""
 
 from __future__ import annotations
 
@@ -141,4 +141,9 @@ def _size(file: Path) -> int:
 
 
 def _said(config: EngineConfig, engine: Mapping[str, Any]) -> dict[str, Any]:
-    return {"engine": engine["engine"], "version": engine["version"], "dtype": engine["dtype"], "model": config.model_name}
+    return {
+        "engine": engine["engine"],
+        "version": engine["version"],
+        "dtype": engine["dtype"],
+        "model": config.model_name,
+    }

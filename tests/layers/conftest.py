@@ -1,4 +1,4 @@
-"""Tiny random models of four families, each with copies that differ in one planted fault, and ids to run through them."""
+"""Tiny random models of four families, copies of them with one planted fault, and ids to run through them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def test_a_perturbed_layer(look: Look, made: Make, family: str, weights: str, wh
     before = [row["max"] for row in found["points"][:3]]
     assert before == [0, 0, 0]  # the same arithmetic on the same weights
     assert found["points"][3]["median"] > 1e-3
-    assert "part in layer 2" in found["sentence"] and {"attention": "attention", "mlp": "MLP"}[where] in found["sentence"]
+    assert (
+        "part in layer 2" in found["sentence"] and {"attention": "attention", "mlp": "MLP"}[where] in found["sentence"]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -111,5 +113,7 @@ def test_bfloat16_grows_smoothly(look: Look, made: Make, family: str) -> None:
 
 
 def test_a_fault_is_named_beside_bfloat16_too(look: Look, made: Make) -> None:
-    found = look(made("llama", noise_on("model.layers.2.mlp.down_proj.weight", 1.0)), made("llama"), "model.dtype=bfloat16")
+    found = look(
+        made("llama", noise_on("model.layers.2.mlp.down_proj.weight", 1.0)), made("llama"), "model.dtype=bfloat16"
+    )
     assert parting(found) == ("mlp", 2)

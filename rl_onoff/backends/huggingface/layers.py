@@ -16,12 +16,12 @@ ScoreBatch = Callable[[Sequence[Rollout], Want, bool], list[TokenScores]]
 def scores_and_layers(
     model: SplitModel, cut: Batches, score: ScoreBatch, rollouts: Sequence[Rollout], want: Want
 ) -> Iterator[TokenScores]:
-    """Scores with what `want.layers` asks for, a batch at a time. No prompt is shared: each row holds all its tokens."""
+    """Scores with what `want.layers` asks for, a batch at a time; no prompt is shared."""
     assert want.layers is not None
     waiting = sorted(rollouts, key=lambda rollout: rollout.num_tokens)
     for batch in cut(waiting) if model.splits else ([rollout] for rollout in waiting):
         spans: list[LayerSpan] = []
-        with LayerWatch(model.whole, lambda spans=spans: spans, fused=False) as watch:
+        with LayerWatch(model.whole, model.whole.config, lambda spans=spans: spans, fused=False) as watch:
             width = max(rollout.num_tokens for rollout in batch) - 1
             for i, rollout in enumerate(batch):
                 length = rollout.num_tokens - 1

@@ -47,6 +47,9 @@ class VLLMBackendConfig(EngineConfig):
         # vLLM 0.32's source and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
         return dataclasses.replace(self, engine_kwargs={"distributed_executor_backend": "ray", **self.engine_kwargs})
 
+    def with_all_layers_run(self) -> Self:
+        return dataclasses.replace(self, enforce_eager=True)
+
     def with_float32_head(self) -> Self:
         overrides = {**self.engine_kwargs.get("hf_overrides", {}), "head_dtype": "float32"}
         return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "hf_overrides": overrides})
