@@ -97,9 +97,7 @@ class LayerWant:
     """What `score` does with the hidden states on the way to a response's logits (backends/layers.py)."""
 
     folder: str  # of the reference's hidden states: a file for each response
-    writes: (
-        bool  # True: this engine is the reference and writes the files; False: its own states are compared with them
-    )
+    writes: bool  # True: this engine is the reference and writes the files; False: it compares its own states
     inside: frozenset[str] = frozenset()  # names of the files that also hold what attention and MLP give
 
 

@@ -288,13 +288,15 @@ class _Growth:
 
 
 def growth_of(after: Any, before: Any, floor: float) -> Any:
-    """How often the error before a step fits into that after it; both with what rounding adds in one step."""
-    return (after + floor) / (np.where(np.isfinite(before), before, 1.0) + floor)
+    """How often the error before a step fits into that after it; both with what rounding adds in one step. 1 where the
+    states before it were no numbers already."""
+    finite = np.isfinite(before)
+    return np.where(finite, (after + floor) / (np.where(finite, before, 1.0) + floor), 1.0)
 
 
 def typical_of(growths: np.ndarray) -> float:
     """The lower median, at least 1: of two layers the one without the fault counts."""
-    finite = np.sort(growths[~np.isnan(growths)])
+    finite = np.sort(growths[np.isfinite(growths)])
     return max(1.0, float(finite[(len(finite) - 1) // 2])) if len(finite) else 1.0
 
 

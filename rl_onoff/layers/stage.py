@@ -141,9 +141,4 @@ def _size(file: Path) -> int:
 
 
 def _said(config: EngineConfig, engine: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "engine": engine["engine"],
-        "version": engine["version"],
-        "dtype": engine["dtype"],
-        "model": config.model_name,
-    }
+    return {name: engine[name] for name in ("engine", "version", "dtype")} | {"model": config.model_name}
