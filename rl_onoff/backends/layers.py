@@ -33,6 +33,7 @@ PARTS = {ATTENTION: ("attn", "attention"), MLP: ("mlp", "feed_forward", "ffn", "
 NO_LAYERS = "our code does not work inside this {0}, so its layers cannot be looked at: pip install 'rl-onoff[{1}]'"
 
 Point = tuple[str, int]  # kind of point, number of the layer
+Stream = Callable[[Any], "Tensor"]
 
 
 def points_of(num_layers: int, inside: bool) -> list[Point]:
@@ -111,15 +112,15 @@ class LayerSpan(NamedTuple):
 class LayerWatch(AbstractContextManager["LayerWatch"]):
     """Hooks on a model's decoder layers, for as long as the context lasts.
 
-    `spans` is asked at the beginning of each forward pass which rows belong to whom. An engine that fuses the sum with
-    the residual into the next norm (`fused`) hands two tensors from layer to layer, whose sum is the residual stream.
-    What fails in a hook is kept in `error`, since an exception inside an engine ends more than a call.
+    `spans` is asked at the beginning of each forward pass which rows belong to whom; `stream` finds the residual stream
+    in what a layer takes or gives. What fails in a hook is kept in `error`, since an exception inside an engine ends
+    more than a call.
     """
 
     error = ""
 
-    def __init__(self, model: Any, config: Any, spans: Callable[[], Iterable[LayerSpan]], *, fused: bool):
-        self._spans_of, self._fused, self._spans = spans, fused, list[LayerSpan]()
+    def __init__(self, model: Any, config: Any, spans: Callable[[], Iterable[LayerSpan]], stream: Stream):
+        self._spans_of, self._stream, self._spans = spans, stream, list[LayerSpan]()
         self.num_layers = config.get_text_config().num_hidden_layers
         self._body, self._layers = find_layers(model, self.num_layers)
         self._handles: list[Any] = []
@@ -155,9 +156,8 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         if not self._spans or self.error:
             return
         try:
-            output = getattr(output, "last_hidden_state", output)
-            first, *rest = output if isinstance(output, tuple) else (output,)
-            states = _sum(first, *rest[: point[0] == LAYER and self._fused])
+            read = self._stream if point[0] in (EMBEDDINGS, LAYER) else first_of
+            states = read(getattr(output, "last_hidden_state", output))
             states_ND = states.reshape(-1, states.shape[-1])
             for span in self._spans:
                 span.states.put(point, span.first, states_ND[span.begin : span.end])
@@ -168,7 +168,7 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         try:
             self._spans = list(self._spans_of())
             given = [x for x in (*args, *kwargs.values()) if hasattr(x, "is_floating_point") and x.is_floating_point()]
-            self.take((EMBEDDINGS, 0), _sum(*given[: 1 + self._fused]))
+            self.take((EMBEDDINGS, 0), tuple(given))
         except Exception:
             self.error = traceback.format_exc()
 
@@ -176,9 +176,16 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         self.take(point, output)
 
 
-def _sum(hidden: Tensor, residual: Any = None) -> Tensor:
-    same = residual is not None and residual.shape == hidden.shape
-    return hidden.float() + residual.float() if same else hidden
+def first_of(output: Any) -> Tensor:
+    """A module's output, or the first of several."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def pair_sum(output: Any) -> Tensor:
+    """The residual stream of an engine that fuses the sum with the residual into the next norm, and hands a pair on."""
+    hidden, *rest = output if isinstance(output, tuple) else (output,)
+    fits = rest and rest[0] is not None and rest[0].shape == hidden.shape
+    return hidden.float() + rest[0].float() if fits else hidden
 
 
 def find_layers(model: Any, num_layers: int) -> tuple[Any, Any]:

@@ -128,10 +128,8 @@ class Layers:
         if found is None:
             coarse = max((side["dtype"] for side in self.sides.values()), key=lambda dtype: ROUNDING.get(dtype, 1))
             grows = f"grows smoothly from {first:.2g} after layer 0 to {last:.2g} before the LM head"
-            as_ = f"as rounding in {coarse} does" if last or first else "not at all"
-            grows = grows if last or first else "is 0 at every layer"
-            said = f"{a} and {b} do not part: the relative error of the hidden states {grows}"
-            return f"{said}, {as_}; {nats}." if last or first else f"{said}; {nats}."
+            grows = f"{grows}, as rounding in {coarse} does" if first or last else "is 0 at every layer"
+            return f"{a} and {b} do not part: the relative error of the hidden states {grows}; {nats}."
         if found.where == HEAD:
             what = f"the hidden states before it are {last:.2g} apart, but {nats}"
             return f"{a} and {b} part {found.words()}: {what}, {found.times:.2g} times what the states explain."

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rl_onoff.backends.huggingface.model import SplitModel
-from rl_onoff.backends.layers import LayerSpan, LayerWatch, states_name
+from rl_onoff.backends.layers import LayerSpan, LayerWatch, first_of, states_name
 from rl_onoff.types import Rollout, TokenScores, Want
 
 Batches = Callable[[Iterable[Rollout]], Iterator[list[Rollout]]]
@@ -21,7 +21,7 @@ def scores_and_layers(
     waiting = sorted(rollouts, key=lambda rollout: rollout.num_tokens)
     for batch in cut(waiting) if model.splits else ([rollout] for rollout in waiting):
         spans: list[LayerSpan] = []
-        with LayerWatch(model.whole, model.whole.config, lambda spans=spans: spans, fused=False) as watch:
+        with LayerWatch(model.whole, model.whole.config, lambda spans=spans: spans, first_of) as watch:
             width = max(rollout.num_tokens for rollout in batch) - 1
             for i, rollout in enumerate(batch):
                 length = rollout.num_tokens - 1

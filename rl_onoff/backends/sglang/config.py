@@ -40,6 +40,10 @@ class SGLangBackendConfig(EngineConfig):
             what = f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1"
             raise UsageError(f"{what}: set backend.mem_fraction_static=0.85")
 
+    def with_all_layers_run(self) -> Self:
+        options = {"disable_radix_cache": True, "disable_cuda_graph": True}
+        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, **options})
+
     def with_float32_head(self) -> Self:
         return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, "enable_fp32_lm_head": True})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rl_onoff.backends.layers import HEAD, LayerSpan, LayerWatch, States
+from rl_onoff.backends.layers import HEAD, LayerSpan, LayerWatch, States, pair_sum
 from rl_onoff.types import LayerWant
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class StepLayers:
         if self._watch is not None:
             self._watch.__exit__()
         self._want, self._states = want, dict[int, States]()  # by job number
-        self._watch = want and LayerWatch(self._model, self._config, self._spans, fused=True).__enter__()
+        self._watch = want and LayerWatch(self._model, self._config, self._spans, pair_sum).__enter__()
 
     def _spans(self) -> Iterator[LayerSpan]:
         for job, first, num_tokens, offset in self._coming():
