@@ -33,7 +33,7 @@ PARTS = {ATTENTION: ("attn", "attention"), MLP: ("mlp", "feed_forward", "ffn", "
 NO_LAYERS = "our code does not work inside this {0}, so its layers cannot be looked at: pip install 'rl-onoff[{1}]'"
 
 Point = tuple[str, int]  # kind of point, number of the layer
-Stream = Callable[[Any], "Tensor"]
+Stream = Callable[[Any, tuple[Any, ...]], "Tensor"]
 
 
 def points_of(num_layers: int, inside: bool) -> list[Point]:
@@ -113,7 +113,7 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
     """Hooks on a model's decoder layers, for as long as the context lasts.
 
     `spans` is asked at the beginning of each forward pass which rows belong to whom; `stream` finds the residual stream
-    in what a layer takes or gives. What fails in a hook is kept in `error`, since an exception inside an engine ends
+    in what a layer gives (the first one: takes), and in all that the layer was called with. What fails in a hook is kept in `error`, since an exception inside an engine ends
     more than a call.
     """
 
@@ -129,10 +129,11 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         added = self._handles.append
         added(self._layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
         for k, layer in enumerate(self._layers):
-            added(layer.register_forward_hook(partial(self._after, (LAYER, k))))
-            for kind, module in parts_of(layer).items():
-                added(module.register_forward_hook(partial(self._after, (kind, k))))
-        added(self._body.register_forward_hook(partial(self._after, (HEAD, self.num_layers - 1))))
+            hooked = {LAYER: layer, **parts_of(layer)}
+            for kind, module in hooked.items():
+                added(module.register_forward_hook(partial(self._after, (kind, k)), with_kwargs=True))
+        head = partial(self._after, (HEAD, self.num_layers - 1))
+        added(self._body.register_forward_hook(head, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -151,13 +152,13 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         if not all([each.complete() for each in states]):
             raise EngineError("hidden states are missing: the engine does not run its decoder layers as modules")
 
-    def take(self, point: Point, output: Any) -> None:
+    def take(self, point: Point, output: Any, given: tuple[Any, ...] = ()) -> None:
         """Take in what a module gave: a tensor, or a tuple that holds it first."""
         if not self._spans or self.error:
             return
         try:
             read = self._stream if point[0] in (EMBEDDINGS, LAYER) else first_of
-            states = read(getattr(output, "last_hidden_state", output))
+            states = read(getattr(output, "last_hidden_state", output), given)
             states_ND = states.reshape(-1, states.shape[-1])
             for span in self._spans:
                 span.states.put(point, span.first, states_ND[span.begin : span.end])
@@ -167,21 +168,22 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         try:
             self._spans = list(self._spans_of())
-            given = [x for x in (*args, *kwargs.values()) if hasattr(x, "is_floating_point") and x.is_floating_point()]
-            self.take((EMBEDDINGS, 0), tuple(given))
+            given = (*args, *kwargs.values())
+            tensors = (x for x in given if hasattr(x, "is_floating_point") and x.is_floating_point())
+            self.take((EMBEDDINGS, 0), tuple(tensors), given)
         except Exception:
             self.error = traceback.format_exc()
 
-    def _after(self, point: Point, module: Any, args: Any, output: Any) -> None:
-        self.take(point, output)
+    def _after(self, point: Point, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self.take(point, output, (*args, *kwargs.values()))
 
 
-def first_of(output: Any) -> Tensor:
+def first_of(output: Any, given: tuple[Any, ...]) -> Tensor:
     """A module's output, or the first of several."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def pair_sum(output: Any) -> Tensor:
+def pair_sum(output: Any, given: tuple[Any, ...]) -> Tensor:
     """The residual stream of an engine that fuses the sum with the residual into the next norm, and hands a pair on."""
     hidden, *rest = output if isinstance(output, tuple) else (output,)
     fits = rest and rest[0] is not None and rest[0].shape == hidden.shape

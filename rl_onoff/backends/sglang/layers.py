@@ -31,14 +31,13 @@ class StepLayers:
     """The hidden states of the requests of each forward pass of this process's model."""
 
     def __init__(self, runner: Any):
-        self._watch = LayerWatch(runner.model, runner.model.config, lambda: self._spans, self._stream).__enter__()
+        self._watch = LayerWatch(runner.model, runner.model.config, lambda: self._spans, stream).__enter__()
         self._unfinished: OrderedDict[str, States] = OrderedDict()  # by request id: chunks come in several steps
         self._spans: list[LayerSpan] = []
-        self._batch: Any = None
 
     def begin(self, batch: Any, jobs: Sequence[LayerJob | None]) -> None:
         """The forward pass of this batch begins; `end` closes it."""
-        self._batch, self._watch.error, offset = batch, "", 0
+        self._watch.error, offset = "", 0
         lens = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
         for rid, job, cached, num_tokens in zip(batch.rids, jobs, *lens, strict=True):
             if job is not None:
@@ -50,7 +49,7 @@ class StepLayers:
             self._unfinished.popitem(last=False)
 
     def end(self) -> None:
-        self._spans, self._batch = [], None
+        self._spans = []
 
     def found(self, rid: str) -> dict[str, Any]:
         """What a request that is done sends back beside its statistics."""
@@ -60,12 +59,13 @@ class StepLayers:
         self._watch.check([states])
         return {} if states.writes else {"layers": states.norms}
 
-    def _stream(self, output: Any) -> Tensor:
-        """The residual stream after a layer. Where a model leaves the sum to its next layer, the batch holds summand
-        and residual; other models hand both on as a pair."""
-        stream = getattr(self._batch, "residual_stream", None)
-        if stream is None or stream.pending is None or isinstance(output, tuple):
-            return pair_sum(output)
-        if stream.pending.owed is not None or not stream.pending.update.is_plain_add:
-            raise EngineError("this model's layers are no plain sums in SGLang")
-        return pair_sum((stream.pending.value, stream.residual))
+
+def stream(output: Any, given: tuple[Any, ...]) -> Tensor:
+    """The residual stream after a layer. Where a model leaves the sum to its next layer, the batch among its arguments
+    holds summand and residual; other models hand both on as a pair."""
+    state = next((each.residual_stream for each in given if hasattr(each, "residual_stream")), None)
+    if state is None or state.pending is None or isinstance(output, tuple):
+        return pair_sum(output, given)
+    if state.pending.owed is not None or not state.pending.update.is_plain_add:
+        raise EngineError("this model's layers are no plain sums in SGLang")
+    return pair_sum((state.pending.value, state.residual), given)
