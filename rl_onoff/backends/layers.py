@@ -113,8 +113,8 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
     """Hooks on a model's decoder layers, for as long as the context lasts.
 
     `spans` is asked at the beginning of each forward pass which rows belong to whom; `stream` finds the residual stream
-    in what a layer gives (the first one: takes), and in all that the layer was called with. What fails in a hook is kept in `error`, since an exception inside an engine ends
-    more than a call.
+    in what a layer gives (the first one: takes), and in all that the layer was called with. What fails in a hook is
+    kept in `error`, since an exception inside an engine ends more than a call.
     """
 
     error = ""
