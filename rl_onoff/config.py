@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from rl_onoff.backends import engine_configs
-from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig, LayersConfig, PoolConfig
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind, Sampling
 
@@ -182,17 +182,6 @@ class AttributeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class LayersConfig:
-    """Of which responses the hidden states of backend and target are compared. The target's are on disk meanwhile."""
-
-    limit: int | None = 64
-    """Most responses that are looked at, chosen at random but always the same; null is all. The disk holds 4 bytes ×
-    (layers + 2) × hidden size a token."""
-    inside: int = 8
-    """In how many of them, the longest, each layer's attention and MLP are looked at too: 3 times the disk."""
-
-
-@dataclass(kw_only=True, slots=True)
 class TrackingConfig:
     """Where the run is logged."""
 
@@ -263,8 +252,6 @@ class RunConfig:
         at_least(1, "data.limit", data.limit, "20, or null for all rows")
         at_least(0, "score.top_k", score.top_k, 20)
         at_least(1, "attribute.limit", self.attribute.limit, "256, or null for all responses")
-        at_least(1, "layers.limit", self.layers.limit, "64, or null for all responses")
-        at_least(0, "layers.inside", self.layers.inside, 8)
         at_least(0, "tracking.table_rows", self.tracking.table_rows, 200)
         at_least(0, "tracking.log_every_s", self.tracking.log_every_s, 10)
         if data.path is not None and not data.path.strip():

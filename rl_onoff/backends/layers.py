@@ -186,8 +186,9 @@ def first_of(output: Any, given: tuple[Any, ...]) -> Tensor:
 def pair_sum(output: Any, given: tuple[Any, ...]) -> Tensor:
     """The residual stream of an engine that fuses the sum with the residual into the next norm, and hands a pair on."""
     hidden, *rest = output if isinstance(output, tuple) else (output,)
-    fits = rest and rest[0] is not None and rest[0].shape == hidden.shape
-    return hidden.float() + rest[0].float() if fits else hidden
+    if rest and (residual := rest[0]) is not None and residual.shape == hidden.shape:
+        return hidden.float() + residual.float()
+    return hidden
 
 
 def find_layers(model: Any, num_layers: int) -> tuple[Any, Any]:

@@ -16,7 +16,8 @@ from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.layers import points_of, states_name
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError
-from rl_onoff.layers.analysis import Layers, Response
+from rl_onoff.layers.analysis import Layers
+from rl_onoff.layers.rule import Response
 from rl_onoff.models.resolve import model_shape
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run, responses

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends.layers import points_of
-from rl_onoff.layers.analysis import Layers, Response
+from rl_onoff.layers.analysis import Layers
+from rl_onoff.layers.rule import Response
 
 NUM_LAYERS, LENGTH, PROMPT = 12, 80, 30
 Change = Callable[[dict[Any, np.ndarray], dict[Any, np.ndarray]], Any]
