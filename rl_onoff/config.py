@@ -14,7 +14,7 @@ from omegaconf import MISSING, OmegaConf
 
 from rl_onoff.acceptance_config import AcceptanceConfig
 from rl_onoff.backends import engine_configs
-from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig, LayersConfig, PoolConfig
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind, Sampling
 
@@ -31,6 +31,7 @@ class Stage(Enum):
     compare = "compare"
     matrix = "matrix"
     attribute = "attribute"
+    layers = "layers"
     acceptance = "acceptance"
 
 
@@ -246,6 +247,8 @@ class RunConfig:
     """What is compared."""
     attribute: AttributeConfig = field(default_factory=AttributeConfig)
     """How a gap is explained."""
+    layers: LayersConfig = field(default_factory=LayersConfig)
+    """Where in the network two sides part."""
     acceptance: AcceptanceConfig = field(default_factory=AcceptanceConfig)
     """What makes a model on an engine fit to be trained."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -24,6 +24,7 @@ from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows, with_template_kwargs
 from rl_onoff.data.rollouts import load_responses
 from rl_onoff.errors import GateError, NotComparableError, UsageError, nearest
+from rl_onoff.layers.stage import check_sides, run_layers
 from rl_onoff.models.resolve import model_sampling
 from rl_onoff.pipeline import stages
 from rl_onoff.pipeline.compare import check_policies, compare_run, gap_of, run_matrix, verdict_of, write_page
@@ -59,6 +60,8 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
         raise UsageError(f"compare.fail_metric is {metric!r} but must be one of {', '.join(HEADLINES)}: {fix}")
     if Stage.matrix in config.stages:
         check_policies(config)
+    if Stage.layers in config.stages:
+        check_sides(config)
     for engine in engines(config).values():
         create_backend(engine).check_model()
     load_reward(config.reward.function)
@@ -124,6 +127,18 @@ def sample(this: Run) -> None:
 def score(this: Run) -> Steps:
     """Score the run's responses with every engine that is asked to."""
     config, folder = this.config, this.folder
+    take_in_given(this)
+    if not folder.completions.exists():
+        fix = "set run_dir to an earlier run's folder, score.responses to a file, or experiment=analyse to sample first"
+        raise UsageError(f"{folder.path} has no responses to score: {fix}")
+    for name, engine in scorers(config).items():
+        yield engine
+        score_with(this, folder.scores(name), engine, name)
+
+
+def take_in_given(this: Run) -> None:
+    """Put the responses of score.responses, if any, into the run folder."""
+    config, folder = this.config, this.folder
     if config.score.responses is not None:
         file, data = Path(config.score.responses), config.data
         tokenizer = this.slot.prepare(next(iter(scorers(config).values()))).get_tokenizer()
@@ -134,12 +149,6 @@ def score(this: Run) -> Steps:
         made_of = {"responses": str(file.absolute()), "content": given.file.source.content()}
         folder.completions.claim(made_of, changes)
         stages.take_in(folder, ((rollout, tokenizer.decode(rollout.prompt_ids.tolist())) for rollout in given))
-    if not folder.completions.exists():
-        fix = "set run_dir to an earlier run's folder, score.responses to a file, or experiment=analyse to sample first"
-        raise UsageError(f"{folder.path} has no responses to score: {fix}")
-    for name, engine in scorers(config).items():
-        yield engine
-        score_with(this, folder.scores(name), engine, name)
 
 
 def score_with(this: Run, table: Table, engine: EngineConfig, name: str) -> None:
@@ -202,6 +211,20 @@ def attribute(this: Run) -> Steps:
         log.warning("no page: %s", error)
 
 
+def layers(this: Run) -> Steps:
+    """Say where in the network backend and target part, and put it into the page."""
+    take_in_given(this)
+    found = yield from run_layers(this)
+    this.values.update(found.values())
+    this.sections["layers"] = {"sentence": found.sentence}
+    this.texts.append(found.as_text())
+    track_rows(this.tracker, "layers", found.rows())
+    try:
+        compare(this)
+    except UsageError as error:  # nothing was scored, or the sides' scores cannot be compared
+        log.warning("no page: %s", error)
+
+
 def acceptance(this: Run) -> Steps:
     """Say whether the model on the engine is fit to be trained."""
     found = yield from run_acceptance(this)
@@ -211,7 +234,7 @@ def acceptance(this: Run) -> Steps:
     track_rows(this.tracker, "acceptance", this.sections["acceptance"]["lines"])
 
 
-STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute, acceptance)}
+STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute, layers, acceptance)}
 
 
 def conclude(this: Run) -> dict[str, float]:
@@ -230,7 +253,7 @@ def conclude(this: Run) -> dict[str, float]:
     found = {"values": summary.values, "comparisons": {name: each.to_dict() for name, each in comparisons.items()}}
     folder.write_json("metrics.json", {**said, **found, **this.sections})
     track(this, summary)
-    in_words = re.compile("matrix/|attribute/|acceptance/|onoff/kl_k3")
+    in_words = re.compile("matrix/|attribute/|layers/|acceptance/|onoff/kl_k3")
     shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
     texts = [] if this.brief or not shown else [summary_text(shown)]
     texts += this.texts

@@ -18,8 +18,8 @@ import numpy as np
 from rl_onoff.sampling import LogprobKind, Sampling
 
 __all__ = [
-    "Completion", "FinishReason", "Key", "LogprobKind", "Request", "Response", "Rollout", "SampleRequest", "Sampling",
-    "TokenScores", "Want", "sample_requests",
+    "Completion", "FinishReason", "Key", "LayerWant", "LogprobKind", "Request", "Response", "Rollout", "SampleRequest",
+    "Sampling", "TokenScores", "Want", "sample_requests",
 ]  # fmt: skip
 
 Key = tuple[str, int]  # (request id, sample)
@@ -93,12 +93,22 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerWant:
+    """What `score` does with the hidden states on the way to a response's logits (backends/layers.py)."""
+
+    folder: str  # of the reference's hidden states: a file for each response
+    writes: bool  # True: this engine is the reference and writes the files; False: it compares its own states
+    inside: frozenset[str] = frozenset()  # names of the files that also hold what attention and MLP give
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Want:
     """What `score` computes for every response token besides the raw logprob, entropy, logsumexp and rank."""
 
     top_k: int = 0  # how many of the most likely tokens to return; 0: none
     full_logits: bool = False  # return the (T, V) logits too
     sampler: Sampling | None = None  # also return the processed logprob and the kept mass under this sampler
+    layers: LayerWant | None = None  # also write hidden states, or return their errors
 
 
 INT32 = {"dtype": "int32"}  # of an array of TokenScores that is no float32
@@ -127,6 +137,9 @@ class TokenScores:
     processed_logprobs_T: np.ndarray | None = None  # float32, -inf where the sampler could not have drawn the token
     nucleus_mass_T: np.ndarray | None = None  # float32: probability (after temperature) that the sampler kept
     logits_TV: np.ndarray | None = None  # float32
+    # float32 (2, points, positions): norm of the difference to the reference's hidden states, and of the reference's.
+    # Of prompt and response, and so no column of the table
+    layers: np.ndarray | None = None
 
     @property
     def key(self) -> Key:

@@ -34,6 +34,7 @@ class CoreBackend(Core):
     config_class: ClassVar[type[EngineConfig]]
     logprob_kinds: ClassVar[frozenset[LogprobKind]]  # what it can report while sampling
     supports_gradients: ClassVar[bool] = False
+    sees_layers: ClassVar[bool] = False  # whether it can do what Want.layers asks for
     worker_by_default: ClassVar[bool] = False
 
     def __init__(self, config: EngineConfig | BackendConfig):

@@ -66,6 +66,21 @@ class Switch:
 
 
 @dataclass(kw_only=True, slots=True)
+class LayersConfig:
+    """Of which responses the hidden states of backend and target are compared. The target's are on disk meanwhile."""
+
+    limit: int | None = 64
+    """Most responses that are looked at, chosen at random but always the same; null is all. The disk holds 4 bytes ×
+    (layers + 2) × hidden size a token."""
+    inside: int = 8
+    """In how many of them, the longest, each layer's attention and MLP are looked at too: 3 times the disk."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "layers.limit", self.limit, "64, or null for all responses")
+        at_least(0, "layers.inside", self.inside, 8)
+
+
+@dataclass(kw_only=True, slots=True)
 class EngineConfig:
     """Options every engine has."""
 
@@ -137,7 +152,7 @@ class EngineConfig:
     def weights_dtype(self) -> str:
         return self.option("dtype") or "auto"
 
-    # The same engine with one thing changed: what the attribution tries
+    # The same engine with one thing changed: what the attribution and the view into layers ask for
 
     def with_option(self, name: str, value: Any) -> Self:
         return dataclasses.replace(self, **{name: value, self.second_names.get(name, name): value})
@@ -162,6 +177,10 @@ class EngineConfig:
     def across_nodes(self) -> Self | None:
         """With one replica on several nodes of a Ray cluster; None where the engine cannot do that."""
         return None
+
+    def with_all_layers_run(self) -> Self:
+        """With every layer run as a module over every token: nothing compiled, captured or taken from a cache."""
+        return self
 
     def with_model_of(self, other: EngineConfig) -> Self:
         names = ("model_name", "revision", "tokenizer", "trust_remote_code")

@@ -165,6 +165,19 @@ def context_length(config: Any) -> int:
     return next((int(limit) for name in names if (limit := getattr(config, name, None))), 1_000_000)
 
 
+def model_shape(model_name: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int, int]:
+    """(number of decoder layers, hidden size) of a model, by its config."""
+    import transformers
+
+    files = resolve(model_name, revision=revision)
+    with load_errors(files.name):
+        found = transformers.AutoConfig.from_pretrained(
+            files.path, revision=files.revision or "main", trust_remote_code=trust_remote_code
+        )
+    config = found.get_text_config()
+    return config.num_hidden_layers, config.hidden_size
+
+
 def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
     """Tokens that end a response: the model's own list (its generation config) and the tokenizer's EOS."""
     ids = {*(eos_token_id if isinstance(eos_token_id, Sequence) else [eos_token_id]), tokenizer.eos_token_id}

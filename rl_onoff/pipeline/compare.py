@@ -138,6 +138,7 @@ def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: C
         metrics=METRICS,
         token_text=token_text,
         attribution=run.read_json("attribution.json"),
+        layers=run.read_json("layers.json"),
         num_responses=min(c["responses"] + c["responses_empty"] + c["responses_set_aside"] for c in counts),
     )
     return write_report(run.path / "report.html", report)

@@ -77,9 +77,11 @@ def engines(config: RunConfig) -> dict[str, EngineConfig]:
     targets = {f"targets.{name}": engine for name, engine in config.targets.items()}
     if config.target is not None:
         targets = {"target": config.target, **targets}
-    if stages & {Stage.generate, Stage.attribute, Stage.acceptance} or (Stage.score in stages and not targets):
+    if stages & {Stage.generate, Stage.attribute, Stage.layers, Stage.acceptance} or (
+        Stage.score in stages and not targets
+    ):
         found["backend"] = config.backend
-    if stages & {Stage.score, Stage.attribute}:
+    if stages & {Stage.score, Stage.attribute, Stage.layers}:
         found.update(targets)
     elif Stage.acceptance in stages and config.target is not None:
         found["target"] = config.target

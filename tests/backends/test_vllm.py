@@ -318,7 +318,8 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
         compute_prompt_logprobs=lambda logits_fn, hidden, batch, *rest: {"original": rest},
     )
     recorder = Recorder(11, keeps=True)
-    hook(SimpleNamespace(prompt_logprobs_worker=worker), recorder)
+    runner = SimpleNamespace(prompt_logprobs_worker=worker, prepare_inputs=lambda batch: batch)
+    coming = hook(runner, recorder)
     responses = {
         number: Rollout(
             request_id="r",
@@ -348,6 +349,10 @@ def test_the_newer_model_runner_is_hooked_too() -> None:
             for i, first, count in zip(ids, firsts, counts, strict=True)
         ]
         rows = torch.cat([hidden_ND[span] for span in spans])
+        runner.prepare_inputs(batch)  # what a step begins with: whose layers are watched is known from then on
+        known = [(job["number"], first, count, offset) for job, first, count, offset in coming()]
+        every = zip(ids, firsts, counts, offsets.tolist(), strict=False)
+        assert known == [of for of in every if of[0] != 3]
         return worker.compute_prompt_logprobs(lambda h: h @ weight_VD.T, rows, batch, "more")
 
     step([1], [0], [5])  # not recording yet

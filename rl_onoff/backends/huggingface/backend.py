@@ -16,6 +16,7 @@ from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface import tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
+from rl_onoff.backends.huggingface.layers import scores_and_layers
 from rl_onoff.backends.huggingface.model import decode, load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.placement import place
@@ -41,6 +42,7 @@ class HuggingFaceBackend(BaseBackend):
     config_class: ClassVar[type[EngineConfig]] = HuggingFaceBackendConfig
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset(LogprobKind)
     supports_gradients: ClassVar[bool] = True
+    sees_layers: ClassVar[bool] = True
     config: HuggingFaceBackendConfig
 
     _split: Any = None
@@ -66,6 +68,9 @@ class HuggingFaceBackend(BaseBackend):
                 yield from self._on_all_ranks("_sample_batch", batch)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        if want.layers is not None:
+            yield from scores_and_layers(self._split, self._cut, self._score_batch, rollouts, want)
+            return
         by_prompt: defaultdict[bytes, list[Rollout]] = defaultdict(list)
         for rollout in sorted(rollouts, key=lambda rollout: rollout.num_tokens):
             by_prompt[rollout.prompt_ids.tobytes()].append(rollout)

@@ -23,9 +23,11 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.core import cut_at_stop, disagreement
 from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.layers import NO_LAYERS, states_name
 from rl_onoff.backends.sglang import hooks
 from rl_onoff.backends.sglang.config import MARGIN, SGLangBackendConfig
 from rl_onoff.backends.sglang.hooks import INFO, Job
+from rl_onoff.backends.sglang.layers import LayerJob
 from rl_onoff.backends.sglang.public import PublicScorer, check
 from rl_onoff.backends.token_stats import read_logits
 from rl_onoff.errors import EngineError, UsageError
@@ -52,6 +54,7 @@ class SGLangBackend(BaseBackend):
     # SGLANG_RETURN_ORIGINAL_LOGPROB chooses between log_softmax(z) and log_softmax(z / T); there is no third
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset({LogprobKind.raw, LogprobKind.scaled})
     worker_by_default: ClassVar[bool] = True
+    sees_layers: ClassVar[bool] = True
     config: SGLangBackendConfig
 
     _engine: Any = None
@@ -94,6 +97,8 @@ class SGLangBackend(BaseBackend):
 
     def _score(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
         if self._public is not None:
+            if want.layers is not None:
+                raise EngineError(NO_LAYERS.format("SGLang", self.name))
             for response in responses:
                 yield self._public.score(response, want)
             return
@@ -196,9 +201,14 @@ class SGLangBackend(BaseBackend):
         num_prompt, num_tokens = len(response.prompt_ids), len(response.token_ids_T)
         with tempfile.TemporaryDirectory(prefix="rl_onoff-logits-") as folder:
             file = Path(folder) / "logits"
+            layers = None
+            if want.layers is not None:
+                name = states_name(response)
+                asked = replace(want.layers, inside=want.layers.inside & {name})
+                layers = LayerJob(want=asked, name=name, length=response.num_tokens - 1)
             job = Job(
-                prompt_len=num_prompt, num_tokens=num_tokens, want=replace(want, full_logits=False),
-                logits_file=str(file) if want.full_logits else None,
+                prompt_len=num_prompt, num_tokens=num_tokens, want=replace(want, full_logits=False, layers=None),
+                logits_file=str(file) if want.full_logits else None, layers=layers,
             )  # fmt: skip
             output = await self._engine.async_generate(
                 input_ids=[*response.prompt_ids.tolist(), *response.token_ids_T.tolist()], sampling_params=PROBE,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from rl_onoff.backends.engine_config import EngineConfig, Switch
 from rl_onoff.errors import UsageError, at_least
@@ -53,6 +54,10 @@ class SGLangBackendConfig(EngineConfig):
         if self.mem_fraction_static is not None and not 0 < self.mem_fraction_static <= 1:
             what = f"backend.mem_fraction_static is {self.mem_fraction_static} but must be above 0 and at most 1"
             raise UsageError(f"{what}: set backend.mem_fraction_static=0.85")
+
+    def with_all_layers_run(self) -> Self:
+        options = {"disable_radix_cache": True, "disable_cuda_graph": True}
+        return dataclasses.replace(self, engine_kwargs={**self.engine_kwargs, **options})
 
     def environment(self) -> dict[str, str]:
         """What SGLang reads from the environment only, most of it while it is imported."""

@@ -31,7 +31,9 @@ import msgspec
 import numpy as np
 
 from rl_onoff.backends.sampler import pick
+from rl_onoff.backends.sglang.layers import LayerJob, StepLayers
 from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, token_stats
+from rl_onoff.errors import EngineError
 from rl_onoff.types import Want
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ BLOCK = 128  # random numbers made at a time
 
 _numbers = itertools.count()
 _step: Step | None = None  # the forward pass under way in this process, when it scores
+_layers: StepLayers | None = None  # of this process, once they were asked for
 _keys_R: np.ndarray | None = None  # for the sampling under way in this process
 _error = ""  # what failed in the sampling under way
 
@@ -60,6 +63,7 @@ class Job:
     num_tokens: int = 0  # to score: how many tokens the response has
     want: Want | None = None  # to score
     logits_file: str | None = None  # where to write the full logits: float32 (T, V)
+    layers: LayerJob | None = None  # to score: what the hidden states are for
 
     def rid(self) -> str:
         """A new request id. None is the beginning of another: SGLang aborts by prefix."""
@@ -115,13 +119,18 @@ class Step:
         for rid, job, last in self._requests:
             scores = self.unfinished.pop(rid, None) if last or self.error else None
             info = scores.arrays if scores is not None and scores.complete else None
+            if info is not None and job.layers is not None and _layers is not None and not self.error:
+                try:
+                    info = info | _layers.found(rid)
+                except EngineError:
+                    self.error = traceback.format_exc()
             infos.append({"error": self.error} if self.error and job.want is not None else info)
         return infos
 
 
 def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
     """ModelRunner.forward: knows the requests, which the logits' code below does not."""
-    global _step
+    global _step, _layers
     try:
         jobs = [Job.of(rid) for rid in forward_batch.rids or ()]
         scores = forward_batch.return_logprob and forward_batch.forward_mode.is_extend()
@@ -129,12 +138,17 @@ def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any
             from sglang.srt.runtime_context import get_parallel
 
             _step = Step(forward_batch, jobs, reports=get_parallel().tp_rank == 0)
+            if any(job and job.layers for job in jobs):
+                _layers = _layers or StepLayers(runner)
+                _layers.begin(forward_batch, [job and job.layers for job in jobs])
     except Exception:
         log.exception("cannot read SGLang's batch")
     try:
         output = original(runner, forward_batch, *args, **kwargs)
     finally:
         step, _step = _step, None
+        if _layers is not None:
+            _layers.end()
     if step is not None and step.reports:
         try:
             _give_back(output.logits_output, step.infos())

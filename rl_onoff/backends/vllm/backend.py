@@ -16,6 +16,7 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.core import disagreement
 from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.layers import NO_LAYERS
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.backends.vllm.engine import Engine, options
@@ -38,6 +39,7 @@ class VLLMBackend(BaseBackend):
     config_class: ClassVar[type[EngineConfig]] = VLLMBackendConfig
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset((LogprobKind.raw, LogprobKind.processed))
     worker_by_default: ClassVar[bool] = True
+    sees_layers: ClassVar[bool] = True
     config: VLLMBackendConfig
 
     _engine: Engine | None = None
@@ -80,6 +82,8 @@ class VLLMBackend(BaseBackend):
                 yield self._rollout(request, output.outputs[0])
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        if want.layers is not None and not self._in_engine:
+            raise EngineError(NO_LAYERS.format("vLLM", self.name))
         yield from (self._stats if self._in_engine else self._public_stats)(rollouts, want)
 
     def _close(self) -> None:
@@ -146,9 +150,9 @@ class VLLMBackend(BaseBackend):
             engine.rpc("rl_onoff_begin", pickle.dumps(want), folder)
             try:
                 waiting: Sequence[int] = range(len(responses))
-                for skip_cache in (False, True):
+                for skip_cache in (False, True) if want.layers is None else (True,):
                     incomplete: list[int] = []
-                    for finished in engine.run(whole(_jobs(responses, waiting, skip_cache)), most):
+                    for finished in engine.run(whole(_jobs(responses, waiting, want, skip_cache)), most):
                         numbers = [number for number, _ in finished]
                         found: dict[int, TokenScores] = {}
                         for encoded in engine.rpc("rl_onoff_fetch", numbers):
@@ -218,10 +222,10 @@ def _prefix(response: Rollout) -> list[int]:
     return [*response.prompt_ids.tolist(), *response.token_ids_T[:-1].tolist()]
 
 
-def _jobs(responses: Sequence[Rollout], numbers: Iterable[int], skip_cache: bool) -> Iterator[Any]:
+def _jobs(responses: Sequence[Rollout], numbers: Iterable[int], want: Want, skip_cache: bool) -> Iterator[Any]:
     from vllm import SamplingParams
 
     for number in numbers:
-        job = job_of(number, responses[number])
+        job = job_of(number, responses[number], want)
         params = SamplingParams(extra_args=job, skip_reading_prefix_cache=skip_cache, **PREFILL)
         yield number, _prefix(responses[number]), params

@@ -65,3 +65,6 @@ class VLLMBackendConfig(EngineConfig):
         # its executor takes GPUs of the cluster that RAY_ADDRESS names, in a placement group of its own. Written from
         # vLLM 0.32's source and not run: its CPU platform refuses this executor, and there was no cluster with GPUs
         return dataclasses.replace(self, engine_kwargs={"distributed_executor_backend": "ray", **self.engine_kwargs})
+
+    def with_all_layers_run(self) -> Self:
+        return dataclasses.replace(self, enforce_eager=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl_onoff.backends.layers import states_name
 from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, read_logits, token_stats
+from rl_onoff.backends.vllm.layers import Batch, StepLayers
 from rl_onoff.types import Rollout, TokenScores, Want
 
 if TYPE_CHECKING:
@@ -32,13 +34,15 @@ log = logging.getLogger(__name__)
 HOOKS = {"worker_extension_cls": f"{__name__}.StatsExtension", "scheduler_cls": f"{__name__}.capped_scheduler"}
 JOB = "rl_onoff"  # the key in extra_args
 Head = Callable[["Tensor"], "Tensor | None"]
-Batch = Iterator[tuple[Mapping[str, Any], int, int, int]]  # job, position of its first scheduled token, count, offset
 
 
-def job_of(number: int, response: Rollout) -> dict[str, Any]:
+def job_of(number: int, response: Rollout, want: Want | None = None) -> dict[str, Any]:
     """extra_args of a request that prefills `prompt + response[:-1]`: row t is the position before response token t."""
-    first = len(response.prompt_ids) - 1
-    return {JOB: {"number": number, "first": first, "ids": np.asarray(response.token_ids_T, np.int32).tobytes()}}
+    ids = np.asarray(response.token_ids_T, np.int32).tobytes()
+    job: dict[str, Any] = {"number": number, "first": len(response.prompt_ids) - 1, "ids": ids}
+    if want is not None and want.layers is not None:
+        job |= {"states": states_name(response), "length": response.num_tokens - 1}
+    return {JOB: job}
 
 
 def _job_in(params: Any) -> Mapping[str, Any] | None:
@@ -67,8 +71,10 @@ class StatsExtension:
         if not hasattr(self, "_rl_onoff"):
             from vllm.distributed import get_tensor_model_parallel_rank
 
-            recorder = Recorder(self.vllm_config.model_config.get_vocab_size(), get_tensor_model_parallel_rank() == 0)
-            hook(self.model_runner, recorder)
+            model = self.vllm_config.model_config
+            recorder = Recorder(model.get_vocab_size(), get_tensor_model_parallel_rank() == 0)
+            coming = hook(self.model_runner, recorder)
+            recorder.layers = StepLayers(self.model_runner.model, model.hf_config, coming)
             self._rl_onoff = recorder
         self._rl_onoff.begin(pickle.loads(want), Path(folder))
 
@@ -79,6 +85,8 @@ class StatsExtension:
 class Recorder:
     """Computes the statistics of the jobs in each step's batch. The same on both runners."""
 
+    layers: StepLayers | None = None
+
     def __init__(self, vocab_size: int, keeps: bool):
         # keeps: the first rank of a tensor parallel group; the others only take part in the LM head
         self._vocab_size, self._keeps = vocab_size, keeps
@@ -88,13 +96,16 @@ class Recorder:
         """Record from now on; with None nothing, and generation pays nothing."""
         self._want, self._folder, self._error = want, folder, ""
         self._scores: dict[int, PartialScores] = {}  # by job number; drops what an abandoned call left
+        if self.layers is not None:
+            self.layers.begin(want and want.layers)
 
     def fetch(self, numbers: list[int]) -> bytes:
         """Statistics by job number, of those jobs of which every row was computed."""
         if self._error:
             raise RuntimeError(self._error)
         found = {number: self._scores.pop(number) for number in numbers if number in self._scores}
-        return pickle.dumps({number: scores.arrays for number, scores in found.items() if scores.complete})
+        arrays = {number: scores.arrays for number, scores in found.items() if scores.complete}
+        return pickle.dumps({n: of | (self.layers.found(n) if self.layers else {}) for n, of in arrays.items()})
 
     def step(self, hidden_ND: Tensor, head: Head, batch: Batch) -> None:
         """Take in one step: hidden_ND are the last hidden states of the batch's tokens, `head` the LM head."""
@@ -103,6 +114,8 @@ class Recorder:
         import torch
 
         try:
+            if self.layers is not None:
+                self.layers.last(hidden_ND)
             spans: list[Span] = []
             ids: list[np.ndarray] = []
             hidden: list[Tensor] = []
@@ -135,16 +148,18 @@ class Recorder:
             self._error = f"{type(e).__name__}: {e}"
 
 
-def hook(runner: Any, recorder: Recorder) -> None:
+def hook(runner: Any, recorder: Recorder) -> Callable[[], Batch]:
+    """Record the runner's steps; returns what gives the batch of a step that has only begun."""
     if hasattr(runner, "_get_prompt_logprobs_dict"):
-        _hook_v1(runner, recorder)
-    elif not hasattr(runner, "prompt_logprobs_worker"):
+        return _hook_v1(runner, recorder)
+    if not hasattr(runner, "prompt_logprobs_worker"):
         raise RuntimeError(f"vLLM's {type(runner).__name__} is neither of the model runners that rl_onoff can hook")
-    elif runner.prompt_logprobs_worker is not None:  # None on all but the last pipeline stage
-        _hook_v2(runner.prompt_logprobs_worker, recorder)
+    if runner.prompt_logprobs_worker is None:  # on all but the last pipeline stage
+        return lambda: iter(())
+    return _hook_v2(runner, runner.prompt_logprobs_worker, recorder)
 
 
-def _hook_v1(runner: Any, recorder: Recorder) -> None:
+def _hook_v1(runner: Any, recorder: Recorder) -> Callable[[], Batch]:
     original = runner._get_prompt_logprobs_dict
 
     def batch(num_scheduled: Mapping[str, int]) -> Batch:
@@ -158,10 +173,16 @@ def _hook_v1(runner: Any, recorder: Recorder) -> None:
         recorder.step(hidden_states, runner.model.compute_logits, batch(num_scheduled_tokens))
         return original(hidden_states, num_scheduled_tokens)
 
+    def coming() -> Batch:
+        starts, ids = runner.query_start_loc.np, runner.input_batch.req_ids
+        return batch({request_id: int(starts[i + 1] - starts[i]) for i, request_id in enumerate(ids)})
+
     runner._get_prompt_logprobs_dict = hooked
+    return coming
 
 
-def _hook_v2(worker: Any, recorder: Recorder) -> None:
+def _hook_v2(runner: Any, worker: Any, recorder: Recorder) -> Callable[[], Batch]:
+    prepare, prepared = runner.prepare_inputs, list[Any]()  # the latter: the batch of the step that has begun
     add_request, remove_request, compute = worker.add_request, worker.remove_request, worker.compute_prompt_logprobs
     jobs: dict[str, Mapping[str, Any]] = {}
 
@@ -184,8 +205,14 @@ def _hook_v2(worker: Any, recorder: Recorder) -> None:
         recorder.step(hidden_states, logits_fn, batch(input_batch))
         return compute(logits_fn, hidden_states, input_batch, *args, **kwargs)
 
+    def hooked_prepare(*args: Any, **kwargs: Any) -> Any:  # written from vLLM 0.32's source and not run
+        prepared[:] = [prepare(*args, **kwargs)]
+        return prepared[0]
+
+    runner.prepare_inputs = hooked_prepare
     worker.add_request, worker.remove_request = hooked_add, hooked_remove
     worker.compute_prompt_logprobs = hooked_compute
+    return lambda: batch(prepared[0])
 
 
 def capped_scheduler(**kwargs: Any) -> Any:

@@ -109,6 +109,7 @@ async function start() {
   showSize();
   showPolicies();
   showAttribution();
+  showLayers();
   showPanel();
   await loadTokenTexts();
   state.colour = colourings()[0]?.[0] ?? "l";
