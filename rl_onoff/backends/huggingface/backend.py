@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,10 +18,11 @@ from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.huggingface import tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
-from rl_onoff.backends.huggingface.model import decode, load
+from rl_onoff.backends.huggingface.decode import Decoder
+from rl_onoff.backends.huggingface.limits import Limits, cut, is_out_of_memory
+from rl_onoff.backends.huggingface.model import load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.placement import place
-from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.models.resolve import context_length, end_ids
@@ -27,8 +30,6 @@ from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Wan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Item = TypeVar("Item", SampleRequest, Rollout)
 
 SHARED_PROMPT_TOKENS = 16  # below this, computing a prompt once for all its responses saves nothing
 
@@ -44,6 +45,7 @@ class HuggingFaceBackend(BaseBackend):
     config: HuggingFaceBackendConfig
 
     _split: Any = None
+    _limits: Any = None
     _ranks = Ranks()  # the processes that compute with this one; none, unless tp_size is above 1
 
     def _load(self) -> EngineInfo:
@@ -52,32 +54,32 @@ class HuggingFaceBackend(BaseBackend):
         if self.config.num_devices > 1 and self._ranks.leads:
             self._ranks = Ranks.start(type(self), self.config)
         self._split = load(self.config)
+        self._limits = Limits.of(self.config, self._split)
         model = self._split.whole
         return EngineInfo(
             engine=self.name, version=transformers.__version__, dtype=str(model.dtype).removeprefix("torch."),
             vocab_size=model.get_output_embeddings().weight.shape[0], max_len=context_length(model.config),
-            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()), batch=self.config.batch_size,
+            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()), batch=self._limits.rows,
         )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         while requests := supply.take(wait=True):
-            # prompts of like length together, longest first; samples of one prompt stay neighbours
-            for batch in self._cut(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key))):
-                yield from self._on_all_ranks("_sample_batch", batch)
+            take = functools.partial(supply.take, wait=False)
+            with self._ranks.batch("_sample", requests, self._limits):
+                yield from self._sample(requests, self._limits, take)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        total = attrgetter("num_tokens")
         by_prompt: defaultdict[bytes, list[Rollout]] = defaultdict(list)
-        for rollout in sorted(rollouts, key=lambda rollout: rollout.num_tokens):
+        for rollout in sorted(rollouts, key=total):
             by_prompt[rollout.prompt_ids.tobytes()].append(rollout)
         alone: list[Rollout] = []
         for members in by_prompt.values():
             if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
                 alone += members
                 continue
-            for batch in self._cut(members):
-                yield from self._on_all_ranks("_score_batch", batch, want, len(batch) > 1)
-        for batch in self._cut(sorted(alone, key=lambda rollout: rollout.num_tokens)):
-            yield from self._on_all_ranks("_score_batch", batch, want, False)
+            yield from self._scored(members, want, True)
+        yield from self._scored(sorted(alone, key=total), want, False)
 
     def _close(self) -> None:
         self._split = None
@@ -103,30 +105,34 @@ class HuggingFaceBackend(BaseBackend):
             split = f"backend.tp_size={self.config.tp_size}"
             raise UsageError(f"there are no gradients with {split}: set backend.tp_size=1")
 
-    def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
-        """Neighbours together, as many as the limits on size allow; the longest sets the padding."""
-        batch: list[Item] = []
-        width = 0
-        for item in items:
-            length = min(item.num_tokens, self.info.max_len)
-            width = max(width, length)
-            too_many = width * (len(batch) + 1) > self.config.max_batch_tokens
-            if batch and (too_many or len(batch) == self.config.batch_size):
-                yield batch
-                batch, width = [], length
-            batch.append(item)
-        if batch:
-            yield batch
+    def _scored(self, rollouts: Sequence[Rollout], want: Want, share_prompt: bool) -> Iterator[TokenScores]:
+        """Scores of rollouts that lie in the order in which they are computed together."""
+        batches = deque(cut(rollouts, self._limits.tokens, attrgetter("num_tokens")))
+        while batches:
+            try:
+                yield from self._on_all_ranks("_score_batch", batches[0], want, share_prompt and len(batches[0]) > 1)
+                batches.popleft()
+            except RuntimeError as error:
+                if not (self._ranks.alone and is_out_of_memory(error)):
+                    raise
+                self._limits.halve(len(batches[0]))
+                left = [rollout for batch in batches for rollout in batch]
+                batches = deque(cut(left, self._limits.tokens, attrgetter("num_tokens")))
 
     def _on_all_ranks(self, method: str, *args: Any) -> Iterator[Any]:
         """The results of one batch; where they are yielded, the other ranks wait for rank 0's next word."""
         with self._ranks.batch(method, *args):
             yield from getattr(self, method)(*args)
 
-    def _sample_batch(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
-        rows = [Row(request, self.info.max_len) for request in requests]
-        eos_ids = frozenset(self.info.eos_ids)
-        return decode(self._split, rows, self.get_tokenizer(), eos_ids, self.config.logprob_kind, self._ranks)
+    def _sample(
+        self, requests: Sequence[SampleRequest], limits: Limits, take: Callable[[], list[SampleRequest]] | None = None
+    ) -> Iterator[Rollout]:
+        """Sample on this rank; rank 0 says to the others what its supply gives, and how much is computed at once."""
+        decoder = Decoder(
+            model=self._split, limits=limits, max_len=self.info.max_len, tokenizer=self.get_tokenizer(),
+            eos_ids=frozenset(self.info.eos_ids), kind=self.config.logprob_kind, ranks=self._ranks,
+        )  # fmt: skip
+        return decoder.run(requests, take or list)
 
     def _score_batch(self, batch: Sequence[Rollout], want: Want, shares_prompt: bool) -> list[TokenScores]:
         """The scores of a batch; other ranks than 0 only compute their part of the logits."""
