@@ -191,7 +191,9 @@ class Batch:
         device = self._model.device
         moves = [(cache, logits, torch.tensor(rows, device=device)) for cache, logits, rows in parts]
         lengths_R1 = torch.tensor([[row.num_tokens] for row in self.rows], device=device)
-        self._width, left = int(lengths_R1.max()), self.steps_left
+        left = self.steps_left
+        if self._model.cache_grows or not going:  # a cache of another kind is not trimmed
+            self._width = int(lengths_R1.max())
         if self._model.cache_grows:
             room = min(left, max(ROOM, self._width // 4))
             self._cache = joined([(cache, rows_R) for cache, _, rows_R in moves], self._width, room)
