@@ -78,6 +78,7 @@ def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(
         {"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}
     ) as backend:
         assert backend._split.splits
+        assert backend._split.packs is (family in ("gpt2", "cohere", "granite"))
         responses = {r.key: r for r in some_rollouts(1)}
         for scores in backend.score(responses.values(), Want(full_logits=True)):
             response = responses[scores.key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
@@ -16,7 +15,7 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.devices import replicas_that_fit
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
-from rl_onoff.backends.huggingface import tensor_parallel
+from rl_onoff.backends.huggingface import packed, tensor_parallel
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.backends.huggingface.decode import Decoder
 from rl_onoff.backends.huggingface.limits import Limits, cut, is_out_of_memory
@@ -30,8 +29,6 @@ from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Wan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-SHARED_PROMPT_TOKENS = 16  # below this, computing a prompt once for all its responses saves nothing
 
 
 class HuggingFaceBackend(BaseBackend):
@@ -69,17 +66,23 @@ class HuggingFaceBackend(BaseBackend):
                 yield from self._sample(requests, self._limits, take)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        batches = self._batches(rollouts)
+        while batches:
+            try:
+                yield from self._on_all_ranks("_score_batch", batches[0], want)
+                batches = batches[1:]
+            except RuntimeError as error:
+                if not (self._ranks.alone and is_out_of_memory(error)):
+                    raise
+                self._limits.halve(len(batches[0]))
+                batches = self._batches([rollout for batch in batches for rollout in batch])
+
+    def _batches(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+        """What is scored at once."""
+        if self._split.packs:
+            return packed.cut(rollouts, self._limits.tokens)
         total = attrgetter("num_tokens")
-        by_prompt: defaultdict[bytes, list[Rollout]] = defaultdict(list)
-        for rollout in sorted(rollouts, key=total):
-            by_prompt[rollout.prompt_ids.tobytes()].append(rollout)
-        alone: list[Rollout] = []
-        for members in by_prompt.values():
-            if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
-                alone += members
-                continue
-            yield from self._scored(members, want, True)
-        yield from self._scored(sorted(alone, key=total), want, False)
+        return list(cut(sorted(rollouts, key=total), self._limits.tokens, total))
 
     def _close(self) -> None:
         self._split = None
@@ -105,20 +108,6 @@ class HuggingFaceBackend(BaseBackend):
             split = f"backend.tp_size={self.config.tp_size}"
             raise UsageError(f"there are no gradients with {split}: set backend.tp_size=1")
 
-    def _scored(self, rollouts: Sequence[Rollout], want: Want, share_prompt: bool) -> Iterator[TokenScores]:
-        """Scores of rollouts that lie in the order in which they are computed together."""
-        batches = deque(cut(rollouts, self._limits.tokens, attrgetter("num_tokens")))
-        while batches:
-            try:
-                yield from self._on_all_ranks("_score_batch", batches[0], want, share_prompt and len(batches[0]) > 1)
-                batches.popleft()
-            except RuntimeError as error:
-                if not (self._ranks.alone and is_out_of_memory(error)):
-                    raise
-                self._limits.halve(len(batches[0]))
-                left = [rollout for batch in batches for rollout in batch]
-                batches = deque(cut(left, self._limits.tokens, attrgetter("num_tokens")))
-
     def _on_all_ranks(self, method: str, *args: Any) -> Iterator[Any]:
         """The results of one batch; where they are yielded, the other ranks wait for rank 0's next word."""
         with self._ranks.batch(method, *args):
@@ -134,7 +123,7 @@ class HuggingFaceBackend(BaseBackend):
         )  # fmt: skip
         return decoder.run(requests, take or list)
 
-    def _score_batch(self, batch: Sequence[Rollout], want: Want, shares_prompt: bool) -> list[TokenScores]:
+    def _score_batch(self, batch: Sequence[Rollout], want: Want) -> list[TokenScores]:
         """The scores of a batch; other ranks than 0 only compute their part of the logits."""
         import torch
 
@@ -143,7 +132,7 @@ class HuggingFaceBackend(BaseBackend):
                 pairs = ((r, self._whole_logits(r)) for r in batch)
                 return [token_stats(z_TV, torch.as_tensor(r.token_ids_T, device=z_TV.device), want).of(r)
                         for r, z_TV in pairs]  # fmt: skip
-            hidden_RD = self._hidden(batch, shares_prompt)
+            hidden_RD = self._split.packed_hidden(batch) if self._split.packs else self._padded_hidden(batch)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
             if not self._ranks.leads:
                 for hidden in hidden_RD.split(rows):
@@ -154,29 +143,17 @@ class HuggingFaceBackend(BaseBackend):
         ends = np.cumsum([len(rollout.token_ids_T) for rollout in batch])
         return [stats[end - len(r.token_ids_T) : end].of(r) for r, end in zip(batch, ends, strict=True)]
 
-    def _hidden(self, batch: Sequence[Rollout], shares_prompt: bool) -> Tensor:
+    def _padded_hidden(self, batch: Sequence[Rollout]) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.
 
-        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone. A prompt
-        that the batch shares is computed once and its cache repeated.
+        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone.
         """
         import torch
 
-        body, padded = self._split.body, self._split.padded
-        starts = [0 if shares_prompt else len(r.prompt_ids) - 1 for r in batch]
-        if shares_prompt:
-            prompt_BL, _ = padded([batch[0].prompt_ids])
-            output = body(input_ids=prompt_BL, use_cache=True)
-            hidden_BLD = output.last_hidden_state[:, -1:].repeat(len(batch), 1, 1)
-            ids_BL, _ = padded([r.token_ids_T[:-1] for r in batch])
-            if ids_BL.shape[1]:
-                output.past_key_values.batch_repeat_interleave(len(batch))
-                positions = prompt_BL.shape[1] + torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-                cached = {"past_key_values": output.past_key_values, "position_ids": positions, "use_cache": True}
-                hidden_BLD = torch.cat([hidden_BLD, body(input_ids=ids_BL, **cached).last_hidden_state], 1)
-        else:  # the last token's own position gives no response token
-            ids_BL, _ = padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
-            hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        # the last token's own position gives no response token
+        ids_BL, _ = self._split.padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
+        hidden_BLD = self._split.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        starts = [len(r.prompt_ids) - 1 for r in batch]
         return torch.cat([hidden_BLD[i, at : at + len(batch[i].token_ids_T)] for i, at in enumerate(starts)])
 
     def _whole_logits(self, rollout: Rollout) -> Tensor:

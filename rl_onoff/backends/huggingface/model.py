@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl_onoff.backends.huggingface import packed
 from rl_onoff.backends.huggingface.cache import can_grow
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.errors import UsageError
 from rl_onoff.models.resolve import load_errors, resolve
+from rl_onoff.types import Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +86,7 @@ class SplitModel:
             weights = model.get_output_embeddings().named_parameters()
             self._head_weights = {name: weight.float() for name, weight in weights}  # a copy: embeddings may share them
             self._head_dtype = next(iter(self._head_weights.values())).dtype
-        # whether a prompt's cache can be repeated for several responses: plain attention caches can
-        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        self.shares_prompts = self.splits and plain and getattr(config, "sliding_window", None) is None
+        self.packs = self.splits and self._packs(config)  # else sequences are padded
         self._measure(config)
 
     def padded(self, rows: Sequence[np.ndarray], *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -99,6 +99,11 @@ class SplitModel:
             place = slice(width - len(row), width) if left else slice(len(row))
             ids_BL[i, place], mask_BL[i, place] = row, 1
         return torch.as_tensor(ids_BL, device=self.device), torch.as_tensor(mask_BL, device=self.device)
+
+    def packed_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Hidden states (R, D) at the positions that give the response tokens, response after response."""
+        config = self.whole.config.get_text_config()
+        return packed.hidden(self.body, config, packed.Packed.of(rollouts, self.device))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states of any leading shape."""
@@ -127,6 +132,30 @@ class SplitModel:
         import torch
 
         return torch.arange(1, 9, device=self.device)[None] * 7 % self.whole.get_input_embeddings().weight.shape[0]
+
+    def _packs(self, config: Any) -> bool:
+        """Whether all attention of the model goes through the function that a packed sequence needs."""
+        import torch
+
+        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        if not plain:
+            return False
+        ids_T = self._some_ids()[0].cpu().numpy().astype(np.int32)
+        some = [
+            Rollout(request_id="", sample=i, prompt_ids=ids_T[:3], token_ids_T=response)
+            for i, response in enumerate((ids_T[3:], ids_T[4:]))
+        ]
+        with torch.no_grad():
+            try:
+                ours = self.packed_hidden(some).float()
+            except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+                log.debug("sequences are padded, not packed: %s", error)
+                return False
+            inputs = [self.padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]])])[0] for r in some]
+            theirs = [self.body(input_ids=ids_1L, use_cache=False).last_hidden_state[0, 2:] for ids_1L in inputs]
+        expected = torch.cat(theirs).float()
+        tolerance = 1e-4 if self.whole.dtype == torch.float32 else 0.05
+        return bool((ours - expected).norm() <= tolerance * expected.norm())
 
     def _measure(self, config: Any) -> None:
         """Find out what the model keeps of a token, and what memory a token takes."""
