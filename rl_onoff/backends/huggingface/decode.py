@@ -27,8 +27,6 @@ from rl_onoff.types import LogprobKind, Rollout, SampleRequest
 if TYPE_CHECKING:
     from torch import Tensor
 
-GPU_STEPS = 8  # tokens that a GPU draws before the host looks at them
-
 
 @dataclass(frozen=True)
 class Decoder:
@@ -118,10 +116,10 @@ class Decoder:
         return new
 
     def _draws(self, batch: Batch, logits_RV: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and logprobs (R, S) of the next S draws: several on a GPU, which then seldom waits for the host."""
+        """Tokens and logprobs (R, S) of the next S draws, which the host sees at once."""
         import torch
 
-        steps = min(GPU_STEPS, batch.steps_left) if logits_RV.is_cuda and self.ranks.alone else 1
+        steps = min(self.limits.steps, batch.steps_left) if self.ranks.alone else 1
         samplings = [row.request.sampling for row in batch.rows]
         keys = np.array([[row.key() for _ in range(steps)] for row in batch.rows])
         keys_RS, drawn = torch.as_tensor(keys, device=logits_RV.device), []

@@ -21,6 +21,7 @@ Item = TypeVar("Item")
 CPU_ROWS, CPU_TOKENS = 64, 2048
 GPU_ROWS, GPU_TOKENS = 512, 32768
 CPU_SHARE, GPU_SHARE = 0.25, 0.8  # of free memory; on a CPU other processes want it too
+GPU_STEPS = 8
 LEAST_TOKENS = 256  # to begin with
 
 
@@ -31,6 +32,7 @@ class Limits:
     rows: int  # responses that are sampled side by side
     cached_tokens: int  # of the rows that are sampled, padding and room for what comes included
     tokens: int  # given to the model in one forward pass, padding included
+    steps: int = 1  # tokens drawn for every row before the host looks at them: a GPU need not wait for each
 
     @classmethod
     def of(cls, config: HuggingFaceBackendConfig, model: SplitModel) -> Limits:
@@ -41,7 +43,8 @@ class Limits:
         tokens = int(free / model.activation_bytes / 4)
         tokens = max(LEAST_TOKENS, min(CPU_TOKENS if on_cpu else GPU_TOKENS, tokens))
         rows = max(1, min(CPU_ROWS if on_cpu else GPU_ROWS, int(free / 2 / row_bytes)))
-        limits = cls(rows, max(LEAST_TOKENS, int(free / 2 / token_bytes)), tokens)
+        cached_tokens = max(LEAST_TOKENS, int(free / 2 / token_bytes))
+        limits = cls(rows, cached_tokens, tokens, steps=1 if on_cpu else GPU_STEPS)
         if config.batch_size != AUTO:
             limits.rows = int(config.batch_size)
         if config.max_batch_tokens != AUTO:
