@@ -29,7 +29,7 @@ from rl_onoff.backends import sampler as sampler_module
 from rl_onoff.backends.huggingface import decode
 from rl_onoff.backends.token_stats import process_logits
 from rl_onoff.models.resolve import resolve
-from rl_onoff.types import Request, Sampling
+from rl_onoff.types import Sampling, sample_requests
 from tests import tiny_model
 
 SAMPLERS = {"plain": Sampling(), "T 0.7, top-k 50, top-p 0.9": Sampling(temperature=0.7, top_k=50, top_p=0.9)}
@@ -46,14 +46,14 @@ class Recorded:
         fresh, logprobs_R = sampler_module.draw(logits_RV, samplings, keys_R, kind)
         tokens_R = [self.tokens.setdefault(int(key), int(token)) for key, token in zip(keys_R, fresh, strict=True)]
         self.logits |= {int(key): row.clone() for key, row in zip(keys_R, logits_RV, strict=True)}
-        return np.array(tokens_R, np.int32), logprobs_R
+        return torch.tensor(tokens_R), logprobs_R
 
 
 def logits_by_batch(model: str, num_responses: int, num_tokens: int, sizes: tuple[int, ...]) -> dict[int, dict]:
     """For every batch size: key -> (V,) logits."""
     rng, found, recorded = np.random.default_rng(0), {}, Recorded()
     requests = [
-        Request(id=str(i), prompt_ids=rng.integers(20, 40_000, 4 + i % 9).astype(np.int32),
+        sample_requests(id=str(i), prompt_ids=rng.integers(20, 40_000, 4 + i % 9).astype(np.int32),
                 sampling=Sampling(max_new_tokens=num_tokens, seed=i))
         for i in range(num_responses)
     ]  # fmt: skip

@@ -10,6 +10,7 @@ Shapes: R rows (responses), V vocabulary, B tokens of a block, M blocks.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,25 +29,38 @@ GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number: 
 
 def draw(
     logits_RV: Tensor, samplings: Sequence[Sampling], keys_R: np.ndarray, kind: LogprobKind
-) -> tuple[np.ndarray, np.ndarray]:
-    """One token per row, drawn from the processed distribution with the row's key: (ids (R,), logprobs (R,))."""
+) -> tuple[Tensor, Tensor]:
+    """One token per row, drawn from the processed distribution with the row's key: (ids (R,) int64, logprobs (R,)),
+    where the logits are."""
     import torch
 
-    tokens, logprobs = np.empty(len(samplings), np.int32), np.empty(len(samplings), np.float32)
-    for sampling in (one for i, one in enumerate(samplings) if one not in samplings[:i]):
-        rows = [i for i, other in enumerate(samplings) if other == sampling]
-        z_RV = logits_RV[rows].detach().float()
+    z_RV, keys = logits_RV.detach().float(), torch.as_tensor(keys_R, device=logits_RV.device)
+    alike: defaultdict[tuple[float, ...], list[int]] = defaultdict(list)
+    for i, sampling in enumerate(samplings):
+        alike[sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p].append(i)
+    if len(alike) == 1:
+        return _drawn(z_RV, samplings[0], keys, kind)
+    tokens_R, logprobs_R = torch.empty_like(keys), z_RV.new_empty(len(keys))
+    for rows in alike.values():
+        tokens_R[rows], logprobs_R[rows] = _drawn(z_RV[rows], samplings[rows[0]], keys[rows], kind)
+    return tokens_R, logprobs_R
+
+
+def _drawn(z_RV: Tensor, sampling: Sampling, keys_R: Tensor, kind: LogprobKind) -> tuple[Tensor, Tensor]:
+    import torch
+
+    if sampling.greedy:
+        tokens_R = z_RV.argmax(-1)
+        if kind is LogprobKind.processed:  # of the one token that is left
+            return tokens_R, z_RV.new_zeros(len(z_RV))
+        source_RV = z_RV
+    else:
         kept_RV = process_logits(z_RV, sampling)
-        if sampling.greedy:
-            chosen_R = z_RV.argmax(-1)
-        else:
-            chosen_R = pick(kept_RV.softmax(-1, dtype=torch.float64), torch.as_tensor(keys_R[rows], device=z_RV.device))
-        source_RV = kept_RV if kind is LogprobKind.processed else z_RV
-        if kind is LogprobKind.scaled and not sampling.greedy:
+        tokens_R = pick(kept_RV.softmax(-1, dtype=torch.float64), keys_R)
+        source_RV = {LogprobKind.processed: kept_RV, LogprobKind.raw: z_RV}.get(kind)
+        if source_RV is None:
             source_RV = z_RV / sampling.temperature
-        tokens[rows] = chosen_R.cpu().numpy()
-        logprobs[rows] = (source_RV.gather(-1, chosen_R[:, None])[:, 0] - source_RV.logsumexp(-1)).cpu().numpy()
-    return tokens, logprobs
+    return tokens_R, source_RV.gather(-1, tokens_R[:, None])[:, 0] - source_RV.logsumexp(-1)
 
 
 def pick(weights_RV: Tensor, keys_R: Tensor) -> Tensor:
@@ -100,6 +114,16 @@ class Row:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response so far."""
+        return len(self.request.prompt_ids) + len(self.token_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and the longest response there may be."""
+        return len(self.request.prompt_ids) + self.limit
 
     def key(self) -> int:
         """The next 64 bits, signed, of this response's own stream."""

@@ -129,7 +129,8 @@ def process_logits(logits_RV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.greedy:
         kept_RV = torch.zeros_like(z_RV, dtype=torch.bool).scatter_(-1, z_RV.argmax(-1, keepdim=True), True)
         return z_RV.masked_fill(~kept_RV, -torch.inf)
-    z_RV = z_RV / sampling.temperature
+    if sampling.temperature != 1:
+        z_RV = z_RV / sampling.temperature
     if 0 < sampling.top_k < z_RV.shape[-1]:
         kth_R1 = torch.topk(z_RV, sampling.top_k, -1).values[:, -1:]
         z_RV = z_RV.masked_fill(z_RV < kth_R1, -torch.inf)

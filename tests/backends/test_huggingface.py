@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from rl_onoff.backends import BaseBackend, create_backend
-from rl_onoff.types import LogprobKind, Rollout, Sampling, Want, sample_requests
+from rl_onoff.backends import BaseBackend, HuggingFaceBackendConfig, create_backend
+from rl_onoff.backends.huggingface.limits import Limits
+from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, Want, sample_requests
+from tests.running import flipped, ids_of
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,7 @@ def test_batches_of_any_family_give_the_logits_of_one_unpadded_sequence(
         {"backend_type": "huggingface", "model_name": path, "backend_specific": {"torch_dtype": "float32"}}
     ) as backend:
         assert backend._split.splits
+        assert backend._split.packs is (family in ("gpt2", "cohere", "granite"))
         responses = {r.key: r for r in some_rollouts(1)}
         for scores in backend.score(responses.values(), Want(full_logits=True)):
             response = responses[scores.key]
@@ -153,6 +157,115 @@ def test_scoring_still_builds_no_graph_after_gradients_were_asked_for(tiny: Base
     tiny.get_logits("a", "b", compute_gradients=True)
     assert isinstance(tiny.get_logits("a", "b"), np.ndarray)
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def staggered(num_prompts: int = 6, n: int = 3) -> list[SampleRequest]:
+    """Samples whose limits lie far apart, of prompts of many lengths, some with a stop string."""
+    prompts = {r.request_id: r.prompt_ids for r in some_rollouts(5, num_prompts) if r.sample == 0}
+    stops: list[Any] = [[], ["e"], []]
+    return [
+        request
+        for i, (id, prompt_ids) in enumerate(prompts.items())
+        for sample in range(n)
+        for request in sample_requests(
+            id=id, prompt_ids=prompt_ids, samples=(sample,),
+            sampling=Sampling(max_new_tokens=1 + 37 * (i + sample) % 150, temperature=0.7, seed=i, stop=stops[i % 3]),
+        )
+    ]  # fmt: skip
+
+
+def made(backend: BaseBackend, requests: list[SampleRequest]) -> dict[Any, Rollout]:
+    return {rollout.key: rollout for rollout in backend.complete(requests)}
+
+
+def assert_alike(got: dict[Any, Rollout], expected: dict[Any, Rollout]) -> None:
+    others = flipped(ids_of(got.values()), ids_of(expected.values()))
+    for key in got.keys() - others:
+        assert got[key].finish_reason is expected[key].finish_reason
+        np.testing.assert_allclose(got[key].logprobs_T, expected[key].logprobs_T, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("grows", "steps_at_once"),
+    [(True, 1), (True, 4), (False, 1)],
+    ids=["joined caches", "several draws at once", "caches of another kind"],
+)
+def test_rows_that_leave_and_enter_do_not_change_a_response(
+    tiny: BaseBackend, grows: bool, steps_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = staggered()
+    alone = {key: rollout for request in requests for key, rollout in made(tiny, [request]).items()}
+    assert {FinishReason.stop, FinishReason.length} <= {rollout.finish_reason for rollout in alone.values()}
+    monkeypatch.setattr(tiny._limits, "rows", 5)
+    monkeypatch.setattr(tiny._limits, "steps", steps_at_once)
+    monkeypatch.setattr(tiny._split, "cache_grows", grows)
+    widths = []
+    last_logits = tiny._split.last_logits
+
+    def recorded(**inputs: Any) -> Any:
+        widths.append(tuple(inputs["input_ids"].shape))
+        return last_logits(**inputs)
+
+    monkeypatch.setattr(tiny._split, "last_logits", recorded)
+    assert_alike(made(tiny, requests), alone)
+    steps = [rows for rows, width in widths if width == 1]
+    in_order = sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key))
+    lengths = [len(alone[request.key].token_ids_T) for request in in_order]
+    until_all_end = sum(max(lengths[i : i + 5]) for i in range(0, len(lengths), 5))
+    assert max(steps) == 5
+    if steps_at_once == 1 and grows:
+        assert len(steps) < 0.8 * until_all_end, "no row waits for the longest one of its batch"
+    if grows:
+        prefilled = sum(rows for rows, width in widths if width > 1)
+        assert prefilled == len({r.prompt_ids.tobytes() for r in requests}), "a prompt is computed once for its samples"
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_response(
+    tiny: BaseBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests, rollouts = staggered(), some_rollouts(6)
+    expected, scores = made(tiny, requests), {s.key: s.logprobs_T for s in tiny.score(rollouts)}
+    monkeypatch.setattr(tiny, "_limits", Limits(rows=8, cached_tokens=10**6, tokens=2048))
+    body = tiny._split.body
+    room = {"rows": 3, "tokens": 700}
+
+    def small(*args: Any, input_ids: Any, **kwargs: Any) -> Any:
+        if (input_ids.shape[1] == 1 and len(input_ids) > room["rows"]) or input_ids.numel() > room["tokens"]:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return body(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(tiny._split, "body", small)
+    assert_alike(made(tiny, requests), expected)
+    assert tiny._limits.rows == 2 and "at most 4 at once" in caplog.text
+    tiny._limits.tokens, room["tokens"] = 512, 200
+    for got in tiny.score(rollouts):
+        np.testing.assert_allclose(got.logprobs_T, scores[got.key], atol=1e-4)
+    assert tiny._limits.tokens < 256
+    room["rows"] = room["tokens"] = 0
+    with pytest.raises(EngineError, match="alone runs out of memory"):
+        made(tiny, requests)
+    with pytest.raises(EngineError, match="alone runs out of memory"):
+        list(tiny.score(rollouts))
+
+
+def test_the_batch_is_chosen_by_what_memory_holds(tiny: BaseBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rl_onoff.backends.huggingface import limits
+
+    model = tiny._split
+    assert model.cache_bytes == 2 * 2 * 2 * 32 * 4  # keys and values of two layers with two heads of 32 floats
+    chosen = []
+    for free in (2**24, 2**28, 2**40):
+        monkeypatch.setattr(limits, "_free_ram", lambda free=free: free)
+        monkeypatch.setattr(limits, "_free_gpu_memory", lambda _, free=free: free)
+        chosen.append(Limits.of(HuggingFaceBackendConfig(), model))
+    assert chosen[0].rows < chosen[1].rows <= chosen[2].rows and chosen[0].cached_tokens < chosen[2].cached_tokens
+    assert tiny.info.batch == tiny._limits.rows > 1
+    fixed = Limits.of(HuggingFaceBackendConfig(batch_size=3, max_batch_tokens=77), model)
+    assert (fixed.rows, fixed.cached_tokens, fixed.tokens) == (3, 77, 77)
+    with pytest.raises(UsageError, match=r"set backend\.batch_size=auto"):
+        HuggingFaceBackendConfig(batch_size="many")
+    with pytest.raises(UsageError, match=r"set backend\.batch_size=auto"):
+        HuggingFaceBackendConfig(batch_size=0)
 
 
 def test_the_context_ends_a_response(tiny: BaseBackend) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,13 +15,14 @@ from rl_onoff.backends.base import BaseBackend
 from rl_onoff.backends.devices import replicas_that_fit
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
-from rl_onoff.backends.huggingface import tensor_parallel
-from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
+from rl_onoff.backends.huggingface import packed, tensor_parallel
+from rl_onoff.backends.huggingface.config import AUTO, HuggingFaceBackendConfig
+from rl_onoff.backends.huggingface.decode import Decoder
 from rl_onoff.backends.huggingface.layers import scores_and_layers
-from rl_onoff.backends.huggingface.model import decode, load
+from rl_onoff.backends.huggingface.limits import Limits, cut, is_out_of_memory
+from rl_onoff.backends.huggingface.model import load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.placement import place
-from rl_onoff.backends.sampler import Row
 from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.models.resolve import context_length, end_ids
@@ -28,10 +30,6 @@ from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Wan
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Item = TypeVar("Item", SampleRequest, Rollout)
-
-SHARED_PROMPT_TOKENS = 16  # below this, computing a prompt once for all its responses saves nothing
 
 
 class HuggingFaceBackend(BaseBackend):
@@ -46,6 +44,7 @@ class HuggingFaceBackend(BaseBackend):
     config: HuggingFaceBackendConfig
 
     _split: Any = None
+    _limits: Any = None
     _ranks = Ranks()  # the processes that compute with this one; none, unless tp_size is above 1
 
     def _load(self) -> EngineInfo:
@@ -54,35 +53,48 @@ class HuggingFaceBackend(BaseBackend):
         if self.config.num_devices > 1 and self._ranks.leads:
             self._ranks = Ranks.start(type(self), self.config)
         self._split = load(self.config)
+        self._limits = Limits.of(self.config, self._split)
         model = self._split.whole
         return EngineInfo(
             engine=self.name, version=transformers.__version__, dtype=str(model.dtype).removeprefix("torch."),
             vocab_size=model.get_output_embeddings().weight.shape[0], max_len=context_length(model.config),
-            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()), batch=self.config.batch_size,
+            eos_ids=end_ids(model.generation_config.eos_token_id, self.get_tokenizer()), batch=self._limits.rows,
         )  # fmt: skip
 
     def _generate(self, supply: Supply) -> Iterator[Rollout]:
         while requests := supply.take(wait=True):
-            # prompts of like length together, longest first; samples of one prompt stay neighbours
-            for batch in self._cut(sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key))):
-                yield from self._on_all_ranks("_sample_batch", batch)
+            take = functools.partial(supply.take, wait=False)
+            with self._ranks.batch("_sample", requests, self._limits):
+                yield from self._sample(requests, self._limits, take)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
+        batches = self._batches(rollouts, want)
         if want.layers is not None:
-            yield from scores_and_layers(self._split, self._cut, self._score_batch, rollouts, want)
+            yield from scores_and_layers(self._split, batches, self._score_batch, want)
             return
-        by_prompt: defaultdict[bytes, list[Rollout]] = defaultdict(list)
-        for rollout in sorted(rollouts, key=lambda rollout: rollout.num_tokens):
-            by_prompt[rollout.prompt_ids.tobytes()].append(rollout)
-        alone: list[Rollout] = []
-        for members in by_prompt.values():
-            if len(members) == 1 or len(members[0].prompt_ids) < SHARED_PROMPT_TOKENS or not self._split.shares_prompts:
-                alone += members
-                continue
-            for batch in self._cut(members):
-                yield from self._on_all_ranks("_score_batch", batch, want, len(batch) > 1)
-        for batch in self._cut(sorted(alone, key=lambda rollout: rollout.num_tokens)):
-            yield from self._on_all_ranks("_score_batch", batch, want, False)
+        while batches:
+            try:
+                yield from self._on_all_ranks("_score_batch", batches[0], want)
+                batches = batches[1:]
+            except RuntimeError as error:
+                if not (self._ranks.alone and is_out_of_memory(error)):
+                    raise
+                self._limits.halve(len(batches[0]))
+                batches = self._batches([rollout for batch in batches for rollout in batch], want)
+
+    def _batches(self, rollouts: Sequence[Rollout], want: Want) -> list[list[Rollout]]:
+        """What is scored at once."""
+        total = attrgetter("num_tokens")
+        if self._packs(want):
+            batches = packed.cut(rollouts, self._limits.tokens)
+        else:
+            batches = cut(sorted(rollouts, key=total), self._limits.tokens, total)
+        size = self.config.batch_size
+        most = len(rollouts) if size == AUTO else int(size)
+        return [batch[i : i + most] for batch in batches for i in range(0, len(batch), most)]
+
+    def _packs(self, want: Want) -> bool:
+        return self._split.packs and want.layers is None  # whose hidden states are told apart by their padding
 
     def _close(self) -> None:
         self._split = None
@@ -108,32 +120,22 @@ class HuggingFaceBackend(BaseBackend):
             split = f"backend.tp_size={self.config.tp_size}"
             raise UsageError(f"there are no gradients with {split}: set backend.tp_size=1")
 
-    def _cut(self, items: Iterable[Item]) -> Iterator[list[Item]]:
-        """Neighbours together, as many as the limits on size allow; the longest sets the padding."""
-        batch: list[Item] = []
-        width = 0
-        for item in items:
-            length = min(item.num_tokens, self.info.max_len)
-            width = max(width, length)
-            too_many = width * (len(batch) + 1) > self.config.max_batch_tokens
-            if batch and (too_many or len(batch) == self.config.batch_size):
-                yield batch
-                batch, width = [], length
-            batch.append(item)
-        if batch:
-            yield batch
-
     def _on_all_ranks(self, method: str, *args: Any) -> Iterator[Any]:
         """The results of one batch; where they are yielded, the other ranks wait for rank 0's next word."""
         with self._ranks.batch(method, *args):
             yield from getattr(self, method)(*args)
 
-    def _sample_batch(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
-        rows = [Row(request, self.info.max_len) for request in requests]
-        eos_ids = frozenset(self.info.eos_ids)
-        return decode(self._split, rows, self.get_tokenizer(), eos_ids, self.config.logprob_kind, self._ranks)
+    def _sample(
+        self, requests: Sequence[SampleRequest], limits: Limits, take: Callable[[], list[SampleRequest]] | None = None
+    ) -> Iterator[Rollout]:
+        """Sample on this rank; rank 0 says to the others what its supply gives, and how much is computed at once."""
+        decoder = Decoder(
+            model=self._split, limits=limits, max_len=self.info.max_len, tokenizer=self.get_tokenizer(),
+            eos_ids=frozenset(self.info.eos_ids), kind=self.config.logprob_kind, ranks=self._ranks,
+        )  # fmt: skip
+        return decoder.run(requests, take or list)
 
-    def _score_batch(self, batch: Sequence[Rollout], want: Want, shares_prompt: bool) -> list[TokenScores]:
+    def _score_batch(self, batch: Sequence[Rollout], want: Want) -> list[TokenScores]:
         """The scores of a batch; other ranks than 0 only compute their part of the logits."""
         import torch
 
@@ -143,7 +145,7 @@ class HuggingFaceBackend(BaseBackend):
                 pairs = ((r, self._whole_logits(r)) for r in batch)
                 return [token_stats(z_TV, torch.as_tensor(r.token_ids_T, device=z_TV.device), want, low=low).of(r)
                         for r, z_TV in pairs]  # fmt: skip
-            hidden_RD = self._hidden(batch, shares_prompt)
+            hidden_RD = self._split.packed_hidden(batch) if self._packs(want) else self._padded_hidden(batch)
             rows = chunk_rows(self.info.vocab_size, hidden_RD.device.type)
             if not self._ranks.leads:
                 for hidden in hidden_RD.split(rows):
@@ -154,29 +156,17 @@ class HuggingFaceBackend(BaseBackend):
         ends = np.cumsum([len(rollout.token_ids_T) for rollout in batch])
         return [stats[end - len(r.token_ids_T) : end].of(r) for r, end in zip(batch, ends, strict=True)]
 
-    def _hidden(self, batch: Sequence[Rollout], shares_prompt: bool) -> Tensor:
+    def _padded_hidden(self, batch: Sequence[Rollout]) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.
 
-        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone. A prompt
-        that the batch shares is computed once and its cache repeated.
+        Padding is on the right, where a causal model cannot see it: every row is computed as if it were alone.
         """
         import torch
 
-        body, padded = self._split.body, self._split.padded
-        starts = [0 if shares_prompt else len(r.prompt_ids) - 1 for r in batch]
-        if shares_prompt:
-            prompt_BL, _ = padded([batch[0].prompt_ids])
-            output = body(input_ids=prompt_BL, use_cache=True)
-            hidden_BLD = output.last_hidden_state[:, -1:].repeat(len(batch), 1, 1)
-            ids_BL, _ = padded([r.token_ids_T[:-1] for r in batch])
-            if ids_BL.shape[1]:
-                output.past_key_values.batch_repeat_interleave(len(batch))
-                positions = prompt_BL.shape[1] + torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-                cached = {"past_key_values": output.past_key_values, "position_ids": positions, "use_cache": True}
-                hidden_BLD = torch.cat([hidden_BLD, body(input_ids=ids_BL, **cached).last_hidden_state], 1)
-        else:  # the last token's own position gives no response token
-            ids_BL, _ = padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
-            hidden_BLD = body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        # the last token's own position gives no response token
+        ids_BL, _ = self._split.padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]]) for r in batch])
+        hidden_BLD = self._split.body(input_ids=ids_BL, use_cache=False).last_hidden_state
+        starts = [len(r.prompt_ids) - 1 for r in batch]
         return torch.cat([hidden_BLD[i, at : at + len(batch[i].token_ids_T)] for i, at in enumerate(starts)])
 
     def _whole_logits(self, rollout: Rollout) -> Tensor:

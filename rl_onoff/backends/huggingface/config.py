@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from rl_onoff.backends.engine_config import DTYPES, EngineConfig, Switch
 from rl_onoff.errors import UsageError, at_least
 
+AUTO = "auto"
+
 
 @dataclass(kw_only=True, slots=True)
 class HuggingFaceBackendConfig(EngineConfig):
@@ -31,10 +33,11 @@ class HuggingFaceBackendConfig(EngineConfig):
     """Multiply float32 matrices in TF32 on a GPU, with 10 bits for 23."""
     attn_implementation: str | None = None
     """eager, sdpa, flash_attention_2, …; null is the engine's choice."""
-    batch_size: int = 16
-    """Most responses computed at once."""
-    max_batch_tokens: int = 16384
-    """Most tokens (prompts and responses, padding included) computed at once; a longer response runs alone."""
+    batch_size: int | str = AUTO
+    """Most responses sampled side by side; auto is what free memory holds, up to what makes the device faster."""
+    max_batch_tokens: int | str = AUTO
+    """Most tokens (prompts and responses, padding included) computed at once; auto is found as the batch_size is. A
+    longer response runs alone."""
     second_names: ClassVar[dict[str, str]] = {"dtype": "torch_dtype"}
     inexact: ClassVar[tuple[str, ...]] = ("engine_kwargs", "tf32")
     switches: ClassVar[tuple[Switch, ...]] = (
@@ -65,5 +68,8 @@ class HuggingFaceBackendConfig(EngineConfig):
         if ":" in (self.device or "") and (self.dp_size or self.tp_size or 1) > 1:
             what = f"backend.device={self.device} names one device, but replicas and their parts share out all"
             raise UsageError(f"{what}: set backend.device=cuda")
-        at_least(1, "backend.batch_size", self.batch_size, 16)
-        at_least(1, "backend.max_batch_tokens", self.max_batch_tokens, 16384)
+        for name in ("batch_size", "max_batch_tokens"):
+            value, option = getattr(self, name), f"backend.{name}"
+            if isinstance(value, str) and value != AUTO:
+                raise UsageError(f"{option} is {value!r} but must be a number or auto: set {option}=auto")
+            at_least(1, option, None if value == AUTO else value, AUTO)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from rl_onoff.backends.huggingface.model import SplitModel
 from rl_onoff.backends.layers import LayerSpan, LayerWatch, first_of, states_name
 from rl_onoff.types import Rollout, TokenScores, Want
 
-Batches = Callable[[Iterable[Rollout]], Iterator[list[Rollout]]]
-ScoreBatch = Callable[[Sequence[Rollout], Want, bool], list[TokenScores]]
+ScoreBatch = Callable[[Sequence[Rollout], Want], list[TokenScores]]
 
 
 def scores_and_layers(
-    model: SplitModel, cut: Batches, score: ScoreBatch, rollouts: Sequence[Rollout], want: Want
+    model: SplitModel, batches: Sequence[list[Rollout]], score: ScoreBatch, want: Want
 ) -> Iterator[TokenScores]:
-    """Scores with what `want.layers` asks for, a batch at a time; no prompt is shared."""
+    """Scores with what `want.layers` asks for, a padded batch at a time."""
     assert want.layers is not None
-    waiting = sorted(rollouts, key=lambda rollout: rollout.num_tokens)
-    for batch in cut(waiting) if model.splits else ([rollout] for rollout in waiting):
+    for batch in batches if model.splits else ([one] for some in batches for one in some):
         spans: list[LayerSpan] = []
         with LayerWatch(model.whole, model.whole.config, lambda spans=spans: spans, first_of) as watch:
             width = max(rollout.num_tokens for rollout in batch) - 1
@@ -27,7 +25,7 @@ def scores_and_layers(
                 length = rollout.num_tokens - 1
                 states = watch.states(want.layers, states_name(rollout), length)
                 spans.append(LayerSpan(states, i * width, i * width + length, 0))
-            scores = score(batch, want, False)
+            scores = score(batch, want)
             watch.check(span.states for span in spans)
         for span, found in zip(spans, scores, strict=True):
             yield found if want.layers.writes else replace(found, layers=span.states.norms)

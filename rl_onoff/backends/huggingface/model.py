@@ -1,27 +1,21 @@
-"""A causal language model, loaded and taken apart into body and head, so that the head runs where it is wanted; and the
-decoding loop.
-
-`model.generate` draws from one global stream of random numbers, so a response would depend on its batch; it also reads
-the model's generation config. Our loop does neither, prefills a prompt once for all its samples, and hands out each
-response when it ends.
-"""
+"""A causal language model, loaded and taken apart into body and head, so that the head runs where it is wanted."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rl_onoff.backends.huggingface import packed
+from rl_onoff.backends.huggingface.cache import can_grow
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
-from rl_onoff.backends.huggingface.tensor_parallel import Ranks
-from rl_onoff.backends.sampler import Row, draw
 from rl_onoff.errors import UsageError
 from rl_onoff.models.resolve import load_errors, resolve
-from rl_onoff.types import LogprobKind, Rollout
+from rl_onoff.types import Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,9 +87,8 @@ class SplitModel:
             weights = model.get_output_embeddings().named_parameters()
             self._head_weights = {name: weight.float() for name, weight in weights}  # a copy: embeddings may share them
             self._head_dtype = next(iter(self._head_weights.values())).dtype
-        # whether a prompt's cache can be repeated for several responses: plain attention caches can
-        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        self.shares_prompts = self.splits and plain and getattr(config, "sliding_window", None) is None
+        self.packs = self.splits and self._packs(config)  # else sequences are padded
+        self._measure(config)
 
     def padded(self, rows: Sequence[np.ndarray], *, left: bool = False) -> tuple[Tensor, Tensor]:
         """Sequences of token ids as (ids, attention mask), both int64 (B, L)."""
@@ -107,6 +100,11 @@ class SplitModel:
             place = slice(width - len(row), width) if left else slice(len(row))
             ids_BL[i, place], mask_BL[i, place] = row, 1
         return torch.as_tensor(ids_BL, device=self.device), torch.as_tensor(mask_BL, device=self.device)
+
+    def packed_hidden(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """Hidden states (R, D) at the positions that give the response tokens, response after response."""
+        config = self.whole.config.get_text_config()
+        return packed.hidden(self.body, config, packed.Packed.of(rollouts, self.device))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states of any leading shape."""
@@ -131,11 +129,59 @@ class SplitModel:
         output = self.whole(**inputs, **keep, use_cache=True)
         return output.logits[:, -1], output.past_key_values
 
+    def _some_ids(self) -> Tensor:
+        import torch
+
+        return torch.arange(1, 9, device=self.device)[None] * 7 % self.whole.get_input_embeddings().weight.shape[0]
+
+    def _packs(self, config: Any) -> bool:
+        """Whether all attention of the model goes through the function that a packed sequence needs."""
+        import torch
+
+        plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        if not plain or config._attn_implementation != "sdpa":  # another kind was asked for: it computes other numbers
+            return False
+        ids_T = self._some_ids()[0].cpu().numpy().astype(np.int32)
+        some = [
+            Rollout(request_id="", sample=i, prompt_ids=ids_T[:3], token_ids_T=response)
+            for i, response in enumerate((ids_T[3:], ids_T[4:]))
+        ]
+        with torch.no_grad():
+            try:
+                ours = self.packed_hidden(some).float()
+            except (AttributeError, TypeError, KeyError, RuntimeError) as error:
+                log.debug("sequences are padded, not packed: %s", error)
+                return False
+            inputs = [self.padded([np.concatenate([r.prompt_ids, r.token_ids_T[:-1]])])[0] for r in some]
+            theirs = [self.body(input_ids=ids_1L, use_cache=False).last_hidden_state[0, 2:] for ids_1L in inputs]
+        expected = torch.cat(theirs).float()
+        tolerance = 1e-4 if self.whole.dtype == torch.float32 else 0.05
+        return bool((ours - expected).norm() <= tolerance * expected.norm())
+
+    def _measure(self, config: Any) -> None:
+        """Find out what the model keeps of a token, and what memory a token takes."""
+        import torch
+
+        input_ids = self._some_ids()
+        with torch.no_grad():
+            output = self.whole(input_ids=input_ids, use_cache=True)
+        cache = output.past_key_values
+        self.cache_grows = can_grow(cache)  # else rows can leave a batch, but none can enter
+        self.vocab_size: int = output.logits.shape[-1]
+        hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None)
+        inner = max(inner) if isinstance(inner, list) else inner or 4 * hidden
+        size = self.whole.dtype.itemsize
+        layers = getattr(config, "num_hidden_layers", 1)
+        self.cache_bytes = 2 * layers * hidden * size  # of one token
+        if self.cache_grows:
+            used = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            self.cache_bytes = used // input_ids.shape[1]
+        self.activation_bytes = size * (12 * hidden + 4 * inner)  # of one token, in one layer
+
     def _agrees(self) -> bool:
         import torch
 
-        vocab = self.whole.get_input_embeddings().weight.shape[0]
-        input_ids = torch.arange(1, 9, device=self.device)[None] * 7 % vocab
+        input_ids = self._some_ids()
         with torch.no_grad():
             try:
                 ours = self.head(self.body(input_ids=input_ids, use_cache=False).last_hidden_state).float()
@@ -144,46 +190,3 @@ class SplitModel:
                 log.warning("splitting the model failed: %s", error)
                 return False
         return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-4, rtol=1e-3)
-
-
-def decode(
-    model: SplitModel, rows: list[Row], tokenizer: Any, eos_ids: frozenset[int], kind: LogprobKind, ranks: Ranks
-) -> Iterator[Rollout]:
-    """Sample one batch to the end; yields each response as it finishes, one step later."""
-    import torch
-
-    prompts = {row.request.prompt_ids.tobytes(): row.request.prompt_ids for row in rows}  # each is computed once
-    place = {key: i for i, key in enumerate(prompts)}
-    of_row = torch.tensor([place[row.request.prompt_ids.tobytes()] for row in rows], device=model.device)
-    with torch.no_grad():  # not inference_mode: it would stay on between two steps of this generator
-        input_ids, mask_BL = model.padded(list(prompts.values()), left=True)
-        positions_BL = (mask_BL.cumsum(-1) - 1).clamp_(min=0)
-        logits_BV, cache = model.last_logits(input_ids=input_ids, attention_mask=mask_BL, position_ids=positions_BL)
-        if len(of_row) != len(prompts):
-            cache.batch_select_indices(of_row)
-        logits_RV, mask_RL = logits_BV[of_row.to(logits_BV.device)], mask_BL[of_row]
-    while rows:
-        with torch.no_grad():
-            keys_R = np.array([row.key() for row in rows])
-            drawn = draw(logits_RV, [row.request.sampling for row in rows], keys_R, kind) if ranks.leads else None
-        # rank 0's draws on every rank, not each rank's own: were the gathered logits to differ in a last bit, the ranks
-        # would go on with other tokens, and wait for ever for a batch of another size
-        tokens_R, logprobs_R = ranks.agreed(drawn)
-        for row, token, logprob in zip(rows, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
-            row.append(token, logprob, tokenizer, eos_ids)
-        done = [row.rollout(kind) for row in rows if row.finish]
-        going = [i for i, row in enumerate(rows) if not row.finish]
-        if going:
-            with torch.no_grad():
-                if done:
-                    keep = torch.tensor(going, device=model.device)
-                    cache.batch_select_indices(keep)
-                    mask_RL = mask_RL[keep]
-                mask_RL = torch.nn.functional.pad(mask_RL, (0, 1), value=1)
-                input_ids = torch.as_tensor(tokens_R[going, None], dtype=torch.long, device=model.device)
-                positions_R1 = mask_RL.sum(-1, keepdim=True) - 1
-                step = {"input_ids": input_ids, "attention_mask": mask_RL, "position_ids": positions_R1}
-                logits_RV, cache = model.last_logits(**step, past_key_values=cache)
-        rows = [rows[i] for i in going]
-        # after the forward pass: when a caller leaves here, the other ranks wait for the next draws or batch
-        yield from done

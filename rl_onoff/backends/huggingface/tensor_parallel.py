@@ -46,6 +46,10 @@ class Ranks:
         self._heard = heard
         self._others: list[Any] = []  # their Popen objects
 
+    @property
+    def alone(self) -> bool:
+        return self.leads and not self._others
+
     @classmethod
     def start(cls, backend_class: type, config: HuggingFaceBackendConfig) -> Ranks:
         """Start the other ranks, and make this process rank 0 of their group."""
