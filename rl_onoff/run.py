@@ -101,7 +101,7 @@ def sample(this: Run) -> None:
     data = {name: value for name, value in asdict(config.data).items() if name not in ("limit", "shuffle", "seed")}
     sampling = {name: value for name, value in asdict(config.sampling).items() if name != "n"}
     completions.claim({"backend": config.backend.what_it_computes(), "data": data, "sampling": sampling}, changes)
-    tokenizer = create_backend(config.backend).get_tokenizer()
+    tokenizer = this.slot.of(config.backend).get_tokenizer()
     prompts = encode_rows(this.rows, config.data, tokenizer)
     this.rows = []  # a job of a sweep that waits for its next engine keeps no data
     missing = stages.missing_requests(this.folder, prompts, config.sampling)
@@ -123,7 +123,7 @@ def score(this: Run) -> Steps:
     config, folder = this.config, this.folder
     if config.score.responses is not None:
         file, data = Path(config.score.responses), config.data
-        tokenizer = create_backend(next(iter(scorers(config).values()))).get_tokenizer()
+        tokenizer = this.slot.of(next(iter(scorers(config).values()))).get_tokenizer()
         options = {"chat_template": data.chat_template, "system": data.system, "format": config.compare.format}
         texts = with_template_kwargs(tokenizer, data.template_kwargs)
         given = load_responses(config.score.responses, texts, **options)

@@ -31,18 +31,28 @@ class Slot(AbstractContextManager["Slot"]):
     """Holds the engine that is alive, if any; leaving the `with` block frees it."""
 
     _backend: BaseBackend | None = None
+    _next: BaseBackend | None = None  # not loaded yet
+
+    def of(self, config: EngineConfig) -> BaseBackend:
+        """The backend of this config, for what needs no engine: the one that is alive, or that `get` will load, so that
+        its tokenizer is read once."""
+        for backend in (self._backend, self._next):
+            if backend is not None and backend.config == config:
+                return backend
+        self._next = create_backend(config)
+        return self._next
 
     def get(self, config: EngineConfig) -> BaseBackend:
         """The loaded engine of this config; the one alive before, if another, is closed first."""
-        if self._backend is not None and self._backend.config == config:
-            return self._backend
+        if (backend := self.of(config)) is self._backend:
+            return backend
         self.close()
-        backend, start = create_backend(config), time.monotonic()
+        start = time.monotonic()
         log.info("loading %s with %s", config.name, config.model_name)
         backend.load()
         info, seconds = backend.info, time.monotonic() - start
         log.info("%s %s ready in %.0f s (%s weights)", info.engine, info.version, seconds, info.dtype)
-        self._backend = backend
+        self._backend, self._next = backend, None
         return backend
 
     def close(self) -> None:

@@ -201,9 +201,11 @@ def capped_scheduler(**kwargs: Any) -> Any:
     manager: Any = getattr(scheduler, "kv_cache_manager", None)
     if original := getattr(manager, "get_computed_blocks", None):
 
-        def get_computed_blocks(request: Any) -> Any:
-            job = _job_in(request.sampling_params)
-            return original(request if job is None else _Shorter(request, job["first"] + 1))
+        def get_computed_blocks(request: Any, *limit: int | None) -> Any:  # a limit: from 0.33 on
+            if (job := _job_in(request.sampling_params)) is None:
+                return original(request, *limit)
+            first = job["first"]
+            return original(_Shorter(request, first + 1), *(first if x is None else min(x, first) for x in limit))
 
         manager.get_computed_blocks = get_computed_blocks
     return scheduler
