@@ -21,7 +21,7 @@ def test_what_is_here(capsys, monkeypatch) -> None:
         assert name in said
     for name in ("huggingface", "vllm", "sglang"):
         assert f"ok  {name} " in said
-    assert "made for" not in said, "every version here is one that the package's metadata allows"
+    assert "tested with" not in said, "every version here is one that the package's metadata allows"
 
 
 def test_what_is_missing_comes_with_what_fixes_it(tmp_path: Path) -> None:
