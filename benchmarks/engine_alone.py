@@ -35,6 +35,7 @@ def vllm(config: Any) -> Callable[..., list[list[int]]]:
 
     from rl_onoff.backends.vllm.engine import Engine
 
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # vLLM's own default; our worker sets 0
     llm = Engine(config, "raw_logprobs", in_engine=False)._llm
 
     def generate(prompts: list[list[int]], arguments: list[dict[str, Any]]) -> list[list[int]]:

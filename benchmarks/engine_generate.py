@@ -59,7 +59,7 @@ def main() -> None:
     engine = CONFIGS[args.engine](model_name=args.model, dtype=args.dtype, python=args.python)
     data = DataConfig(path=path, limit=args.prompts)
     sampling = Sampling(n=args.samples, max_new_tokens=args.tokens)
-    config = RunConfig(run_dir="", stages=[Stage.generate], backend=engine, data=data, sampling=sampling)
+    config = RunConfig(run_dir="unused", stages=[Stage.generate], backend=engine, data=data, sampling=sampling)
     greedy = replace(
         config,
         data=replace(data, limit=max(1, args.prompts // 4)),

@@ -1,8 +1,8 @@
 """Scoring with SGLang: all statistics and the top 20 from inside the engine, against SGLang's own public API.
 
-    PYTHONPATH=. .venv-sglang/bin/python benchmarks/sglang_stats.py [--prompts 8] [--rounds 3]
+    PYTHONPATH=. .venv-sglang/bin/python benchmarks/sglang_stats.py [--prompts 4] [--rounds 3]
 
-(`bash tests/engines/build_sglang.sh` makes that environment.) The standard work (work.py), a quarter of it unless
+(`bash tests/engines/build_sglang.sh` makes that environment.) The standard work (work.py), an eighth of it unless
 --prompts says otherwise. The public way asks for one number a token: `return_logprob` from `logprob_start_len=P-1` on,
 all in one call; "forward" asks for none. All run in one engine in turn, each with an empty cache, on new texts every
 round, and must agree on every logprob. Full logits, of one response, are timed against `token_ids_logprob` of the whole
@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every worker has it

@@ -1,8 +1,8 @@
 """Scoring with vLLM: all statistics and the top 20 from inside the engine, against vLLM's own public API.
 
-    python benchmarks/vllm_stats.py [--model smollm2] [--dtype float32] [--prompts 8] [--rounds 3]
+    python benchmarks/vllm_stats.py [--model smollm2] [--dtype float32] [--prompts 4] [--rounds 3]
 
-The standard work (work.py), a quarter of it unless --prompts says otherwise. The public way asks for one number a
+The standard work (work.py), an eighth of it unless --prompts says otherwise. The public way asks for one number a
 token: `prompt_logprobs=0`, with `flat_logprobs` and without detokenising, all in one call. "forward" asks for none. All
 run in one engine in turn, on new texts every round, and must agree on every logprob. Full logits, of three responses,
 are timed against `prompt_logprobs=-1` before its lists are made arrays.
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
