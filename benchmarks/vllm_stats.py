@@ -1,118 +1,92 @@
-"""Token statistics of vLLM: what they cost beside the plain forward pass, and beside vLLM's own public API.
+"""Scoring with vLLM: all statistics and the top 20 from inside the engine, against vLLM's own public API.
 
-    python benchmarks/vllm_stats.py [--model smollm2] [--dtype float32] [--rounds 5]
+    python benchmarks/vllm_stats.py [--model smollm2] [--dtype float32] [--prompts 4] [--rounds 3]
 
-2 prompts of 256 tokens with 8 responses of 64 each. All variants run in one engine, in turn, so that what else the
-machine does falls on all alike; the numbers are ratios of medians. "forward" is the engine with max_tokens=1 on the
-same sequences. Full logits are timed against `prompt_logprobs=-1, flat_logprobs=True, detokenize=False` before its
-lists are made arrays.
+The standard work (work.py), an eighth of it unless --prompts says otherwise. The public way asks for one number a
+token: `prompt_logprobs=0`, with `flat_logprobs` and without detokenising, all in one call. "forward" asks for none. All
+run in one engine in turn, on new texts every round, and must agree on every logprob. Full logits, of three responses,
+are timed against `prompt_logprobs=-1` before its lists are made arrays.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from table import ratios, row
+from work import standard_work
 
 from rl_onoff.backends import VLLMBackendConfig
-from rl_onoff.backends.engine import whole
-from rl_onoff.backends.vllm import backend as module
-from rl_onoff.backends.vllm.backend import VLLMBackend, _jobs, _prefix
-from rl_onoff.types import Rollout, Want
+from rl_onoff.backends.vllm.backend import PREFILL, VLLMBackend
+from rl_onoff.types import Rollout, TokenScores, Want
 
-
-def work(
-    vocab_size: int, prompts: int = 2, samples: int = 8, prompt_tokens: int = 256, tokens: int = 64, seed: int = 0
-) -> list[Rollout]:
-    rng = np.random.default_rng(seed)
-
-    def random(count: int) -> np.ndarray:
-        return rng.integers(100, vocab_size, count, dtype=np.int32)
-
-    prompt_ids = [random(prompt_tokens) for _ in range(prompts)]
-    return [
-        Rollout(request_id=str(p), sample=sample, prompt_ids=ids, token_ids_T=random(tokens))
-        for p, ids in enumerate(prompt_ids)
-        for sample in range(samples)
-    ]
+WANT = Want(top_k=20)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config = VLLMBackendConfig(model_name=args.model, dtype=args.dtype, max_model_len=1024, worker=False)
+    with VLLMBackend(config) as backend:
+        tokenizer = backend.get_tokenizer()
+        compare(backend, standard_work(tokenizer, 1, 2), args.dtype)  # the first calls are slow
+        rounds = [
+            compare(backend, standard_work(tokenizer, args.prompts, seed=1 + number), args.dtype)
+            for number in range(args.rounds)
+        ]
+        ours, public, forward = (list(seconds) for seconds in zip(*rounds, strict=True))
+        work = f"score, vLLM, {args.prompts} prompts × 8 responses, statistics and top 20"
+        row(work, "public prompt_logprobs=0, time / ours", ratios(public, ours), ">= 3")
+        row(work, "forward pass alone, time / ours", ratios(forward, ours), ">= 1")
+        backend._engine.model.max_logprobs = -1  # so that the public API gives the whole vocabulary in this engine
+        responses = standard_work(tokenizer, 1, 8, seed=99)[:3]
+        seconds, _ = clock(lambda: list(backend.score(responses, Want(full_logits=True))))
+        whole, _ = clock(lambda: public_logprobs(backend, responses, prompt_logprobs=-1, logprobs=-1))
+        row("full logits, vLLM, 3 responses", "public prompt_logprobs=-1, time / ours", [whole / seconds], ">= 3")
+
+
+def compare(backend: VLLMBackend, responses: Sequence[Rollout], dtype: str) -> tuple[float, float, float]:
+    """Seconds of our scores, of the public API and of the bare forward pass."""
+    ours, scores = clock(lambda: {each.key: each for each in backend.score(responses, WANT)})
+    public, logprobs = clock(lambda: public_logprobs(backend, responses, prompt_logprobs=0))
+    forward, _ = clock(lambda: public_logprobs(backend, responses))
+    check(responses, scores, logprobs, dtype)
+    print(f"  ours {ours:.2f} s, public {public:.2f} s, forward alone {forward:.2f} s", flush=True)
+    return ours, public, forward
+
+
+def public_logprobs(backend: VLLMBackend, responses: Sequence[Rollout], **asked: Any) -> list[Any]:
     from vllm import SamplingParams
 
-    backend = VLLMBackend(VLLMBackendConfig(model_name=args.model, dtype=args.dtype, max_model_len=1024, worker=False))
-    with backend:
-        engine = backend._engine
-        seeds = iter(range(1_000_000))
-
-        def run(responses: list[Rollout], **params: Any) -> None:
-            """The whole sequences, nothing cached; one at a time where every number comes back as an object."""
-            plain = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "skip_reading_prefix_cache": True}
-            most = 1 if params.get("prompt_logprobs") == -1 else None
-            inputs = ((None, _prefix(r), SamplingParams(**plain | params)) for r in responses)
-            for _ in engine.run(whole(inputs), most):
-                pass
-
-        def in_engine(responses: list[Rollout], want: Want, cached: bool) -> None:
-            module._jobs = _jobs if cached else lambda r, n, _: _jobs(r, n, True)
-            assert sum(1 for _ in backend._stats(responses, want)) == len(responses)
-            module._jobs = _jobs
-
-        def fresh() -> list[Rollout]:
-            return work(engine.vocab_size, seed=next(seeds))
-
-        warm = fresh()
-        variants: dict[str, Callable[[], None]] = {
-            "forward": lambda: run(fresh()),
-            "public prompt_logprobs=0 (one number a token)": lambda: run(fresh(), prompt_logprobs=0),
-            "in-engine, statistics": lambda: in_engine(fresh(), Want(), False),
-            "in-engine, statistics and top 5": lambda: in_engine(fresh(), Want(top_k=5), False),
-            "in-engine, prompts shared, cold": lambda: in_engine(fresh(), Want(top_k=5), True),
-            "in-engine, prompts shared, warm": lambda: in_engine(warm, Want(top_k=5), True),
-        }
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for round_ in range(args.rounds + 1):
-            for name, variant in variants.items():
-                taken_s = clock(variant)
-                if round_:  # the first warms up
-                    times[name].append(taken_s)
-        forward = statistics.median(times["forward"])
-        for name, taken in times.items():
-            best = min(taken) / min(times["forward"])
-            print(
-                f"{name:<50} {statistics.median(taken) / forward:5.2f} x forward (best of each: {best:.2f})", flush=True
-            )
-
-        engine.model.max_logprobs = -1  # so that the public path can run in this same engine
-        for name, samples in (
-            ("one response of 64 tokens to a prompt of 256", 1),
-            ("eight that share their prompt", 8),
-        ):
-            taken = []
-            for _ in range(2):
-                responses = work(engine.vocab_size, 1, samples, seed=next(seeds))
-                taken.append(clock(lambda r=responses: in_engine(r, Want(full_logits=True), True)))
-            responses = work(engine.vocab_size, 1, samples)
-            public = clock(lambda r=responses: run(r, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True))
-            print(
-                f"full logits, {name}: in-engine {public / min(taken):.0f} times as fast as the flat public path",
-                flush=True,
-            )
+    # without prompt_logprobs the engine would find its cache warm
+    params = SamplingParams(flat_logprobs=True, skip_reading_prefix_cache=True, **PREFILL, **asked)
+    ids = [[*response.prompt_ids.tolist(), *response.token_ids_T.tolist()] for response in responses]
+    outputs = backend._engine._llm.generate([{"prompt_token_ids": each} for each in ids], params, use_tqdm=False)
+    return [output.prompt_logprobs for output in outputs]
 
 
-def clock(call: Callable[[], None]) -> float:
+def check(responses: Sequence[Rollout], scores: dict[Any, TokenScores], public: Sequence[Any], dtype: str) -> None:
+    """All rows are there, and the logprobs are the public API's."""
+    for response, flat in zip(responses, public, strict=True):
+        one, first = scores[response.key], len(response.prompt_ids)
+        expected = [flat.logprobs[flat.start_indices[first + t]] for t in range(len(response.token_ids_T))]
+        np.testing.assert_allclose(one.logprobs_T, expected, atol=1e-3 if dtype == "float32" else 0.5)
+        assert one.top_logprobs_TK.shape == (len(expected), WANT.top_k) and one.entropy_T.min() > 0
+
+
+def clock(call: Callable[[], Any]) -> tuple[float, Any]:
     began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    result = call()
+    return time.perf_counter() - began, result
 
 
 if __name__ == "__main__":

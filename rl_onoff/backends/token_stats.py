@@ -17,7 +17,8 @@ from rl_onoff.types import Sampling, TokenScores, Want, copy_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-CPU_CHUNK_BYTES = 6 * 2**20  # a chunk that stays in cache is what a CPU likes best
+CACHE_BYTES = 6 * 2**20  # of logits at a time: statistics are fastest where these stay in a CPU's cache
+CPU_CHUNK_BYTES = 4 * CACHE_BYTES  # the LM head wants more rows at a time: its weights are read once for all of them
 GPU_CHUNK_BYTES = 256 * 2**20
 NUCLEUS_TOKENS = 512  # tokens looked at first when the nucleus of top-p is sought
 
@@ -33,6 +34,11 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want, *, low: bool
     with the chosen logprob from a log-softmax in the logits' own type."""
     import torch
 
+    size = max(1, CACHE_BYTES // (4 * logits_RV.shape[-1]))
+    if logits_RV.device.type == "cpu" and len(logits_RV) > size:
+        starts = range(0, len(logits_RV), size)
+        parts = (token_stats(logits_RV[at : at + size], token_ids_R[at : at + size], want) for at in starts)
+        return TokenScores.collect(parts, len(logits_RV))
     with torch.no_grad():
         z_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         logsumexp_R = torch.logsumexp(z_RV, -1)

@@ -141,7 +141,7 @@ def _package(name: str, module: str, python: str, fix: str) -> Line:
     if asked["errors"]:
         return Line(False, name, f"{version} does not import: {asked['errors'][module]}", fix)
     wants = required(module, name.removeprefix("pool=")).specifier
-    note = "" if wants.contains(version, prereleases=True) else f" (rl-onoff is made for {wants})"
+    note = "" if wants.contains(version, prereleases=True) else f" (rl-onoff was tested with {wants} alone)"
     return Line(True, name, f"{version} under {python}{note}")
 
 

@@ -20,7 +20,7 @@ def options_of(name: str) -> dict[str, Any]:
     """How a backend is started in the tests: in float32, so that numbers can be compared tightly."""
     options: dict[str, Any] = {"dtype": "float32"}
     if name == "vllm":
-        options |= {"max_model_len": MAX_LEN, "enforce_eager": True}
+        options |= {"max_model_len": MAX_LEN, "enforce_eager": True, **vllm_on_a_gpu()}
     if name == "sglang":
         options |= {
             "python": SGLANG_PYTHON,
@@ -28,6 +28,16 @@ def options_of(name: str) -> dict[str, Any]:
             "engine_kwargs": {"chunked_prefill_size": CHUNK},
         }
     return options
+
+
+def vllm_on_a_gpu(**engine_kwargs: Any) -> dict[str, Any]:
+    """Options of vLLM with which several engines of the tests fit on one card, in float32, which FlashAttention does
+    not know; on a CPU nothing but `engine_kwargs`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"engine_kwargs": engine_kwargs}
+    return {"gpu_memory_utilization": 0.15, "engine_kwargs": {"attention_backend": "TRITON_ATTN", **engine_kwargs}}
 
 
 @pytest.fixture(scope="session")

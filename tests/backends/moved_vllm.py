@@ -26,7 +26,7 @@ class GoneVLLM(VLLMBackend):
     def _load(self) -> EngineInfo:
         from rl_onoff.backends.vllm import hooks as vllm_hooks
 
-        vllm_hooks._hook_v1 = _no_such_thing
+        vllm_hooks.hook = _no_such_thing
         return super()._load()
 
 

@@ -21,7 +21,7 @@ def test_what_is_here(capsys, monkeypatch) -> None:
         assert name in said
     for name in ("huggingface", "vllm", "sglang"):
         assert f"ok  {name} " in said
-    assert "made for" not in said, "every version here is one that the package's metadata allows"
+    assert "tested with" not in said, "every version here is one that the package's metadata allows"
 
 
 def test_what_is_missing_comes_with_what_fixes_it(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_version_that_the_package_was_not_made_for(tmp_path: Path) -> None:
     (site / "vllm-0.1.dist-info").mkdir()
     (site / "vllm-0.1.dist-info/METADATA").write_text("Name: vllm\nVersion: 0.1\n")
     line = doctor._package("vllm", "vllm", str(tmp_path / "old/bin/python"), "")
-    assert line.fine and line.found.startswith("0.1 under") and "made for" in line.found and ">=0.32" in line.found
+    assert line.fine and line.found.startswith("0.1 under") and "tested with" in line.found and ">=0.32" in line.found
     (site / "vllm.py").write_text("raise OSError('no such library')")
     line = doctor._package("vllm", "vllm", str(tmp_path / "old/bin/python"), "pip install it")
     assert line == doctor.Line(False, "vllm", "0.1 does not import: no such library", "pip install it")

@@ -65,6 +65,8 @@ class Engine:
         if config.num_devices == 1:
             # this process is the engine's own already; loads in a fifth of the time
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if config.weights_dtype == "float32":
+            environment["TRITON_F32_DEFAULT"] = "ieee"  # a GPU's attention would multiply in TF32
         if self._on_cpu:
             environment |= {
                 "TORCH_COMPILE_DISABLE": "1",

@@ -3,9 +3,10 @@
 A request carries its job in `SamplingParams.extra_args`; in each step a Recorder computes the statistics of the jobs
 from vLLM's own hidden states. They are fetched as bytes, full logits through a file that both sides map.
 
-Both of vLLM's model runners are known (0.32): V1, whose `_get_prompt_logprobs_dict` is called after every step, and V2,
-whose `prompt_logprobs_worker` is. These are insides that may move: the backend compares a short sequence with the
-public API when it loads, and takes the public API where they do not agree.
+Both of vLLM's model runners are known: V1, whose `_get_prompt_logprobs_dict` is called after every step, and V2, whose
+`prompt_logprobs_worker` is. Run with 0.32 (V1 on a CPU); 0.33's source has the same calls and was not run. These are
+insides that may move: the backend compares a short sequence with the public API when it loads, and takes the public API
+where they do not agree.
 """
 
 from __future__ import annotations
@@ -228,9 +229,11 @@ def capped_scheduler(**kwargs: Any) -> Any:
     manager: Any = getattr(scheduler, "kv_cache_manager", None)
     if original := getattr(manager, "get_computed_blocks", None):
 
-        def get_computed_blocks(request: Any) -> Any:
-            job = _job_in(request.sampling_params)
-            return original(request if job is None else _Shorter(request, job["first"] + 1))
+        def get_computed_blocks(request: Any, *limit: int | None) -> Any:  # a limit: from 0.33 on
+            if (job := _job_in(request.sampling_params)) is None:
+                return original(request, *limit)
+            first = job["first"]
+            return original(_Shorter(request, first + 1), *(first if x is None else min(x, first) for x in limit))
 
         manager.get_computed_blocks = get_computed_blocks
     return scheduler
