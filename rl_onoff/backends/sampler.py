@@ -28,7 +28,7 @@ GOLDEN = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number: 
 
 
 def draw(
-    logits_RV: Tensor, samplings: Sequence[Sampling], keys_R: np.ndarray, kind: LogprobKind
+    logits_RV: Tensor, samplings: Sequence[Sampling], keys_R: np.ndarray | Tensor, kind: LogprobKind
 ) -> tuple[Tensor, Tensor]:
     """One token per row, drawn from the processed distribution with the row's key: (ids (R,) int64, logprobs (R,)),
     where the logits are."""

@@ -37,7 +37,7 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want, *, low: bool
     size = max(1, CACHE_BYTES // (4 * logits_RV.shape[-1]))
     if logits_RV.device.type == "cpu" and len(logits_RV) > size:
         starts = range(0, len(logits_RV), size)
-        parts = (token_stats(logits_RV[at : at + size], token_ids_R[at : at + size], want) for at in starts)
+        parts = (token_stats(logits_RV[at : at + size], token_ids_R[at : at + size], want, low=low) for at in starts)
         return TokenScores.collect(parts, len(logits_RV))
     with torch.no_grad():
         z_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()

@@ -136,6 +136,7 @@ class Aggregator:
         }
         steps = self._steps("step", facts_S, sums, tokens)
         overall = self._summary(sums, tokens, np.ones(len(of_kept), bool))
+        worst: dict[str, Any] = tokens.worst(self.num_worst)
         return Comparison(
             kind=kind,
             overall=replace(overall, counts=overall.counts | counts),
@@ -148,7 +149,7 @@ class Aggregator:
             steps=steps,
             staleness=self._steps("staleness", facts_S, sums, tokens),
             departure=departure(steps),
-            **tokens.worst(self.num_worst),
+            **worst,
         )
 
     def _examine(self) -> tuple[list[Finding], np.ndarray]:

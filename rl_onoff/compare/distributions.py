@@ -8,6 +8,7 @@ see metrics.py. All distributions are raw.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -176,13 +177,14 @@ def divergence_terms(
     for to_TA, probs_TA in ((to_q_TA, q_TA), (to_p_TA, p_TA)):
         np.copyto(to_TA, 0.0, where=probs_TA == 0)
     gap_TA = p_TA - q_TA
-    return {
+    found: dict[str, Any] = {
         "kl_forward": np.maximum(q_TA * ratio_TA + gap_TA, 0.0).sum(axis=1),
         "kl_reverse": np.maximum(-p_TA * ratio_TA - gap_TA, 0.0).sum(axis=1),
         "js": np.maximum(0.5 * (to_q_TA + to_p_TA).sum(axis=1), 0.0),
         "tv": np.abs(0.5 * gap_TA).sum(axis=1),
         "_tokens_infinite_kl": infinite_T,
     }
+    return found
 
 
 def entropy(logq_TA: np.ndarray, q_TA: np.ndarray) -> np.ndarray:

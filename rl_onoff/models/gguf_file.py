@@ -27,7 +27,7 @@ def open_file(file: Path) -> Any:
 def read_config(reader: Any, source: dict[str, Any]) -> Any:
     """The model's config, as transformers makes it."""
     import transformers
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     architecture, name = (reader.get_field(f"general.{key}") for key in ("architecture", "name"))
     group = architecture.contents() if architecture else ""

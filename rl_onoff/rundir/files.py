@@ -138,7 +138,7 @@ def _column(kind: str, cells: Sequence[Any]) -> Any:
     valid = None if there.all() else pa.py_buffer(np.packbits(there, bitorder="little"))
     if kind != "string" and not kind.startswith("list<"):
         return numbers(kind, np.array([0 if cell is None else cell for cell in cells]), valid)
-    given = [cell.encode() if kind == "string" else np.asarray(cell) for cell in cells if cell is not None]
+    given: list[Any] = [cell.encode() if kind == "string" else np.asarray(cell) for cell in cells if cell is not None]
     lengths = np.zeros(count, np.int64)
     lengths[there] = [len(cell) for cell in given]
     if kind == "string":

@@ -170,6 +170,9 @@ class Pool:
         machine = places(self._config.dp_size or 1, self._config.gpus_per_replica)
         return [WorkerClient(self._class, self._config, place) for place in machine]
 
+    def _begin(self) -> None:
+        """Nothing: the replicas start side by side when they load."""
+
     def _load(self) -> EngineInfo:
         try:
             clients = self._clients()

@@ -60,9 +60,9 @@ def growing_cache(layers: Sequence[GrowingLayer] = ()) -> Any:
     from transformers import cache_utils
 
     cache_utils.CacheLayerMixin.register(GrowingLayer)
-    if layers:
-        return cache_utils.Cache(layers=list(layers))
-    return cache_utils.Cache(layer_class_to_replicate=GrowingLayer)
+    layer_class: Any = GrowingLayer
+    made: list[Any] = list(layers)
+    return cache_utils.Cache(layers=made) if made else cache_utils.Cache(layer_class_to_replicate=layer_class)
 
 
 def can_grow(cache: Any) -> bool:

@@ -68,7 +68,7 @@ class Decoder:
         tokens_R, is_full = None, False
         while True:
             with torch.no_grad():  # not inference_mode: it would stay on between two steps of this generator
-                logits_RV = None if tokens_R is None else batch.advance(tokens_R)
+                logits_RV: Any = None if tokens_R is None else batch.advance(tokens_R)
                 going = [i for i, row in enumerate(batch.rows) if row.finish is None]
                 if 4 * len(going) <= 3 * len(batch.rows) or (waiting and not is_full):
                     new = self._admitted(waiting, [batch.rows[i] for i in going])
@@ -221,7 +221,7 @@ class Batch:
             inputs = {"input_ids": input_ids, "attention_mask": mask_BL, "position_ids": positions_BL}
             logits_BV, cache = self._model.last_logits(**inputs, past_key_values=growing_cache() if grows else None)
             yield cache, logits_BV, [i for i, (_, rows) in enumerate(chunk) for _ in rows]
-            if grows and chunk[-1][0] == after:
+            if grows and after is not None and chunk[-1][0] == after:
                 place = positions_BL.new_tensor([len(chunk) - 1])
                 own = joined([(cache, place)], len(prompts[-1]), 0)
                 self._prompt = Prompt(after, own, logits_BV[-1:].clone())
