@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from rl_onoff.rundir.provenance import is_truth
 from rl_onoff.rundir.table import RunDir
+from tests.conftest import ROOT
 from tests.running import rewrite, run_in
 
 SMALL = ("data.limit=20", "sampling.max_new_tokens=32")
@@ -115,6 +119,11 @@ def test_every_cell_of_a_matrix_with_a_truth(tmp_path: Path, capsys: pytest.Capt
     assert shares in page and shares in out and "whose error: who sampled / who scored" in out
     found = json.loads((folder.path / "metrics.json").read_text())["values"]
     assert found["matrix/truth/a/error_share_target"] == 1
+    script, study = ROOT / "experiments/whose_error/make_figure.py", tmp_path / "study"
+    subprocess.run([sys.executable, str(script), str(folder.path), "--out", str(study)], check=True)
+    assert f"| a | b | {float(cells['a', 'b']['kl_k3']):.2g} |" in (study / "table.md").read_text()
+    names = [text.text for text in ElementTree.parse(study / "errors.svg").iter("{http://www.w3.org/2000/svg}text")]
+    assert names[-2:] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
