@@ -45,9 +45,8 @@ def points_of(num_layers: int, inside: bool) -> list[Point]:
 def states_name(response: Rollout) -> str:
     """Name of the file with a response's hidden states, which depend on its ids alone."""
     ids = np.concatenate([response.prompt_ids, response.token_ids_T]).astype(np.int32)
-    return hashlib.blake2b(
-        ids.tobytes(), digest_size=16, salt=len(response.prompt_ids).to_bytes(8, "little")
-    ).hexdigest()
+    prompt_len = len(response.prompt_ids).to_bytes(8, "little")
+    return hashlib.blake2b(ids.tobytes(), digest_size=16, salt=prompt_len).hexdigest()
 
 
 class States:
@@ -61,14 +60,13 @@ class States:
         if self.writes:
             self.file.write_bytes(b"")
 
-    def complete(self) -> bool:
+    def finish(self) -> bool:
         """Whether all states came by. A layer may lack an attention or MLP of its own: its norms are NaN."""
         for (kind, _), i in self.index.items():
             if kind in PARTS and self._missing[i].all():
                 if self.writes:
-                    self._write(
-                        4 * self._size * i * self.length, np.full((self.length, self._size), np.nan, np.float32)
-                    )
+                    nothing_LD = np.full((self.length, self._size), np.nan, np.float32)
+                    self._write(i * nothing_LD.nbytes, nothing_LD)
                 self._missing[i] = False
         return not self._missing.any()
 
@@ -149,7 +147,7 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         """Raise for a hook that failed, and for states that never came by."""
         if self.error:
             raise EngineError(f"hidden states could not be read ({self.error.strip().splitlines()[-1]})")
-        if not all([each.complete() for each in states]):
+        if not all([each.finish() for each in states]):
             raise EngineError("hidden states are missing: the engine does not run its decoder layers as modules")
 
     def take(self, point: Point, output: Any, given: tuple[Any, ...] = ()) -> None:

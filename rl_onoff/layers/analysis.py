@@ -67,13 +67,16 @@ class Layers:
     def _sentence(self) -> str:
         a, b = (f"{side['engine']} ({side['dtype']})" for side in (self.sides["backend"], self.sides["target"]))
         nats = f"the tokens' logprobs are {self.nats['mean']:.2g} nats apart on average"
-        first, last = self.points[1]["median"], self.points[-1]["median"]
-        found = self.parting
+        of, found = "median" if self.points[-1]["median"] else "p90", self.parting
+        first, last = self.points[1][of], self.points[-1][of]
         if found is None:
             coarse = max((side["dtype"] for side in self.sides.values()), key=lambda dtype: rule.ROUNDING.get(dtype, 1))
-            grows = f"grows smoothly from {first:.2g} after layer 0 to {last:.2g} before the LM head"
+            tail = " (90th percentiles)" if of == "p90" else ""
+            grows = f"grows smoothly from {first:.2g} after layer 0 to {last:.2g} before the LM head{tail}"
             grows = f"{grows}, as rounding in {coarse} does" if first or last else "is 0 at every layer"
-            return f"{a} and {b} do not part: the relative error of the hidden states {grows}; {nats}."
+            said = f"{a} and {b} do not part: the relative error of the hidden states {grows}; {nats}."
+            least = f"a fault that moves a layer by less than {(rule.JUMP - 1) * self.floor:.1g} would hide in it"
+            return said if coarse == "float32" else f"{said} But {least}: set both sides to float32 to see that."
         if found.where == HEAD:
             what = f"the hidden states before it are {last:.2g} apart, but {nats}"
             return f"{a} and {b} part {found.words()}: {what}, {found.times:.2g} times what the states explain."

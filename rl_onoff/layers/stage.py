@@ -91,6 +91,10 @@ def run_layers(this: Run) -> Generator[Wish, None, Layers]:
             log.info("layers: the %s is done already", who)
             continue
         backend, table, done = this.slot.get(engine), tables[who], tables[who].keys()
+        highest = max(int(ids.max()) for rollout in missing for ids in (rollout.prompt_ids, rollout.token_ids_T))
+        if highest >= backend.info.vocab_size:
+            what = f"the responses hold token ids up to {highest}, past the {backend.info.vocab_size} rows of the {who}"
+            raise UsageError(f"{what}'s model: set model and target to ones with the tokenizer that sampled")
         table.describe(config=of[who], engine=asdict(backend.info))
         want = Want(layers=LayerWant(folder=str(states.absolute()), writes=who == "target", inside=inside))
         with table.writer() as writer, this.progress("layers", len(missing)) as progress:

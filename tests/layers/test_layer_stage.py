@@ -148,3 +148,9 @@ def test_a_hook_that_fails_is_told(made: Make) -> None:
         assert isinstance(states, States)
     _, layers = find_layers(model, 4)
     assert not any(module._forward_hooks or module._forward_pre_hooks for layer in layers for module in layer.modules())
+
+
+def test_ids_of_another_tokenizer(tmp_path: Path, made: Make, ids_file: Path) -> None:
+    small = made("llama", vocab_size=1000)
+    with pytest.raises(UsageError, match=r"token ids up to 48\d\d\d, past the 1000 rows of the target's model"):
+        run_in(tmp_path, *sides(small, ids_file))
