@@ -35,6 +35,9 @@ class CoreBackend(Core):
     logprob_kinds: ClassVar[frozenset[LogprobKind]]  # what it can report while sampling
     supports_gradients: ClassVar[bool] = False
     worker_by_default: ClassVar[bool] = False
+    adapters: ClassVar[bool] = False  # whether it loads what `config.model_files` and `config.adapter_beside` name
+    plain_adapters: ClassVar[bool] = False  # whether all it computes beside the weights is a plain LoRA
+    unknown_adapter_options: ClassVar[tuple[str, ...]] = ()  # of PEFT's config, which it would pass over
 
     def __init__(self, config: EngineConfig | BackendConfig):
         config = config.backend_config if isinstance(config, BackendConfig) else config
@@ -64,6 +67,23 @@ class CoreBackend(Core):
         from rl_onoff.models.resolve import check_name
 
         check_name(self.config.model_name, revision=self.config.revision)
+        if self.config.adapter is not None:
+            self._check_adapter(self.config.adapter, self.config.model_name)
+
+    def _check_adapter(self, name: str, path: str) -> None:
+        """Refuse an adapter that does not fit the model, whose files lie at `path`, or that the engine cannot
+        compute."""
+        from rl_onoff.models.adapter import check_base, need_peft, open_adapter
+
+        if not self.adapters:
+            raise UsageError(f"{self.name} takes no adapters: set model.adapter=null, or that of the engine")
+        adapter, config = open_adapter(name), self.config
+        check_base(adapter, config.model_name, path)
+        if config.merge_adapter or (not self.plain_adapters and config.python is None):
+            need_peft()
+        if config.adapter_beside and self.plain_adapters and (beyond := adapter.beyond(self.unknown_adapter_options)):
+            why = f"{self.name} computes plain LoRA on the decoder's linear layers alone, and the adapter has {beyond[0]}"
+            raise UsageError(f"model.adapter={name}: {why}: set model.merge_adapter=true")
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Refuse a sampler this engine does not have."""
@@ -75,6 +95,11 @@ class CoreBackend(Core):
         if self._core is not None:
             return
         self.get_tokenizer()
+        if self.config.adapter is not None:
+            from rl_onoff.models.resolve import resolve
+
+            self._check_adapter(self.config.adapter, resolve(self.config.model_name, revision=self.config.revision).path)
+            self.config.model_files()  # a merged copy is made here, where PEFT is, not in the engine's environment
         core = self._place()
         try:
             self._info = core._load()

@@ -97,8 +97,11 @@ def scorers(config: RunConfig) -> dict[str, EngineConfig]:
 
 
 def default_name(engine: EngineConfig) -> str:
-    """A folder name made of engine, model and dtype."""
-    return f"{engine.name}-{Path(engine.model_name).name.removesuffix('.gguf')}-{engine.weights_dtype}"
+    """A folder name made of engine, model, adapter and dtype."""
+    model = Path(engine.model_name).name.removesuffix(".gguf")
+    if engine.adapter is not None:
+        model += f"+{Path(engine.adapter).name}{'-merged' if engine.merge_adapter else ''}"
+    return f"{engine.name}-{model}-{engine.weights_dtype}"
 
 
 def known_engines(config: RunConfig) -> list[EngineConfig]:

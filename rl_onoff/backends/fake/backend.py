@@ -102,6 +102,8 @@ class FakeBackend(BaseBackend):
 
     def check_model(self) -> None:
         """Any name will do: it seeds the table."""
+        if self.config.adapter is not None:
+            self._check_adapter(self.config.adapter, "")
 
     def _load_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()
