@@ -115,20 +115,24 @@ def _check_shapes(adapter: Adapter, model: str, folder: Path) -> None:
     """Compare the shapes of matrices and weights, as far as the files of both have the same names."""
     from safetensors import safe_open
 
-    pairs = {match[1]: {} for match in map(PLAIN.fullmatch, adapter.shapes) if match}
-    for name, shape in adapter.shapes.items():
-        if match := PLAIN.fullmatch(name):
-            pairs[match[1]][match[2]] = shape
+    weights: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "np") as tensors:
-            for name in pairs.keys() & {key.removesuffix(".weight") for key in tensors.keys()}:  # noqa: SIM118
-                weight, (a, b) = tensors.get_slice(f"{name}.weight").get_shape(), map(pairs[name].get, "AB")
-                # sorted, for a layer like GPT-2's holds its weight transposed
-                if len(weight) == 2 and a and b and sorted(weight) != sorted((b[0], a[1])):
-                    has = f"{name} is {weight[0]} by {weight[1]} there, and {b[0]} by {a[1]} in the adapter"
-                    why = f"model.adapter={adapter.name} does not fit model.name={model} ({has})"
-                    base = adapter.config.get("base_model_name_or_path") or "the model it was trained on"
-                    raise UsageError(f"{why}: set model.name to {base}")
+            weights |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    names = {match[1] for match in map(PLAIN.fullmatch, adapter.shapes) if match}
+    kinds = {name.rpartition(".")[2] for name in names if f"{name}.weight" in weights}
+    for name in sorted(names):
+        a, b = (adapter.shapes.get(f"base_model.model.{name}.lora_{which}.weight", ()) for which in "AB")
+        weight, has = weights.get(f"{name}.weight", ()), ""
+        if not weight and name.rpartition(".")[2] in kinds:  # else the two only name their layers differently
+            has = f"there is no {name}"
+        # sorted, for a layer like GPT-2's holds its weight transposed
+        elif len(weight) == len(a) == len(b) == 2 and sorted(weight) != sorted((b[0], a[1])):
+            has = f"{name} is {weight[0]} by {weight[1]} there, and {b[0]} by {a[1]} in the adapter"
+        if has:
+            base = adapter.config.get("base_model_name_or_path") or "the model it was trained on"
+            why = f"model.adapter={adapter.name} does not fit model.name={model} ({has})"
+            raise UsageError(f"{why}: set model.name to {base}")
 
 
 def need_peft() -> None:

@@ -37,6 +37,8 @@ class VLLMBackend(BaseBackend):
     config_class: ClassVar[type[EngineConfig]] = VLLMBackendConfig
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset((LogprobKind.raw, LogprobKind.processed))
     worker_by_default: ClassVar[bool] = True
+    adapters: ClassVar[bool] = True
+    plain_adapters: ClassVar[bool] = True
     config: VLLMBackendConfig
 
     _engine: Engine | None = None
