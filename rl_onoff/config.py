@@ -41,8 +41,8 @@ class Rung(Enum):
     retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
     transform = "transform"  # raw, scaled and processed logprobs taken for one another
     decode = "decode"  # what the engine reports while it samples, against its own prefill
-    lm_head = "lm_head"  # LM head in float32
     merge = "merge"  # LoRA adapter beside the weights, not merged into them
+    lm_head = "lm_head"  # LM head in float32
     dtype = "dtype"  # all weights in float32
     tensor_parallel = "tensor_parallel"  # one device
     engine = "engine"  # one engine for both sides
