@@ -141,8 +141,8 @@ def decode(case: Case, state: State) -> list[Candidate]:
 @cause("merging: the sum of weight and adapter is rounded to the weights' type", "the adapter beside the weights")
 def merge(case: Case, state: State) -> list[Candidate]:
     sides = {who for who, engine in state.engines.items() if engine.adapter is not None and engine.merge_adapter}
-    otherwise, what = "no side has an adapter merged into weights of low precision", "the adapter beside the weights"
-    return _on_each(case, state, what, sides & case.low, otherwise, lambda side: side.with_option("merge_adapter", False))
+    what, otherwise = "the adapter beside the weights", "no side has an adapter merged into weights of low precision"
+    return _on_each(case, state, what, sides & case.low, otherwise, lambda x: x.with_option("merge_adapter", False))
 
 
 @cause("the precision of the LM head", "LM head in float32")

@@ -82,8 +82,8 @@ class CoreBackend(Core):
         if config.merge_adapter or (not self.plain_adapters and config.python is None):
             need_peft()
         if config.adapter_beside and self.plain_adapters and (beyond := adapter.beyond(self.unknown_adapter_options)):
-            why = f"{self.name} computes plain LoRA on the decoder's linear layers alone, and the adapter has {beyond[0]}"
-            raise UsageError(f"model.adapter={name}: {why}: set model.merge_adapter=true")
+            why = f"{self.name} computes plain LoRA on the decoder's linear layers alone"
+            raise UsageError(f"{why}, and model.adapter={name} has {beyond[0]}: set model.merge_adapter=true")
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Refuse a sampler this engine does not have."""
@@ -98,7 +98,8 @@ class CoreBackend(Core):
         if self.config.adapter is not None:
             from rl_onoff.models.resolve import resolve
 
-            self._check_adapter(self.config.adapter, resolve(self.config.model_name, revision=self.config.revision).path)
+            files = resolve(self.config.model_name, revision=self.config.revision)
+            self._check_adapter(self.config.adapter, files.path)
             self.config.model_files()  # a merged copy is made here, where PEFT is, not in the engine's environment
         core = self._place()
         try:

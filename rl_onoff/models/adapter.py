@@ -1,8 +1,8 @@
 """LoRA adapters in PEFT's format: what their files say, checked before weights load; a model that computes one beside
 its weights; and a copy of a model that one is merged into, which every engine loads.
 
-A trainer computes W x + s B (A x). An engine that is given merged weights computes (W + s B A) x, of which a sum that is
-rounded to bfloat16 loses what is small beside W. So the two are different policies.
+A trainer computes W x + s B (A x). An engine that is given merged weights computes (W + s B A) x, and in bfloat16 the
+sum of weights loses what is small beside W. So the two are different policies.
 """
 
 from __future__ import annotations

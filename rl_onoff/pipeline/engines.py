@@ -38,7 +38,8 @@ class Slot(AbstractContextManager["Slot"]):
             return self._backend
         self.close()
         backend, start = create_backend(config), time.monotonic()
-        log.info("loading %s with %s", config.name, config.model_name)
+        what = " and ".join(filter(None, (config.model_name, config.adapter)))
+        log.info("loading %s with %s", config.name, what)
         backend.load()
         info, seconds = backend.info, time.monotonic() - start
         log.info("%s %s ready in %.0f s (%s weights)", info.engine, info.version, seconds, info.dtype)

@@ -26,6 +26,7 @@ def test_merging_into_bfloat16_is_found(
     model = Path(tiny_llama).name
     sampler, scorer = (f"huggingface-{model}+tiny_lora{how}-bfloat16" for how in ("-merged", ""))
     assert set(folder.score_names()) == {sampler, scorer}
+    assert f"{adapter}, merged" in (folder.path / "report.html").read_text()
     found = climb(folder, *options, f"attribute.target={scorer}")
     row = found["rows"]["merge"]
     assert main_cause(found) == "merge" and row["share"] > 0.9 and row["verdict"].startswith("the main cause: merging")

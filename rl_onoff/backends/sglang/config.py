@@ -90,6 +90,11 @@ class SGLangBackendConfig(EngineConfig):
             arguments |= {"lora_paths": [adapter], "max_loras_per_batch": 1, "lora_strict_loading": True}
             if not torch.cuda.is_available():
                 arguments["lora_backend"] = "torch_native"
+            try:
+                torch.empty(0).pin_memory()
+            except RuntimeError as error:
+                why = f"SGLang pins the memory of model.adapter={self.adapter}, which cannot be done without a GPU"
+                raise UsageError(f"{why}: set model.merge_adapter=true, or that of this engine") from error
         if torch.cuda.is_available():
             arguments["enable_deterministic_inference"] = True  # a response must not depend on its batch
         else:

@@ -13,8 +13,8 @@ import psutil
 from rl_onoff.backends.placement import cores_by_rank
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.backends.vllm.hooks import HOOKS
-from rl_onoff.models.adapter import Adapter, open_adapter
 from rl_onoff.errors import UsageError, one_line
+from rl_onoff.models.adapter import Adapter, open_adapter
 
 Take = Callable[[int, bool], Iterable[tuple[Any, Sequence[int], Any]]]  # tag, token ids, params
 
@@ -129,7 +129,8 @@ class Engine:
                 for tag, token_ids, params in take(room - len(inside), not inside):
                     params.output_kind = RequestOutputKind.FINAL_ONLY
                     self._number += 1
-                    engine.add_request(str(self._number), TokensPrompt(prompt_token_ids=list(token_ids)), params, lora_request=self._adapter)
+                    prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+                    engine.add_request(str(self._number), prompt, params, lora_request=self._adapter)
                     inside[str(self._number)] = tag
                 if not inside:
                     return
