@@ -170,7 +170,7 @@ def merged(files: ModelFiles, adapter: Adapter, *, dtype: str, trust_remote_code
         with hub_errors(files.name):
             kept = [f"*{ending}" for ending in BESIDE]
             source = Path(snapshot_download(files.path, revision=files.revision, allow_patterns=kept))  # of one commit
-    parts = [file for folder in (source, adapter.folder) for file in sorted(folder.glob("*.[sj]*"))]
+    parts = sorted(file for folder in (source, adapter.folder) for file in folder.iterdir() if file.is_file())
     stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in parts for stat in [file.stat()]]
     digest = hashlib.blake2b(repr((stats, dtype)).encode(), digest_size=8).hexdigest()
 
