@@ -68,19 +68,21 @@ class CoreBackend(Core):
 
         check_name(self.config.model_name, revision=self.config.revision)
         if self.config.adapter is not None:
+            from rl_onoff.models.adapter import need_peft
+
             self._check_adapter(self.config.adapter, self.config.model_name)
+            if self.config.merge_adapter or (not self.plain_adapters and self.config.python is None):
+                need_peft()
 
     def _check_adapter(self, name: str, path: str) -> None:
         """Refuse an adapter that does not fit the model, whose files lie at `path`, or that the engine cannot
         compute."""
-        from rl_onoff.models.adapter import check_base, need_peft, open_adapter
+        from rl_onoff.models.adapter import check_base, open_adapter
 
         if not self.adapters:
             raise UsageError(f"{self.name} takes no adapters: set model.adapter=null, or that of the engine")
         adapter, config = open_adapter(name), self.config
         check_base(adapter, config.model_name, path)
-        if config.merge_adapter or (not self.plain_adapters and config.python is None):
-            need_peft()
         if config.adapter_beside and self.plain_adapters and (beyond := adapter.beyond(self.unknown_adapter_options)):
             why = f"{self.name} computes plain LoRA on the decoder's linear layers alone"
             raise UsageError(f"{why}, and model.adapter={name} has {beyond[0]}: set model.merge_adapter=true")

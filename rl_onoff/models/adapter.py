@@ -145,7 +145,6 @@ def need_peft() -> None:
 
 def with_adapter(model: Any, adapter: Adapter) -> Any:
     """PEFT's model around a model of transformers, whose layers compute the adapter from now on."""
-    need_peft()
     import peft
 
     try:

@@ -18,6 +18,7 @@ from rl_onoff.errors import MissingDependencyError, UsageError
 from rl_onoff.types import Rollout, Sampling, sample_requests
 from tests.backends.conftest import options_of
 from tests.backends.test_contract import TOLERANCE, random_responses
+from tests.backends.unpinned_sglang import UnpinnedSGLang
 
 RANK, ALPHA = 4, 12
 MODULES = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -86,9 +87,7 @@ def chosen(model: Any, rollout: Rollout) -> np.ndarray:
 
 
 def started(name: str, model: str, **options: Any) -> BaseBackend:
-    return create_backend(
-        {"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options}
-    )
+    return create_backend({"backend_type": name, "model_name": model, "backend_specific": options_of(name) | options})
 
 
 @pytest.fixture(scope="session")
@@ -96,13 +95,16 @@ def adapted(request: pytest.FixtureRequest, tiny_llama: str, adapter: str) -> It
     name, how = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(Path(adapter).parent / "cache"))
-        with started(name, tiny_llama, adapter=adapter, merge_adapter=how == "merged") as backend:
+        backend = started(name, tiny_llama, adapter=adapter, merge_adapter=how == "merged")
+        if request.param == ("sglang", "beside"):
+            backend = UnpinnedSGLang(backend.config)
+        with backend:
             yield backend
 
 
 WAYS = [
-    pytest.param((name, how), id=f"{name}-{how}", marks=[getattr(pytest.mark, name)] if name != "huggingface" else [])
-    for name in ("vllm", "sglang", "huggingface")
+    pytest.param((name, how), id=f"{name}-{how}", marks=[pytest.mark.vllm, pytest.mark.sglang, ()][i])
+    for i, name in enumerate(("vllm", "sglang", "huggingface"))
     for how in ("beside", "merged")
 ]
 
@@ -145,9 +147,7 @@ def test_gradients_reach_the_adapter_and_the_weights(tiny_llama: str, adapter: s
         whole = expected.get_submodule(layer).weight.grad
         np.testing.assert_allclose(found[f"{layer}.base_layer.weight"].grad, whole, atol=1e-5)
         b = found[f"{layer}.lora_B.default.weight"].detach()
-        np.testing.assert_allclose(
-            found[f"{layer}.lora_A.default.weight"].grad, ALPHA / RANK * b.T @ whole, atol=1e-5
-        )
+        np.testing.assert_allclose(found[f"{layer}.lora_A.default.weight"].grad, ALPHA / RANK * b.T @ whole, atol=1e-5)
         by_hand.requires_grad_(False)
 
 
@@ -208,7 +208,7 @@ def test_an_adapter_of_another_model_is_refused(
     backend = create_backend(
         {"backend_type": "vllm", "model_name": "Qwen/Qwen3-1.7B", "backend_specific": {"adapter": folder}}
     )
-    with pytest.raises(UsageError, match="was trained on Qwen/Qwen3-0.6B.*: set model.name=Qwen/Qwen3-0.6B"):
+    with pytest.raises(UsageError, match=r"was trained on Qwen/Qwen3-0.6B.*: set model.name=Qwen/Qwen3-0.6B"):
         backend.check_model()
     huggingface(tiny_llama, adapter=folder).check_model()  # the same shapes under another name: a doubt, said once
     huggingface(tiny_llama, adapter=folder).check_model()
@@ -217,7 +217,7 @@ def test_an_adapter_of_another_model_is_refused(
     tensors = load_file(file)
     first = next(name for name in tensors if "0.mlp.up_proj.lora_A" in name)
     save_file(tensors | {first: tensors[first][:, :-2].contiguous()}, file)
-    with pytest.raises(UsageError, match="layers.0.mlp.up_proj is 128 by 64 there, and 128 by 62 in the adapter"):
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp.up_proj is 128 by 64 there, and 128 by 62 in the adapter"):
         huggingface(tiny_llama, adapter=folder).check_model()
     save_file(tensors | {first.replace(".0.", ".7."): tensors[first].clone()}, file)
     with pytest.raises(UsageError, match=r"there is no model.layers.7.mlp.up_proj"):
@@ -239,22 +239,21 @@ def test_what_an_engine_would_pass_over_is_refused(tiny_llama: str, adapter: str
         ]
     ):
         folder = make_adapter(tmp_path / str(i), tiny_llama, **options)
-        with pytest.raises(UsageError, match=f"the adapter has {said}: set model.merge_adapter=true"):
+        with pytest.raises(UsageError, match=f"has {said}: set model.merge_adapter=true"):
             started(name, tiny_llama, adapter=folder).check_model()
         started(name, tiny_llama, adapter=folder, merge_adapter=True).check_model()
     tensors = load_file(f"{adapter}/adapter_model.safetensors")
-    head = {"base_model.model.lm_head.lora_A.weight": torch.ones(RANK, 64)}
-    save_file(tensors | head, tmp_path / "0/adapter_model.safetensors")
     shutil.copy(f"{adapter}/adapter_config.json", tmp_path / "0")
-    with pytest.raises(UsageError, match="decoder's linear layers alone, and the adapter has .*lm_head.lora_A"):
-        started("vllm", tiny_llama, adapter=str(tmp_path / "0")).check_model()
+    for place in ("lm_head", "model.layers.0.mlp.experts.3.up_proj"):
+        more = {f"base_model.model.{place}.lora_A.weight": torch.ones(RANK, 64)}
+        save_file(tensors | more, tmp_path / "0/adapter_model.safetensors")
+        with pytest.raises(UsageError, match=rf"decoder's linear layers alone, and model.adapter=.* has .*{place}"):
+            started("vllm", tiny_llama, adapter=str(tmp_path / "0")).check_model()
     with pytest.raises(UsageError, match="fake takes no adapters"):
         create_backend({"backend_type": "fake", "model_name": "x", "backend_specific": {"adapter": adapter}}).load()
 
 
-def test_without_peft_what_it_does_is_refused(
-    tiny_llama: str, adapter: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_peft_what_it_does_is_refused(tiny_llama: str, adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "peft", None)  # Python's own way to say that a module is not there
@@ -263,3 +262,48 @@ def test_without_peft_what_it_does_is_refused(
     with pytest.raises(MissingDependencyError, match="peft"):
         started("vllm", tiny_llama, adapter=adapter, merge_adapter=True).check_model()
     started("vllm", tiny_llama, adapter=adapter).check_model()  # vLLM has a LoRA of its own
+
+
+@pytest.mark.sglang
+def test_sglang_without_a_gpu_refuses_an_adapter_beside_the_weights(tiny_llama: str, adapter: str) -> None:
+    with pytest.raises(UsageError, match=r"cannot be done without a GPU: set model.merge_adapter=true"):
+        started("sglang", tiny_llama, adapter=adapter).load()
+
+
+def test_what_only_huggingface_computes_and_what_cannot_be_merged(
+    tiny_llama: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An LM head with an adapter: computed beside the weights; merged, unless the head is the embeddings too."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    generator = torch.Generator().manual_seed(1)
+    for tied in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, tie_word_embeddings=tied)
+        folder = tmp_path / f"model-{tied}"
+        shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        model.save_pretrained(folder)
+        lora = make_adapter(tmp_path / f"lora-{tied}", tiny_llama, target_modules=["q_proj", "lm_head"])
+        file = Path(lora) / "adapter_model.safetensors"
+        a, b = torch.randn(RANK, 64, generator=generator), torch.randn(len(model.lm_head.weight), RANK) / 50
+        head = {"base_model.model.lm_head.lora_A.weight": a, "base_model.model.lm_head.lora_B.weight": b}
+        save_file({name: x for name, x in load_file(file).items() if "q_proj" in name} | head, file)
+        with torch.no_grad():
+            for i, layer in enumerate(model.model.layers):
+                stem = f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_"
+                q_a, q_b = (load_file(file)[f"{stem}{which}.weight"] for which in "AB")
+                layer.self_attn.q_proj.weight.add_(ALPHA / RANK * q_b @ q_a)
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + ALPHA / RANK * b @ a)
+        for merge in (False, True):
+            backend = huggingface(str(folder), dtype="float32", adapter=lora, merge_adapter=merge)
+            if merge and tied:
+                with pytest.raises(UsageError, match=r"one tensor in this model: set model\.merge_adapter=false"):
+                    backend.load()
+                continue
+            with backend:
+                by_id = {one.request_id: one for one in random_responses(backend, 4)}
+                for scores in backend.score(by_id.values()):
+                    expected = chosen(model.eval(), by_id[scores.request_id])
+                    assert np.abs(scores.logprobs_T - expected).max() < TOLERANCE

@@ -1,8 +1,9 @@
 """SGLang's own LoRA on a CPU. SGLang 0.5.23 pins the memory of adapters, which torch refuses without a GPU; here
-nothing is pinned, in the worker and in SGLang's scheduler."""
+nothing is pinned, in the worker and in SGLang's scheduler, and all else is SGLang's."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from rl_onoff.backends.engine import EngineInfo
@@ -14,7 +15,7 @@ original = hooks.run_scheduler
 
 class UnpinnedSGLang(SGLangBackend):
     def _load(self) -> EngineInfo:
-        pin_nothing()
+        unpin()
         return super()._load()
 
     def _start(self, in_engine: bool) -> None:
@@ -22,17 +23,26 @@ class UnpinnedSGLang(SGLangBackend):
         super()._start(in_engine)
 
 
-def run_scheduler(*args: Any, **kwargs: Any) -> Any:
-    pin_nothing()
-    return original(*args, **kwargs)
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    unpin()
+    for name in ("layers", "backend.torch_backend"):
+        import_module(f"sglang.srt.lora.{name}").torch = Unpinned()  # type: ignore[attr-defined]
+    original(*args, **kwargs)
 
 
-def pin_nothing() -> None:
+def unpin() -> None:
     import torch
 
-    def unpinned(make: Any) -> Any:
-        return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
-
     torch.Tensor.pin_memory = lambda self, *_: self
-    for name in ("tensor", "zeros", "empty"):
-        setattr(torch, name, unpinned(getattr(torch, name)))
+
+
+class Unpinned:
+    """torch, without the option `pin_memory`."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        found = getattr(torch, name)
+        if name not in ("tensor", "zeros"):
+            return found
+        return lambda *args, pin_memory=False, **kwargs: found(*args, **kwargs)

@@ -20,7 +20,7 @@ from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.sampler import Row, draw
 from rl_onoff.errors import UsageError
-from rl_onoff.models.adapter import open_adapter, with_adapter
+from rl_onoff.models.adapter import need_peft, open_adapter, with_adapter
 from rl_onoff.models.resolve import load_errors
 from rl_onoff.types import LogprobKind, Rollout
 
@@ -46,6 +46,8 @@ def load(config: HuggingFaceBackendConfig) -> SplitModel:
         options["attn_implementation"] = config.attn_implementation
     dtype = config.weights_dtype
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
+    if config.adapter_beside:
+        need_peft()
     files = config.model_files()
     options |= {"revision": files.revision or "main", "trust_remote_code": config.trust_remote_code}
     alternatives = "backend.device_map, backend.attn_implementation or backend.engine_kwargs"
