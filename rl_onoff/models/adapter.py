@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 # a pair of matrices beside a linear layer of the decoder: no embedding, no LM head, no DoRA, no bias, and no expert,
 # which vLLM 0.32 passes over where lora_target_modules names only its projections
-PLAIN = re.compile(r"base_model\.model\.(.+\.\d+\.(?!.*\bexperts\b).+)\.lora_[AB]\.weight")
+PLAIN = re.compile(r"base_model\.model\.(?!.*\.experts\b)(.+\.\d+\..+)\.lora_[AB]\.weight")
 # options under which PEFT computes something else than s B (A x), or changes the weights as it loads an adapter
 SPECIAL = ("layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora", "use_dora", "lora_bias")
 CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # beginnings of init_lora_weights
