@@ -44,6 +44,7 @@ class Rung(Enum):
     transform = "transform"  # raw, scaled and processed logprobs taken for one another
     decode = "decode"  # what the engine reports while it samples, against its own prefill
     switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
+    merge = "merge"  # LoRA adapter beside the weights, not merged into them
     lm_head = "lm_head"  # LM head in float32
     dtype = "dtype"  # all weights in float32
     tensor_parallel = "tensor_parallel"  # one device
@@ -81,6 +82,10 @@ class ModelConfig:
     """Hub id or folder of the tokenizer; null is the model's own."""
     dtype: str | None = None
     """Type of the weights: auto, float32, float16 or bfloat16; null is auto, what the model was saved in."""
+    adapter: str | None = None
+    """LoRA adapter on top of the weights: a folder that PEFT wrote, or a hub id; null is none."""
+    merge_adapter: bool = False
+    """Merge the adapter into a copy of the weights, in their type; false computes it beside them, as a trainer does."""
     trust_remote_code: bool = False
     """Run code that ships with the model; only for models you trust."""
     sampling_defaults: bool = False
@@ -302,7 +307,8 @@ def register() -> None:
             node.pool[each.name] = f"${{pool.{each.name}}}"
         store.store(name=name, group="schema/backend", node=node)
         if not (CONF / "backend" / f"{name}.yaml").is_file():  # an engine of another package
-            node = {each: f"${{model.{each}}}" for each in ("revision", "tokenizer", "trust_remote_code", "dtype")}
+            same = ("revision", "tokenizer", "trust_remote_code", "dtype", "adapter", "merge_adapter")
+            node = {each: f"${{model.{each}}}" for each in same}
             node |= {"defaults": [f"/schema/backend/{name}@_here_", "_self_"], "model_name": "${model.name}"}
             store.store(name=name, group="backend", node=node)
             store.store(name=name, group="target", node={"defaults": [f"/backend/{name}@_here_"]})

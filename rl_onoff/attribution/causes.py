@@ -145,6 +145,13 @@ def switches(case: Case, state: State) -> list[Candidate]:
     raise NotTried("there is no switch of these engines that applies here")
 
 
+@cause("merging: the sum of weight and adapter is rounded to the weights' type", "the adapter beside the weights")
+def merge(case: Case, state: State) -> list[Candidate]:
+    sides = {who for who, engine in state.engines.items() if engine.adapter is not None and engine.merge_adapter}
+    what, otherwise = "the adapter beside the weights", "no side has an adapter merged into weights of low precision"
+    return _on_each(case, state, what, sides & case.low, otherwise, lambda x: x.with_option("merge_adapter", False))
+
+
 @cause("the precision of the LM head", "LM head in float32")
 def lm_head(case: Case, state: State) -> list[Candidate]:
     turned = _turned(case, state)["lm_head"]
@@ -238,8 +245,11 @@ def weights(case: Case, state: State) -> list[Candidate]:
     if here.what_it_computes() == theirs.what_it_computes():
         raise NotTried(f"both sides name the same weights, {here.model_name}")
     detail = OTHER_WEIGHTS
-    names = different_tensors((ours.model_name, ours.revision), (theirs.model_name, theirs.revision))
-    if names:
+    if (ours.adapter, ours.merge_adapter) != (theirs.adapter, theirs.merge_adapter):
+        sides = {"behaviour": ours, "target": theirs}.items()
+        had = [f"{x.adapter}{', merged,' if x.merge_adapter else ''} on the {who}" for who, x in sides if x.adapter]
+        detail += f" (the adapter {' and '.join(had)})" if had else ""
+    elif names := different_tensors((ours.model_name, ours.revision), (theirs.model_name, theirs.revision)):
         more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
         detail += f" (they differ in {', '.join(names[:3])}{more})"
     return [Candidate(replace(state, target=case.rescore(here)), detail=detail)]

@@ -36,6 +36,9 @@ class CoreBackend(Core):
     supports_gradients: ClassVar[bool] = False
     sees_layers: ClassVar[bool] = False  # whether it can do what Want.layers asks for
     worker_by_default: ClassVar[bool] = False
+    adapters: ClassVar[bool] = False  # whether it loads what `config.model_files` and `config.adapter_beside` name
+    plain_adapters: ClassVar[bool] = False  # whether all it computes beside the weights is a plain LoRA
+    unknown_adapter_options: ClassVar[tuple[str, ...]] = ()  # of PEFT's config, which it would pass over
 
     def __init__(self, config: EngineConfig | BackendConfig):
         config = config.backend_config if isinstance(config, BackendConfig) else config
@@ -66,6 +69,25 @@ class CoreBackend(Core):
         from rl_onoff.models.resolve import check_name
 
         check_name(self.config.model_name, revision=self.config.revision)
+        if self.config.adapter is not None:
+            from rl_onoff.models.adapter import need_peft
+
+            self._check_adapter(self.config.adapter, self.config.model_name)
+            if self.config.merge_adapter or (not self.plain_adapters and self.config.python is None):
+                need_peft()
+
+    def _check_adapter(self, name: str, path: str) -> None:
+        """Refuse an adapter that does not fit the model, whose files lie at `path`, or that the engine cannot
+        compute."""
+        from rl_onoff.models.adapter import check_base, open_adapter
+
+        if not self.adapters:
+            raise UsageError(f"{self.name} takes no adapters: set model.adapter=null, or that of the engine")
+        adapter, config = open_adapter(name), self.config
+        check_base(adapter, config.model_name, path)
+        if config.adapter_beside and self.plain_adapters and (beyond := adapter.beyond(self.unknown_adapter_options)):
+            why = f"{self.name} computes plain LoRA on the decoder's linear layers alone"
+            raise UsageError(f"{why}, and model.adapter={name} has {beyond[0]}: set model.merge_adapter=true")
 
     def model_json(self, file: str) -> dict[str, Any]:
         """One of the model's JSON files; empty where it has none."""
@@ -82,7 +104,11 @@ class CoreBackend(Core):
         if self._core is None and self._begun is None:
             from rl_onoff.models.resolve import resolve
 
-            resolve(self.config.model_name, revision=self.config.revision)  # what has to be made is made here, and told
+            # what has to be made is made here, and told; a merged copy also because PEFT is here
+            files = resolve(self.config.model_name, revision=self.config.revision)
+            if self.config.adapter is not None:
+                self._check_adapter(self.config.adapter, files.path)
+                self.config.model_files()
             core = self._place()
             core._begin()
             self._begun = core

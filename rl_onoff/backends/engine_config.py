@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind
+
+if TYPE_CHECKING:
+    from rl_onoff.models.resolve import ModelFiles
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")  # of the weights, on every engine
 DTYPES_ELSEWHERE = {
@@ -97,6 +100,10 @@ class EngineConfig:
     dtype: str | None = None
     """Type of the weights: auto, float32, float16, bfloat16 or, with HuggingFace, float64; null is auto, what the model
     was saved in."""
+    adapter: str | None = None
+    """LoRA adapter on top of the weights: a folder that PEFT wrote, or a hub id; null is none."""
+    merge_adapter: bool = False
+    """Merge the adapter into a copy of the weights, in their type; false computes it beside them, as a trainer does."""
     tp_size: int | None = None
     """Devices one replica is split over; null is 1."""
     dp_size: int | None = None
@@ -152,6 +159,22 @@ class EngineConfig:
     def weights_dtype(self) -> str:
         return self.option("dtype") or "auto"
 
+    def model_files(self) -> ModelFiles:
+        """What the engine loads: the model, or the copy of it that the adapter is merged into."""
+        from rl_onoff.models.adapter import merged, open_adapter
+        from rl_onoff.models.resolve import resolve
+
+        files = resolve(self.model_name, revision=self.revision)
+        if self.adapter is None or not self.merge_adapter:
+            return files
+        options = {"dtype": self.weights_dtype, "trust_remote_code": self.trust_remote_code}
+        return merged(files, open_adapter(self.adapter), **options)
+
+    @property
+    def adapter_beside(self) -> str | None:
+        """The adapter that the engine itself computes."""
+        return None if self.merge_adapter else self.adapter
+
     # The same engine with one thing changed: what the attribution and the view into layers ask for
 
     def with_option(self, name: str, value: Any) -> Self:
@@ -183,7 +206,7 @@ class EngineConfig:
         return self
 
     def with_model_of(self, other: EngineConfig) -> Self:
-        names = ("model_name", "revision", "tokenizer", "trust_remote_code")
+        names = ("model_name", "revision", "tokenizer", "trust_remote_code", "adapter", "merge_adapter")
         return dataclasses.replace(self, **{name: getattr(other, name) for name in names})
 
     def __post_init__(self) -> None:

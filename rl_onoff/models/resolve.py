@@ -57,9 +57,12 @@ def check_name(name: str, *, revision: str | None = None, key: str = "model.name
     if not name.strip():
         why = f"{key} is empty: set {key}={BUILT_IN}, a hub id, a local folder or a .gguf file"
     elif name != BUILT_IN and path.is_dir() and not any((path / mark).is_file() for mark in marks):
-        adapter = (path / "adapter_config.json").is_file()
-        lacks = "holds an adapter alone" if adapter else "has no config.json, so it is not a model"
-        why = f"the folder {key}={name} {lacks}: set {key} to a model's folder"
+        why = f"the folder {key}={name} has no config.json, so it is not a model: set {key} to a model's folder"
+        if (path / "adapter_config.json").is_file():
+            why = f"the folder {key}={name} holds an adapter alone: set model.adapter to it, and {key} to the model's"
+    elif key == "model.name" and path.is_dir() and (path / "adapter_config.json").is_file():
+        has = f"the folder {key}={name} holds an adapter too, which Transformers alone would load"
+        why = f"{has}: move the adapter to a folder of its own, and set model.adapter to that"
     elif name == BUILT_IN or path.is_dir() or is_gguf:
         if revision is None:
             return

@@ -150,6 +150,8 @@ def _facts(name: str, record: Mapping[str, Any], role: str) -> dict[str, Any]:
     backend, sampling = config.get("backend", {}), config.get("sampling") or {}
     drawn = (f"{key} {sampling[key]:g}" for key in (*TRANSFORM, "max_new_tokens", "seed") if key in sampling)
     found = {"role": role, "name": name, "engine": engine.get("engine"), "model": backend.get("model_name")}
+    if (adapter := backend.get("adapter")) is not None:
+        found["adapter"] = adapter + (", merged" if backend["merge_adapter"] else "")
     found |= {"dtype": engine.get("dtype"), "version": engine.get("version"), "logprobs": backend.get("logprob_kind")}
     found["sampling"] = ", ".join(drawn) or None
     return {key: value for key, value in found.items() if value is not None}

@@ -52,7 +52,8 @@ class Slot(AbstractContextManager["Slot"]):
         if backend is self._backend:
             return backend
         self._backend = _closed(self._backend)
-        log.info("loading %s with %s", config.name, config.model_name)
+        what = " and ".join(filter(None, (config.model_name, config.adapter)))
+        log.info("loading %s with %s", config.name, what)
         backend.load()
         info, seconds = backend.info, time.monotonic() - start
         log.info("%s %s ready in %.0f s (%s weights)", info.engine, info.version, seconds, info.dtype)
@@ -118,8 +119,11 @@ def scorers(config: RunConfig) -> dict[str, EngineConfig]:
 
 
 def default_name(engine: EngineConfig) -> str:
-    """A folder name made of engine, model and dtype."""
-    return f"{engine.name}-{Path(engine.model_name).name.removesuffix('.gguf')}-{engine.weights_dtype}"
+    """A folder name made of engine, model, adapter and dtype."""
+    model = Path(engine.model_name).name.removesuffix(".gguf")
+    if engine.adapter is not None:
+        model += f"+{Path(engine.adapter).name}{'-merged' if engine.merge_adapter else ''}"
+    return f"{engine.name}-{model}-{engine.weights_dtype}"
 
 
 def known_engines(config: RunConfig) -> list[EngineConfig]:

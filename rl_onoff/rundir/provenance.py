@@ -60,7 +60,7 @@ def is_truth(record: Mapping[str, Any]) -> bool:
 def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two records name the same weights, as far as both name any."""
     first, second = (record.get("config", {}).get("backend") for record in (one, other))
-    return not (first and second) or all(first.get(x) == second.get(x) for x in ("model_name", "revision"))
+    return not (first and second) or all(first.get(x) == second.get(x) for x in ("model_name", "revision", "adapter"))
 
 
 def _settled(backend: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class RayPool(Pool):
     def _clients(self) -> Sequence[WorkerClient]:
         config, number = self._config, self._config.dp_size
         self._connection = Connection.join(config.pool, (number or 1) * config.pool.cpus_per_replica)
-        names = {name: getattr(config, name) for name in ("model_name", "tokenizer")}
+        names = {name: getattr(config, name) for name in ("model_name", "tokenizer", "adapter")}
         paths = {name: os.path.abspath(path) for name, path in names.items() if path and os.path.exists(path)}
         there = replace(config, **paths)  # a node's working folder is another
         return [RayClient(self._class, there) for _ in range(number or replicas_that_fit(alive_nodes(), config))]

@@ -72,7 +72,10 @@ def test_a_tokenizers_folder_needs_no_model(tmp_path):
     with pytest.raises(UsageError, match=r"model\.tokenizer=\./no does not exist: set model\.tokenizer"):
         models.check_name("./no", key="model.tokenizer")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"holds an adapter alone: set model\.name"):
+    with pytest.raises(UsageError, match=r"holds an adapter alone: set model\.adapter to it, and model\.name"):
+        models.check_name(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"holds an adapter too, .*set model\.adapter to that"):
         models.check_name(str(tmp_path))
 
 

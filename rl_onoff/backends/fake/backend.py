@@ -105,6 +105,8 @@ class FakeBackend(BaseBackend):
 
     def check_model(self) -> None:
         """Any name will do: it seeds the table."""
+        if self.config.adapter is not None:
+            self._check_adapter(self.config.adapter, "")
 
     def model_json(self, file: str) -> dict[str, Any]:
         return {}

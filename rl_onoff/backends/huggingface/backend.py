@@ -41,11 +41,18 @@ class HuggingFaceBackend(BaseBackend):
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset(LogprobKind)
     supports_gradients: ClassVar[bool] = True
     sees_layers: ClassVar[bool] = True
+    adapters: ClassVar[bool] = True
     config: HuggingFaceBackendConfig
 
     _split: Any = None
     _limits: Any = None
     _ranks = Ranks()  # the processes that compute with this one; none, unless tp_size is above 1
+
+    def _check_adapter(self, name: str, path: str) -> None:
+        super()._check_adapter(name, path)
+        if self.config.num_devices > 1 and not self.config.merge_adapter:
+            why = f"Transformers does not split an adapter, and backend.tp_size is {self.config.tp_size}"
+            raise UsageError(f"{why}: set model.merge_adapter=true, or backend.tp_size=1")
 
     def _load(self) -> EngineInfo:
         import transformers

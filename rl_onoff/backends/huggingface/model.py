@@ -14,7 +14,8 @@ from rl_onoff.backends.huggingface import packed
 from rl_onoff.backends.huggingface.cache import can_grow
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.errors import UsageError
-from rl_onoff.models.resolve import load_errors, resolve
+from rl_onoff.models.adapter import need_peft, open_adapter, with_adapter
+from rl_onoff.models.resolve import load_errors
 from rl_onoff.types import Rollout
 
 if TYPE_CHECKING:
@@ -40,11 +41,15 @@ def load(config: HuggingFaceBackendConfig) -> SplitModel:
         options["attn_implementation"] = config.attn_implementation
     dtype = config.weights_dtype
     options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
-    files = resolve(config.model_name, revision=config.revision)
+    if config.adapter_beside:
+        need_peft()
+    files = config.model_files()
     options |= {"revision": files.revision or "main", "trust_remote_code": config.trust_remote_code}
     alternatives = "backend.device_map, backend.attn_implementation or backend.engine_kwargs"
     with load_errors(config.model_name, options=alternatives):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(files.path, **options, **config.engine_kwargs)
+    if config.adapter_beside:
+        with_adapter(model, open_adapter(config.adapter_beside))
     if options["device_map"] is None and config.num_devices == 1:
         name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:

@@ -13,7 +13,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from rl_onoff.backends.engine import EngineInfo, Supply, whole
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.layers import NO_LAYERS, states_name
 from rl_onoff.backends.sglang import hooks
-from rl_onoff.backends.sglang.config import MARGIN, SGLangBackendConfig
+from rl_onoff.backends.sglang.config import ADAPTER, MARGIN, SGLangBackendConfig
 from rl_onoff.backends.sglang.hooks import INFO, Job
 from rl_onoff.backends.sglang.layers import LayerJob
 from rl_onoff.backends.sglang.public import PublicScorer, check
@@ -39,6 +39,7 @@ MAX_STOP = 32
 MAX_IN_FLIGHT = 1024  # responses handed to the engine at a time; its own queue needs no more to fill a batch
 NO_TOP_K = 1 << 30  # SGLang's way to say that every token is kept
 PERIOD = 0.05  # seconds between two looks for more work while no result comes
+CALLS = ("generate", "async_generate")  # of SGLang's Engine
 PROBE = {"max_new_tokens": 1, "temperature": 0.0}  # with 0 new tokens the statistics would not come back
 
 Work = tuple[int, Callable[[], Coroutine[Any, Any, Any]]]  # (cost, what gives a result)
@@ -55,6 +56,9 @@ class SGLangBackend(BaseBackend):
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset({LogprobKind.raw, LogprobKind.scaled})
     worker_by_default: ClassVar[bool] = True
     sees_layers: ClassVar[bool] = True
+    adapters: ClassVar[bool] = True
+    plain_adapters: ClassVar[bool] = True
+    unknown_adapter_options: ClassVar[tuple[str, ...]] = ("use_rslora", "rank_pattern", "alpha_pattern")
     config: SGLangBackendConfig
 
     _engine: Any = None
@@ -145,7 +149,9 @@ class SGLangBackend(BaseBackend):
         os.environ.update(self.config.environment())
         from sglang.srt.entrypoints.engine import Engine
 
-        ours = {"run_scheduler_process_func": staticmethod(hooks.run_scheduler)}
+        ours: dict[str, Any] = {"run_scheduler_process_func": staticmethod(hooks.run_scheduler)}
+        if self.config.adapter_beside:  # every request names it
+            ours |= {name: partialmethod(getattr(Engine, name), lora_path=ADAPTER) for name in CALLS}
         options = {} if in_engine else {"enable_return_hidden_states": True}
         self._engine = type("HookedEngine", (Engine,), ours)(**self.config.arguments() | options)
         self._pool = self._engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]

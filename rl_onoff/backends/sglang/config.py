@@ -12,6 +12,7 @@ from rl_onoff.errors import UsageError, at_least
 from rl_onoff.sampling import LogprobKind
 
 MARGIN = 7  # positions of its context that SGLang never fills: a prompt must be that much shorter
+ADAPTER = "adapter"  # its name inside SGLang
 CPU_POOL = 16384  # tokens in the key-value cache on a CPU, where a fraction of all memory would be too much
 
 
@@ -45,7 +46,7 @@ class SGLangBackendConfig(EngineConfig):
     owned_kwargs: ClassVar[tuple[str, ...]] = (
         "model_path=model.name", "tokenizer_path=model.tokenizer", "dtype", "tp_size", "dp_size", "mem_fraction_static",
         "context_length", "random_seed=backend.seed", "revision=model.revision",
-        "trust_remote_code=model.trust_remote_code",
+        "trust_remote_code=model.trust_remote_code", "enable_lora=model.adapter", "lora_paths=model.adapter",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -82,9 +83,10 @@ class SGLangBackendConfig(EngineConfig):
         import torch
         from sglang.srt.utils.hf_transformers_utils import get_config, get_context_length
 
+        from rl_onoff.models.adapter import open_adapter
         from rl_onoff.models.resolve import resolve
 
-        files = resolve(self.model_name, revision=self.revision)
+        files = self.model_files()
         model = get_config(files.path, trust_remote_code=self.trust_remote_code, revision=files.revision)
         longest = get_context_length(model.get_text_config())
         if (self.context_length or 0) > longest:
@@ -99,6 +101,16 @@ class SGLangBackendConfig(EngineConfig):
             "sampling_defaults": "openai",  # not the model's generation config
             "sampling_backend": "pytorch",  # the one that our sampler stands in for
         }  # fmt: skip
+        if self.adapter_beside:
+            adapter = {"lora_name": ADAPTER, "lora_path": str(open_adapter(self.adapter_beside).folder), "pinned": True}
+            arguments |= {"lora_paths": [adapter], "max_loras_per_batch": 1, "lora_strict_loading": True}
+            if not torch.cuda.is_available():
+                arguments["lora_backend"] = "torch_native"
+            try:
+                torch.empty(0).pin_memory()
+            except RuntimeError as error:
+                why = f"SGLang pins the memory of model.adapter={self.adapter}, which cannot be done without a GPU"
+                raise UsageError(f"{why}: set model.merge_adapter=true, or that of this engine") from error
         if torch.cuda.is_available():
             arguments["enable_deterministic_inference"] = True  # a response must not depend on its batch
         else:

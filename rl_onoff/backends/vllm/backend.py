@@ -40,6 +40,8 @@ class VLLMBackend(BaseBackend):
     logprob_kinds: ClassVar[frozenset[LogprobKind]] = frozenset((LogprobKind.raw, LogprobKind.processed))
     worker_by_default: ClassVar[bool] = True
     sees_layers: ClassVar[bool] = True
+    adapters: ClassVar[bool] = True
+    plain_adapters: ClassVar[bool] = True
     config: VLLMBackendConfig
 
     _engine: Engine | None = None

@@ -51,7 +51,8 @@ class VLLMBackendConfig(EngineConfig):
         "gpu_memory_utilization", "enforce_eager", "revision=model.revision",
         "trust_remote_code=model.trust_remote_code", "logprobs_mode=backend.logprob_kind",
         "max_logprobs=score.top_k", "worker_extension_cls=backend.in_engine_stats",
-        "data_parallel_size=backend.dp_size",
+        "data_parallel_size=backend.dp_size", "enable_lora=model.adapter", "max_lora_rank=model.adapter",
+        "lora_target_modules=model.adapter",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -6,14 +6,15 @@ import dataclasses
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import psutil
 
 from rl_onoff.backends.placement import cores_by_rank
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.backends.vllm.hooks import HOOKS
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, one_line
+from rl_onoff.models.adapter import Adapter, open_adapter
 
 Take = Callable[[int, bool], Iterable[tuple[Any, Sequence[int], Any]]]  # tag, token ids, params
 
@@ -23,6 +24,17 @@ def options() -> frozenset[str]:
     from vllm.engine.arg_utils import EngineArgs
 
     return frozenset(field.name for field in dataclasses.fields(EngineArgs))
+
+
+def room_for(adapter: Adapter) -> int:
+    """The least of the ranks that vLLM reserves memory for."""
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks = get_args(MaxLoRARanks)
+    if adapter.rank > max(ranks):
+        why = f"vLLM takes adapters up to rank {max(ranks)}, and model.adapter={adapter.name} has {adapter.rank}"
+        raise UsageError(f"{why}: set model.merge_adapter=true")
+    return min(rank for rank in ranks if rank >= adapter.rank)
 
 
 class Engine:
@@ -39,7 +51,8 @@ class Engine:
             if option not in options():
                 what = f"backend.engine_kwargs.{option} is no option of this vLLM"
                 raise UsageError(f"{what}: drop it or correct its name")
-        files = resolve(config.model_name, revision=config.revision)
+        files = config.model_files()
+        adapter = open_adapter(config.adapter_beside) if config.adapter_beside else None
         self._on_cpu = current_platform.is_cpu()
         self.mode = mode  # vLLM's logprobs_mode, which is fixed for life
         kwargs: dict[str, Any] = {
@@ -60,6 +73,9 @@ class Engine:
             kwargs["enable_chunked_prefill"] = False
         if in_engine:
             kwargs |= HOOKS
+        if adapter is not None:
+            # of these modules alone: vLLM would also wrap the LM head, for the rows it samples and not those we score
+            kwargs |= {"enable_lora": True, "lora_target_modules": adapter.modules, "max_lora_rank": room_for(adapter)}
         # vLLM's settings that are environment variables; what the user has set stays
         environment = {"VLLM_NO_USAGE_STATS": "1"}
         if config.num_devices == 1:
@@ -80,11 +96,24 @@ class Engine:
         with hub_errors(config.model_name):
             self._llm: Any = LLM(**kwargs | config.engine_kwargs)
         self.model = self._llm.llm_engine.model_config
+        self._adapter = None if adapter is None else self._loaded(adapter)
         self.vocab_size: int = self.model.get_vocab_size()
         # most requests that are computed at once
         self.batch: int = self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self.caches_prompts = bool(self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching)
         self._number = 0  # of the latest request
+
+    def _loaded(self, adapter: Adapter) -> Any:
+        """The adapter, loaded; what every request is given."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(adapter.name, 1, str(adapter.folder))
+        try:
+            self._llm.llm_engine.add_lora(request)
+        except ValueError as error:
+            why = f"vLLM cannot load model.adapter={adapter.name} ({one_line(error)})"
+            raise UsageError(f"{why}: set model.merge_adapter=true") from error
+        return request
 
     def run(self, take: Take, most: int | None = None) -> Iterator[list[tuple[Any, Any]]]:
         """Feed (tag, token ids, params) to vLLM; yields after each step the (tag, output) that finished in it.
@@ -103,7 +132,8 @@ class Engine:
                 for tag, token_ids, params in take(room - len(inside), not inside):
                     params.output_kind = RequestOutputKind.FINAL_ONLY
                     self._number += 1
-                    engine.add_request(str(self._number), TokensPrompt(prompt_token_ids=list(token_ids)), params)
+                    prompt = TokensPrompt(prompt_token_ids=list(token_ids))
+                    engine.add_request(str(self._number), prompt, params, lora_request=self._adapter)
                     inside[str(self._number)] = tag
                 if not inside:
                     return
