@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from rl_onoff import acceptance_config, config
+from rl_onoff import analysis_config, config
 from rl_onoff.backends import engine_config as engines
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import WHEN, EngineConfig
@@ -29,7 +29,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 INTRO = """# Configuration
 
 Written by `python docs/make_configuration.py` from the dataclasses in `rl_onoff/config.py`,
-`rl_onoff/acceptance_config.py`, `rl_onoff/backends/engine_config.py` and the `config.py` of each engine.
+`rl_onoff/analysis_config.py`, `rl_onoff/backends/engine_config.py` and the `config.py` of each engine.
 
 Every field is set on the command line as `group.field=value`; a whole group is chosen as `group=choice`.
 `model=NAME` is short for `model.name=NAME`. Lists are written `'[a,b]'`, a value with spaces or commas as
@@ -86,7 +86,7 @@ def shown_type(field: dataclasses.Field[Any]) -> str:
     """The annotation; of an enum, its values."""
     enums = {
         name: kind
-        for name, kind in {**vars(engines), **vars(acceptance_config), **vars(config)}.items()
+        for name, kind in {**vars(engines), **vars(analysis_config), **vars(config)}.items()
         if inspect.isclass(kind) and issubclass(kind, Enum)
     }
     names = [

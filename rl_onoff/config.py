@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from rl_onoff.acceptance_config import AcceptanceConfig
+from rl_onoff.analysis_config import AcceptanceConfig, AttributeConfig, LayersConfig
 from rl_onoff.backends import engine_configs
-from rl_onoff.backends.engine_config import EngineConfig, LayersConfig, PoolConfig
+from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import UsageError, at_least, nearest
 from rl_onoff.sampling import LogprobKind, Sampling
 
@@ -33,23 +33,6 @@ class Stage(Enum):
     attribute = "attribute"
     layers = "layers"
     acceptance = "acceptance"
-
-
-class Rung(Enum):
-    """A cause that the attribution tries, in this order; a change that explains something is kept for later rungs."""
-
-    noise = "noise"  # the same engine scores the same tokens in other batches
-    end_token = "end_token"  # the last token is there on one side only, or is treated differently
-    retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
-    transform = "transform"  # raw, scaled and processed logprobs taken for one another
-    decode = "decode"  # what the engine reports while it samples, against its own prefill
-    switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
-    merge = "merge"  # LoRA adapter beside the weights, not merged into them
-    lm_head = "lm_head"  # LM head in float32
-    dtype = "dtype"  # all weights in float32
-    tensor_parallel = "tensor_parallel"  # one device
-    engine = "engine"  # one engine for both sides
-    weights = "weights"  # one model for both sides
 
 
 class Format(Enum):
@@ -175,22 +158,6 @@ class CompareConfig:
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer that writes a file's tokens out, and checks them against the text beside them;
     null shows the file's pieces, else ids."""
-
-
-@dataclass(kw_only=True, slots=True)
-class AttributeConfig:
-    """How the gap between behaviour and target is taken apart."""
-
-    target: str | None = None
-    """Name of the scores whose gap is explained; null is the furthest from the behaviour."""
-    rungs: list[Rung] = field(default_factory=list)
-    """Causes to try; empty is all of them."""
-    switches: list[str] = field(default_factory=list)
-    """Switches of the engines to try, by name (in the tables below); empty is all that apply."""
-    limit: int | None = 256
-    """Most responses that are scored again, chosen at random but always the same; null is all."""
-    truth_check: int = 4
-    """Responses on which the truth, a forward pass in float32, is checked in float64; 0 checks nothing."""
 
 
 @dataclass(kw_only=True, slots=True)

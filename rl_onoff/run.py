@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from hydra.utils import instantiate
 
 from rl_onoff.acceptance.accept import run_acceptance
@@ -18,23 +13,22 @@ from rl_onoff.attribution.ladder import run_attribute
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import check_installed
-from rl_onoff.compare import HEADLINES, METRICS
+from rl_onoff.compare import HEADLINES
 from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows, with_template_kwargs
 from rl_onoff.data.rollouts import load_responses
-from rl_onoff.errors import GateError, NotComparableError, UsageError, nearest
+from rl_onoff.errors import UsageError, nearest
 from rl_onoff.layers.stage import check_sides, run_layers
 from rl_onoff.models.resolve import model_sampling
 from rl_onoff.pipeline import stages
-from rl_onoff.pipeline.compare import check_policies, compare_run, gap_of, run_matrix, verdict_of, write_page
-from rl_onoff.pipeline.compare_inputs import open_sources, own_scores
+from rl_onoff.pipeline.compare import check_policies, compare_run, run_matrix, write_page
+from rl_onoff.pipeline.compare_inputs import open_sources
+from rl_onoff.pipeline.conclude import conclude, gate, track_rows
 from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.stages import Run
-from rl_onoff.report.tables import summary_text
 from rl_onoff.rewards import load_reward
 from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of, texts_tokenizer
-from rl_onoff.rundir.summary import Summary, summarise
 from rl_onoff.rundir.table import RunDir, Table
 from rl_onoff.tracking import Tracker
 from rl_onoff.types import Want
@@ -235,87 +229,3 @@ def acceptance(this: Run) -> Steps:
 
 
 STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute, layers, acceptance)}
-
-
-def conclude(this: Run) -> dict[str, float]:
-    """Gather the run's numbers, then write, log and print what it found."""
-    folder, comparisons = this.folder, this.comparisons
-    summary, said = summarise(folder), {}
-    summary.values |= this.values
-    for name, comparison in comparisons.items():
-        estimates = {metric: comparison[metric].value for metric in HEADLINES if metric in comparison}
-        estimates |= comparison.whose_error.values() if comparison.whose_error else {}
-        summary.values |= {f"onoff/{name}/{metric}": x for metric, x in estimates.items() if math.isfinite(x)}
-    if comparisons:
-        summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
-        said = {"verdict": verdict_of(folder, comparisons)}
-    summary.values = {name: value for name, value in summary.values.items() if math.isfinite(value)}  # −inf is no JSON
-    found = {"values": summary.values, "comparisons": {name: each.to_dict() for name, each in comparisons.items()}}
-    folder.write_json("metrics.json", {**said, **found, **this.sections})
-    track(this, summary)
-    in_words = re.compile("matrix/|attribute/|layers/|acceptance/|onoff/kl_k3")
-    shown = {name: value for name, value in summary.values.items() if not in_words.match(name)}
-    texts = [] if this.brief or not shown else [summary_text(shown)]
-    texts += this.texts
-    if all(comparison.comparable for comparison in comparisons.values()) or Stage.compare not in this.config.stages:
-        texts += [f"  {name}: set aside, {x.sentence()}" for name, each in comparisons.items() for x in each.findings]
-        texts += [f"  {sentence}" for sentence in said.values()]
-    where = {"run folder": folder.path, "page": this.page, "W&B": this.tracker.where}
-    print("\n\n".join([*texts, "\n".join(f"  {name:10}  {place}" for name, place in where.items() if place)]))
-    return summary.values
-
-
-def gate(this: Run) -> None:
-    """NotComparableError (exit code 3) where numbers mean nothing, GateError (4) beyond compare.fail_above, and where
-    acceptance failed."""
-    if failed := this.sections.get("acceptance", {}).get("failed"):
-        names = ",".join(failed)
-        raise GateError(f"acceptance failed: {names}: fix what its lines say, or set acceptance.skip=[{names}]")
-    if Stage.compare not in this.config.stages:  # experiment=attribute says the cause
-        return
-    asked, own = this.config.compare, own_scores(this.folder) if this.comparisons else None
-    if not all(comparison.comparable for comparison in this.comparisons.values()):
-        raise NotComparableError(verdict_of(this.folder, this.comparisons))
-    metric, bar = METRICS[asked.fail_metric], asked.fail_above
-    for name, comparison in this.comparisons.items():
-        if bar is None or (name == own and len(this.comparisons) > 1) or asked.fail_metric not in comparison:
-            continue
-        value = comparison[asked.fail_metric].value
-        size = abs(value - 1) if metric.better == "one" else abs(value)
-        if value < bar if metric.better == "higher" else size > bar:
-            which = "below" if metric.better == "higher" else "beyond"
-            raise GateError(f"{asked.fail_metric} of {name} is {value:.4g}, {which} compare.fail_above={bar:g}")
-
-
-def track(this: Run, summary: Summary) -> None:
-    """Log what the run ends with; of a comparison what its page shows: intervals, histograms, the worst tokens."""
-    folder, tracker = this.folder, this.tracker
-    tracker.summary(summary.values)
-    for name, (counts, edges) in summary.histograms.items():
-        tracker.histogram(name, counts, edges)
-    columns = ("request_id", "sample", "prompt", "text", "reward", "finish_reason")
-    if folder.completions.exists():
-        rows = (tuple(row[column] for column in columns) for row in folder.completions.rows(columns))
-        tracker.table("responses", columns, rows, total=int(summary.values["generate/responses"]))
-    for name, comparison in this.comparisons.items():
-        for metric in HEADLINES:
-            if metric in comparison:
-                estimate = comparison[metric]
-                tracker.summary({f"onoff/{name}/{metric}_lo": estimate.lo, f"onoff/{name}/{metric}_hi": estimate.hi})
-        for what in ("l", "abs_l", "entropy_behaviour", "entropy_target"):
-            if histogram := comparison.histograms.get(what):
-                counts, edges = np.asarray(histogram["counts"]), np.asarray(histogram["edges"])
-                tracker.histogram(f"onoff/{name}/{what}", counts, edges)
-        tables = {"worst_tokens": comparison.worst, "findings": [asdict(each) for each in comparison.findings]}
-        tables["whose_error"] = comparison.whose_error.rows() if comparison.whose_error else []
-        for what, rows in tables.items():
-            if rows:
-                track_rows(tracker, f"onoff/{name}/{what}", rows)
-    if this.page is not None:
-        tracker.html("report", this.page)
-    tracker.artifact(folder.path)
-
-
-def track_rows(tracker: Tracker, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Log a table, one row or more."""
-    tracker.table(name, tuple(rows[0]), (tuple(row.values()) for row in rows), total=len(rows))

@@ -15,7 +15,7 @@ import numpy as np
 from rl_onoff.acceptance import lines
 from rl_onoff.acceptance.lines import FAIL, NOT_TRIED, PASS, Line, NotTried
 from rl_onoff.acceptance.measure import Bench, draw_again, draw_in_full, end_tokens, head_mass
-from rl_onoff.acceptance_config import Check
+from rl_onoff.analysis_config import Check
 from rl_onoff.backends import create_backend
 from rl_onoff.data.prompts import is_ids
 from rl_onoff.data.requests import check_lengths, encode_rows, messages_of, with_template_kwargs

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_onoff.acceptance_config import Check
+from rl_onoff.analysis_config import Check
 from rl_onoff.compare.metrics import token_terms
 from rl_onoff.types import Rollout, TokenScores
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from rl_onoff.analysis_config import Rung
 from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.config import Rung
 from rl_onoff.models.resolve import different_tensors
 from rl_onoff.rundir.join import TRANSFORM
 from rl_onoff.rundir.provenance import texts_tokenizer

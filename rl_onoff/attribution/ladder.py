@@ -17,13 +17,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from rl_onoff.analysis_config import Rung
 from rl_onoff.attribution.causes import Attempt, steps
 from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
 from rl_onoff.attribution.truth import errors_of
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import ON_POLICY_K3, WhoseError
-from rl_onoff.config import Rung
 from rl_onoff.errors import OnOffError, UsageError, nearest
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.pipeline.stages import Run

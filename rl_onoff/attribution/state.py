@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from rl_onoff.analysis_config import Rung
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import as_kind
 from rl_onoff.compare.metrics import token_terms
-from rl_onoff.config import Rung
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import SCORES, sampler_of

@@ -69,21 +69,6 @@ class Switch:
 
 
 @dataclass(kw_only=True, slots=True)
-class LayersConfig:
-    """Of which responses the hidden states of backend and target are compared. The target's are on disk meanwhile."""
-
-    limit: int | None = 64
-    """Most responses that are looked at, chosen at random but always the same; null is all. The disk holds 4 bytes ×
-    (layers + 2) × hidden size a token."""
-    inside: int = 8
-    """In how many of them, the longest, each layer's attention and MLP are looked at too: 3 times the disk."""
-
-    def __post_init__(self) -> None:
-        at_least(1, "layers.limit", self.limit, "64, or null for all responses")
-        at_least(0, "layers.inside", self.inside, 8)
-
-
-@dataclass(kw_only=True, slots=True)
 class EngineConfig:
     """Options every engine has."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_onoff.acceptance_config import Check
+from rl_onoff.analysis_config import Check
 from rl_onoff.compare import ON_POLICY_K3
 from tests.conftest import SGLANG_PYTHON
 from tests.running import run_in

@@ -16,7 +16,7 @@ from rl_onoff.acceptance.lines import (
     sampling_line,
     template_line,
 )
-from rl_onoff.acceptance_config import Check
+from rl_onoff.analysis_config import Check
 from rl_onoff.types import TokenScores
 
 

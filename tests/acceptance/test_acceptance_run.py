@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rl_onoff.acceptance.measure import draw_in_full, head_mass, turn_end
-from rl_onoff.acceptance_config import Check
+from rl_onoff.analysis_config import Check
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine import EngineInfo, Supply
 from rl_onoff.backends.fake import backend as fake

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rl_onoff.analysis_config import Rung
 from rl_onoff.attribution import state
 from rl_onoff.attribution.state import gap
-from rl_onoff.config import Rung
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir
 from rl_onoff.types import TokenScores

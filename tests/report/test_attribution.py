@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rl_onoff.analysis_config import Rung
 from rl_onoff.attribution.ladder import Attribution
 from rl_onoff.attribution.state import Row
-from rl_onoff.config import Rung
 from rl_onoff.report import write_report
 
 

@@ -1,4 +1,4 @@
-"""The checks of experiment=acceptance and their bars: the config group `acceptance`."""
+"""What is asked of a run or an engine and how: the config groups `attribute`, `layers` and `acceptance`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,54 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from rl_onoff.errors import at_least
+
+
+class Rung(Enum):
+    """A cause that the attribution tries, in this order; a change that explains something is kept for later rungs."""
+
+    noise = "noise"  # the same engine scores the same tokens in other batches
+    end_token = "end_token"  # the last token is there on one side only, or is treated differently
+    retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
+    transform = "transform"  # raw, scaled and processed logprobs taken for one another
+    decode = "decode"  # what the engine reports while it samples, against its own prefill
+    switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
+    merge = "merge"  # LoRA adapter beside the weights, not merged into them
+    lm_head = "lm_head"  # LM head in float32
+    dtype = "dtype"  # all weights in float32
+    tensor_parallel = "tensor_parallel"  # one device
+    engine = "engine"  # one engine for both sides
+    weights = "weights"  # one model for both sides
+
+
+@dataclass(kw_only=True, slots=True)
+class AttributeConfig:
+    """How the gap between behaviour and target is taken apart."""
+
+    target: str | None = None
+    """Name of the scores whose gap is explained; null is the furthest from the behaviour."""
+    rungs: list[Rung] = field(default_factory=list)
+    """Causes to try; empty is all of them."""
+    switches: list[str] = field(default_factory=list)
+    """Switches of the engines to try, by name (in the tables below); empty is all that apply."""
+    limit: int | None = 256
+    """Most responses that are scored again, chosen at random but always the same; null is all."""
+    truth_check: int = 4
+    """Responses on which the truth, a forward pass in float32, is checked in float64; 0 checks nothing."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LayersConfig:
+    """Of which responses the hidden states of backend and target are compared. The target's are on disk meanwhile."""
+
+    limit: int | None = 64
+    """Most responses that are looked at, chosen at random but always the same; null is all. The disk holds 4 bytes ×
+    (layers + 2) × hidden size a token."""
+    inside: int = 8
+    """In how many of them, the longest, each layer's attention and MLP are looked at too: 3 times the disk."""
+
+    def __post_init__(self) -> None:
+        at_least(1, "layers.limit", self.limit, "64, or null for all responses")
+        at_least(0, "layers.inside", self.inside, 8)
 
 
 class Check(Enum):
