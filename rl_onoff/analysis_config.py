@@ -16,8 +16,8 @@ class Rung(Enum):
     retokenised = "retokenised"  # the target scored the text's ids, not the sampled ones
     transform = "transform"  # raw, scaled and processed logprobs taken for one another
     decode = "decode"  # what the engine reports while it samples, against its own prefill
-    switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
     merge = "merge"  # LoRA adapter beside the weights, not merged into them
+    switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
     lm_head = "lm_head"  # LM head in float32
     dtype = "dtype"  # all weights in float32
     tensor_parallel = "tensor_parallel"  # one device

@@ -140,16 +140,17 @@ def decode(case: Case, state: State) -> list[Candidate]:
     return [Candidate(replace(state, behaviour=case.own or case.rescore(state.behaviour.engine)))]
 
 
+@cause("merging: the sum of weight and adapter is rounded to the weights' type", "the adapter beside the weights")
+def merge(case: Case, state: State) -> list[Candidate]:
+    what, otherwise = "the adapter beside the weights", "no side has an adapter merged into weights of low precision"
+    engines = {who: engine for who, engine in state.engines.items() if engine.adapter and engine.merge_adapter}
+    beside = {who: engine.with_option("merge_adapter", False) for who, engine in engines.items()}
+    return _on_each(case, state, what, beside.keys() & case.low, otherwise, beside.get)
+
+
 @cause("a switch of the engine", "a switch of the engine")
 def switches(case: Case, state: State) -> list[Candidate]:
     raise NotTried("there is no switch of these engines that applies here")
-
-
-@cause("merging: the sum of weight and adapter is rounded to the weights' type", "the adapter beside the weights")
-def merge(case: Case, state: State) -> list[Candidate]:
-    sides = {who for who, engine in state.engines.items() if engine.adapter is not None and engine.merge_adapter}
-    what, otherwise = "the adapter beside the weights", "no side has an adapter merged into weights of low precision"
-    return _on_each(case, state, what, sides & case.low, otherwise, lambda x: x.with_option("merge_adapter", False))
 
 
 @cause("the precision of the LM head", "LM head in float32")
