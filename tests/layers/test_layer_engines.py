@@ -14,6 +14,8 @@ Make = Callable[..., str]
 
 CHUNKS = "+backend.engine_kwargs={enable_chunked_prefill: true, max_num_batched_tokens: 48, max_num_seqs: 4}"
 
+SMALL_CHUNKS = "+backend.engine_kwargs={chunked_prefill_size: 48}"
+
 
 def check_equal(found: dict[str, Any]) -> None:
     """Not more than rounding, at every token of every point, in attention and MLP too."""
@@ -38,6 +40,7 @@ def test_a_fault_in_vllm_is_named_against_huggingface(look: Look, made: Make) ->
 
 
 @pytest.mark.sglang
-def test_sglang_has_the_states_of_huggingface(look: Look, made: Make) -> None:
+@pytest.mark.parametrize("options", [(), (SMALL_CHUNKS,)], ids=["whole", "chunks"])
+def test_sglang_has_the_states_of_huggingface(look: Look, made: Make, options: tuple[str, ...]) -> None:
     model = made("llama")
-    check_equal(look(model, model, "backend=sglang", f"backend.python={SGLANG_PYTHON}"))
+    check_equal(look(model, model, "backend=sglang", f"backend.python={SGLANG_PYTHON}", *options))
