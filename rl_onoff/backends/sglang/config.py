@@ -102,7 +102,7 @@ class SGLangBackendConfig(EngineConfig):
             "sampling_backend": "pytorch",  # the one that our sampler stands in for
         }  # fmt: skip
         if self.adapter_beside:
-            adapter = {"lora_name": ADAPTER, "lora_path": str(open_adapter(self.adapter_beside).folder), "pinned": True}
+            adapter = {"lora_name": ADAPTER, "lora_path": str(open_adapter(self.adapter_beside).folder)}
             arguments |= {"lora_paths": [adapter], "max_loras_per_batch": 1, "lora_strict_loading": True}
             if not torch.cuda.is_available():
                 arguments["lora_backend"] = "torch_native"
