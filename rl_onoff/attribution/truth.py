@@ -38,14 +38,14 @@ def _truth(case: Case, state: State, target: str) -> tuple[str, EngineConfig, Si
     engines, folder = list(state.engines.values()), case.this.folder
     if not engines:
         raise NotTried("no engine is recorded")
-    if len({(engine.model_name, engine.revision) for engine in engines}) > 1:
+    if len({(engine.model_name, engine.revision, engine.adapter) for engine in engines}) > 1:
         raise NotTried("the sides have different weights")
     if is_truth(case.records["target"]):
         raise NotTried(f"{target} is the truth itself, a forward pass in float32")
     schema = engine_configs()[engines[0].reference]
     base = next((engine for engine in engines if isinstance(engine, schema)), schema())
     exact = {option: getattr(schema(), option) for option in schema.inexact}
-    truth = replace(base.with_model_of(engines[0]), **exact).with_option("dtype", "float32")
+    truth = replace(base.with_model_of(engines[0]), **exact, merge_adapter=False).with_option("dtype", "float32")
     for name in folder.score_names():
         record = folder.scores(name).record()
         if is_truth(record) and all(same_weights(record, other) for other in case.records.values()):

@@ -32,6 +32,9 @@ def test_merging_into_bfloat16_is_found(
     assert main_cause(found) == "merge" and row["share"] > 0.9 and row["verdict"].startswith("the main cause: merging")
     assert found["gap"] > 100 * found["floor"] and found["left"] < found["floor"]
     assert "the adapter beside the weights in the behaviour" in found["sentence"]
+    assert found["whose_error"]["truth"] == f"huggingface-{model}+tiny_lora-float32"  # the adapter beside the weights
+    errors = found["whose_error"]["overall"]["metrics"]
+    assert errors["error_behaviour"]["value"] > errors["error_target"]["value"]  # merging is the sampler's error
 
 
 def test_an_adapter_on_one_side_alone_is_a_difference_of_weights(tiny_llama: str, adapter: str, tmp_path: Path) -> None:
@@ -40,6 +43,7 @@ def test_an_adapter_on_one_side_alone_is_a_difference_of_weights(tiny_llama: str
     found = climb(folder, *options, f"attribute.target=huggingface-{Path(tiny_llama).name}-float32")
     assert main_cause(found) == "weights"
     assert f"different models (the adapter {adapter} on the behaviour)" in found["sentence"]
+    assert found["whose_error"] is None and "the sides have different weights" in found["truth"]
     assert "no side has an adapter merged into weights of low precision" in found["rows"]["merge"]["verdict"]
     target = folder.scores(f"huggingface-{Path(tiny_llama).name}+tiny_lora-float32").record()
     assert target["config"]["backend"]["adapter"] == adapter and target["config"]["backend"]["merge_adapter"] is False
