@@ -9,8 +9,8 @@ from rl_onoff.types import Rollout, TokenScores, Want
 
 
 class FailingHuggingFace(HuggingFaceBackend):
-    def _score_batch(self, batch: Sequence[Rollout], want: Want, shares_prompt: bool) -> list[TokenScores]:
+    def _score_batch(self, batch: Sequence[Rollout], want: Want) -> list[TokenScores]:
         me = "rank 0" if self._ranks.leads else "rank 1"
         if any(rollout.request_id == me for rollout in batch):
             raise RuntimeError(f"{me} is out of memory")
-        return super()._score_batch(batch, want, shares_prompt)
+        return super()._score_batch(batch, want)
