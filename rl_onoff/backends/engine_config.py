@@ -205,7 +205,7 @@ class EngineConfig:
         if (dtype := self.option("dtype")) not in (None, *self.dtypes):
             what = f"backend.{self.second_names['dtype'] if self.dtype is None else 'dtype'} is {dtype!r}"
             name = str(dtype).lower().removeprefix("torch.")
-            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, self.dtypes) or "float32"
+            meant = DTYPES_ELSEWHERE.get(name) or nearest(name, DTYPES) or "float32"
             fix = f"set model.dtype={meant}, or that of backend or target where it is set"
             raise UsageError(f"{what} but must be one of {', '.join(self.dtypes)}: {fix}")
         if self.python is not None and self.worker is False:
