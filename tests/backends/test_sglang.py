@@ -251,7 +251,8 @@ def kill_and_see(backend: BaseBackend, part: str) -> None:
     """Kill a part of the engine once the first of many responses has come; this process must live on to say so."""
     worker = psutil.Process(backend._core.pid)  # type: ignore[union-attr]
     family = [worker, *worker.children(recursive=True)]
-    victim = next(child for child in family if part in " ".join(child.cmdline()))
+    alive = [child for child in family if child.status() != psutil.STATUS_ZOMBIE]  # the others have no command line
+    victim = next(child for child in alive if part in " ".join(child.cmdline()))
     prompt_ids = np.arange(100, 110, dtype=np.int32)
     requests = [
         sample_requests(id="short", prompt_ids=prompt_ids, sampling=Sampling(max_new_tokens=1)),
