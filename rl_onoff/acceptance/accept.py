@@ -47,7 +47,8 @@ class Acceptance:
 
     def to_dict(self) -> dict[str, Any]:
         failed = self.of(FAIL)
-        return {"accepted": not failed, "failed": failed, "not_tried": self.of(NOT_TRIED), **msgspec.to_builtins(self)}
+        accepted = not failed and bool(self.of(PASS))
+        return {"accepted": accepted, "failed": failed, "not_tried": self.of(NOT_TRIED), **msgspec.to_builtins(self)}
 
     def values(self) -> dict[str, float]:
         """Flat numbers for W&B."""

@@ -32,6 +32,7 @@ class Candidate:
     changed: str = ""  # in words, where more is known than the rung's own
     detail: str = ""  # the cause in words, where more is known than the rung's own
     least: float = 0.0  # share of the gap below which the change is not kept, where that is more than usual
+    base: State | None = None  # without the change, where that is not the ladder's own state
 
 
 Attempt = Callable[[Case, State], list[Candidate] | Row]
@@ -175,7 +176,9 @@ def tensor_parallel(case: Case, state: State) -> list[Candidate]:
 def _on_each(
     case: Case, state: State, what: str, sides: Collection[str], otherwise: str, change: Callable[[str], Any]
 ) -> list[Candidate]:
-    """The change on the target, on the behaviour, and on both, as far as `sides` need it and their engines can."""
+    """The change on the target, on the behaviour, and on both, as far as `sides` need it and their engines can. One on
+    the behaviour is held against the behaviour's own prefill: that sampling reports other logprobs is no part of it.
+    """
     if not sides:
         raise NotTried(otherwise)
     changed = {}
@@ -186,7 +189,11 @@ def _on_each(
         raise NotTried("the engine is not recorded or cannot do that")
     ways = {f"{what} in the {who}": {who: side} for who, side in changed.items()}
     ways |= {f"{what} on both sides": changed} if len(changed) > 1 else {}
-    return [Candidate(replace(state, **way), words) for words, way in ways.items()]
+    base = state
+    if "behaviour" in changed and state.behaviour.reported:
+        base = replace(state, behaviour=case.own or case.rescore(state.behaviour.engine))
+    bases = {words: base if "behaviour" in way else state for words, way in ways.items()}
+    return [Candidate(replace(state, **way), words, base=bases[words]) for words, way in ways.items()]
 
 
 def _turned(case: Case, state: State) -> defaultdict[str, dict[str, EngineConfig]]:

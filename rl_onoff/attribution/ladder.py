@@ -32,6 +32,7 @@ from rl_onoff.rundir.provenance import engine_of, sampling_of
 
 KEEP = 0.1  # least share of the gap for which a change is kept, and called part of the cause
 SAME_ENGINES = (Rung.end_token, Rung.retokenised, Rung.transform)  # change which tokens and logprobs are compared
+COMPUTED = {Rung.decode, Rung.switches, Rung.lm_head, Rung.dtype, Rung.engine}  # what else than weights it may be
 NOTHING_LEFT = 0.02  # of the gap: below this, no further rung is tried
 
 log = logging.getLogger(__name__)
@@ -70,12 +71,17 @@ class Attribution:
             return f"Mostly noise: {size} is left, and no rung takes it away.{after}"
         if not causes and any(row.rung is Rung.weights and row.share is not None for row in self.rows):
             return f"Not explained: no rung takes away {size} so its cause is one that cannot be tried here.{after}"
+        tried = [row for row in self.rows if row.rung is not Rung.noise and row.share is not None]
+        if not causes and not {row.rung for row in tried} & COMPUTED:
+            names = f"by {', '.join(row.name for row in tried)}" if tried else "since nothing could be tried"
+            return f"Not explained {names}: {size} is left, why others were not tried stands beside them.{after}"
         if not causes:
             guess = "the weights (staleness, quantisation, an adapter, a changed LM head)"
             return f"Not explained by anything that can be tried: {size} is left, which points to {guess}.{after}"
         causes.sort(key=lambda row: -(row.share or 0))
         part = "" if (causes[0].share or 0) >= MOST else "in part "
-        said = [causes[0].verdict.partition(": ")[2]]
+        leading = [row for row in causes if (row.share or 0) > (causes[0].share or 0) / 2]
+        said = [" and from ".join(row.verdict.partition(": ")[2] for row in leading)]
         said += [f"{row.changed}: {number(row.after, 2) or 'not defined'}, {row.share:.0%} less" for row in causes]
         said += [f"{self.left / self.gap:.0%} is left"] if self.left >= KEEP * self.gap else []
         return f"{size[0].upper()}{size[1:-1]}, comes {part}from {'; '.join(said)}.{after}"
@@ -133,10 +139,10 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         low={who for who in records if dtypes.get(who) != "float32"},
     )
     rows, whole, as_made = [], state.gap(), state
-    all_names = {switch.name for schema in engine_configs().values() for switch in schema.switches}
-    if unknown := set(config.switches) - all_names:
-        fix = nearest(min(unknown), all_names) or "lm_head"
-        why = f"attribute.switches has {min(unknown)!r}, which no engine has"
+    all_names = {switch.name for schema in engine_configs().values() for switch in schema.switches} - {"lm_head"}
+    if unknown := set(config.switches) - all_names:  # the LM head is a rung of its own
+        fix = nearest(min(unknown), all_names) or ",".join(sorted(all_names))
+        why = f"attribute.switches has {min(unknown)!r}, which is no engine's switch"
         raise UsageError(f"{why}: set attribute.switches=[{fix}]")
     for rung, switch, words, change, attempt in steps(case, state, config.switches):
         if config.rungs and rung not in config.rungs:
@@ -172,18 +178,21 @@ def _try(rung: Rung, attempt: Attempt, words: str, case: Case, state: State, who
     gaps = []
     for candidate in found:
         try:
-            gaps.append((candidate.state.gap(), candidate))
+            base = candidate.base or state
+            gaps.append((candidate.state.gap(), base.gap(), candidate))
         except UsageError as error:
             log.info("attribute: %s cannot be tried: %s", candidate.changed, error)
     if not gaps:
         raise NotTried("what was kept of the scores does not allow it")
-    gaps = [item for item in gaps if not math.isnan(item[0])]
+    gaps = [item for item in gaps if not math.isnan(item[0] + item[1])]
     if not gaps:
         raise NotTried("it would leave no token to compare")
-    before, (after, best) = state.gap(), min(gaps, key=lambda item: item[0])
+    now = state.gap()
+    after, without, best = min(gaps, key=lambda item: item[0] - min(now, item[1]))
+    before = min(now, without)  # a change explains what it takes from both
     share = float(np.clip((before - after) / whole, 0, 1)) if whole > 0 else 0.0
     verdict = "not the cause (the gap grows)" if after - before > KEEP * whole else "not the cause"
-    verdict = "changes nothing" if rung is Rung.switches and abs(after - before) <= ROUNDING else verdict
+    verdict = "changes nothing" if rung is Rung.switches and abs(after - without) <= ROUNDING else verdict
     if share >= KEEP:
         verdict = f"{'the main cause' if share >= MOST else 'part of the cause'}: {best.detail or words}"
     row = Row(rung=rung, changed=best.changed, before=before, after=after, share=share, verdict=verdict)

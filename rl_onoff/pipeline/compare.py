@@ -62,8 +62,8 @@ def _with_errors(
     records = {name: run.scores(name).record() for name, comparison in comparisons.items() if comparison.comparable}
     records = {name: record for name, record in records.items() if same_weights(run.completions.record(), record)}
     truth = next((name for name, record in records.items() if is_truth(record)), None)
-    for name in records.keys() - {truth}:
-        if truth is not None and same_weights(records[name], records[truth]):
+    for name, record in records.items():
+        if truth is not None and not is_truth(record) and same_weights(record, records[truth]):
             aside = {*comparisons[name].set_aside, *comparisons[truth].set_aside}
             found = (
                 [x.logprobs_T if mask_T is None else x.logprobs_T[mask_T] for x in (q, p, t)]
@@ -118,7 +118,7 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
             "backend.logprob_kind=processed compares."
         )
     said = said if len(comparisons.keys() - {own}) <= 1 else f"{name}: {said}"
-    split = {name: comparison for name, comparison in comparisons.items() if comparison.whose_error}
+    split = {name: comparison for name, comparison in comparisons.items() if comparison.whose_error and name != own}
     found = split[furthest(own, split)[0]].whose_error if split else None
     return f"{said} {found.sentence()}" if found else said
 

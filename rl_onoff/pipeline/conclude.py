@@ -24,11 +24,11 @@ from rl_onoff.tracking import Tracker
 def conclude(this: Run) -> dict[str, float]:
     """Gather the run's numbers, then write, log and print what it found."""
     folder, comparisons = this.folder, this.comparisons
-    summary, said = summarise(folder), {}
+    summary, said, own = summarise(folder), {}, own_scores(folder) if comparisons else None
     summary.values |= this.values
     for name, comparison in comparisons.items():
         estimates = {metric: comparison[metric].value for metric in HEADLINES if metric in comparison}
-        estimates |= comparison.whose_error.values() if comparison.whose_error else {}
+        estimates |= comparison.whose_error.values() if comparison.whose_error and name != own else {}
         summary.values |= {f"onoff/{name}/{metric}": x for metric, x in estimates.items() if math.isfinite(x)}
     if comparisons:
         summary.values |= {f"onoff/{name}": value for name, value in gap_of(folder, comparisons).items()}
@@ -55,6 +55,8 @@ def gate(this: Run) -> None:
     if failed := this.sections.get("acceptance", {}).get("failed"):
         names = ",".join(failed)
         raise GateError(f"acceptance failed: {names}: fix what its lines say, or set acceptance.skip=[{names}]")
+    if not this.sections.get("acceptance", {}).get("accepted", True):
+        raise GateError("acceptance tried no line: set acceptance.skip=[]")
     if Stage.compare not in this.config.stages:  # experiment=attribute says the cause
         return
     asked, own = this.config.compare, own_scores(this.folder) if this.comparisons else None

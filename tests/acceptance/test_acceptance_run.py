@@ -344,3 +344,8 @@ def test_the_mass_on_rows_of_the_head() -> None:
         probs_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(-1, keepdims=True)
         assert head_mass(backend, [rollout], [5, 250]) == pytest.approx(probs_TV[:, [5, 250]].sum(-1).max(), rel=1e-6)
         assert head_mass(backend, [rollout], list(range(257))) == pytest.approx(1)
+
+
+def test_a_list_of_which_nothing_was_tried_is_no_pass(tmp_path: Path) -> None:
+    found = accepted(tmp_path, *FAKE, f"acceptance.skip=[{','.join(ALL)}]")
+    assert not found["accepted"] and found["failed"] == [] and found["not_tried"] == ALL

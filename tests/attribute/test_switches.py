@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import WHEN
 from rl_onoff.errors import UsageError
 from rl_onoff.rundir.table import RunDir
-from tests.running import run_in
+from tests.running import rewrite, run_in
 
 FAKE = ("experiment=onoff", "backend=fake", "target=fake", "score.name=target", "data.limit=8",
         "sampling.max_new_tokens=24")  # fmt: skip
@@ -74,13 +75,37 @@ def test_a_switch_that_changes_nothing(tmp_path: Path) -> None:
     assert rows["engine"]["share"] > 0.99
 
 
+def test_what_sampling_reports_is_no_switchs_doing(tmp_path: Path) -> None:
+    """The gap is all in the reported logprobs: the behaviour's own prefill agrees with the target."""
+    folder = run_in(tmp_path / "run", *FAKE)
+    noise = np.random.default_rng(0)
+
+    def off(row: dict) -> dict:
+        return row | {"logprobs": (row["logprobs"] + 0.1 * noise.standard_normal(len(row["logprobs"]))).astype("f4")}
+
+    rewrite(folder.completions, off)
+    rows = switches(folder, "attribute.rungs=[switches]")
+    assert rows["seed"]["share"] == 0 and rows["seed"]["verdict"] == "changes nothing"
+    rows = switches(folder, "attribute.rungs=[decode,switches]")
+    assert rows["decode"]["share"] > 0.99
+
+
+def test_nothing_is_blamed_where_nothing_was_tried(tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", *FAKE, "target.noise=0.3")
+    switches(folder, "attribute.switches=[kv_cache]", "attribute.rungs=[switches]")
+    sentence = folder.read_json("attribution.json")["sentence"]
+    assert sentence.startswith("Not explained since nothing could be tried: ") and "weights" not in sentence
+
+
 def test_which_switches_are_tried(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", *FAKE, "target.rounding=0.3")
     rows = switches(folder, "attribute.switches=[seed]", "attribute.rungs=[noise,switches]")
     assert list(rows) == ["noise", "seed"]
     rows = switches(folder, "attribute.switches=[kv_cache]", "attribute.rungs=[switches]")
     assert rows["switches"]["verdict"] == "not tried: there is no switch of these engines that applies here"
-    with pytest.raises(UsageError, match=r"has 'kvcache', which no engine has: set attribute.switches=\[kv_cache\]"):
+    with pytest.raises(
+        UsageError, match=r"'kvcache', which is no engine's switch: set attribute.switches=\[kv_cache\]"
+    ):
         switches(folder, "attribute.switches=[kvcache]")
 
 
@@ -102,7 +127,6 @@ def test_planted_in_huggingface_in_bfloat16(
 
 
 def test_log_softmax_in_the_weights_type(tiny_llama: str) -> None:
-    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
 

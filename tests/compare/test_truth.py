@@ -57,6 +57,16 @@ def test_a_truth_among_the_targets(tmp_path: Path, capsys: pytest.CaptureFixture
     assert '"by_probability"' in page
 
 
+def test_neither_another_truth_nor_the_sampler_itself_is_judged(tmp_path: Path) -> None:
+    twins = ("+target@targets.exact=fake", *TRUTH)
+    folder = run_in(tmp_path / "run", *SAMPLER, *twins)
+    found = folder.read_json("metrics.json")
+    errors = {name: each["whose_error"] for name, each in found["comparisons"].items()}
+    assert errors.pop("exact") is None and errors.pop("truth") is None and len(errors) == 1  # the sampler's own scores
+    assert "root mean square" not in found["verdict"]
+    assert not any("error_share" in name for name in found["values"])
+
+
 def test_masked_tokens_and_those_set_aside_have_no_error(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", *SAMPLER, *TRAINER, *TRUTH)
 
