@@ -34,6 +34,10 @@ FAULTS = {  # check -> what a finding says, and what to do
         "token ids lie past the last row of the target's model",
         "set model to the one that sampled, or score.responses to another file",
     ),
+    "outside_tokenizer": (
+        "token ids lie past the tokenizer's last token",
+        "set model, or compare.tokenizer, to what has the sampler's tokenizer",
+    ),
 }
 
 

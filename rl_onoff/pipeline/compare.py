@@ -43,8 +43,7 @@ def compare_run(run: RunDir, tokenizer: Any = None) -> dict[str, Comparison]:
         check_tokenizers(run.completions.record(), run.scores(name).record(), name)
         sides = {"behaviour": run.completions.record(), "target": run.scores(name).record()}
         recorded = [side for side, record in sides.items() if TAKEN_FROM & record.get("config", {}).keys()]
-        decode = tokenizer.decode if tokenizer is not None and "behaviour" in recorded else None
-        found = pairs(run, name, own, group_columns=columns, decode=decode)
+        found = pairs(run, name, own, group_columns=columns, tokenizer=tokenizer if "behaviour" in recorded else None)
         if (first := next(found, None)) is not None:
             try:
                 comparisons[name] = compare(chain([first], found), recorded=recorded, scratch=run.path)

@@ -6,10 +6,11 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rl_onoff.compare import Pair, as_kind
 from rl_onoff.compare.row_checks import other_text, outside_vocab
@@ -104,15 +105,11 @@ def joined(
 
 
 def pairs(
-    run: RunDir,
-    target: str,
-    own: str | None,
-    *,
-    group_columns: Sequence[str] = (),
-    decode: Callable[..., str] | None = None,
+    run: RunDir, target: str, own: str | None, *, group_columns: Sequence[str] = (), tokenizer: Any = None
 ) -> Iterator[Pair]:
     """Every response of the run that has a behaviour and that `scores/<target>` has; how many have none is said. One
-    that the target's model has no rows for, and with `decode` one whose ids are not its text's, have a `fault`.
+    that the target's model has no rows for has a `fault`, and so has, with a tokenizer, one whose ids are not the
+    tokenizer's or not its text's.
     """
     unknown, vocab_size = 0, run.scores(target).record().get("engine", {}).get("vocab_size", math.inf)
     for found in joined(run, [target], own if own != target else None):
@@ -123,7 +120,11 @@ def pairs(
         if p is None:
             check, wrong = "outside_vocab", outside_vocab(rollout, vocab_size)
         else:
-            check, wrong = "other_text", other_text(rollout, decode) if decode else ""
+            check, wrong = "other_text", ""
+            if tokenizer is not None and (wrong := outside_vocab(rollout, len(tokenizer))):
+                check = "outside_tokenizer"
+            elif tokenizer is not None:
+                wrong = other_text(rollout, tokenizer.decode)
         if p is not None or wrong:
             groups, facts = groups_of(rollout, group_columns), facts_of(rollout)
             fault = (check, wrong) if wrong else None

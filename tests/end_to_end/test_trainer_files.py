@@ -220,3 +220,16 @@ def test_texts_of_a_file_are_looked_at_where_its_tokenizer_is_named(tmp_path, nu
     [finding] = comparison["findings"]
     assert (finding["check"], finding["responses"], finding["fatal"]) == ("other_text", num, code == 3)
     assert (done.stdout + done.stderr).count("the token ids are not those of the text beside them") == 1
+
+
+@pytest.mark.parametrize(("num", "code"), [(2, 0), (120, 3)])
+def test_ids_past_a_tokenizers_last_token_are_found_without_any_text(tmp_path, num, code):
+    given = rows()
+    for row in given[:num]:
+        row["responses"] = [*row["responses"][:-1], 60_000]
+    file = f"compare.behaviour={write(tmp_path, given)}"
+    rl_onoff(*COMPARE, file, "compare.tokenizer=smollm2", cwd=tmp_path, code=code)
+    [comparison] = found(tmp_path)["comparisons"].values()
+    [finding] = comparison["findings"]
+    assert (finding["check"], finding["responses"], finding["fatal"]) == ("outside_tokenizer", num, code == 3)
+    assert "token id 60000 in its response" in finding["example"]
