@@ -21,10 +21,10 @@ SWEEP = ("-m", *SMALL, "model=fake-a,fake-b", "sampling.temperature=0.5,1.0", "e
 
 
 BUG = """
-from rl_onoff import run
+from rl_onoff.pipeline import conclude
 def broken(*_):
     raise RuntimeError('a bug')
-run.summarise = broken
+conclude.summarise = broken
 def reward(text, answer, meta):
     return 1.0
 """
