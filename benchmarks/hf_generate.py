@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from machine import ratios, versions  # beside this file
+from machine import versions  # beside this file
+from table import ratios, row
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rl_onoff.backends import create_backend
@@ -48,8 +49,8 @@ def generated(model: Any, prompts: list[np.ndarray], limits: np.ndarray, size: i
         width = max(len(prompts[i]) for i in batch)
         ids_BL = np.zeros((len(batch), width), np.int64)
         mask_BL = np.zeros_like(ids_BL)
-        for row, i in enumerate(batch):
-            ids_BL[row, width - len(prompts[i]) :], mask_BL[row, width - len(prompts[i]) :] = prompts[i], 1
+        for at, i in enumerate(batch):
+            ids_BL[at, width - len(prompts[i]) :], mask_BL[at, width - len(prompts[i]) :] = prompts[i], 1
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         with torch.no_grad():
             output = model.generate(
@@ -57,8 +58,8 @@ def generated(model: Any, prompts: list[np.ndarray], limits: np.ndarray, size: i
                 max_new_tokens=int(limits[batch].max()), do_sample=False, eos_token_id=None, pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([Lengths(width, limits[batch], model.device)]),
             )  # fmt: skip
-        for row, i in enumerate(batch):
-            found[i] = output[row, width : width + limits[i]].tolist()
+        for at, i in enumerate(batch):
+            found[i] = output[at, width : width + limits[i]].tolist()
     return found
 
 
@@ -93,6 +94,7 @@ def main() -> None:
     skewed = np.exp(rng.uniform(np.log(args.tokens / 20), np.log(args.tokens), args.responses)).astype(int)
     print(versions(torch=torch.__version__, transformers=transformers.__version__), f"batch {backend.info.batch}")
     cases = {"equal lengths": np.full(args.responses, max(1, args.tokens // 3)), "lengths skewed 1:20": skewed}
+    bars = {"equal lengths": ">= 1.0", "lengths skewed 1:20": ">= 2.0"}
     for name, limits in cases.items():
 
         def ours(limits: np.ndarray = limits) -> list[list[int]]:
@@ -111,7 +113,9 @@ def main() -> None:
             for _ in range(args.rounds)
         ]
         speeds = ", ".join(f"{size}: {limits.sum() / seconds:.0f}" for size, (seconds, _) in first.items())
-        print(f"| generate, {name} | model.generate, batch {best} (tokens/s by batch: {speeds}) | {ratios(pairs)} |")
+        theirs, mine = zip(*pairs, strict=True)
+        against = f"model.generate, batch {best} (tokens/s by batch: {speeds}), time / ours"
+        row(f"generate, HuggingFace, {name}", against, ratios(theirs, mine), bars[name])
 
 
 if __name__ == "__main__":

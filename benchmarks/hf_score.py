@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from machine import ratios, versions  # beside this file
+from machine import versions  # beside this file
+from table import ratios, row
 
 from rl_onoff.backends import create_backend
 from rl_onoff.data.prompts import PROBLEMS
@@ -151,7 +152,9 @@ def main() -> None:
         best = min(first, key=lambda size: first[size])
         np.testing.assert_allclose(ours(), theirs(best), rtol=1e-4, atol=5e-2)
         pairs = [(seconds(lambda: theirs(best)), seconds(ours)) for _ in range(args.rounds)]
-        print(f"| score, all statistics and top-20 | lm-eval HFLM.loglikelihood, batch {best} | {ratios(pairs)} |")
+        harness, mine = zip(*pairs, strict=True)
+        against = f"lm-eval HFLM.loglikelihood, batch {best}, time / ours"
+        row("score, HuggingFace, all statistics and top-20", against, ratios(harness, mine), ">= 4")
     unique = [rollouts[i] for i in range(0, len(rollouts), 8)] * 2
     unique = [  # prompts that differ in their first token share nothing
         Rollout(
@@ -164,14 +167,15 @@ def main() -> None:
         (seconds(lambda: list(backend.score(unique, WANT))), seconds(lambda: body_and_head(backend, unique)))
         for _ in range(args.rounds)
     ]
-    print(f"| score, unique prompts: time of | body + LM head of the response rows | {ratios(pairs)} |")
+    mine, bare = zip(*pairs, strict=True)
+    row("score, HuggingFace, unique prompts, our time", "body + LM head of the rows", ratios(mine, bare), "<= 1.25")
     command = [sys.executable, __file__, *sys.argv[1:], "--child"]
     full, own = (
         int(subprocess.run([*command, way], capture_output=True, text=True, check=True).stdout.split()[-1]) / 1024
         for way in ("full", "ours")
     )
     against = "log_softmax over (B, T, V), 16 rollouts"
-    print(f"| score, peak above the weights | {against} | 1/{full / own:.0f}: {own:.0f} of {full:.0f} MiB |")
+    row("score, HuggingFace, peak above the weights", against, [own / full], "<= 0.05")
 
 
 if __name__ == "__main__":

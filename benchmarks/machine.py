@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,3 @@ def versions(**packages: Any) -> str:
         gpu = f", {torch.cuda.get_device_name()}"
     named = ", ".join(f"{package} {version}" for package, version in packages.items())
     return f"{name}, {cores} cores ({os.environ.get('OMP_NUM_THREADS', 'all')} used){gpu}; {named};"
-
-
-def ratios(pairs: list[tuple[float, float]]) -> str:
-    """Seconds of theirs and of ours, measured one after the other: how many times faster ours is."""
-    times = sorted(theirs / ours for theirs, ours in pairs)
-    theirs, ours = (statistics.median(side) for side in zip(*pairs, strict=True))
-    spread = f"{times[0]:.2f} / {theirs / ours:.2f} / {times[-1]:.2f} x (min / medians / max)"
-    return f"{spread}, {theirs:.1f} s and {ours:.1f} s"

@@ -11,15 +11,14 @@ vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from table import ratios, row
-from work import standard_work
+from table import row
+from work import arguments, score_rows, standard_work
 
 from rl_onoff.backends.sglang.backend import SGLangBackend
 from rl_onoff.backends.sglang.config import SGLangBackendConfig
@@ -29,25 +28,12 @@ WANT = Want(top_k=20)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every worker has it
     config = SGLangBackendConfig(model_name=args.model, dtype=args.dtype, context_length=1024, worker=False)
     with SGLangBackend(config) as backend:
         tokenizer = backend.get_tokenizer()
-        compare(backend, standard_work(tokenizer, 1, 2), args.dtype)  # the first calls are slow
-        rounds = [
-            compare(backend, standard_work(tokenizer, args.prompts, seed=1 + number), args.dtype)
-            for number in range(args.rounds)
-        ]
-        ours, public, forward = (list(seconds) for seconds in zip(*rounds, strict=True))
-        work = f"score, SGLang, {args.prompts} prompts × 8 responses, statistics and top 20"
-        row(work, "public logprob_start_len=P-1, time / ours", ratios(public, ours), ">= 1.5")
-        row(work, "forward pass alone, time / ours", ratios(forward, ours), ">= 1")
+        score_rows("SGLang", "logprob_start_len=P-1", ">= 1.5", compare, backend, args)
         responses, everything = standard_work(tokenizer, 1, 1, seed=99), list(range(backend.info.vocab_size))
         seconds, _ = clock(backend, lambda: list(backend.score(responses, Want(full_logits=True))))
         whole, _ = clock(backend, lambda: public_logprobs(backend, responses, token_ids_logprob=everything))

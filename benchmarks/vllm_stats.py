@@ -10,15 +10,14 @@ are timed against `prompt_logprobs=-1` before its lists are made arrays.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from table import ratios, row
-from work import standard_work
+from table import row
+from work import arguments, score_rows, standard_work
 
 from rl_onoff.backends import VLLMBackendConfig
 from rl_onoff.backends.vllm.backend import PREFILL, VLLMBackend
@@ -28,25 +27,12 @@ WANT = Want(top_k=20)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = VLLMBackendConfig(model_name=args.model, dtype=args.dtype, max_model_len=1024, worker=False)
     with VLLMBackend(config) as backend:
         tokenizer = backend.get_tokenizer()
-        compare(backend, standard_work(tokenizer, 1, 2), args.dtype)  # the first calls are slow
-        rounds = [
-            compare(backend, standard_work(tokenizer, args.prompts, seed=1 + number), args.dtype)
-            for number in range(args.rounds)
-        ]
-        ours, public, forward = (list(seconds) for seconds in zip(*rounds, strict=True))
-        work = f"score, vLLM, {args.prompts} prompts × 8 responses, statistics and top 20"
-        row(work, "public prompt_logprobs=0, time / ours", ratios(public, ours), ">= 3")
-        row(work, "forward pass alone, time / ours", ratios(forward, ours), ">= 1")
+        score_rows("vLLM", "prompt_logprobs=0", ">= 3", compare, backend, args)
         backend._engine.model.max_logprobs = -1  # so that the public API gives the whole vocabulary in this engine
         responses = standard_work(tokenizer, 1, 8, seed=99)[:3]
         seconds, _ = clock(lambda: list(backend.score(responses, Want(full_logits=True))))
