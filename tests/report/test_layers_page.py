@@ -19,7 +19,7 @@ def test_the_layers_are_shown(page, sample_run, tmp_path):
     marks = [float(mark.get_attribute("x1")) for mark in page.all("#layers .departure")]
     assert marks[0] == float(page.all("#layers .dot.s1")[7].get_attribute("cx"))
     page.find("#layers summary").click()
-    rows = page.texts("#layers details tbody th")
+    rows = page.wait(lambda: page.texts("#layers details tbody th"))  # a toggle event follows the click
     assert rows[8:11] == ["layer 7, its attention", "layer 7, its mlp", "layer 7"] and len(rows) == NUM_LAYERS + 4
     assert page.errors() == []
 
