@@ -1,7 +1,7 @@
 """Sampling with HuggingFace against `model.generate` at its best batch: responses of equal length, and of lengths up to
 1:20 apart, which neither side knows before a response ends.
 
-    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/hf_generate.py [MODEL] [--responses 128] [--tokens 160] [--rounds 3]
+    OMP_NUM_THREADS=2 .venv/bin/python benchmarks/hf_generate.py [MODEL] [--responses 128] [--tokens 80] [--rounds 2]
 
 Decoding is greedy, so that both give the same tokens, which is checked before a time is printed; no token ends a
 response, so that its length is the one given. What stops a response at its length is a stopping criterion there and a
@@ -27,7 +27,7 @@ from rl_onoff.backends import create_backend
 from rl_onoff.types import Sampling, sample_requests
 
 PROMPT_TOKENS = (24, 64)
-BATCHES = (16, 32, 64)
+BATCHES = (32, 64, 128)
 
 
 class Lengths(StoppingCriteria):
@@ -81,8 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--responses", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=160, help="of the longest response")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=80, help="of the longest response")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     config = {"backend_type": "huggingface", "model_name": args.model, "backend_specific": {"dtype": args.dtype}}
