@@ -2,6 +2,8 @@
 
 Shapes: R rows (positions), V vocabulary, B blocks of BLOCK neighbouring logits, the last of which may be left out.
 """
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# (Triton's own hints do not know what a kernel may do)
 
 from __future__ import annotations
 

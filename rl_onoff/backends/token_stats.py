@@ -100,8 +100,10 @@ class StatsBuffer:
         assert self.complete
         if self.send()._copied is not None:
             self._copied.synchronize()
-        own = np.asarray if self._copied is None else np.array  # pinned memory is scarce, and scores may live long
-        return TokenScores(**{name: own(values.cpu().numpy()) for name, values in self._whole.items()})
+        whole: dict[str, Any] = {}
+        for name, values in self._whole.items():  # pinned memory is scarce, and scores may live as long as the run
+            whole[name] = (values.clone() if values.is_pinned() else values.cpu()).numpy()
+        return TokenScores(**whole)
 
 
 def _stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want, low: bool) -> dict[str, Tensor]:
