@@ -21,12 +21,12 @@ LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32: unlike -inf, it can 
 
 @triton.jit
 def kernel(
-    logits_RV, chosen_R, logsumexp_R, entropy_R, rank_R, maxima_RB, row_stride, vocab_size, num_blocks,
+    logits_RV, chosen_R, logsumexp_R, entropy_R, rank_R, maxima_RB, row_stride, vocab_size,
     SLOTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row. Each of the SLOTS keeps sums of its own, relative to the largest logit it has met: `total` of
     exp(z - largest), `moment` of (z - largest) exp(z - largest)."""
-    row = tl.program_id(0).to(tl.int64)
+    row, num_blocks = tl.program_id(0).to(tl.int64), vocab_size // BLOCK
     slots, within = tl.arange(0, SLOTS), tl.arange(0, BLOCK)
     chosen = tl.load(chosen_R + row).to(tl.float32)
     largest = tl.full([SLOTS], LEAST, tl.float32)
@@ -71,6 +71,6 @@ def row_stats(logits_RV: Tensor, chosen_R: Tensor, block: int) -> tuple[Tensor, 
     with torch.cuda.device_of(logits_RV):
         kernel[(num_rows,)](
             logits_RV, chosen_R.contiguous(), logsumexp_R, entropy_R, rank_R, maxima_RB, logits_RV.stride(0),
-            vocab_size, maxima_RB.shape[1], SLOTS=SLOTS, BLOCK=block, num_warps=4,
+            vocab_size, SLOTS=SLOTS, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return logsumexp_R, entropy_R, rank_R, maxima_RB

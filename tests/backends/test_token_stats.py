@@ -134,7 +134,7 @@ def test_the_kernel_compiles(
     from rl_onoff.backends import token_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = [f"*{dtype}", f"*{dtype}", "*fp32", "*fp32", "*i32", f"*{dtype}", "i32", "i32", "i32"]
+    types = [f"*{dtype}", f"*{dtype}", "*fp32", "*fp32", "*i32", f"*{dtype}", "i32", "i32"]
     constants = {"SLOTS": token_kernel.SLOTS, "BLOCK": module.BLOCK}
     signature = dict(zip(token_kernel.kernel.arg_names, [*types, "constexpr", "constexpr"], strict=True))
     multiples_of_16 = {(i,): [["tt.divisibility", 16]] for i in range(8 if aligned else 6)}  # pointers; also the sizes
