@@ -1,5 +1,5 @@
-"""Statistics of logits: Triton's kernel (by its interpreter, and compiled for GPUs that are not here) and torch's way
-against float64, and how results wait for a GPU."""
+"""Statistics of logits: Triton's kernel (in its interpreter, and compiled for GPUs that are not here) and torch against
+float64; and when the host waits for a GPU."""
 
 from __future__ import annotations
 
@@ -103,8 +103,12 @@ def test_the_kernel_gives_the_numbers_of_float64(name: str, by_kernel: dict[str,
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_torch_gives_the_numbers_of_float64(name: str) -> None:
+def test_this_machine_gives_the_numbers_of_float64(name: str) -> None:
+    """Torch on a CPU; where there is a GPU, the kernel itself."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     logits_RV, token_ids_R, want, low = CASES[name]
+    logits_RV, token_ids_R = logits_RV.to(device), token_ids_R.to(device)
+    assert (module._kernel(logits_RV.device, logits_RV.dtype) is not None) == (device == "cuda")
     check(token_stats(logits_RV, token_ids_R, want, low=low).arrays(), CASES[name])
 
 
