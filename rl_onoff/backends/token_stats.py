@@ -173,11 +173,11 @@ def _blocks(z_RV: Tensor, block: int) -> Tensor:
 
 def _top(z_RV: Tensor, maxima_RB: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(values, ids) of the K largest logits: they all lie in the K blocks with the largest maxima, or past the last
-    block."""
+    block. Not worth it where these are most of the blocks."""
     import torch
 
     num = maxima_RB.shape[-1]
-    if num <= k:
+    if num < 2 * k:
         return z_RV.topk(k, -1)
     blocks_RK = maxima_RB.topk(k, -1, sorted=False).indices
     rows_R1 = torch.arange(len(z_RV), device=z_RV.device)[:, None]
