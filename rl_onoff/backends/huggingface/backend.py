@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +23,7 @@ from rl_onoff.backends.huggingface.limits import Limits, cut, is_out_of_memory
 from rl_onoff.backends.huggingface.model import load
 from rl_onoff.backends.huggingface.tensor_parallel import Ranks
 from rl_onoff.backends.placement import place
-from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden, token_stats
+from rl_onoff.backends.token_stats import StatsBuffer, chunk_rows, stats_of_hidden, token_stats
 from rl_onoff.errors import EngineError, UsageError
 from rl_onoff.models.resolve import context_length, end_ids
 from rl_onoff.types import LogprobKind, Rollout, SampleRequest, TokenScores, Want
@@ -75,19 +75,25 @@ class HuggingFaceBackend(BaseBackend):
                 yield from self._sample(requests, self._limits, take)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        batches = self._batches(rollouts, want)
+        batches, on_cpu = self._batches(rollouts, want), self._split.device.type == "cpu"
+        waiting: Iterable[TokenScores] = ()  # read once a GPU has the next batch to compute
         if want.layers is not None:
             yield from scores_and_layers(self._split, batches, self._score_batch, want)
             return
         while batches:
             try:
-                yield from self._on_all_ranks("_score_batch", batches[0], want)
+                with self._ranks.batch("_score_batch", batches[0], want):
+                    launched = self._score_batch(batches[0], want)
                 batches = batches[1:]
             except RuntimeError as error:
                 if not (self._ranks.alone and is_out_of_memory(error)):
                     raise
                 self._limits.halve(len(batches[0]))
                 batches = self._batches([rollout for batch in batches for rollout in batch], want)
+                continue
+            yield from launched if on_cpu else waiting
+            waiting = () if on_cpu else launched
+        yield from waiting
 
     def _batches(self, rollouts: Sequence[Rollout], want: Want) -> list[list[Rollout]]:
         """What is scored at once."""
@@ -127,11 +133,6 @@ class HuggingFaceBackend(BaseBackend):
             split = f"backend.tp_size={self.config.tp_size}"
             raise UsageError(f"there are no gradients with {split}: set backend.tp_size=1")
 
-    def _on_all_ranks(self, method: str, *args: Any) -> Iterator[Any]:
-        """The results of one batch; where they are yielded, the other ranks wait for rank 0's next word."""
-        with self._ranks.batch(method, *args):
-            yield from getattr(self, method)(*args)
-
     def _sample(
         self, requests: Sequence[SampleRequest], limits: Limits, take: Callable[[], list[SampleRequest]] | None = None
     ) -> Iterator[Rollout]:
@@ -142,8 +143,9 @@ class HuggingFaceBackend(BaseBackend):
         )  # fmt: skip
         return decoder.run(requests, take or list)
 
-    def _score_batch(self, batch: Sequence[Rollout], want: Want) -> list[TokenScores]:
-        """The scores of a batch; other ranks than 0 only compute their part of the logits."""
+    def _score_batch(self, batch: Sequence[Rollout], want: Want) -> Iterable[TokenScores]:
+        """The scores of a batch, for which a GPU is waited when they are asked for; other ranks than 0 only compute
+        their part of the logits."""
         import torch
 
         low = self.config.logprob_dtype == "weights"
@@ -160,8 +162,15 @@ class HuggingFaceBackend(BaseBackend):
                 return []
             token_ids_R = torch.as_tensor(np.concatenate([r.token_ids_T for r in batch]), device=hidden_RD.device)
             stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows, low=low)
-        ends = np.cumsum([len(rollout.token_ids_T) for rollout in batch])
-        return [stats[end - len(r.token_ids_T) : end].of(r) for r, end in zip(batch, ends, strict=True)]
+        return self._shares(stats, batch)
+
+    @staticmethod
+    def _shares(stats: StatsBuffer, batch: Sequence[Rollout]) -> Iterator[TokenScores]:
+        """What each response of a batch gets of its statistics."""
+        scores, end = stats.scores(), 0
+        for rollout in batch:
+            start, end = end, end + len(rollout.token_ids_T)
+            yield scores[start:end].of(rollout)
 
     def _padded_hidden(self, batch: Sequence[Rollout]) -> Tensor:
         """Hidden states (R, D) at the positions that give the response tokens, response after response.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rl_onoff.backends.huggingface.model import SplitModel
 from rl_onoff.backends.layers import LayerSpan, LayerWatch, first_of, states_name
 from rl_onoff.types import Rollout, TokenScores, Want
 
-ScoreBatch = Callable[[Sequence[Rollout], Want], list[TokenScores]]
+ScoreBatch = Callable[[Sequence[Rollout], Want], Iterable[TokenScores]]
 
 
 def scores_and_layers(

@@ -32,7 +32,7 @@ import numpy as np
 
 from rl_onoff.backends.sampler import pick
 from rl_onoff.backends.sglang.layers import LayerJob, StepLayers
-from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, token_stats
+from rl_onoff.backends.token_stats import PartialScores, Span, StatsBuffer, chunk_rows
 from rl_onoff.errors import EngineError
 from rl_onoff.types import Want
 
@@ -100,22 +100,25 @@ class Step:
             row = end
         while len(self.unfinished) > UNFINISHED:
             self.unfinished.popitem(last=False)
-
-    def add(self, at: int, logits_RV: Tensor, token_ids_R: Tensor) -> np.ndarray:
-        """Take in the logits of logprob rows from number `at` of the step on; returns the logprobs of their tokens."""
-        logprobs_R = np.zeros(len(token_ids_R), np.float32)
         wants = [span.scores.want for span in self._spans]
-        for want in (one for i, one in enumerate(wants) if one not in wants[:i]):  # several after an abandoned call
-            stats = token_stats(logits_RV, token_ids_R, want)
-            logprobs_R = stats.logprobs_T
-            for span in self._spans:
-                if span.scores.want == want:
-                    span.put(at, stats, logits_RV)
-        return logprobs_R
+        # several after an abandoned call
+        self._buffers = [StatsBuffer(row, want) for i, want in enumerate(wants) if want not in wants[:i]]
+
+    def add(self, at: int, logits_RV: Tensor, token_ids_R: Tensor) -> Tensor:
+        """Take in the logits of logprob rows from number `at` of the step on; returns the logprobs of their tokens."""
+        for span in self._spans:
+            span.write_logits(at, logits_RV)
+        return [buffer.add(logits_RV, token_ids_R) for buffer in self._buffers][-1]
 
     def infos(self) -> list[dict[str, Any] | None]:
         """What each request of the step gets back: its statistics, with its last chunk."""
         infos: list[dict[str, Any] | None] = []
+        for buffer in self._buffers:
+            if buffer.complete:
+                scores = buffer.scores()
+                for span in self._spans:
+                    if span.scores.want == buffer.want:
+                        span.put(scores)
         for rid, job, last in self._requests:
             scores = self.unfinished.pop(rid, None) if last or self.error else None
             info = scores.arrays if scores is not None and scores.complete else None
@@ -181,7 +184,7 @@ def around_input_logprobs(original: Callable[..., Any], processor: Any, *args: A
         if a < b:
             sampled.append(logits_RV[kwargs["sample_indices"][a:b] - start])
         lo, hi = np.searchsorted(of_logprob, (start, end))
-        values = np.zeros(hi - lo, np.float32)
+        values = torch.zeros(hi - lo, device=states_RD.device)
         if lo < hi and step.reports and not step.error:
             try:
                 rows = of_logprob[lo:hi] - start
@@ -190,8 +193,8 @@ def around_input_logprobs(original: Callable[..., Any], processor: Any, *args: A
                 values = step.add(int(lo), logits_RV[mine], token_ids_R[lo:hi])
             except Exception:
                 step.error = traceback.format_exc()
-        logprobs.append(torch.from_numpy(values))
-    return LogprobResult(token_logprobs=torch.cat(logprobs).to(states_RD.device)), torch.cat(sampled)
+        logprobs.append(values)
+    return LogprobResult(token_logprobs=torch.cat(logprobs)), torch.cat(sampled)
 
 
 def _give_back(logits_output: Any, infos: list[Any]) -> None:

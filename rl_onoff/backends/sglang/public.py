@@ -67,7 +67,7 @@ class PublicScorer:
 
         positions, token_ids_T = range(len(response.token_ids_T)), torch.from_numpy(response.token_ids_T)
         rows = max(1, MAX_VALUES // self._vocab_size)
-        scores = stats_of_hidden(positions, partial(self._logits, response), token_ids_T, want, rows=rows)
+        scores = stats_of_hidden(positions, partial(self._logits, response), token_ids_T, want, rows=rows).scores()
         if self._head_VD is None:
             scores = replace(scores, logsumexp_T=np.full_like(scores.logsumexp_T, np.nan))
         return scores.of(response)

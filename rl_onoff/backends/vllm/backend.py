@@ -189,8 +189,8 @@ class VLLMBackend(BaseBackend):
                 first, token_ids_T = len(response.prompt_ids), torch.from_numpy(response.token_ids_T)
                 rows = [(output.prompt_logprobs, i) for i in range(first, first + len(token_ids_T) - 1)]
                 rows.append((output.outputs[0].logprobs, 0))
-                scores = stats_of_hidden(rows, self._public_logits, token_ids_T, want, rows=size)
-                yield scores.of(response)
+                stats = stats_of_hidden(rows, self._public_logits, token_ids_T, want, rows=size)
+                yield stats.scores().of(response)
 
     def _public_logits(self, rows: Sequence[tuple[Any, int]]) -> Any:
         """Logits (R, V) of positions in what vLLM's flat_logprobs gives."""

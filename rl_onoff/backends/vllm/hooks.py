@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rl_onoff.backends.layers import states_name
-from rl_onoff.backends.token_stats import PartialScores, Span, chunk_rows, read_logits, token_stats
+from rl_onoff.backends.token_stats import PartialScores, Span, StatsBuffer, chunk_rows, read_logits
 from rl_onoff.backends.vllm.layers import Batch, StepLayers
 from rl_onoff.types import Rollout, TokenScores, Want
 
@@ -97,6 +97,7 @@ class Recorder:
         """Record from now on; with None nothing, and generation pays nothing."""
         self._want, self._folder, self._error = want, folder, ""
         self._scores: dict[int, PartialScores] = {}  # by job number; drops what an abandoned call left
+        self._computed: tuple[StatsBuffer, list[Span]] | None = None  # in the last step
         if self.layers is not None:
             self.layers.begin(want and want.layers)
 
@@ -104,6 +105,7 @@ class Recorder:
         """Statistics by job number, of those jobs of which every row was computed."""
         if self._error:
             raise RuntimeError(self._error)
+        self._take_in(None)
         found = {number: self._scores.pop(number) for number in numbers if number in self._scores}
         arrays = {number: scores.arrays for number, scores in found.items() if scores.complete}
         return pickle.dumps({n: of | (self.layers.found(n) if self.layers else {}) for n, of in arrays.items()})
@@ -137,16 +139,28 @@ class Recorder:
             # rows of all requests together: the LM head likes full chunks, and every rank must cut them alike
             ids_R, hidden_RD = torch.from_numpy(np.concatenate(ids)).to(hidden_ND.device), torch.cat(hidden)
             size, want = chunk_rows(self._vocab_size, hidden_ND.device.type), replace(self._want, full_logits=False)
+            buffer = StatsBuffer(row, want)
             with torch.inference_mode():
                 for at in range(0, row, size):
                     logits_RV = head(hidden_RD[at : at + size])
                     if self._keeps and logits_RV is not None:
-                        stats = token_stats(logits_RV, ids_R[at : at + size], want)
+                        buffer.add(logits_RV, ids_R[at : at + size])
                         for span in spans:
-                            span.put(at, stats, logits_RV)
+                            span.write_logits(at, logits_RV)
+            if buffer.complete:
+                self._take_in((buffer.send(), spans))
         except Exception as e:  # the engine must not die of it: the error is raised by `fetch`, on our side
             log.exception("token statistics failed inside vLLM")
             self._error = f"{type(e).__name__}: {e}"
+
+    def _take_in(self, computed: tuple[StatsBuffer, list[Span]] | None) -> None:
+        """Give the responses what the last step computed, while the GPU is busy with this one's."""
+        last, self._computed = self._computed, computed
+        if last is not None:
+            buffer, spans = last
+            scores = buffer.scores()
+            for span in spans:
+                span.put(scores)
 
 
 def hook(runner: Any, recorder: Recorder) -> Callable[[], Batch]:
