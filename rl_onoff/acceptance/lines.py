@@ -23,6 +23,20 @@ NEUTRAL: Mapping[str, Collection[Any]] = {  # of generation_config.json: the val
     "repetition_penalty": (None, 1), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
+CAUSE = "find the cause: experiment=onoff with this backend and target, then experiment=attribute on its run_dir"
+FIXES: Mapping[Check, str] = {
+    Check.template: "send the ids that the tokenizer's own chat template gives, with one BOS",
+    Check.round_trip: "train on ids, not on text",
+    Check.eos: "name the same end tokens in config.json, generation_config.json and the tokenizer",
+    Check.sampling: "turn off what the engine does to the distribution at temperature 1: a top-k, a penalty, a default",
+    Check.decode: CAUSE,
+    Check.decode_long: CAUSE,
+    Check.batch: "score one response at a time or turn on the engine's batch-invariant kernels",
+    Check.cache: "turn off the engine's prefix cache",
+    Check.head: "mask these rows while sampling, or cut the LM head to the tokenizer's size",
+    Check.greedy: CAUSE,
+    Check.truth: CAUSE,
+}
 Ids = Sequence[int]
 Said = Rollout | TokenScores  # who says a response's logprobs
 
@@ -40,12 +54,15 @@ class Line:
     value: float | None = None
     bar: float | None = None
     said: str
+    fix: str | None = None  # of a line that failed
 
 
-def judged(check: Check, value: float, bar: float, said: str) -> Line:
-    """Pass where the value is at most the bar."""
+def judged(check: Check, value: float, bar: float, said: str, fix: str | None = None) -> Line:
+    """Pass where the value is at most the bar; else `fix`, or what is usual for this check, says what to do."""
     finite = value if math.isfinite(value) else None
-    return Line(check=check, outcome=PASS if value <= bar else FAIL, value=finite, bar=bar, said=said)
+    if value <= bar:
+        return Line(check=check, outcome=PASS, value=finite, bar=bar, said=said)
+    return Line(check=check, outcome=FAIL, value=finite, bar=bar, said=said, fix=fix or FIXES[check])
 
 
 def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, template: bool | None) -> Line:
@@ -57,10 +74,11 @@ def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, 
     said = f"{differ or len(sent)} of {len(sent)} prompts are sent {how} {source} says"
     if bos is not None:
         said += f", with {' or '.join(map(str, sorted(begins)))} BOS (id {bos}) in front"
+    doubled, fix = max(begins, default=0) > 1, None
     if template is False:
-        said = "the tokenizer has no chat template: set data.chat_template=false if prompts are meant to be plain text"
-    doubled = max(begins, default=0) > 1
-    return judged(Check.template, max(differ, len(sent) if doubled or template is False else 0), 0, said)
+        said = "the tokenizer has no chat template"
+        fix = "set data.chat_template=false if prompts are meant to be plain text"
+    return judged(Check.template, max(differ, len(sent) if doubled or template is False else 0), 0, said, fix)
 
 
 def _leading(ids: Ids, token: int | None) -> int:
@@ -72,7 +90,7 @@ def round_trip_line(ids: Sequence[Ids], again: Sequence[Ids]) -> Line:
     differ = sum(list(a) != list(b) for a, b in zip(ids, again, strict=True))
     said = "prompts that are decoded and encoded again have the same ids"
     if differ:
-        said = f"{differ} of {len(ids)} prompts have other ids once decoded and encoded again: train on ids, not text"
+        said = f"{differ} of {len(ids)} prompts have other ids once decoded and encoded again"
     return judged(Check.round_trip, differ, 0, said)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from rl_onoff.analysis_config import Rung
-from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, gap
+from rl_onoff.attribution.state import MOST, NOISE, ROUNDING, Case, NotTried, Row, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.models.resolve import different_tensors
 from rl_onoff.rundir.join import TRANSFORM
@@ -49,7 +49,7 @@ def cause(words: str, change: str) -> Callable[[Attempt], Attempt]:
     return add
 
 
-@cause("noise: one engine repeats itself no better", "the target's engine scores again, one response at a time")
+@cause("noise: its engine repeats itself no better", "the target's engine scores again, one response at a time")
 def noise(case: Case, state: State) -> Row:
     """Sets the floor: the target's engine against itself, in batches and alone."""
     alone, batched = case.rescore(state.target.engine, alone=True), state.target
@@ -58,7 +58,7 @@ def noise(case: Case, state: State) -> Row:
     measured, whole = gap(batched.as_kind(LogprobKind.raw), alone.as_kind(LogprobKind.raw)), state.gap()
     case.floor = max(measured, ROUNDING)
     share = min(1.0, case.floor / whole) if whole > 0 else 1.0
-    said = f"the gap is {'not ' if whole <= case.floor else ''}above the noise floor"
+    said = f"the gap is {'not ' if whole <= case.floor else ''}above {NOISE}"
     return Row(rung=Rung.noise, after=measured, share=share, verdict=said)
 
 

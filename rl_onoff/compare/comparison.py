@@ -243,22 +243,23 @@ class Comparison:
 def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
     """The word for a mean k3 KL (nats a token) and the reason for it; the only place where a gap is judged.
 
-    On-policy   not above the noise floor, which is the k3 of the engine against itself, or what float32 rounds to where
-                that is more; "as far as this tells" where only the interval reaches down to it. Without a noise floor:
-                under ON_POLICY_K3
+    On-policy   not above the sampler's noise floor, the k3 between what it said while it sampled and what it scores, or
+                what float32 rounds to where that is more; "as far as this tells" where only the interval reaches down
+                to it. Without a noise floor: under ON_POLICY_K3
     Close       under 0.015, prime-rl's bar for accepting a model; "not surely" where the interval reaches over the bar
     Off-policy  0.015 or more
     """
     lo, hi = (k3.value if end is None else end for end in (k3.lo, k3.hi))
+    noise = "" if floor is None else f"the sampler's noise floor of {floor:.2g}"
     if floor is None and k3.value < ON_POLICY_K3:
         return "On-policy", f"under {ON_POLICY_K3:.0e}, which two engines in float32 stay below"
     if floor is not None and k3.value <= floor:
-        return "On-policy", f"not above the noise floor of {floor:.2g}"
+        return "On-policy", f"not above {noise}"
     if floor is not None and k3.value <= ROUNDING_K3:
-        return "On-policy", f"no more than rounding in float32 makes; the noise floor is {floor:.2g}"
+        return "On-policy", f"no more than rounding in float32 makes; the sampler's noise floor is {floor:.2g}"
     if floor is not None and lo <= max(floor, ROUNDING_K3) and k3.value < PRIME_RL_BAR:
-        return "On-policy, as far as this tells", f"and the interval reaches down to the noise floor of {floor:.2g}"
-    above = "" if floor is None else f"above the noise floor of {floor:.2g} and "
+        return "On-policy, as far as this tells", f"and the interval reaches down to {noise}"
+    above = noise and f"above {noise} and "
     if k3.value >= PRIME_RL_BAR:
         return "Off-policy", f"{above}over prime-rl's bar of {PRIME_RL_BAR}"
     under = f"under prime-rl's bar of {PRIME_RL_BAR}"

@@ -43,13 +43,13 @@ def test_prompts_that_are_not(sent: list[list[int]], told: list[list[int]], valu
 def test_a_tokenizer_without_a_template() -> None:
     assert template_line([[5]], [[5]], None, template=None).outcome == "pass", "plain text was asked for"
     line = template_line([[5]], [[5]], None, template=False)
-    assert line.outcome == "fail" and "set data.chat_template=false" in line.said
+    assert line.outcome == "fail" and line.fix is not None and "set data.chat_template=false" in line.fix
 
 
 def test_a_round_trip() -> None:
     assert round_trip_line([[1, 2], [3]], [[1, 2], [3]]).outcome == "pass"
     line = round_trip_line([[1, 2], [3]], [[1, 2], [4, 5]])
-    assert (line.outcome, line.value) == ("fail", 1) and "train on ids" in line.said
+    assert (line.outcome, line.value) == ("fail", 1) and line.fix is not None and "train on ids" in line.fix
 
 
 LLAMA3 = {"config": {1}, "generation config": {1, 9}, "tokenizer": {9}, "template": {9}, "engine": {1, 9}}

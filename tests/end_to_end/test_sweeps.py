@@ -194,7 +194,7 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
     jobs = ("experiment=onoff", "target=fake", "target.noise=0.0,0.3", "sampling.top_p=1.0,0", "sweep_dir=sweep")
     said = rl_onoff("-m", *SMALL, *jobs, cwd=tmp_path, code=2).stdout
     assert "sweep       sweep (2 failed, 2 done)" in said or "sweep       sweep (2 done, 2 failed)" in said
-    assert re.search(r"target\.noise +sampling\.top_p +responses .* k3 KL +noise floor +verdict\n", said)
+    assert re.search(r"target\.noise +sampling\.top_p +responses .* k3 KL +sampler's noise floor +verdict\n", said)
     rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
     assert list(rows.columns[:6]) == ["folder", "target.noise", "sampling.top_p", "status", "error", "verdict"]
     assert rows["status"].tolist() == ["failed", "done", "failed", "done"] and rows["target.noise"].tolist() == [
