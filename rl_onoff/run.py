@@ -20,7 +20,7 @@ from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows, with_template_kwargs
 from rl_onoff.data.rollouts import load_responses
-from rl_onoff.errors import UsageError, nearest
+from rl_onoff.errors import UsageError, nearest, plural
 from rl_onoff.layers.analysis import Layers
 from rl_onoff.layers.stage import check_sides, run_layers
 from rl_onoff.models.resolve import model_sampling
@@ -113,7 +113,7 @@ def sample(this: Run) -> None:
     missing = stages.missing_requests(this.folder, prompts, config.sampling)
     total, wanted = len(missing), len(prompts) * config.sampling.n
     if total < wanted:
-        log.info("generate: %d of %d responses are there already", wanted - total, wanted)
+        log.info("generate: %d of %s found on disk", wanted - total, plural(wanted, "response"))
     if not missing:
         return
     backend = this.slot.get(config.backend)

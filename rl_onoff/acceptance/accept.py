@@ -19,7 +19,7 @@ from rl_onoff.analysis_config import Check
 from rl_onoff.backends import create_backend
 from rl_onoff.data.prompts import is_ids
 from rl_onoff.data.requests import check_lengths, encode_rows, messages_of, with_template_kwargs
-from rl_onoff.errors import OnOffError
+from rl_onoff.errors import OnOffError, plural
 from rl_onoff.pipeline.compare_inputs import Sources
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
@@ -218,13 +218,15 @@ class Trial:
         if not whole:
             room = self.info["max_len"] - min(map(len, self.sent))
             why = "the model ends its responses at once" if room >= n else f"the context has room for {room:,}"
-            raise NotTried(f"no response has {n:,} tokens: {why}")
+            raise NotTried(f"no response has {plural(n, 'token')}: {why}")
         pairs = [(self.drawn[key], self.scored[key]) for key in whole]
-        return lines.k3_line(Check.decode, pairs, self.bars.k3, f"{n:,} tokens a response, sampled and prefilled")
+        return lines.k3_line(
+            Check.decode, pairs, self.bars.k3, f"{plural(n, 'token')} a response, sampled and prefilled"
+        )
 
     def decode_long(self) -> Line:
         pairs = [(rollout, self.scored_long[key]) for key, rollout in self.drawn_long.items()]
-        said = f"behind {self.bars.long_tokens:,} tokens, sampled and prefilled"
+        said = f"behind {plural(self.bars.long_tokens, 'token')}, sampled and prefilled"
         return lines.k3_line(Check.decode_long, pairs, self.bars.k3, said)
 
     def batch(self) -> Line:
@@ -232,7 +234,7 @@ class Trial:
         alone = self.bench.scores("alone", together[:: max(1, len(together) // ALONE)], alone=True)
         pairs = [(self.scored[key], scores) for key, scores in alone.items()]
         width = f", {self.info['batch']} at a time" if self.info["batch"] < len(together) else ""
-        said = f"{len(alone)} responses alone and among {len(together)}{width}"
+        said = f"{plural(len(alone), 'response')} alone and among {len(together)}{width}"
         return lines.k3_line(Check.batch, pairs, self.bars.k3, said)
 
     def cache(self) -> Line:

@@ -14,6 +14,7 @@ import numpy as np
 
 from rl_onoff.analysis_config import Check
 from rl_onoff.compare.metrics import token_terms
+from rl_onoff.errors import plural
 from rl_onoff.types import Rollout, TokenScores
 
 PASS, FAIL, NOT_TRIED = "pass", "fail", "not tried"
@@ -71,7 +72,7 @@ def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, 
     differ = sum(list(a) != list(b) for a, b in zip(sent, told, strict=True))
     begins = {_leading(ids, bos) for ids in told}
     how = "as" if differ == 0 else "otherwise than"
-    said = f"{differ or len(sent)} of {len(sent)} prompts are sent {how} {source} says"
+    said = f"{differ or len(sent)} of {plural(len(sent), 'prompt')} sent {how} {source} says"
     if bos is not None:
         said += f", with {' or '.join(map(str, sorted(begins)))} BOS (id {bos}) in front"
     doubled, fix = max(begins, default=0) > 1, None
@@ -90,7 +91,7 @@ def round_trip_line(ids: Sequence[Ids], again: Sequence[Ids]) -> Line:
     differ = sum(list(a) != list(b) for a, b in zip(ids, again, strict=True))
     said = "prompts that are decoded and encoded again have the same ids"
     if differ:
-        said = f"{differ} of {len(ids)} prompts have other ids once decoded and encoded again"
+        said = f"{differ} of {plural(len(ids), 'prompt')} with other ids once decoded and encoded again"
     return judged(Check.round_trip, differ, 0, said)
 
 
@@ -127,7 +128,7 @@ def sampling_line(defaults: Mapping[str, Any], scores: Iterable[TokenScores], ba
     found = [f"{name}={defaults[name]}" for name, nothing in NEUTRAL.items() if defaults.get(name) not in nothing]
     said = f"an engine left to the checkpoint's defaults draws with {', '.join(found)}; " if found else ""
     miss = f"mean logprob {excess / tokens:+.2g} nats off minus the entropy"
-    return judged(Check.sampling, z, bar, f"{said}{tokens:,} draws at temperature 1, {miss}")
+    return judged(Check.sampling, z, bar, f"{said}{plural(tokens, 'draw')} at temperature 1, {miss}")
 
 
 def k3_line(check: Check, pairs: Sequence[tuple[Said, Said]], bar: float, said: str) -> Line:
@@ -144,7 +145,7 @@ def k3_line(check: Check, pairs: Sequence[tuple[Said, Said]], bar: float, said: 
         return judged(check, math.nan, bar, f"{said}: there is no token to compare")
     terms = token_terms(q_N, p_N)
     mean, worst = terms["logprob_diff_mean"].mean(), terms["logprob_diff_mean"].max()
-    detail = f"{said}: mean |Δ| {mean:.2g}, worst {worst:.2g} of {len(q_N):,} tokens"
+    detail = f"{said}: mean |Δ| {mean:.2g}, worst {worst:.2g} of {plural(len(q_N), 'token')}"
     return judged(check, float(terms["kl_k3"].mean()), bar, detail)
 
 
@@ -157,7 +158,7 @@ def greedy_line(scores: Sequence[TokenScores], bar: float) -> Line:
         at = int(np.append(each.rank_T > 1, True).argmax())
         equal.append(at / len(each.rank_T))
         lost += [float(each.top_logprobs_TK[at, 0] - each.logprobs_T[at])] if at < len(each.rank_T) else []
-    said = f"{sum(share == 1 for share in equal)} of {len(equal)} prompts have the truth's greedy ids"
+    said = f"{sum(share == 1 for share in equal)} of {plural(len(equal), 'prompt')} with the truth's greedy ids"
     said += f", together {np.mean(equal):.0%} of the tokens; the number is the nats lost where they part"
     return judged(Check.greedy, float(np.max(lost)), bar, said)
 
@@ -166,5 +167,6 @@ def head_line(rows: Collection[int], mass: float, positions: int, bar: float) ->
     """The most probability, at any position, on rows of the LM head that stand for no token."""
     said = "every row of the LM head stands for a token"
     if rows:
-        said = f"{len(rows):,} rows of the LM head, from {min(rows)} on, stand for no token; at {positions} positions"
+        of = f"{plural(len(rows), 'row')} of the LM head, from {min(rows)} on"
+        said = f"{of}, for no token; at {plural(positions, 'position')}"
     return judged(Check.head, mass, bar, said)

@@ -24,7 +24,7 @@ from rl_onoff.attribution.truth import errors_of
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import ON_POLICY_K3, WhoseError
-from rl_onoff.errors import OnOffError, UsageError, nearest
+from rl_onoff.errors import OnOffError, UsageError, nearest, plural
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import aligned, number
@@ -58,7 +58,7 @@ class Attribution:
         return " ".join(filter(None, (self._cause(), whose, self.truth)))
 
     def _cause(self) -> str:
-        gap = f"a mean k3 KL of {self.gap:.2g} nats a token over {self.tokens:,} tokens"
+        gap = f"a mean k3 KL of {self.gap:.2g} nats a token over {plural(self.tokens, 'token')}"
         size = f"the gap between the behaviour and {self.target}, {gap},"
         if self.gap <= self.floor:
             return f"Nothing to explain: {size} is not above {NOISE}, {self.floor:.2g}."

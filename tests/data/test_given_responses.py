@@ -180,7 +180,7 @@ def test_tokens_that_a_mask_leaves_out_stay_as_context(write, caplog):
     row = {"prompt_ids": [1], "token_ids": [4, 5, 6, 7, 0], "completion_mask": [1, 0, 1, 1, 0], "id": "a"}
     (given,) = load_responses(write(row))
     assert given.token_ids_T.tolist() == [4, 5, 6, 7] and given.mask_T.tolist() == [True, False, True, True]
-    assert "1 responses, 4 tokens, 1 of them masked" in caplog.text
+    assert "1 response, 4 tokens, 1 of them masked" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

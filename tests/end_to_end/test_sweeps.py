@@ -44,7 +44,7 @@ def test_every_combination_has_a_folder_and_again_does_what_is_missing(tmp_path)
     gone = next(iter(jobs))
     next(jobs[gone].glob("completions/part-*")).unlink()
     said = rl_onoff(*SWEEP, cwd=tmp_path).stdout
-    assert said.count("4 of 4 responses are there already") == 3
+    assert said.count("4 of 4 responses found on disk") == 3
     assert {name: token_ids(folder) for name, folder in folders(tmp_path).items()} == ids
 
 
