@@ -134,7 +134,7 @@ def test_rows_with_an_empty_response_are_left_out_with_one_warning(write, caplog
     path = write({**row, response: empty, "logprobs": []}, {**row, response: full}, {**row, response: empty})
     (given,) = load_responses(path, None if kind == "ids" else tokenizer)
     assert given.key == ("0", 1), "the sample's number is its place among the rows of its prompt, empty ones included"
-    assert caplog.messages == ["r.jsonl: 2 of 3 rows left out: their response is empty, nothing to score"]
+    assert caplog.messages == ["r.jsonl: 2 of 3 rows left out, whose response is empty"]
 
 
 def test_a_file_of_empty_responses_alone_is_refused(write):
