@@ -220,9 +220,8 @@ class Trial:
             why = "the model ends its responses at once" if room >= n else f"the context has room for {room:,}"
             raise NotTried(f"no response has {plural(n, 'token')}: {why}")
         pairs = [(self.drawn[key], self.scored[key]) for key in whole]
-        return lines.k3_line(
-            Check.decode, pairs, self.bars.k3, f"{plural(n, 'token')} a response, sampled and prefilled"
-        )
+        said = f"{plural(n, 'token')} a response, sampled and prefilled"
+        return lines.k3_line(Check.decode, pairs, self.bars.k3, said)
 
     def decode_long(self) -> Line:
         pairs = [(rollout, self.scored_long[key]) for key, rollout in self.drawn_long.items()]
