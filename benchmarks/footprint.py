@@ -24,6 +24,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ class Drawn:
         self._text = " ".join(row["text"] for row in run.completions.rows(["text"]))
         self._noise = noise
 
-    def _draw(self, seed: int, length: int) -> dict[str, np.ndarray]:
+    def _draw(self, seed: int, length: int) -> dict[str, Any]:
         chance = np.random.default_rng(seed)
         at = chance.integers(0, len(self._pool["token_ids_T"]), length)
         drawn = {name: values[at] for name, values in self._pool.items()}
@@ -309,8 +310,8 @@ def _sources(run: RunDir) -> RunDir:
 
 STEPS: dict[str, Callable[[RunDir, Path, int], Callable[[], Any]]] = {
     "generate": _generate,
-    "score own": lambda *given: _score(*given, "own", 0.01),
-    "score": lambda *given: _score(*given, "target", 0.05),
+    "score own": partial(_score, name="own", noise=0.01),
+    "score": partial(_score, name="target", noise=0.05),
     "resume": _resume,
     "summarise": _summarise,
     "compare": _compare,

@@ -46,7 +46,8 @@ def main() -> int:
             ("a config error", [], ["backend.tp_sise=2"], 2),
         ):
             bare, whole = [sys.executable, "bare.py", *theirs], [*rl_onoff, *ours]
-            seconds(bare, folder, 0), seconds(whole, folder, code)  # compiles and reads what is new
+            for each, ends in ((bare, 0), (whole, code)):
+                seconds(each, folder, ends)  # compiles and reads what is new
             taken = [(seconds(bare, folder, 0), seconds(whole, folder, code)) for _ in range(pairs)]
             ratio = statistics.median(whole_s / bare_s for bare_s, whole_s in taken)
             bare_s, whole_s = (statistics.median(column) for column in zip(*taken, strict=True))

@@ -24,6 +24,7 @@ from table import ratios, row
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from rl_onoff.backends import create_backend
+from rl_onoff.backends.huggingface.backend import HuggingFaceBackend
 from rl_onoff.types import Sampling, sample_requests
 
 PROMPT_TOKENS = (24, 64)
@@ -87,6 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     config = {"backend_type": "huggingface", "model_name": args.model, "backend_specific": {"dtype": args.dtype}}
     backend = create_backend(config)
+    assert isinstance(backend, HuggingFaceBackend)
     backend.load()
     backend._info = dataclasses.replace(backend.info, eos_ids=())
     model, rng = backend._split.whole, np.random.default_rng(0)

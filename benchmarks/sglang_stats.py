@@ -67,6 +67,7 @@ def check(responses: Sequence[Rollout], scores: dict[Any, TokenScores], public: 
     for response, entries in zip(responses, public, strict=True):
         one, expected = scores[response.key], [entry[0] for entry in entries[1:]]
         np.testing.assert_allclose(one.logprobs_T, expected, atol=1e-3 if dtype == "float32" else 0.5)
+        assert one.top_logprobs_TK is not None and one.entropy_T is not None
         assert one.top_logprobs_TK.shape == (len(expected), WANT.top_k) and one.entropy_T.min() > 0
 
 

@@ -117,6 +117,7 @@ def main() -> None:
     from rl_onoff.models.resolve import resolve
 
     path, problem = resolve("smollm2").path, load_rows(DataConfig(limit=1))[0].prompt
+    assert isinstance(problem, str)
     for engine in args.engines:
         python = os.path.abspath(args.sglang) if engine == "sglang" else sys.executable
         package = {"huggingface": "transformers"}.get(engine, engine)

@@ -32,6 +32,7 @@ def main() -> None:
     config = VLLMBackendConfig(model_name=args.model, dtype=args.dtype, max_model_len=1024, worker=False)
     with VLLMBackend(config) as backend:
         tokenizer = backend.get_tokenizer()
+        assert backend._engine is not None
         score_rows("vLLM", "prompt_logprobs=0", ">= 3", compare, backend, args)
         backend._engine.model.max_logprobs = -1  # so that the public API gives the whole vocabulary in this engine
         responses = standard_work(tokenizer, 1, 8, seed=99)[:3]
@@ -53,6 +54,7 @@ def compare(backend: VLLMBackend, responses: Sequence[Rollout], dtype: str) -> t
 def public_logprobs(backend: VLLMBackend, responses: Sequence[Rollout], **asked: Any) -> list[Any]:
     from vllm import SamplingParams
 
+    assert backend._engine is not None
     # without prompt_logprobs the engine would find its cache warm
     params = SamplingParams(flat_logprobs=True, skip_reading_prefix_cache=True, **PREFILL, **asked)
     ids = [[*response.prompt_ids.tolist(), *response.token_ids_T.tolist()] for response in responses]
@@ -66,6 +68,7 @@ def check(responses: Sequence[Rollout], scores: dict[Any, TokenScores], public: 
         one, first = scores[response.key], len(response.prompt_ids)
         expected = [flat.logprobs[flat.start_indices[first + t]] for t in range(len(response.token_ids_T))]
         np.testing.assert_allclose(one.logprobs_T, expected, atol=1e-3 if dtype == "float32" else 0.5)
+        assert one.top_logprobs_TK is not None and one.entropy_T is not None
         assert one.top_logprobs_TK.shape == (len(expected), WANT.top_k) and one.entropy_T.min() > 0
 
 

@@ -38,7 +38,8 @@ Every field is set on the command line as `group.field=value`; a whole group is 
 
 A secret (a field whose name ends with `token`, `api_key`, `password`, …) comes from the environment:
 `'+backend.engine_kwargs.hf_token=${oc.env:HF_TOKEN}'`. A literal one is refused, and its value is written to no
-file of the run."""
+file of the run.
+"""
 
 ENGINES = """The engine that samples (`backend.dtype=…`), the one that scores (`target.dtype=…`) and those of a matrix
 (`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code` and

@@ -64,6 +64,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
+def plural(count: int, noun: str) -> str:
+    """A count with its noun, of which there may be one."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def at_least(least: float, name: str, value: float | None, example: object) -> None:
     """UsageError when the option of this name is set to a number below `least`, or to no number."""
     if value is not None and not value >= least:

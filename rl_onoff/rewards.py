@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.errors import UsageError, nearest
+from rl_onoff.errors import UsageError, nearest, plural
 from rl_onoff.types import Key
 
 log = logging.getLogger(__name__)
@@ -111,8 +111,8 @@ class Judge:
     def conclude(self) -> None:
         """Say once how many failed."""
         if self.failed:
-            words = "the reward failed on %d of %d responses, which are kept without one: fix reward.function"
-            log.warning(words, self.failed, self.judged)
+            words = "the reward failed on %d of %s, kept without one: fix reward.function"
+            log.warning(words, self.failed, plural(self.judged, "response"))
 
 
 def load_reward(spec: str | None) -> Reward | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from hydra.utils import instantiate
 
-from rl_onoff.acceptance.accept import run_acceptance
-from rl_onoff.attribution.ladder import run_attribute
+from rl_onoff.acceptance.accept import Acceptance, measured, run_acceptance
+from rl_onoff.attribution.ladder import Attribution, run_attribute
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import check_installed
@@ -18,7 +20,8 @@ from rl_onoff.config import RunConfig, Stage
 from rl_onoff.data.prompts import load_rows
 from rl_onoff.data.requests import check_lengths, encode_rows, with_template_kwargs
 from rl_onoff.data.rollouts import load_responses
-from rl_onoff.errors import UsageError, nearest
+from rl_onoff.errors import UsageError, nearest, plural
+from rl_onoff.layers.analysis import Layers
 from rl_onoff.layers.stage import check_sides, run_layers
 from rl_onoff.models.resolve import model_sampling
 from rl_onoff.pipeline import stages
@@ -27,6 +30,7 @@ from rl_onoff.pipeline.compare_inputs import open_sources
 from rl_onoff.pipeline.conclude import conclude, gate, track_rows
 from rl_onoff.pipeline.engines import ANY, Slot, Steps, engines, known_engines, samplers, scorers
 from rl_onoff.pipeline.stages import Run
+from rl_onoff.report.tables import Matrix
 from rl_onoff.rewards import load_reward
 from rl_onoff.rundir.provenance import changes, landmarks, sampling_of, texts_of, texts_tokenizer
 from rl_onoff.rundir.table import RunDir, Table
@@ -34,6 +38,8 @@ from rl_onoff.tracking import Tracker
 from rl_onoff.types import Want
 
 log = logging.getLogger(__name__)
+
+Found = Matrix | Attribution | Layers | Acceptance
 
 
 def run(config: RunConfig, path: Path, *, group: str | None = None) -> float | None:
@@ -107,7 +113,7 @@ def sample(this: Run) -> None:
     missing = stages.missing_requests(this.folder, prompts, config.sampling)
     total, wanted = len(missing), len(prompts) * config.sampling.n
     if total < wanted:
-        log.info("generate: %d of %d responses are there already", wanted - total, wanted)
+        log.info("generate: %d of %s found on disk", wanted - total, plural(wanted, "response"))
     if not missing:
         return
     backend = this.slot.get(config.backend)
@@ -182,12 +188,9 @@ def compare(this: Run) -> None:
 def matrix(this: Run) -> Steps:
     """Every policy samples, every policy scores all samples."""
     found = yield from run_matrix(this, sample, score_with)
-    this.values.update(found.values())
     rows, verdict = found.rows(), found.verdict()
-    this.sections["matrix"] = {"policies": found.names, "cells": rows, "verdict": verdict}
-    this.texts += [found.as_text(), f"  {verdict}"]
+    tell(this, "matrix", found, {"policies": found.names, "cells": rows, "verdict": verdict}, rows)
     this.page = this.folder.path / "matrix.html"
-    track_rows(this.tracker, "matrix", rows)
 
 
 def attribute(this: Run) -> Steps:
@@ -195,37 +198,46 @@ def attribute(this: Run) -> Steps:
     yield ANY
     this.folder = open_sources(this.config.compare, this.folder)
     found = run_attribute(this, known_engines(this.config))
-    this.values.update(found.values())
-    this.sections["attribution"] = found.to_dict()
-    this.texts.append(found.as_text())
-    track_rows(this.tracker, "attribution", found.to_dict()["rows"])
-    try:
-        compare(this)
-    except UsageError as error:  # ids or kinds that differ: the very causes that the ladder may have named
-        log.warning("no page: %s", error)
+    section = found.to_dict()
+    tell(this, "attribution", found, section, section["rows"])
+    put_into_page(this)
 
 
 def layers(this: Run) -> Steps:
     """Say where in the network backend and target part, and put it into the page."""
     take_in_given(this)
     found = yield from run_layers(this)
-    this.values.update(found.values())
-    this.sections["layers"] = {"sentence": found.sentence}
-    this.texts.append(found.as_text())
-    track_rows(this.tracker, "layers", found.rows())
-    try:
-        compare(this)
-    except UsageError as error:  # nothing was scored, or the sides' scores cannot be compared
-        log.warning("no page: %s", error)
+    tell(this, "layers", found, {"sentence": found.sentence}, found.rows())
+    put_into_page(this)
 
 
 def acceptance(this: Run) -> Steps:
-    """Say whether the model on the engine is fit to be trained."""
+    """Say whether the model on the engine is fit to be trained, and put it into the page; where the run scored nothing
+    itself, into one of what acceptance drew and scored."""
     found = yield from run_acceptance(this)
+    section = found.to_dict()
+    tell(this, "acceptance", found, section, section["lines"])
+    shown = this
+    if not this.folder.score_names():
+        shown = replace(this, folder=measured(this), comparisons={})
+    put_into_page(shown)
+    this.page = shown.page
+
+
+def tell(this: Run, name: str, found: Found, section: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Take in what a stage found: `section` for metrics.json, `rows` for the tracker."""
     this.values.update(found.values())
-    this.sections["acceptance"] = found.to_dict()
+    this.sections[name] = section
     this.texts.append(found.as_text())
-    track_rows(this.tracker, "acceptance", this.sections["acceptance"]["lines"])
+    track_rows(this.tracker, name, rows)
+
+
+def put_into_page(this: Run) -> None:
+    """Write the page again, now that more lies in the folder."""
+    try:
+        compare(this)
+    except UsageError as error:  # nothing was scored, or the sides cannot be compared: what the ladder may have named
+        log.warning("no page: %s", error)
 
 
 STAGES = {stage.__name__: stage for stage in (generate, score, compare, matrix, attribute, layers, acceptance)}

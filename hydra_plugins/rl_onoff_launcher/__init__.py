@@ -30,7 +30,7 @@ class SharedEngineLauncher(Launcher):
         setup_globals()
         configure_log(hydra.hydra_logging, hydra.verbose)
         Path(str(hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        log.info("%d jobs in %s", len(job_overrides), hydra.sweep.dir)
+        log.info("jobs: %d, in %s", len(job_overrides), hydra.sweep.dir)
         # a sweeper that chooses its jobs by earlier ones launches them bit by bit
         rounds = start.rounds = start.rounds or start.Rounds()
         jobs = [start.Job(number, list(typed)) for number, typed in enumerate(job_overrides, initial_job_idx)]

@@ -19,10 +19,12 @@ from rl_onoff.analysis_config import Check
 from rl_onoff.backends import create_backend
 from rl_onoff.data.prompts import is_ids
 from rl_onoff.data.requests import check_lengths, encode_rows, messages_of, with_template_kwargs
-from rl_onoff.errors import OnOffError
+from rl_onoff.errors import OnOffError, plural
+from rl_onoff.pipeline.compare_inputs import Sources
 from rl_onoff.pipeline.engines import Wish
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import aligned, number
+from rl_onoff.rundir.table import COMPLETIONS, Table, score_columns
 from rl_onoff.types import Key, Rollout, SampleRequest, Sampling, TokenScores, sample_requests
 
 BATCH = 32  # responses that are scored together
@@ -59,7 +61,8 @@ class Acceptance:
         """The list for a terminal."""
         rows = [["check", "", "number", "bar", ""]]
         for line in self.lines:
-            rows.append([line.check.value, line.outcome, number(line.value, 3), number(line.bar), line.said])
+            said = f"{line.said}; what to do: {line.fix}" if line.fix else line.said
+            rows.append([line.check.value, line.outcome, number(line.value, 3), number(line.bar), said])
         counts = (len(self.of(outcome)) for outcome in (PASS, FAIL, NOT_TRIED))
         head = f"  acceptance of {self.model} on {self.engine}; the truth is {self.truth or 'not known'}"
         return "\n".join([head, *aligned(rows, "<<>><"), "", "  {} passed, {} failed, {} not tried".format(*counts)])
@@ -82,6 +85,14 @@ def run_acceptance(this: Run) -> Generator[Wish, None, Acceptance]:
     accepted = Acceptance(model=this.config.backend.model_name, lines=found, **names)
     this.folder.write_json("acceptance.json", accepted.to_dict())
     return accepted
+
+
+def measured(this: Run) -> Sources:
+    """What was drawn, and its scores by the engine and by the truth, as a run folder to compare."""
+    path, name = this.folder.path / "acceptance", this.config.backend.name
+    tables = {name: Table(path / "batch", score_columns()), "truth": Table(path / "truth", score_columns())}
+    scores = {name: table for name, table in tables.items() if table.exists()}
+    return Sources(this.folder.path, Table(path / "drawn", COMPLETIONS), scores, name if name in scores else None)
 
 
 class Trial:
@@ -207,13 +218,14 @@ class Trial:
         if not whole:
             room = self.info["max_len"] - min(map(len, self.sent))
             why = "the model ends its responses at once" if room >= n else f"the context has room for {room:,}"
-            raise NotTried(f"no response has {n:,} tokens: {why}")
+            raise NotTried(f"no response has {plural(n, 'token')}: {why}")
         pairs = [(self.drawn[key], self.scored[key]) for key in whole]
-        return lines.k3_line(Check.decode, pairs, self.bars.k3, f"{n:,} tokens a response, sampled and prefilled")
+        said = f"{plural(n, 'token')} a response, sampled and prefilled"
+        return lines.k3_line(Check.decode, pairs, self.bars.k3, said)
 
     def decode_long(self) -> Line:
         pairs = [(rollout, self.scored_long[key]) for key, rollout in self.drawn_long.items()]
-        said = f"behind {self.bars.long_tokens:,} tokens, sampled and prefilled"
+        said = f"behind {plural(self.bars.long_tokens, 'token')}, sampled and prefilled"
         return lines.k3_line(Check.decode_long, pairs, self.bars.k3, said)
 
     def batch(self) -> Line:
@@ -221,7 +233,7 @@ class Trial:
         alone = self.bench.scores("alone", together[:: max(1, len(together) // ALONE)], alone=True)
         pairs = [(self.scored[key], scores) for key, scores in alone.items()]
         width = f", {self.info['batch']} at a time" if self.info["batch"] < len(together) else ""
-        said = f"{len(alone)} responses alone and among {len(together)}{width}"
+        said = f"{plural(len(alone), 'response')} alone and among {len(together)}{width}"
         return lines.k3_line(Check.batch, pairs, self.bars.k3, said)
 
     def cache(self) -> Line:

@@ -14,6 +14,7 @@ import numpy as np
 
 from rl_onoff.analysis_config import Check
 from rl_onoff.compare.metrics import token_terms
+from rl_onoff.errors import plural
 from rl_onoff.types import Rollout, TokenScores
 
 PASS, FAIL, NOT_TRIED = "pass", "fail", "not tried"
@@ -23,6 +24,20 @@ NEUTRAL: Mapping[str, Collection[Any]] = {  # of generation_config.json: the val
     "repetition_penalty": (None, 1), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "no_repeat_ngram_size": (None, 0),
 }  # fmt: skip
+CAUSE = "find the cause: experiment=onoff with this backend and target, then experiment=attribute on its run_dir"
+FIXES: Mapping[Check, str] = {
+    Check.template: "send the ids that the tokenizer's own chat template gives, with one BOS",
+    Check.round_trip: "train on ids, not on text",
+    Check.eos: "name the same end tokens in config.json, generation_config.json and the tokenizer",
+    Check.sampling: "turn off what the engine does to the distribution at temperature 1: a top-k, a penalty, a default",
+    Check.decode: CAUSE,
+    Check.decode_long: CAUSE,
+    Check.batch: "score one response at a time or turn on the engine's batch-invariant kernels",
+    Check.cache: "turn off the engine's prefix cache",
+    Check.head: "mask these rows while sampling, or cut the LM head to the tokenizer's size",
+    Check.greedy: CAUSE,
+    Check.truth: CAUSE,
+}
 Ids = Sequence[int]
 Said = Rollout | TokenScores  # who says a response's logprobs
 
@@ -40,12 +55,15 @@ class Line:
     value: float | None = None
     bar: float | None = None
     said: str
+    fix: str | None = None  # of a line that failed
 
 
-def judged(check: Check, value: float, bar: float, said: str) -> Line:
-    """Pass where the value is at most the bar."""
+def judged(check: Check, value: float, bar: float, said: str, fix: str | None = None) -> Line:
+    """Pass where the value is at most the bar; else `fix`, or what is usual for this check, says what to do."""
     finite = value if math.isfinite(value) else None
-    return Line(check=check, outcome=PASS if value <= bar else FAIL, value=finite, bar=bar, said=said)
+    if value <= bar:
+        return Line(check=check, outcome=PASS, value=finite, bar=bar, said=said)
+    return Line(check=check, outcome=FAIL, value=finite, bar=bar, said=said, fix=fix or FIXES[check])
 
 
 def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, template: bool | None) -> Line:
@@ -54,13 +72,14 @@ def template_line(sent: Sequence[Ids], told: Sequence[Ids], bos: int | None, *, 
     differ = sum(list(a) != list(b) for a, b in zip(sent, told, strict=True))
     begins = {_leading(ids, bos) for ids in told}
     how = "as" if differ == 0 else "otherwise than"
-    said = f"{differ or len(sent)} of {len(sent)} prompts are sent {how} {source} says"
+    said = f"{differ or len(sent)} of {plural(len(sent), 'prompt')} sent {how} {source} says"
     if bos is not None:
         said += f", with {' or '.join(map(str, sorted(begins)))} BOS (id {bos}) in front"
+    doubled, fix = max(begins, default=0) > 1, None
     if template is False:
-        said = "the tokenizer has no chat template: set data.chat_template=false if prompts are meant to be plain text"
-    doubled = max(begins, default=0) > 1
-    return judged(Check.template, max(differ, len(sent) if doubled or template is False else 0), 0, said)
+        said = "the tokenizer has no chat template"
+        fix = "set data.chat_template=false if prompts are meant to be plain text"
+    return judged(Check.template, max(differ, len(sent) if doubled or template is False else 0), 0, said, fix)
 
 
 def _leading(ids: Ids, token: int | None) -> int:
@@ -72,7 +91,7 @@ def round_trip_line(ids: Sequence[Ids], again: Sequence[Ids]) -> Line:
     differ = sum(list(a) != list(b) for a, b in zip(ids, again, strict=True))
     said = "prompts that are decoded and encoded again have the same ids"
     if differ:
-        said = f"{differ} of {len(ids)} prompts have other ids once decoded and encoded again: train on ids, not text"
+        said = f"{differ} of {plural(len(ids), 'prompt')} with other ids once decoded and encoded again"
     return judged(Check.round_trip, differ, 0, said)
 
 
@@ -109,7 +128,7 @@ def sampling_line(defaults: Mapping[str, Any], scores: Iterable[TokenScores], ba
     found = [f"{name}={defaults[name]}" for name, nothing in NEUTRAL.items() if defaults.get(name) not in nothing]
     said = f"an engine left to the checkpoint's defaults draws with {', '.join(found)}; " if found else ""
     miss = f"mean logprob {excess / tokens:+.2g} nats off minus the entropy"
-    return judged(Check.sampling, z, bar, f"{said}{tokens:,} draws at temperature 1, {miss}")
+    return judged(Check.sampling, z, bar, f"{said}{plural(tokens, 'draw')} at temperature 1, {miss}")
 
 
 def k3_line(check: Check, pairs: Sequence[tuple[Said, Said]], bar: float, said: str) -> Line:
@@ -126,7 +145,7 @@ def k3_line(check: Check, pairs: Sequence[tuple[Said, Said]], bar: float, said: 
         return judged(check, math.nan, bar, f"{said}: there is no token to compare")
     terms = token_terms(q_N, p_N)
     mean, worst = terms["logprob_diff_mean"].mean(), terms["logprob_diff_mean"].max()
-    detail = f"{said}: mean |Δ| {mean:.2g}, worst {worst:.2g} of {len(q_N):,} tokens"
+    detail = f"{said}: mean |Δ| {mean:.2g}, worst {worst:.2g} of {plural(len(q_N), 'token')}"
     return judged(check, float(terms["kl_k3"].mean()), bar, detail)
 
 
@@ -139,7 +158,7 @@ def greedy_line(scores: Sequence[TokenScores], bar: float) -> Line:
         at = int(np.append(each.rank_T > 1, True).argmax())
         equal.append(at / len(each.rank_T))
         lost += [float(each.top_logprobs_TK[at, 0] - each.logprobs_T[at])] if at < len(each.rank_T) else []
-    said = f"{sum(share == 1 for share in equal)} of {len(equal)} prompts have the truth's greedy ids"
+    said = f"{sum(share == 1 for share in equal)} of {plural(len(equal), 'prompt')} with the truth's greedy ids"
     said += f", together {np.mean(equal):.0%} of the tokens; the number is the nats lost where they part"
     return judged(Check.greedy, float(np.max(lost)), bar, said)
 
@@ -148,5 +167,6 @@ def head_line(rows: Collection[int], mass: float, positions: int, bar: float) ->
     """The most probability, at any position, on rows of the LM head that stand for no token."""
     said = "every row of the LM head stands for a token"
     if rows:
-        said = f"{len(rows):,} rows of the LM head, from {min(rows)} on, stand for no token; at {positions} positions"
+        of = f"{plural(len(rows), 'row')} of the LM head, from {min(rows)} on"
+        said = f"{of}, for no token; at {plural(positions, 'position')}"
     return judged(Check.head, mass, bar, said)

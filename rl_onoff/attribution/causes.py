@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 from rl_onoff.analysis_config import Rung
-from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, gap
+from rl_onoff.attribution.state import MOST, NOISE, ROUNDING, Case, NotTried, Row, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.errors import plural
 from rl_onoff.models.resolve import different_tensors
 from rl_onoff.rundir.join import TRANSFORM
 from rl_onoff.rundir.provenance import texts_tokenizer
@@ -49,7 +50,7 @@ def cause(words: str, change: str) -> Callable[[Attempt], Attempt]:
     return add
 
 
-@cause("noise: one engine repeats itself no better", "the target's engine scores again, one response at a time")
+@cause("noise: its engine repeats itself no better", "the target's engine scores again, one response at a time")
 def noise(case: Case, state: State) -> Row:
     """Sets the floor: the target's engine against itself, in batches and alone."""
     alone, batched = case.rescore(state.target.engine, alone=True), state.target
@@ -58,7 +59,7 @@ def noise(case: Case, state: State) -> Row:
     measured, whole = gap(batched.as_kind(LogprobKind.raw), alone.as_kind(LogprobKind.raw)), state.gap()
     case.floor = max(measured, ROUNDING)
     share = min(1.0, case.floor / whole) if whole > 0 else 1.0
-    said = f"the gap is {'not ' if whole <= case.floor else ''}above the noise floor"
+    said = f"the gap is {'not ' if whole <= case.floor else ''}above {NOISE}"
     return Row(rung=Rung.noise, after=measured, share=share, verdict=said)
 
 
@@ -70,13 +71,13 @@ def end_token(case: Case, state: State) -> list[Candidate]:
         ends = [key for key in differ if q[key][: len(p[key])] == p[key] or p[key][: len(q[key])] == q[key]]
         if not ends:
             raise NotTried("the sides differ in more than their last tokens")
-        detail = f"the last token: {len(ends)} of {len(sides[0])} responses have it on one side only"
+        detail = f"the last token: {len(ends)} of {plural(len(sides[0]), 'response')} have it on one side only"
         return [Candidate(replace(state, same_ids_only=True), SAME_IDS, detail)]
     by_itself = (FinishReason.eos, FinishReason.stop)
     ended = frozenset(key for key, rollout in case.rollouts.items() if rollout.finish_reason in by_itself)
     if not ended:
         raise NotTried("both sides hold the same ids, and no response is known to have ended by itself")
-    detail = f"the last token: the gap sits in the end of the {len(ended)} responses that ended by themselves"
+    detail = f"the last token: the gap sits in the end of the {plural(len(ended), 'response')} that ended by themselves"
     return [Candidate(replace(state, without_last=ended), "their last tokens left out", detail, least=MOST)]
 
 
@@ -85,7 +86,7 @@ def retokenised(case: Case, state: State) -> list[Candidate] | Row:
     """Whether the target holds the text's ids; else how many responses tokenising the text again would change."""
     q, total, before = state.behaviour.rows, len(state.behaviour.rows), state.gap()
     if unfit := frozenset(key for key, row in q.items() if len(row.logprobs_T) != len(row.token_ids_T)):
-        fewer = f"{len(unfit)} of {total} responses have not as many logprobs as ids"
+        fewer = f"{len(unfit)} of {plural(total, 'response')} have not as many logprobs as ids"
         detail = f"re-tokenised text: {fewer}, so the ids are not the sampled ones"
         if len(unfit) == total:
             return Row(rung=Rung.retokenised, before=before, share=1.0, verdict=f"the main cause: {detail}")
@@ -95,21 +96,24 @@ def retokenised(case: Case, state: State) -> list[Candidate] | Row:
     if tokenizer is None and not differ:
         raise NotTried("both sides hold the same ids, and no tokenizer is known: set compare.tokenizer")
     if tokenizer is None:
-        return [Candidate(replace(state, same_ids_only=True), SAME_IDS, f"other ids in {len(differ)} responses")]
+        return [
+            Candidate(replace(state, same_ids_only=True), SAME_IDS, f"other ids in {plural(len(differ), 'response')}")
+        ]
     again, changed = {}, 0  # the ids of the sampled ids' text: what a trainer has that keeps text
     for key, row in q.items():
         text = tokenizer.decode(row.token_ids_T.tolist(), skip_special_tokens=False)
         again[key] = list(tokenizer.encode(text, add_special_tokens=False))
         changed += again[key] != row.token_ids_T.tolist()
     if not differ:
-        said = f"both sides hold the same ids; tokenising the text again would change {changed} of {total} responses"
-        return Row(rung=Rung.retokenised, before=before, after=before, share=0.0, verdict=f"not the cause: {said}")
+        would = f"tokenising the text again would change {changed} of {plural(total, 'response')}"
+        said = f"not the cause: both sides hold the same ids; {would}"
+        return Row(rung=Rung.retokenised, before=before, after=before, share=0.0, verdict=said)
     special, exact = set(tokenizer.all_special_ids), 0
     for key in differ:
         ids = (state.target.rows[key].token_ids_T.tolist(), again[key])
         theirs, text = ([i for i in side if i not in special] for side in ids)
         exact += theirs == text
-    held = f"{len(differ)} of {total} responses"
+    held = f"{len(differ)} of {plural(total, 'response')}"
     detail = f"re-tokenised text: the target holds other ids in {held}, and {exact} of them are the text's"
     if not exact:
         detail = f"other ids: the target holds them in {held}, and they are not the text tokenised again"

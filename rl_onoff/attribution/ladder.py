@@ -3,7 +3,7 @@
 The gap is the mean k3 KL, nats a token. A rung's share is (before − after) / gap, limited to 0 … 1, where `before` is
 the gap with every change kept so far and `gap` the one at the bottom of the ladder. So shares add up: a cause that an
 earlier rung has taken away is not counted again. The noise rung changes nothing: its share says how large the gap is
-that one engine has to itself.
+that the target's engine has to itself.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 
 from rl_onoff.analysis_config import Rung
 from rl_onoff.attribution.causes import Attempt, steps
-from rl_onoff.attribution.state import MOST, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
+from rl_onoff.attribution.state import MOST, NOISE, ROUNDING, Case, NotTried, Row, State, chosen_rollouts, scored
 from rl_onoff.attribution.truth import errors_of
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import ON_POLICY_K3, WhoseError
-from rl_onoff.errors import OnOffError, UsageError, nearest
+from rl_onoff.errors import OnOffError, UsageError, nearest, plural
 from rl_onoff.pipeline.compare_inputs import own_scores
 from rl_onoff.pipeline.stages import Run
 from rl_onoff.report.tables import aligned, number
@@ -58,14 +58,14 @@ class Attribution:
         return " ".join(filter(None, (self._cause(), whose, self.truth)))
 
     def _cause(self) -> str:
-        gap = f"a mean k3 KL of {self.gap:.2g} nats a token over {self.tokens:,} tokens"
+        gap = f"a mean k3 KL of {self.gap:.2g} nats a token over {plural(self.tokens, 'token')}"
         size = f"the gap between the behaviour and {self.target}, {gap},"
         if self.gap <= self.floor:
-            return f"Nothing to explain: {size} is not above the noise floor of {self.floor:.2g}."
+            return f"Nothing to explain: {size} is not above {NOISE}, {self.floor:.2g}."
         noisy = self.floor > KEEP * self.gap
-        after = f" One engine against itself in other batches shows {self.floor:.2g}." if noisy else ""
+        after = f" {NOISE[0].upper()}{NOISE[1:]} is {self.floor:.2g}." if noisy else ""
         if self.gap < ON_POLICY_K3:
-            after += f" It is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below."
+            after += f" The gap is under {ON_POLICY_K3:.0e}, which on-policy engines in float32 stay below."
         causes = [row for row in self.rows if row.rung is not Rung.noise and (row.share or 0) >= KEEP]
         if not causes and noisy:
             return f"Mostly noise: {size} is left, and no rung takes it away.{after}"
@@ -150,7 +150,7 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         log.info("attribute: %s", switch or rung.value)
         try:
             if rung is not Rung.noise and whole <= case.floor:
-                raise NotTried("the gap is not above the noise floor")
+                raise NotTried(f"the gap is not above {NOISE}")
             if rung is not Rung.noise and state.gap() <= max(NOTHING_LEFT * whole, ROUNDING):
                 raise NotTried("nothing is left to explain")
             row, state = _try(rung, attempt, words, case, state, whole)

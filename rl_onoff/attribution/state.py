@@ -24,6 +24,7 @@ from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Wan
 
 COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "mask", "finish_reason")
 MOST = 0.5  # least share of the gap that is called the main cause
+NOISE = "the noise of the target's engine (its scores alone against its scores in batches)"  # not the verdict's floor
 ROUNDING = 1e-11  # nats a token: what float32 logprobs cannot resolve; no floor is lower
 
 
@@ -166,7 +167,7 @@ class Case:
     sampler: Sampling  # that drew the tokens, as far as is known
     own: Side | None  # the behaviour's own scores, where the run has them of all responses
     low: set[str]  # the sides in lower precision than float32, as far as is known
-    floor: float = 0.0  # the gap of one engine to itself, nats a token; the noise rung sets it
+    floor: float = 0.0  # NOISE, nats a token; the noise rung sets it
 
     def rescore(self, engine: EngineConfig | None, *, alone: bool = False, most: int | None = None) -> Side:
         """What `engine` says of the sampled ids; `alone`: one response at a time, in another order; `most`: of so many

@@ -10,7 +10,7 @@ from rl_onoff.attribution.state import Case, NotTried, Side, State, scored
 from rl_onoff.backends import engine_configs
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.compare import WhoseError, whose_error
-from rl_onoff.errors import OnOffError, one_line
+from rl_onoff.errors import OnOffError, one_line, plural
 from rl_onoff.pipeline.engines import default_name
 from rl_onoff.rundir.provenance import is_truth, same_weights
 
@@ -65,4 +65,4 @@ def _checked(case: Case, truth: EngineConfig, t: Side) -> str:
         return f"The truth was not checked in float64: {one_line(error)}."
     error_N = np.concatenate([t.rows[key].logprobs_T - row.logprobs_T.astype(np.float64) for key, row in exact.items()])
     size = f"{np.sqrt(np.mean(error_N**2)):.1g} nats (root mean square), {np.abs(error_N).max():.1g} at most"
-    return f"In float64 the truth differs by {size}, over {len(error_N):,} tokens."
+    return f"In float64 the truth differs by {size}, over {plural(len(error_N), 'token')}."

@@ -11,7 +11,7 @@ import numpy as np
 
 from rl_onoff import sampling as sampler
 from rl_onoff.backends.core import CoreBackend
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, plural
 from rl_onoff.types import Rollout, Sampling, Want, sample_requests
 
 NAMES = {"max_new_tokens": "max_length", "stop": "stop_strings"}  # fields of Sampling as arguments of `generate`
@@ -102,7 +102,7 @@ class BaseBackend(CoreBackend):
         prompt_batch, single = as_batch(prompts, "prompts")
         response_batch, single_response = as_batch(responses, "responses")
         if single != single_response or len(prompt_batch) != len(response_batch):
-            there = f"there are {len(prompt_batch)} prompts but {len(response_batch)} responses"
+            there = f"there are {plural(len(prompt_batch), 'prompt')} but {plural(len(response_batch), 'response')}"
             raise UsageError(f"{there}: give one response per prompt")
         rollouts = [
             Rollout(request_id=str(i), sample=0, prompt_ids=self._ids(p), token_ids_T=self._ids(r, special=False))

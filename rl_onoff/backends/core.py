@@ -20,7 +20,7 @@ from rl_onoff.backends.config import BackendConfig
 from rl_onoff.backends.engine import Core, EngineInfo, Given
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.placement import place
-from rl_onoff.errors import EngineError, MissingDependencyError, UsageError
+from rl_onoff.errors import EngineError, MissingDependencyError, UsageError, plural
 from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class CoreBackend(Core):
             if room == 0:
                 raise UsageError(f"response {item.sample} to {request} has no tokens to score")
             if num_prompt + room > max_len:
-                what = f"the prompt of {request} has {num_prompt} tokens and needs {room} more"
+                what = f"the prompt of {request} has {plural(num_prompt, 'token')} and needs {room} more"
                 fix = "shorten it, leave the row out, or raise the engine's context length"
                 raise UsageError(f"{what}, but the context holds {max_len}: {fix}")
             found[item.key] = item

@@ -17,6 +17,7 @@ import numpy as np
 
 from rl_onoff.compare.findings import Finding
 from rl_onoff.compare.metrics import PRIME_RL_BAR, Thresholds, metrics_from_means
+from rl_onoff.errors import plural
 from rl_onoff.types import LogprobKind
 
 CONFIDENCE = 0.95
@@ -187,7 +188,7 @@ class WhoseError:
         if np.isfinite(r.value):
             numbers += f"; correlation {r.value:.2f}" + ("" if r.lo is None else f" [{r_lo:.2f}, {r_hi:.2f}]")
         if counts["responses"] < FEW_RESPONSES:
-            whose = f"{counts['responses']:,} responses are too few to say whose the gap is"
+            whose = f"too few responses ({counts['responses']}) to say whose the gap is"
         elif both_lo > -RELATED and both_hi < RELATED and max(q_hi - q_lo, p_hi - p_lo) < WIDE:
             related = "are unrelated" if r_lo > -RELATED and r_hi < RELATED else f"correlate by {r.value:.2f}"
             words = (min(FRACTIONS, key=lambda word: abs(FRACTIONS[word] - x.value)) for x in shares[:2])
@@ -197,7 +198,8 @@ class WhoseError:
             whose = f"the two errors are related and {way}, so no share of the gap is one side's alone"
         else:
             whose = "the intervals are too wide to say whose the gap is"
-        out = f" {counts['left_out']:,} tokens without a finite logprob are left out." if counts["left_out"] else ""
+        lost = plural(counts["left_out"], "token")
+        out = f" Left out: {lost} without a finite logprob." if counts["left_out"] else ""
         return f"{said}: {whose} (shares {numbers}).{out}"
 
 
@@ -243,22 +245,23 @@ class Comparison:
 def judge(k3: Estimate, floor: float | None) -> tuple[str, str]:
     """The word for a mean k3 KL (nats a token) and the reason for it; the only place where a gap is judged.
 
-    On-policy   not above the noise floor, which is the k3 of the engine against itself, or what float32 rounds to where
-                that is more; "as far as this tells" where only the interval reaches down to it. Without a noise floor:
-                under ON_POLICY_K3
+    On-policy   not above the sampler's noise floor, the k3 between what it said while it sampled and what it scores, or
+                what float32 rounds to where that is more; "as far as this tells" where only the interval reaches down
+                to it. Without a noise floor: under ON_POLICY_K3
     Close       under 0.015, prime-rl's bar for accepting a model; "not surely" where the interval reaches over the bar
     Off-policy  0.015 or more
     """
     lo, hi = (k3.value if end is None else end for end in (k3.lo, k3.hi))
+    noise = "" if floor is None else f"the sampler's noise floor of {floor:.2g}"
     if floor is None and k3.value < ON_POLICY_K3:
         return "On-policy", f"under {ON_POLICY_K3:.0e}, which two engines in float32 stay below"
     if floor is not None and k3.value <= floor:
-        return "On-policy", f"not above the noise floor of {floor:.2g}"
+        return "On-policy", f"not above {noise}"
     if floor is not None and k3.value <= ROUNDING_K3:
-        return "On-policy", f"no more than rounding in float32 makes; the noise floor is {floor:.2g}"
+        return "On-policy", f"no more than rounding in float32 makes; the sampler's noise floor is {floor:.2g}"
     if floor is not None and lo <= max(floor, ROUNDING_K3) and k3.value < PRIME_RL_BAR:
-        return "On-policy, as far as this tells", f"and the interval reaches down to the noise floor of {floor:.2g}"
-    above = "" if floor is None else f"above the noise floor of {floor:.2g} and "
+        return "On-policy, as far as this tells", f"and the interval reaches down to {noise}"
+    above = noise and f"above {noise} and "
     if k3.value >= PRIME_RL_BAR:
         return "Off-policy", f"{above}over prime-rl's bar of {PRIME_RL_BAR}"
     under = f"under prime-rl's bar of {PRIME_RL_BAR}"
@@ -283,11 +286,11 @@ def verdict(comparison: Comparison, noise_floor: float | None = None) -> str:
     word, reason = judge(k3, noise_floor)
     rough = ", rough with so few responses" if counts["responses"] < FEW_RESPONSES else ""
     interval = "" if k3.lo is None else f" (95 % interval {k3.lo:.2g} to {k3.hi:.2g}{rough})"
-    over = f"over {counts['tokens']:,} tokens of {counts['responses']:,} responses"
+    over = f"over {plural(counts['tokens'], 'token')} of {plural(counts['responses'], 'response')}"
     num = max(counts.get("tokens_impossible_target", 0), counts.get("tokens_impossible_sampler", 0))
     impossible = f"; {num:,} of the sampled tokens could not have been drawn by the target's sampler" if num else ""
     num_aside = counts.get("responses_set_aside", 0)
-    aside = f"; {num_aside:,} responses were set aside" if num_aside else ""
+    aside = f"; {plural(num_aside, 'response')} set aside" if num_aside else ""
     since = f" {comparison.departure['sentence']}" if comparison.departure else ""
     return (
         f"{word}: the mean k3 KL is {k3.value:.2g} nats a token{interval} {over}, {reason}{impossible}{aside}.{since}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_onoff.errors import plural
 from rl_onoff.types import Key
 
 ARRAYS = ("lengths_S", "token_ids_N", "behaviour_N", "target_N", "positions_N")
@@ -105,7 +106,7 @@ class Sampled:
 
 
 def counted(what: str, tokens: int, responses: int, of: int) -> str:
-    return f"{what}: {tokens:,} tokens of {responses:,} of {of:,} responses"
+    return f"{what}: {plural(tokens, 'token')} of {responses:,} of {plural(of, 'response')}"
 
 
 def is_many(responses: int, of: int) -> bool:

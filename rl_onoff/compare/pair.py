@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from rl_onoff.compare.row_checks import Fault, other_tokens
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, plural
 from rl_onoff.types import Key, LogprobKind, Sampling, TokenScores
 
 TOP = ("top_ids_TK", "top_logprobs_TK")
@@ -92,7 +92,8 @@ def _faults(scores: TokenScores) -> Iterator[tuple[str, str]]:
     num_tokens, arrays = len(scores.token_ids_T), scores.arrays()
     for name, array in arrays.items():
         if len(array) != num_tokens:
-            yield name, f"has {len(array)} rows for {num_tokens} tokens: the files do not belong together"
+            sizes = f"{plural(len(array), 'row')} for {plural(num_tokens, 'token')}"
+            yield name, f"has {sizes}: the files do not belong together"
         elif name != "logprobs_T" and not np.all(array < np.inf):  # false for NaN as for +inf
             yield name, "has NaN or +inf in it: that engine's numbers are broken there"
         elif name == "logits_TV" and num_tokens and np.isneginf(array.max(axis=1)).any():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from rl_onoff.compare.findings import Finding, is_many
+from rl_onoff.errors import plural
 from rl_onoff.types import Key, Rollout
 
 WINDOW = 8  # characters that are looked up together: two or three tokens
@@ -45,7 +46,7 @@ def other_tokens(behaviour_ids_T: np.ndarray, target_ids_T: np.ndarray) -> str:
     """Two sides of another length, or tokenised again."""
     q_T, p_T = np.asarray(behaviour_ids_T), np.asarray(target_ids_T)
     if len(q_T) != len(p_T):
-        return f"{len(q_T)} tokens under the behaviour and {len(p_T)} under the target"
+        return f"{plural(len(q_T), 'token')} under the behaviour and {len(p_T)} under the target"
     at = np.flatnonzero(q_T != p_T)[:1].tolist()
     return "".join(f"token id {q_T[t]} at {t} under the behaviour and {p_T[t]} under the target" for t in at)
 
@@ -78,7 +79,7 @@ def row_findings(faults: Mapping[Key, Fault], num_responses: int) -> list[Findin
         if rows:
             key, first = next(iter(rows.items()))
             found.append(Finding(
-                check=check, what=f"{what} in {len(rows):,} of {num_responses:,} responses", fix=fix,
+                check=check, what=f"{what} in {len(rows):,} of {plural(num_responses, 'response')}", fix=fix,
                 responses=len(rows), tokens=0, example="{}/{}: ".format(*key) + first,
                 fatal=is_many(len(rows), num_responses),
             ))  # fmt: skip

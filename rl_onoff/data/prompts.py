@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 from rl_onoff.config import DataConfig
 from rl_onoff.data.readers import Table, kind_of, look_up, read_table
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, plural
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,8 @@ def load_rows(data: DataConfig) -> list[Row]:
         tools = None if "tools" in data.template_kwargs else parse_tools(tools, where)
         rows[row_id] = Row(id=row_id, prompt=prompt, where=where, meta=meta, tools=tools)
     if answered:  # in TRL's layout the last turn of `messages` is the answer to learn
-        log.warning("%s: the assistant's last turn is left out of the prompts of %d rows", table.name, answered)
+        of = plural(answered, "row")
+        log.warning("%s: the assistant's last turn is left out of the prompts of %s", table.name, of)
     return list(rows.values())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from rl_onoff.config import DataConfig
 from rl_onoff.data.prompts import Messages, Prompt, Row, is_chat, is_ids, parse_tools, text_of
-from rl_onoff.errors import UsageError, one_line
+from rl_onoff.errors import UsageError, one_line, plural
 from rl_onoff.types import SampleRequest
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def encode_rows(rows: Sequence[Row], data: DataConfig, tokenizer: Any) -> list[E
     tokenizer = with_template_kwargs(tokenizer, data.template_kwargs)
     encode = partial(encode_prompt, tokenizer=tokenizer, chat_template=data.chat_template, system=data.system)
     if data.chat_template and not _reads(tokenizer, "tools") and (lost := sum(bool(row.tools) for row in rows)):
-        log.warning("the model's chat template reads no tools: those of %d rows are in no prompt", lost)
+        log.warning("the model's chat template reads no tools: those of %s are in no prompt", plural(lost, "row"))
     return [replace(encode(row.prompt, where=row.where, tools=row.tools), id=row.id, meta=row.meta) for row in rows]
 
 

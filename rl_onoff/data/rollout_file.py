@@ -22,7 +22,7 @@ from rl_onoff.data.readers import Table
 from rl_onoff.data.requests import Texts
 from rl_onoff.data.sources import Source
 from rl_onoff.data.values import LOGPROBS, PER_TOKEN, Wrong, ids, number, numbers, whole
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, plural
 from rl_onoff.types import LogprobKind, Rollout
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,11 @@ class RolloutFile:
         if not rows:
             raise UsageError(f"{self.name} has no rows: set {self.source.key} to a file that has some")
         if not self._said:
-            files = f"{len(self.source.files)} files, " if len(self.source.files) > 1 else ""
-            over = f", steps {min(steps)} to {max(steps)}" if len(steps) > 1 else "".join(f", step {x}" for x in steps)
-            beside = f", {masked} of them masked" if masked else ""
-            text = "%s: read as %s (%s): %s%d responses%s, %d tokens%s"
-            log.info(text, self.name, self.format.name, self.format.made_by, files, rows, over, tokens, beside)
+            found = [plural(len(self.source.files), "file")] if len(self.source.files) > 1 else []
+            found.append(plural(rows, "response"))
+            found += [f"steps {min(steps)} to {max(steps)}"] if len(steps) > 1 else [f"step {x}" for x in steps]
+            found += [plural(tokens, "token"), *([f"{masked:,} of them masked"] if masked else [])]
+            log.info("%s: read as %s (%s): %s", self.name, self.format.name, self.format.made_by, ", ".join(found))
         self._said.append("read")
 
     def raw_rows(self) -> Iterator[tuple[str, int | None, str, Row]]:

@@ -17,7 +17,7 @@ from rl_onoff.data.requests import Texts
 from rl_onoff.data.rollout_file import Recorded, RolloutFile
 from rl_onoff.data.sources import Source, open_source
 from rl_onoff.data.values import LOGPROBS
-from rl_onoff.errors import NotComparableError, UsageError, nearest
+from rl_onoff.errors import NotComparableError, UsageError, nearest, plural
 from rl_onoff.types import LogprobKind, Rollout
 
 __all__ = ["Recorded", "RolloutFile", "load_responses", "open_rollouts"]
@@ -116,7 +116,7 @@ def load_responses(
             f"{file.name} has empty responses only: fill column {column}, or set score.responses to another file"
         )
     if empty := total - found:
-        log.warning("%s: %d of %d rows left out: their response is empty, nothing to score", file.name, empty, total)
+        log.warning("%s: %d of %s left out, whose response is empty", file.name, empty, plural(total, "row"))
     for finding in row_findings(faults, found):
         if finding.fatal:
             raise NotComparableError(f"Not comparable: {finding.sentence()}")
@@ -148,8 +148,8 @@ def _open(path: str, key: str, format: str | None, texts: Texts | None) -> Rollo
     for role in set(chosen.skipped) - lacking:
         if all(_zero(row[role]) for row in first if row.get(role) is not None):
             lacking.add(role)
-            text = "%s: %s are all 0 in its first %d responses: the trainer did not compute them, and they are left out"
-            log.warning(text, file.name, chosen.roles[role], len(first))
+            text = "%s: %s are all 0 in its first %s: the trainer did not compute them, and they are left out"
+            log.warning(text, file.name, chosen.roles[role], plural(len(first), "response"))
     return replace(file, columns={role: name for role, name in chosen.roles.items() if role not in lacking})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rl_onoff.backends.layers import ATTENTION, EMBEDDINGS, HEAD, LAYER, MLP
+from rl_onoff.errors import plural
 from rl_onoff.layers import rule
 from rl_onoff.layers.rule import Errors, Growth, Parting, Response
 from rl_onoff.report.tables import aligned, number
@@ -121,7 +122,8 @@ class Layers:
                 rows += [_cells(part) for part in self.inside if part["layer"] == at]
             if row["point"] != LAYER or row["layer"] in kept:
                 rows.append(_cells(row))
-        head = f"  layers: relative error of the hidden states, {self.tokens:,} tokens of {self.responses} responses"
+        over = f"{plural(self.tokens, 'token')} of {plural(self.responses, 'response')}"
+        head = f"  layers: relative error of the hidden states, {over}"
         return "\n".join([head, *aligned(rows, "<>>>>"), "", f"  {self.sentence}"])
 
 

@@ -15,7 +15,7 @@ from rl_onoff.backends import create_backend
 from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.backends.layers import points_of, states_name
 from rl_onoff.config import RunConfig
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, plural
 from rl_onoff.layers.analysis import Layers
 from rl_onoff.layers.rule import Response
 from rl_onoff.models.resolve import model_shape
@@ -81,7 +81,7 @@ def run_layers(this: Run) -> Generator[Wish, None, Layers]:
         states.mkdir(parents=True, exist_ok=True)
         needed = sum(num for key, num in bytes_of.items() if key not in written)
         if needed + SPARE_BYTES > (free := shutil.disk_usage(states).free):
-            what = f"the hidden states of {len(waiting)} responses take {needed / 2**30:.1f} GiB"
+            what = f"the hidden states of {plural(len(waiting), 'response')} take {needed / 2**30:.1f} GiB"
             fix = f"set layers.limit below {len(chosen)}, layers.inside=0, or run_dir to another disk"
             raise UsageError(f"{what}, and {folder.path} has {free / 2**30:.1f} free: {fix}")
     for who, engine in sides.items():

@@ -104,8 +104,8 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
     if name == own and comparisons[name].comparable:
         return (
             "The sampler against itself: what it said while sampling and what it says of the same tokens now are "
-            f"{comparisons[name]['kl_k3'].value:.2g} nats a token apart (mean k3 KL). That is the noise floor; set "
-            "target=… to compare it with another policy."
+            f"{comparisons[name]['kl_k3'].value:.2g} nats a token apart (mean k3 KL). That is the sampler's noise "
+            "floor; set target=… to compare it with another policy."
         )
     said = verdict(comparisons[name], floor)
     drawn, default = sampling_of(run.completions.record()) or Sampling(), Sampling()
@@ -138,6 +138,7 @@ def write_page(run: RunDir, comparisons: Mapping[str, Comparison], token_text: C
         token_text=token_text,
         attribution=run.read_json("attribution.json"),
         layers=run.read_json("layers.json"),
+        acceptance=run.read_json("acceptance.json"),
         num_responses=min(c["responses"] + c["responses_empty"] + c["responses_set_aside"] for c in counts),
     )
     return write_report(run.path / "report.html", report)

@@ -20,7 +20,7 @@ from rl_onoff.compare.row_checks import outside_vocab, row_findings
 from rl_onoff.config import RunConfig
 from rl_onoff.data.prompts import Row
 from rl_onoff.data.requests import EncodedPrompt
-from rl_onoff.errors import NotComparableError, UsageError
+from rl_onoff.errors import NotComparableError, UsageError, plural
 from rl_onoff.pipeline.engines import Slot
 from rl_onoff.rewards import FAILED, Judge, Reward
 from rl_onoff.rundir.table import RunDir, Table, rollout_of, row_of_rollout, row_of_scores
@@ -79,8 +79,8 @@ class Progress:
         self._said, self._next_s = self.responses, self.seconds + self.every_s
         if self._bar is None:
             left = timedelta(seconds=round((self.total - self.responses) * self.seconds / self.responses))
-            figures = (self.stage, self.responses, self.total, self.tokens_per_s, left)
-            log.info("%s: %d of %d responses, %.0f tokens/s, %s left", *figures)
+            figures = (self.stage, self.responses, plural(self.total, "response"), self.tokens_per_s, left)
+            log.info("%s: %d of %s, %.0f tokens/s, %s left", *figures)
         tokens = f"progress/{self.stage}_tokens"
         self.report({"progress/responses": self.responses, tokens: self.tokens, f"{tokens}_per_s": self.tokens_per_s})
 

@@ -137,14 +137,14 @@ class Matrix:
         return found
 
     def as_text(self) -> str:
-        """A table for each of the first metrics: who sampled down the side, who scored along the top."""
+        """A table for each of the first metrics (who sampled down the side, who scored along the top); the verdict."""
         lines = []
         for metric, told in self.tables.items():
             rows = [["sampled by", *self.names]]
             for a in self.names:
                 rows.append([a, *(self._cell(a, b, metric)[0] or "-" for b in self.names)])
             lines += ["", f"  {told.label}", *aligned(rows, "<" + ">" * len(self.names))]
-        return "\n".join(lines[1:])
+        return "\n".join([*lines[1:], "", f"  {self.verdict()}"])
 
     def page(self, sentences: Mapping[str, str]) -> str:
         """The whole page, with a link to each policy's own report; `sentences`: a verdict for each as the sampler."""

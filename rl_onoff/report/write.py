@@ -33,8 +33,8 @@ TEXT_CHARS = 100_000  # of a response's text that are embedded, for search; its 
 COLUMNS = ("id", "sample", "chunk", "length", "context", "reward", "finish", "groups", "mean", "worst")
 SAFE = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})  # none could end <script> or open a comment
 SCRIPTS = (
-    "base.js", "codec.js", "plots.js", "metrics.js", "findings.js", "attribution.js", "layers.js", "plots_page.js",
-    "steps.js", "colours.js", "filters.js", "responses.js", "panel.js", "worst.js", "main.js",
+    "base.js", "codec.js", "plots.js", "metrics.js", "findings.js", "acceptance.js", "attribution.js", "layers.js",
+    "plots_page.js", "steps.js", "colours.js", "filters.js", "responses.js", "panel.js", "worst.js", "main.js",
 )  # fmt: skip
 
 
@@ -56,6 +56,7 @@ class ReportInput:
     token_text: Callable[[int], str] | None = None  # of a token id; None: ids outside the responses are numbers
     attribution: Mapping[str, Any] | None = None  # Attribution.to_dict(): why the gap is there; None: nobody asked
     layers: Mapping[str, Any] | None = None  # Layers.to_dict(): where in the network they part; None: nobody asked
+    acceptance: Mapping[str, Any] | None = None  # Acceptance.to_dict(): fit to be trained? None: nobody asked
     num_responses: int | None = None  # to come; where known, those that the page has no room for are not read at all
 
 
@@ -67,7 +68,7 @@ def write_report(path: str | Path, report: ReportInput, *, budget_bytes: int = B
     head = head.replace("/* script hash */", script_hash).replace("/* style */", page_file("page.css"))
     known = {name for comparison in report.comparisons for name in comparison.get("overall", {})}
     metrics = {name: asdict(metric) for name, metric in report.metrics.items() if name in known}
-    names = ("title", "verdict", "policies", "comparisons", "attribution", "layers")
+    names = ("title", "verdict", "policies", "comparisons", "attribution", "layers", "acceptance")
     counts: Mapping[str, Any] = report.comparisons[0].get("counts", {}) if report.comparisons else {}
     bytes_per_token = budget_bytes / max(counts.get("tokens", GUESSED_TOKENS), 1)
     with whole(Path(path)) as part, part.open("w", encoding="ascii", errors="xmlcharrefreplace", newline="\n") as out:

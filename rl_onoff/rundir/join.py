@@ -14,7 +14,7 @@ from typing import Any
 
 from rl_onoff.compare import Pair, as_kind
 from rl_onoff.compare.row_checks import other_text, outside_vocab
-from rl_onoff.errors import UsageError
+from rl_onoff.errors import UsageError, plural
 from rl_onoff.rewards import FAILED
 from rl_onoff.rundir.files import read_shard
 from rl_onoff.rundir.table import Row, RunDir, Table, rollout_of, scores_of
@@ -130,7 +130,7 @@ def pairs(
             fault = (check, wrong) if wrong else None
             yield Pair(behaviour=q, target=p or q, mask_T=rollout.mask_T, groups=groups, facts=facts, fault=fault)
     if unknown:
-        log.warning("%d responses came without logprobs, so nothing is compared with %s there", unknown, target)
+        log.warning("%s came without logprobs: nothing to compare with %s there", plural(unknown, "response"), target)
 
 
 def sampler_of(table: Table) -> Sampling | None:

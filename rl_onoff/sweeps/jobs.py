@@ -23,7 +23,8 @@ TABLE = "sweep.csv"
 SHOWN = {  # on a terminal, of what there is: a number's name, and its label
     "generate/responses": "responses", "generate/tokens": "tokens", "generate/length_mean": "mean length",
     "generate/logprob_mean": "mean logprob", "reward/accuracy": "accuracy", "onoff/kl_k3": "k3 KL",
-    "onoff/kl_k3_floor": "noise floor", "matrix/kl_k3_max": "k3 KL", "matrix/kl_k3_floor": "noise floor",
+    "onoff/kl_k3_floor": "sampler's noise floor",
+    "matrix/kl_k3_max": "k3 KL", "matrix/kl_k3_floor": "sampler's noise floor",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from rl_onoff import errors
 from rl_onoff.backends.devices import ANYWHERE, Place
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError
+from rl_onoff.errors import EngineDiedError, EngineError, MissingDependencyError, OnOffError, UsageError, plural
 from rl_onoff.types import Key, Rollout, TokenScores, Want
 from rl_onoff.workers import wire
 from rl_onoff.workers.process import LOG_FOLDER, WorkerProcess
@@ -200,7 +200,7 @@ class WorkerClient:
         """The error of a dead worker; ends what is left of it."""
         assert self._worker is not None
         in_flight = tuple(sorted(self._in_flight if self._open else ()))
-        lost = f" with {len(in_flight)} responses in flight" if in_flight else ""
+        lost = f" with {plural(len(in_flight), 'response')} in flight" if in_flight else ""
         text = f"the {self._config.name} engine died{lost} ({self._worker.reason()}){RUN_AGAIN}"
         error = self._noted(EngineDiedError(text, in_flight))
         self._open = False

@@ -20,7 +20,7 @@ from typing import Any
 from rl_onoff.backends.devices import places
 from rl_onoff.backends.engine import Core, EngineInfo, Supply
 from rl_onoff.backends.engine_config import EngineConfig
-from rl_onoff.errors import EngineDiedError, EngineError, OnOffError
+from rl_onoff.errors import EngineDiedError, EngineError, OnOffError, plural
 from rl_onoff.types import Key, Rollout, SampleRequest, TokenScores, Want
 from rl_onoff.workers.client import DISPLACED, NOT_RUNNING, RUN_AGAIN, WorkerClient
 from rl_onoff.workers.wire import Work
@@ -176,7 +176,7 @@ class Pool:
     def _load(self) -> EngineInfo:
         try:
             clients = self._clients()
-            log.info("starting %d replica%s of %s", len(clients), "s" * (len(clients) > 1), self._config.name)
+            log.info("starting %s of %s", plural(len(clients), "replica"), self._config.name)
             self._replicas = [Replica(self._config.name, client) for client in clients]
             started = [replica.begin(replica.client._load) for replica in self._replicas]
             infos: list[EngineInfo] = [done.result() for done in as_completed(started)]

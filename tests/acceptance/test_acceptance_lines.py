@@ -30,7 +30,7 @@ def test_prompts_sent_as_the_template_says() -> None:
 @pytest.mark.parametrize(
     ("sent", "told", "value", "says"),
     [
-        ([[1, 5, 6], [1, 7]], [[1, 5, 6], [7]], 1, "1 of 2 prompts are sent otherwise"),  # the template forgets BOS
+        ([[1, 5, 6], [1, 7]], [[1, 5, 6], [7]], 1, "1 of 2 prompts sent otherwise"),  # the template forgets BOS
         ([[1, 5], [1, 7]], [[1, 1, 5], [1, 1, 7]], 2, "2 BOS"),  # the template adds what the tokenizer adds
         ([[1, 1, 5], [1, 1, 7]], [[1, 1, 5], [1, 1, 7]], 2, "2 BOS"),  # both sides alike, and still wrong
     ],
@@ -43,13 +43,13 @@ def test_prompts_that_are_not(sent: list[list[int]], told: list[list[int]], valu
 def test_a_tokenizer_without_a_template() -> None:
     assert template_line([[5]], [[5]], None, template=None).outcome == "pass", "plain text was asked for"
     line = template_line([[5]], [[5]], None, template=False)
-    assert line.outcome == "fail" and "set data.chat_template=false" in line.said
+    assert line.outcome == "fail" and line.fix is not None and "set data.chat_template=false" in line.fix
 
 
 def test_a_round_trip() -> None:
     assert round_trip_line([[1, 2], [3]], [[1, 2], [3]]).outcome == "pass"
     line = round_trip_line([[1, 2], [3]], [[1, 2], [4, 5]])
-    assert (line.outcome, line.value) == ("fail", 1) and "train on ids" in line.said
+    assert (line.outcome, line.value) == ("fail", 1) and line.fix is not None and "train on ids" in line.fix
 
 
 LLAMA3 = {"config": {1}, "generation config": {1, 9}, "tokenizer": {9}, "template": {9}, "engine": {1, 9}}
@@ -139,7 +139,7 @@ def test_a_logprob_said_twice() -> None:
 def test_only_what_both_have_is_compared() -> None:
     longer, other = said(-1.0, -2.0, -3.0), said(-1.5, -9.0, ids=[0, 7])
     line = k3_line(Check.cache, [(longer, other)], 1.0, "draws")
-    assert line.value == pytest.approx(math.exp(-0.5) + 0.5 - 1) and "of 1 tokens" in line.said
+    assert line.value == pytest.approx(math.exp(-0.5) + 0.5 - 1) and "of 1 token" in line.said
     line = k3_line(Check.cache, [(longer, said(-1.0, ids=[7]))], 1e9, "draws")
     assert (line.outcome, line.value) == ("fail", None) and "no token to compare" in line.said
 
@@ -164,7 +164,7 @@ def greedy(ranks: list[int], behind: list[float]) -> TokenScores:
 
 def test_greedy_ids() -> None:
     line = greedy_line([greedy([1, 1, 1, 1], [0] * 4)], 0.5)
-    assert (line.outcome, line.value) == ("pass", 0) and "1 of 1 prompts have" in line.said
+    assert (line.outcome, line.value) == ("pass", 0) and "1 of 1 prompt with" in line.said
     # parts at its second token, by 0.1 nats; what follows is another text and does not count
     parted = greedy([1, 2, 7, 1], [0, 0.1, 4.0, 0])
     line = greedy_line([greedy([1, 1], [0, 0]), parted], 0.5)

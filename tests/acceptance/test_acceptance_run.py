@@ -51,6 +51,34 @@ def test_a_sound_engine_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "10 passed, 0 failed, 1 not tried" in shown and "800 tokens" in shown and "64 tokens" in shown
 
 
+def page_of(path: Path) -> dict[str, Any]:
+    """The data of the run's page."""
+    data = (path / "report.html").read_text().partition('<script type="application/json" id="summary">')[2]
+    return json.loads(data.partition("</script>")[0])
+
+
+def test_the_page_shows_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the run's own responses where there are any, else beside those that acceptance drew."""
+    found = accepted(tmp_path / "a", *FAKE, "target.noise=1")
+    page, line = page_of(tmp_path / "a"), found["lines"]["truth"]
+    assert page["acceptance"]["lines"] == list(found["lines"].values()) and line["fix"] and line["outcome"] == "fail"
+    assert [(policy["name"], policy["role"]) for policy in page["policies"]] == [
+        ("behaviour", "behaviour"), ("truth", "target"), ("fake", "target"),
+    ]  # fmt: skip
+    assert [comparison["counts"]["tokens"] for comparison in page["comparisons"]] == [800, 800]
+    assert page["comparisons"][0]["overall"]["kl_k3"]["value"] > 0.1
+    told = RunDir(tmp_path / "a").read_json("metrics.json")
+    assert told["comparisons"] == {} and "verdict" not in told, "the responses of the run, which are none"
+    assert f"; what to do: {line['fix']}" in capsys.readouterr().out
+
+    own = ("experiment=onoff", *FAKE[1:], "target.noise=1", "data.limit=4", "sampling.max_new_tokens=8")
+    run_in(tmp_path / "b", *own)
+    accepted(tmp_path / "b", *FAKE, "target.noise=1")
+    page = page_of(tmp_path / "b")
+    assert page["acceptance"]["failed"] == ["greedy", "truth"]
+    assert [comparison["counts"]["responses"] for comparison in page["comparisons"]] == [4, 4]
+
+
 def test_what_was_measured_is_judged_again_without_an_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = accepted(tmp_path, *FAKE, "target.noise=0.1")
     assert "truth" not in first["failed"]

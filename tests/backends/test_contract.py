@@ -438,7 +438,7 @@ def test_wrong_input_is_one_sentence(backend: BaseBackend) -> None:
         backend.generate(np.ones(backend.info.max_len, np.int32))
     with pytest.raises(UsageError, match="no tokens to score"):
         list(backend.score([Rollout(request_id="a", sample=0, prompt_ids=np.ones(2, np.int32), token_ids_T=empty)]))
-    with pytest.raises(UsageError, match="1 prompts but 2 responses"):
+    with pytest.raises(UsageError, match="1 prompt but 2 responses"):
         backend.get_logits(["a"], ["b", "c"])
     with pytest.raises(ValueError, match="top_p"):
         backend.generate("Hello", top_p=0.0)

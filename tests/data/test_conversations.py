@@ -147,7 +147,7 @@ def test_tools_that_are_none_or_that_nothing_reads(data, smollm2, caplog):
     real, config = AutoTokenizer.from_pretrained(smollm2), data({"prompt": "Hi", "tools": TOOLS})
     with caplog.at_level(logging.WARNING):
         check(config, real, [{"role": "user", "content": "Hi"}], tools=TOOLS)
-    assert "reads no tools: those of 1 rows are in no prompt" in caplog.text
+    assert "reads no tools: those of 1 row are in no prompt" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_layouts_of_trl(data, tokenizer, caplog):
     check(data({"prompt": asked, "chosen": answer, "rejected": answer}), tokenizer, asked)
     with caplog.at_level(logging.WARNING):
         check(data({"messages": asked + answer}), tokenizer, asked)
-    assert "a.jsonl: the assistant's last turn is left out of the prompts of 1 rows" in caplog.text
+    assert "a.jsonl: the assistant's last turn is left out of the prompts of 1 row" in caplog.text
     with pytest.raises(UsageError, match="ends with the assistant's turn"):
         load_rows(data({"messages": answer}))
 

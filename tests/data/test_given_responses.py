@@ -134,7 +134,7 @@ def test_rows_with_an_empty_response_are_left_out_with_one_warning(write, caplog
     path = write({**row, response: empty, "logprobs": []}, {**row, response: full}, {**row, response: empty})
     (given,) = load_responses(path, None if kind == "ids" else tokenizer)
     assert given.key == ("0", 1), "the sample's number is its place among the rows of its prompt, empty ones included"
-    assert caplog.messages == ["r.jsonl: 2 of 3 rows left out: their response is empty, nothing to score"]
+    assert caplog.messages == ["r.jsonl: 2 of 3 rows left out, whose response is empty"]
 
 
 def test_a_file_of_empty_responses_alone_is_refused(write):
@@ -180,7 +180,7 @@ def test_tokens_that_a_mask_leaves_out_stay_as_context(write, caplog):
     row = {"prompt_ids": [1], "token_ids": [4, 5, 6, 7, 0], "completion_mask": [1, 0, 1, 1, 0], "id": "a"}
     (given,) = load_responses(write(row))
     assert given.token_ids_T.tolist() == [4, 5, 6, 7] and given.mask_T.tolist() == [True, False, True, True]
-    assert "1 responses, 4 tokens, 1 of them masked" in caplog.text
+    assert "1 response, 4 tokens, 1 of them masked" in caplog.text
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 

@@ -363,7 +363,7 @@ def test_a_sweeps_run_folder_and_other_odd_paths_are_given_back(tmp_path):
     folder = "out/第1=次/sampling.n=1,sampling.temperature=0.6"
     again = (*SMALL, f"data.path={rows}", "sampling.temperature=0.6", f"run_dir={folder}")
     before = token_ids(tmp_path / folder)
-    assert "4 of 4 responses are there already" in rl_onoff(*again, cwd=tmp_path).stdout
+    assert "4 of 4 responses found on disk" in rl_onoff(*again, cwd=tmp_path).stdout
     assert token_ids(tmp_path / folder) == before and len(before) == 4
     rl_onoff(*SMALL, "experiment=compare", f"compare.behaviour={folder}", "run_dir=out/it's %(mine)!", cwd=tmp_path)
     assert (tmp_path / "out" / "it's %(mine)!" / "metrics.json").exists()

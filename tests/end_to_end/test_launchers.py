@@ -62,9 +62,7 @@ def test_a_launcher_runs_all_jobs_and_again_what_is_missing(
 
     if launcher not in ("ray", "basic"):  # Ray's start takes long
         rl_onoff(*options, "sampling.top_p=0.9,1.0", cwd=tmp_path)  # the earlier failure is not this sweep's
-        assert (
-            "4 of 4 responses are there already" in (tmp_path / "sweep" / "sampling.top_p=0.9" / "run.log").read_text()
-        )
+        assert "4 of 4 responses found on disk" in (tmp_path / "sweep" / "sampling.top_p=0.9" / "run.log").read_text()
         assert token_ids(tmp_path / "sweep" / "sampling.top_p=0.9") == before
         assert all(file.stat().st_mtime_ns == made for file, made in shards.items())
         assert pd.read_csv(tmp_path / "sweep" / "sweep.csv")["status"].tolist() == ["failed", "done", "done"]
@@ -168,7 +166,7 @@ def test_optuna_minimises_with_one_engine_and_goes_on(tmp_path: Path) -> None:
     assert "generate/perplexity" in done.stdout.splitlines()[-8], "the table shows what was asked for"
 
     again = rl_onoff(*command, cwd=tmp_path)
-    assert again.stdout.count("4 of 4 responses are there already") == 4 and "INFO loading" not in again.stdout
+    assert again.stdout.count("4 of 4 responses found on disk") == 4 and "INFO loading" not in again.stdout
 
 
 def test_a_trial_that_fails_does_not_stop_optuna(tmp_path: Path) -> None:
@@ -272,7 +270,7 @@ def test_wandb_sweep(tmp_path: Path) -> None:
             [*command, *small], cwd=tmp_path, env=environment(**agent), capture_output=True, text=True, timeout=120
         )
         assert (done.returncode, done.stderr) == (0, ""), "nothing of ours is ignored with a warning"
-    assert "4 of 4 responses are there already" in done.stdout
+    assert "4 of 4 responses found on disk" in done.stdout
     folder = tmp_path / "outputs/wandb/sweep123/run4567"
     assert "onoff/kl_k3" in json.loads((folder / "metrics.json").read_text())["values"]
     (run, *_) = records(log_files(folder)[0], "run")

@@ -81,7 +81,7 @@ def test_a_run_keeps_no_secret_of_the_environment(tmp_path):
     [file] = log_files(tmp_path / "run")
     assert state(file)["config"]["backend"]["engine_kwargs"] == {"x_token": "***", "header": "***"}
     said = rl_onoff(*options, cwd=tmp_path, **{**environ, "MINE": "another-secret"}).stdout
-    assert "4 of 4 responses are there already" in said, "another secret is no other config"
+    assert "4 of 4 responses found on disk" in said, "another secret is no other config"
 
 
 def test_an_error_that_quotes_a_secret_is_written_down_without_it(tmp_path):

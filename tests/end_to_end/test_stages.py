@@ -90,7 +90,7 @@ def test_raising_n_or_the_limit_adds_only_what_is_missing(tmp_path):
     first = token_ids(tmp_path / "run")
     said = rl_onoff(*SMALL, "run_dir=run", "sampling.n=3", "data.limit=5", cwd=tmp_path).stdout
     after = token_ids(tmp_path / "run")
-    assert "4 of 15 responses are there already" in said
+    assert "4 of 15 responses found on disk" in said
     assert len(after) == 15 and all(after[key] == ids for key, ids in first.items())
     assert len(table(tmp_path / "run" / "scores" / SCORES)) == 15
     rl_onoff(*SMALL, "run_dir=fresh", "sampling.n=3", "data.limit=5", "experiment=generate", cwd=tmp_path)

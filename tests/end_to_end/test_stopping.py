@@ -48,7 +48,7 @@ def test_stopping_and_going_on(how, uninterrupted, tmp_path):
     assert not list(run_dir.glob("completions/.part-*"))
 
     said = rl_onoff(*shlex.split(command)[1:], cwd=tmp_path).stdout
-    assert f"{len(before)} of {ROWS} responses are there already" in said
+    assert f"{len(before)} of {ROWS} responses found on disk" in said
     assert token_ids(run_dir) == token_ids(uninterrupted)
     first, second = (table(path / "scores" / "fake-fake-auto") for path in (run_dir, uninterrupted))
     pd.testing.assert_frame_equal(first, second)

@@ -44,7 +44,7 @@ def test_every_combination_has_a_folder_and_again_does_what_is_missing(tmp_path)
     gone = next(iter(jobs))
     next(jobs[gone].glob("completions/part-*")).unlink()
     said = rl_onoff(*SWEEP, cwd=tmp_path).stdout
-    assert said.count("4 of 4 responses are there already") == 3
+    assert said.count("4 of 4 responses found on disk") == 3
     assert {name: token_ids(folder) for name, folder in folders(tmp_path).items()} == ids
 
 
@@ -194,7 +194,7 @@ def test_a_table_ends_the_sweep(tmp_path: Path) -> None:
     jobs = ("experiment=onoff", "target=fake", "target.noise=0.0,0.3", "sampling.top_p=1.0,0", "sweep_dir=sweep")
     said = rl_onoff("-m", *SMALL, *jobs, cwd=tmp_path, code=2).stdout
     assert "sweep       sweep (2 failed, 2 done)" in said or "sweep       sweep (2 done, 2 failed)" in said
-    assert re.search(r"target\.noise +sampling\.top_p +responses .* k3 KL +noise floor +verdict\n", said)
+    assert re.search(r"target\.noise +sampling\.top_p +responses .* k3 KL +sampler's noise floor +verdict\n", said)
     rows = pd.read_csv(tmp_path / "sweep" / "sweep.csv")
     assert list(rows.columns[:6]) == ["folder", "target.noise", "sampling.top_p", "status", "error", "verdict"]
     assert rows["status"].tolist() == ["failed", "done", "failed", "done"] and rows["target.noise"].tolist() == [

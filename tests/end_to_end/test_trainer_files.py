@@ -97,7 +97,7 @@ def test_a_row_with_a_fault_is_set_aside_and_said(tmp_path):
     [comparison] = found(tmp_path)["comparisons"].values()
     assert {finding["check"] for finding in comparison["findings"]} == {"no_numbers", "sentinels"}
     assert comparison["counts"]["responses"] == 118 and comparison["counts"]["responses_set_aside"] == 2
-    assert done.stdout.count("set aside, ") == 2 and "2 responses were set aside" in done.stdout
+    assert done.stdout.count("set aside, ") == 2 and "2 responses set aside" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_an_impossible_token_is_a_fact_and_a_row_without_logprobs_is_said(tmp_pa
     done = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, given)}", cwd=tmp_path)
     [comparison] = found(tmp_path)["comparisons"].values()
     assert comparison["counts"]["tokens_impossible_target"] == 1 and comparison["counts"]["responses"] == 119
-    assert "1 responses came without logprobs" in done.stderr + done.stdout
+    assert "1 response came without logprobs" in done.stderr + done.stdout
     assert "could not have been drawn by the target's sampler" in done.stdout
 
 
@@ -162,7 +162,7 @@ def test_ids_that_the_model_has_no_row_for_are_not_scored_and_said(tmp_path, log
         comparison = found(tmp_path)["comparisons"]["fake-fake-auto"]
         assert comparison["findings"] == [recorded] and recorded["check"] == "outside_vocab"
         assert comparison["counts"]["responses_set_aside"] == 1 and comparison["set_aside"] == ["0/1"]
-        assert done.stdout.count("set aside, ") == 1 and "1 responses were set aside" in done.stdout
+        assert done.stdout.count("set aside, ") == 1 and "1 response set aside" in done.stdout
         assert "token ids lie past the last row" in (tmp_path / "run/report.html").read_text()
     assert not recorded["fatal"] and recorded["responses"] == 1
 
@@ -170,7 +170,7 @@ def test_ids_that_the_model_has_no_row_for_are_not_scored_and_said(tmp_path, log
 def test_ids_that_the_model_has_no_row_for_in_many_responses(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"prompt_ids": [1, 300], "token_ids": [5]}))
     last = rl_onoff(*SCORE, "run_dir=run", cwd=tmp_path, code=3).stderr.splitlines()[-1]
-    assert last.startswith(f"rl-onoff: Not comparable: {PAST} 1 responses (first in 0/0: token id 300 in its prompt")
+    assert last.startswith(f"rl-onoff: Not comparable: {PAST} 1 response (first in 0/0: token id 300 in its prompt")
     assert "set model to the one that sampled" in last
 
 

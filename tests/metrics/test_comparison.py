@@ -246,7 +246,7 @@ def test_json_round_trip():
     ("pair", "reason"),
     [
         (joined(make_pair([-1], [-1]), make_pair([-1], [-1], kind=PROCESSED)), "raw and the target's are processed"),
-        (make_pair([-1.0], [-1.0, -1.0], ids_T=np.array([0])), "has 2 rows for 1 tokens"),
+        (make_pair([-1.0], [-1.0, -1.0], ids_T=np.array([0])), "has 2 rows for 1 token:"),
         (make_pair([-1.0], [-1.0], logits_TV=np.array([[np.nan, 1.0]])), "NaN"),
         (make_pair([-1.0], [-1.0], entropy_T=np.array([np.inf])), "inf in it"),
         (make_pair([-1.0], [-1.0], logits_TV=np.full((1, 3), -np.inf)), "every token is impossible"),
@@ -282,7 +282,7 @@ def test_a_row_whose_numbers_mean_nothing(pair, reason):
     [finding] = c.findings
     assert c.comparable and (finding.responses, finding.fatal) == (1, False) and "a/0" in finding.example
     assert c.overall.counts == without.overall.counts | {"responses_set_aside": 1}
-    assert "1 responses were set aside" in verdict(c)
+    assert "1 response set aside" in verdict(c)
     same, expected = c.to_dict(), without.to_dict()
     for name in ("overall", "groups", "positions", "histograms", "worst", "worst_responses"):
         assert same[name] == expected[name], name

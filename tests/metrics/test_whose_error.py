@@ -77,7 +77,7 @@ def test_tokens_without_a_finite_logprob_are_left_out_and_counted() -> None:
     found = whose_error("truth", "trainer", rows)
     assert found is not None and found.overall.counts == {"tokens": 2, "responses": 1, "left_out": 4}
     assert values(found)["share_target"] == pytest.approx(0.04 / 0.02)
-    assert "4 tokens without a finite logprob are left out" in found.sentence()
+    assert "Left out: 4 tokens without a finite logprob." in found.sentence()
 
 
 def test_without_a_gap_or_tokens_there_is_nothing_to_say() -> None:
@@ -102,7 +102,7 @@ def test_what_may_be_claimed() -> None:
     related = planted(0.1, 0.1, 0.6).sentence()
     assert "related and cancel in part, so no share of the gap is one side's alone" in related
     assert "related and add up" in planted(0.1, 0.1, -0.6).sentence()
-    assert "9 responses are too few to say whose the gap is" in planted(0.1, 0.07, 0.0, responses=9).sentence()
+    assert "too few responses (9) to say whose the gap is" in planted(0.1, 0.07, 0.0, responses=9).sentence()
     assert "the intervals are too wide" in planted(0.1, 0.07, 0.0, responses=12, tokens=3).sentence()
     near = planted(1e-5, 2e-5, 0.0)
     assert not near.told and "whose error it is cannot be told" in near.sentence()

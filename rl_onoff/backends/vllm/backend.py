@@ -21,7 +21,7 @@ from rl_onoff.backends.token_stats import chunk_rows, stats_of_hidden
 from rl_onoff.backends.vllm.config import VLLMBackendConfig
 from rl_onoff.backends.vllm.engine import Engine, options
 from rl_onoff.backends.vllm.hooks import HOOKS, job_of, read
-from rl_onoff.errors import EngineError, UsageError
+from rl_onoff.errors import EngineError, UsageError, plural
 from rl_onoff.types import FinishReason, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class VLLMBackend(BaseBackend):
                 if self._engine is engine:  # else it was closed meanwhile
                     engine.rpc("rl_onoff_begin", pickle.dumps(None), "")
         if waiting:
-            why = f"vLLM computed only a part of {len(waiting)} responses"
+            why = f"vLLM computed only a part of {plural(len(waiting), 'response')}"
             raise EngineError(f"{why}: set backend.in_engine_stats=false")
 
     def _public_stats(self, responses: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:

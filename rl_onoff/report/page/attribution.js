@@ -20,6 +20,6 @@ function showAttribution() {
     el("h2", {}, `Why ${attribution.target} differs`),
     el("p", {}, attribution.sentence),
     shown,
-    el("p", { class: "note" }, "A change that takes away a tenth of the gap or more is kept for the rows after it, so shares add up; the noise row's says how large the gap is that one engine has to itself."),
+    el("p", { class: "note" }, "A change that takes away a tenth of the gap or more is kept for the rows after it, so shares add up. The noise row is the target's engine against itself, a response alone and in batches; the verdict's noise floor is the sampler's, between sampling and scoring."),
   );
 }

@@ -18,7 +18,7 @@ function showFindings() {
 }
 
 function findingLine({ what, fix, responses, tokens, example, fatal }) {
-  const many = `${fmt(tokens)} tokens of ${fmt(responses)}`;
+  const many = `${plural(num(tokens), "token")} of ${num(responses).toLocaleString("en-US")}`;
   const known = !String(what).includes(many) && num(responses) > 0;
   return el(
     "li",

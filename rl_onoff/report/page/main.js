@@ -108,6 +108,7 @@ async function start() {
   showTargetSelect();
   showSize();
   showPolicies();
+  showAcceptance();
   showAttribution();
   showLayers();
   showPanel();
