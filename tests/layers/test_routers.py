@@ -191,7 +191,7 @@ def test_a_later_rung_keeps_the_replayed_experts(made: Make, tmp_path: Path) -> 
 
     def both(weights: dict[str, Any]) -> None:
         swap(weights)
-        weights["model.layers.0.mlp.down_proj.weight"].mul_(1.1)
+        weights["model.layers.0.mlp.down_proj.weight"].mul_(3)
 
     model, other = made("qwen3_moe", **ONE), made("qwen3_moe", both, **ONE)
     options = (f"model.name={model}", "model.dtype=float32", "target=huggingface", f"target.model_name={other}")
