@@ -191,7 +191,7 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
     def _wrap(self, router: Any, name: str, layer: int) -> None:
         call, own = getattr(router, name), vars(router).get(name)
         setattr(router, name, partial(self._route, layer, call))
-        self._undo.callback(*((delattr, router, name) if own is None else (setattr, router, name, own)))
+        self._undo.callback(partial(delattr, router, name) if own is None else partial(setattr, router, name, own))
 
     def _route(self, layer: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A router's call, whose choice is taken in or, where experts are given, is theirs."""

@@ -37,7 +37,7 @@ class Routers:
         there_M = np.array([~np.isnan(overlap_MT).all(1) for overlap_MT in overlaps]).any(0)
         if not there_M.any():
             return None
-        overlap_MN, l_N = np.concatenate(overlaps, 1)[there_M], np.concatenate(differences)
+        overlap_MN, l_N = np.concatenate(overlaps, 1, dtype=np.float64)[there_M], np.concatenate(differences)
         num_N = (overlap_MN != 1).sum(0)  # of layers
         terms: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         parts = np.split(num_N == 0, np.cumsum([len(l_T) for l_T in differences])[:-1])
@@ -61,7 +61,7 @@ class Routers:
 
     def sentence(self) -> str:
         num = len(self.layers)
-        layers = f"in all of {num} layers" if num > 1 else f"in layer {self.layers[0]['layer']}"
+        layers = f"in each of their {num} layers" if num > 1 else f"in layer {self.layers[0]['layer']}"
         if self.same == 1:
             return f"The routers choose the same experts for every token {layers}."
         least = min(self.layers, key=lambda row: row["overlap"])

@@ -186,7 +186,7 @@ def num_experts(model_name: str, revision: str | None = None) -> int:
     """Experts of each layer of a mixture, by the model's config.json; 0 for a dense model."""
     config = read_json_of(model_name, "config.json", revision)
     config = config.get("text_config") or config
-    return max(config.get(name) or 0 for name in EXPERTS)
+    return max((num for name in EXPERTS if isinstance(num := config.get(name), int)), default=0)
 
 
 def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:

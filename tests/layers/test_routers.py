@@ -15,6 +15,7 @@ from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
 from rl_onoff.types import LayerWant, Rollout, Want
 from tests.attribute.test_attribute import climb, main_cause
 from tests.conftest import SGLANG_PYTHON
+from tests.layers.made_errors import LENGTH, NUM_LAYERS
 from tests.layers.made_errors import made as made_layers
 from tests.running import run_in
 
@@ -78,7 +79,7 @@ def test_the_same_weights_choose_the_same_experts(look: Look, made: Make) -> Non
     assert [row["layer"] for row in routers["layers"]] == [1, 2, 3]  # the first layer is dense
     assert [row["tokens"] for row in routers["by_layers"]] == [212] and list(routers["nats"]) == ["same"]
     assert found["parting"] is None
-    assert "The routers choose the same experts for every token in all of 3 layers." in found["sentence"]
+    assert "The routers choose the same experts for every token in each of their 3 layers." in found["sentence"]
 
 
 def test_swapped_rows_of_a_gate_are_counted(look: Look, made: Make, ids_file: Path) -> None:
@@ -128,7 +129,19 @@ def test_numbers_for_the_run_and_a_dense_model_that_has_none(tmp_path: Path, mad
         else:
             assert names >= {"layers/experts_same", "layers/experts_overlap"}
             assert metrics["values"]["layers/experts_overlap"] == found["routers"]["overlap"] > 0.8
+
+
+def test_rows_by_layer_for_wandb() -> None:
     assert all("experts_same" not in row for row in made_layers().rows())
+    overlap_ML = np.full((NUM_LAYERS, LENGTH), np.nan, np.float32)
+    overlap_ML[3], overlap_ML[5] = 1, np.arange(LENGTH) % 2  # layers 3 and 5 have routers
+    found = made_layers(overlap_ML=overlap_ML)
+    rows = {
+        row["layer"]: (row["experts_same"], row["experts_overlap"]) for row in found.rows() if row["layer"] is not None
+    }
+    assert rows == {k: {3: (1, 1), 5: (26 / 51, 26 / 51)}.get(k, (None, None)) for k in range(NUM_LAYERS)}
+    assert found.routers is not None and found.routers.same == 26 / 51  # positions 29 to 79 tell of the response
+    assert {row["start"]: row["tokens"] for row in found.routers.by_layers} == {0: 52, 1: 50}
 
 
 def scores(backend: Any, asked: list[Rollout], folder: Path | None = None, *, writes: bool = False) -> dict[str, Any]:
