@@ -206,8 +206,8 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
             if not self.error and self._spans and (ids_NK := experts_in(output)) is not None:
                 for span in self._spans:
                     span.states.experts.put(layer, span.first, ids_NK[span.begin : span.end].cpu().numpy())
-        except Exception:
-            self.error = traceback.format_exc()
+        except Exception as error:
+            self.error = str(error) if isinstance(error, EngineError) else traceback.format_exc()
         return output
 
 

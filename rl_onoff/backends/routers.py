@@ -22,18 +22,17 @@ from rl_onoff.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNSEEN = "its routers choose inside a kernel, where their choice cannot be read"
-NOT_TOLD = "its routers choose inside a kernel, or within groups of experts, and cannot be told other experts"
+UNSEEN = "the engine's routers choose experts inside a kernel, where their choice cannot be read"
+NOT_TOLD = "the engine's routers choose other experts than they are told: inside a kernel, in groups, or another number"
 
 
 def router_of(layer: Any) -> tuple[Any, str] | None:
     """What chooses the experts of a decoder layer, and the name of its call; None for a dense layer."""
-    for module in layer.modules():
-        if hasattr(getattr(module, "router", None), "select_experts"):  # vLLM's, which is no module
-            return module.router, "select_experts"
-        if any(part in type(module).__name__.lower() for part in ("router", "topk")):
-            return module, "forward"
-    return None
+    found = [getattr(module, "router", None) for module in layer.modules()]
+    if objects := [router for router in found if hasattr(router, "select_experts")]:  # vLLM's, which are no modules
+        return objects[0], "select_experts"
+    named = (m for m in layer.modules() if any(part in type(m).__name__.lower() for part in ("router", "topk")))
+    return next(((module, "forward") for module in named), None)
 
 
 class Experts:
@@ -101,8 +100,9 @@ def choosing(given: Sequence[tuple[int, np.ndarray]], call: Callable[..., Any], 
             scores_NE, (values_NK, ids_NK) = args[0], map(torch.clone, found)
             for begin, rows in given:
                 here = slice(begin, begin + len(rows))
-                if rows.shape[1] != ids_NK.shape[1] or rows.max(initial=0) >= scores_NE.shape[1]:
-                    return found  # a choice among groups of experts
+                fits = rows.min(initial=0) >= 0 and rows.max(initial=0) < scores_NE.shape[1]
+                if not fits or rows.shape[1] != ids_NK.shape[1]:  # a choice among groups of experts, say
+                    return found
                 ids_NK[here] = torch.from_numpy(rows).to(ids_NK)
                 values_NK[here] = scores_NE[here].gather(-1, ids_NK[here])
                 if not (values_NK[here].isfinite() & (values_NK[here] != 0)).all():  # of a group that was ruled out

@@ -12,6 +12,7 @@ import pytest
 
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
+from rl_onoff.errors import EngineError
 from rl_onoff.types import LayerWant, Rollout, Want
 from tests.attribute.test_attribute import climb, main_cause
 from tests.conftest import SGLANG_PYTHON
@@ -220,8 +221,6 @@ def test_a_choice_that_cannot_be_told(made: Make, ids_file: Path, tmp_path: Path
     """A router that asks no torch.topk: the rows would be another policy's, so nothing is scored."""
     import torch
 
-    from rl_onoff.errors import EngineError
-
     asked = rollouts(ids_file)[:2]
     with huggingface(made("qwen3_moe")) as backend:
         scores(backend, asked, tmp_path, writes=True)
@@ -233,7 +232,7 @@ def test_a_choice_that_cannot_be_told(made: Make, ids_file: Path, tmp_path: Path
             return probs, values[:, :2], ids[:, 2:4]
 
         router.forward = kernel
-        with pytest.raises(EngineError, match="cannot be told other experts"):
+        with pytest.raises(EngineError, match="choose other experts than they are told"):
             scores(backend, asked, tmp_path)
 
 
@@ -253,13 +252,17 @@ def engine_config(engine: str, model: str) -> Any:
 def test_experts_go_from_engine_to_engine(backend: str, made: Make, ids_file: Path, tmp_path: Path) -> None:
     """The engine in chunks of several responses: its experts in HuggingFace, and HuggingFace's in it."""
     model, other, asked = made("qwen3_moe", **ONE), made("qwen3_moe", swap, **ONE), rollouts(ids_file)
-    for name in ("ours", "theirs"):
+    for name in ("ours", "theirs", "two"):
         (tmp_path / name).mkdir()
+    with huggingface(made("qwen3_moe")) as ours:  # two experts a token
+        scores(ours, asked, tmp_path / "two", writes=True)
     with huggingface(model) as ours:
         expected = scores(ours, asked, tmp_path / "ours", writes=True)
     with create_backend(engine_config(backend, other)) as engine:
         free = scores(engine, asked, tmp_path / "theirs", writes=True)
         close(scores(engine, asked, tmp_path / "ours"), expected, 2e-3)
+        with pytest.raises(EngineError, match="choose other experts than they are told"):
+            scores(engine, asked, tmp_path / "two")
     with huggingface(model) as ours:
         close(scores(ours, asked, tmp_path / "theirs"), free, 2e-3)
     assert max(np.abs(free[name] - expected[name]).max() for name in free) > 0.1
