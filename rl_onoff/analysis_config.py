@@ -19,6 +19,7 @@ class Rung(Enum):
     merge = "merge"  # LoRA adapter beside the weights, not merged into them
     switches = "switches"  # what can be turned on an engine, one at a time: the tables of switches
     lm_head = "lm_head"  # LM head in float32
+    experts = "experts"  # the behaviour's experts replayed in the target's routers
     dtype = "dtype"  # all weights in float32
     tensor_parallel = "tensor_parallel"  # one device
     engine = "engine"  # one engine for both sides

@@ -94,11 +94,13 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerWant:
-    """What `score` does with the hidden states on the way to a response's logits (backends/layers.py)."""
+    """What `score` does with the hidden states on the way to a response's logits, and with the experts that a mixture's
+    routers choose (backends/layers.py)."""
 
     folder: str  # of the reference's hidden states: a file for each response
     writes: bool  # True: this engine is the reference and writes the files; False: it compares its own states
     inside: frozenset[str] = frozenset()  # names of the files that also hold what attention and MLP give
+    states: bool = True  # False: the experts alone, and an engine that does not write them chooses those in the files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +142,8 @@ class TokenScores:
     # float32 (2, points, positions): norm of the difference to the reference's hidden states, and of the reference's.
     # Of prompt and response, and so no column of the table
     layers: np.ndarray | None = None
+    # float32 (layers, positions): share of the experts chosen that the reference chose too; NaN: a layer without router
+    experts: np.ndarray | None = None
 
     @property
     def key(self) -> Key:

@@ -14,7 +14,8 @@ from rl_onoff.analysis_config import Rung
 from rl_onoff.attribution.state import MOST, NOISE, ROUNDING, Case, NotTried, Row, State, gap
 from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.errors import plural
-from rl_onoff.models.resolve import different_tensors
+from rl_onoff.models.resolve import different_tensors, num_experts
+from rl_onoff.pipeline.engines import unseen
 from rl_onoff.rundir.join import TRANSFORM
 from rl_onoff.rundir.provenance import texts_tokenizer
 from rl_onoff.rundir.table import differences
@@ -164,6 +165,24 @@ def lm_head(case: Case, state: State) -> list[Candidate]:
     return _on_each(case, state, "an LM head in float32", case.low, PRECISE, turned.get)
 
 
+@cause("the experts: for the same tokens the routers choose others", "the behaviour's experts replayed in the target")
+def experts(case: Case, state: State) -> list[Candidate]:
+    """The target with the experts that the behaviour's engine chooses in a prefill of the same ids."""
+    ours, theirs = state.behaviour.engine, state.target.engine
+    if ours is None or theirs is None:
+        raise NotTried("an engine is not recorded")
+    if not all(num_experts(engine.model_name, engine.revision) for engine in (ours, theirs)):
+        raise NotTried("the model is no mixture of experts")
+    if why := unseen("behaviour", ours) or unseen("target", theirs):
+        raise NotTried(why.partition(": set ")[0])
+    detail = "the experts: for the same tokens the routers choose others than the behaviour's do in its prefill"
+    if theirs.with_model_of(ours).what_it_computes() != theirs.what_it_computes():
+        detail += ", with other weights"
+    eager = theirs.with_all_layers_run()
+    base = None if eager == theirs else replace(state, target=case.rescore(eager))
+    return [Candidate(_with(case, replace(state, replays=True), target=theirs), detail=detail, base=base)]
+
+
 @cause("the precision of weights and arithmetic", "float32")
 def dtype(case: Case, state: State) -> list[Candidate]:
     exact = {who: engine.with_option("dtype", "float32") for who, engine in state.engines.items()}
@@ -185,19 +204,26 @@ def _on_each(
     """
     if not sides:
         raise NotTried(otherwise)
-    changed = {}
-    for who in ("target", "behaviour"):
-        if who in sides and (other := change(who)) is not None:
-            changed[who] = case.rescore(other)
+    changed = {who: other for who in ("target", "behaviour") if who in sides and (other := change(who)) is not None}
     if not changed:
         raise NotTried("the engine is not recorded or cannot do that")
-    ways = {f"{what} in the {who}": {who: side} for who, side in changed.items()}
+    ways = {f"{what} in the {who}": {who: other} for who, other in changed.items()}
     ways |= {f"{what} on both sides": changed} if len(changed) > 1 else {}
     base = state
     if "behaviour" in changed and state.behaviour.reported:
         base = replace(state, behaviour=case.own or case.rescore(state.behaviour.engine))
     bases = {words: base if "behaviour" in way else state for words, way in ways.items()}
-    return [Candidate(replace(state, **way), words, base=bases[words]) for words, way in ways.items()]
+    return [Candidate(_with(case, state, **way), words, base=bases[words]) for words, way in ways.items()]
+
+
+def _with(case: Case, state: State, **engines: EngineConfig) -> State:
+    """With other engines on these sides. A target that replays experts replays those of the new behaviour."""
+    used = state.engines | engines
+    replays = used.get("behaviour") if state.replays else None
+    sides = {who: case.rescore(used[who]) for who in engines if who == "behaviour"}
+    if "target" in engines or replays is not None:
+        sides["target"] = case.rescore(used.get("target"), replays=replays)
+    return replace(state, **sides)
 
 
 def _turned(case: Case, state: State) -> defaultdict[str, dict[str, EngineConfig]]:
@@ -245,7 +271,7 @@ def engine(case: Case, state: State) -> list[Candidate]:
     if ours.name == theirs.name:
         words, detail = f"the behaviour's options of {ours.name}", f"the options of {ours.name} differ"
         detail += f" ({'; '.join(options)})"
-    return [Candidate(replace(state, target=case.rescore(here)), words, f"the engine: {detail}")]
+    return [Candidate(_with(case, state, target=here), words, f"the engine: {detail}")]
 
 
 @cause(OTHER_WEIGHTS, "the behaviour's weights in the target's engine")
@@ -264,4 +290,4 @@ def weights(case: Case, state: State) -> list[Candidate]:
     elif names := different_tensors((ours.model_name, ours.revision), (theirs.model_name, theirs.revision)):
         more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
         detail += f" (they differ in {', '.join(names[:3])}{more})"
-    return [Candidate(replace(state, target=case.rescore(here)), detail=detail)]
+    return [Candidate(_with(case, state, target=here), detail=detail)]

@@ -6,8 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from rl_onoff.pipeline.stages import Run
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.join import SCORES, sampler_of
 from rl_onoff.rundir.table import Table, rollout_of, row_of_scores, scores_of
-from rl_onoff.types import Key, LogprobKind, Rollout, Sampling, TokenScores, Want
+from rl_onoff.types import Key, LayerWant, LogprobKind, Rollout, Sampling, TokenScores, Want
 
 COMPLETIONS = ("request_id", "sample", "prompt_ids", "token_ids", "logprobs", "logprob_kind", "mask", "finish_reason")
 MOST = 0.5  # least share of the gap that is called the main cause
@@ -89,6 +92,7 @@ class State:
     behaviour: Side
     target: Side
     kind: LogprobKind
+    replays: bool = False  # the target's routers choose the behaviour's experts
     same_ids_only: bool = False  # compare up to the first token in which the ids differ
     without_last: frozenset[Key] = frozenset()  # responses whose last token is left out
     without: frozenset[Key] = frozenset()  # responses that are left out
@@ -169,9 +173,12 @@ class Case:
     low: set[str]  # the sides in lower precision than float32, as far as is known
     floor: float = 0.0  # NOISE, nats a token; the noise rung sets it
 
-    def rescore(self, engine: EngineConfig | None, *, alone: bool = False, most: int | None = None) -> Side:
+    def rescore(
+        self, engine: EngineConfig | None, *, alone: bool = False, most: int | None = None,
+        replays: EngineConfig | None = None,
+    ) -> Side:  # fmt: skip
         """What `engine` says of the sampled ids; `alone`: one response at a time, in another order; `most`: of so many
-        responses.
+        responses; `replays`: with the experts that this engine chooses in its prefill.
 
         The scores lie under `scores/attribute/`, out of sight of the normal comparisons, under a name made of what they
         depend on: any later ladder that asks for the same finds them again.
@@ -181,22 +188,33 @@ class Case:
         if not all(len(rollout.prompt_ids) for rollout in self.rollouts.values()):
             raise NotTried("the responses came without prompt ids")
         want = Want(sampler=self.sampler)
+        if replays is not None:
+            engine, replays = engine.with_all_layers_run(), replays.with_all_layers_run()
         # what a switch turns counts here, also where it should change no number
         placed = {name for switch in engine.switches for name in switch.options if name in engine.placement}
         computes = engine.what_it_computes() | {name: getattr(engine, name) for name in placed}
         config = {"backend": computes, "want": asdict(want)}
+        config |= {"replays": replays.what_it_computes()} if replays else {}
         config = masked(config | ({"alone": True} if alone else {}))
         digest = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=4).hexdigest()
         table = self.this.folder.scores(f"attribute/{engine.name}-{digest}")
         table.claim(config)
         done, chosen = table.keys(), dict(islice(self.rollouts.items(), most))
         missing = [rollout for key, rollout in chosen.items() if key not in done]
-        if missing:
-            backend = self.this.slot.get(engine)
-            table.describe(engine=asdict(backend.info))
-            with table.writer() as writer, self.this.progress("attribute", len(missing)) as progress:
-                for window in [[one] for one in reversed(missing)] if alone else [missing]:
-                    for scores in backend.score(window, want):
-                        writer.append(row_of_scores(scores))
+        with ExitStack() as stack:
+            if missing and replays:
+                folder = stack.enter_context(TemporaryDirectory(prefix=".experts-", dir=self.this.folder.path))
+                experts = LayerWant(folder=str(Path(folder).absolute()), writes=True, states=False)
+                with self.this.progress("attribute", len(missing)) as progress:
+                    for scores in self.this.slot.get(replays).score(missing, Want(layers=experts)):
                         progress.add(len(scores.token_ids_T))
+                want = replace(want, layers=replace(experts, writes=False))
+            if missing:
+                backend = self.this.slot.get(engine)
+                table.describe(engine=asdict(backend.info))
+                with table.writer() as writer, self.this.progress("attribute", len(missing)) as progress:
+                    for window in [[one] for one in reversed(missing)] if alone else [missing]:
+                        for scores in backend.score(window, want):
+                            writer.append(row_of_scores(scores))
+                            progress.add(len(scores.token_ids_T))
         return scored(table, chosen.keys(), engine)

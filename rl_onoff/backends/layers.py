@@ -4,7 +4,8 @@ own with them where they arise, so that only norms leave an engine.
 A file holds the states of one response, float32 (points, positions, D), where position i is that of the i-th token of
 prompt and response together, the last token left out. Points follow the forward pass: what goes into the first decoder
 layer, the residual stream after every decoder layer, and what the LM head is given. A file may also hold, before each
-layer's own point, what its attention and its MLP give.
+layer's own point, what its attention and its MLP give. Beside it lies, of a mixture of experts, which ones its routers
+chose (routers.py).
 
 Shapes: N rows (tokens) of a forward pass, R rows of them that belong to one response, D hidden size.
 """
@@ -14,13 +15,14 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from rl_onoff.backends.routers import Experts, choosing, experts_in, router_of
 from rl_onoff.errors import EngineError
 from rl_onoff.types import LayerWant, Rollout
 
@@ -54,10 +56,13 @@ class States:
 
     def __init__(self, want: LayerWant, name: str, length: int, num_layers: int):
         self.file, self.writes, self.length = Path(want.folder) / name, want.writes, length
-        self.index = {point: i for i, point in enumerate(points_of(num_layers, name in want.inside))}
+        points = points_of(num_layers, name in want.inside) if want.states else []
+        self.index = {point: i for i, point in enumerate(points)}
+        experts = self.file.with_suffix(".npy")
+        self.experts = Experts(experts, length, num_layers, writes=want.writes, needed=not want.states)
         self.norms = np.full((2, len(self.index), length), np.nan, np.float32)  # of difference and reference
         self._missing, self._size = np.ones(self.norms.shape[1:], bool), 0
-        if self.writes:
+        if self.writes and points:
             self.file.write_bytes(b"")
 
     def finish(self) -> bool:
@@ -68,7 +73,11 @@ class States:
                     nothing_LD = np.full((self.length, self._size), np.nan, np.float32)
                     self._write(i * nothing_LD.nbytes, nothing_LD)
                 self._missing[i] = False
-        return not self._missing.any()
+        return self.experts.finish() and not self._missing.any()
+
+    def found(self) -> dict[str, np.ndarray | None]:
+        """What a response's scores are to hold beside its statistics."""
+        return {} if self.writes or not self.index else {"layers": self.norms, "experts": self.experts.overlap_ML}
 
     def put(self, point: Point, first: int, states_RD: Tensor) -> None:
         """Take in the states from position `first` on; those past the last position are left out."""
@@ -121,24 +130,27 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
         self._spans_of, self._stream, self._spans = spans, stream, list[LayerSpan]()
         self.num_layers = config.get_text_config().num_hidden_layers
         self._body, self._layers = find_layers(model, self.num_layers)
-        self._handles: list[Any] = []
+        self._undo = ExitStack()
 
     def __enter__(self) -> LayerWatch:
-        added = self._handles.append
+        def added(handle: Any) -> None:
+            self._undo.callback(handle.remove)
+
         added(self._layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
         for k, layer in enumerate(self._layers):
             hooked = {LAYER: layer, **parts_of(layer)}
             for kind, module in hooked.items():
                 added(module.register_forward_hook(partial(self._after, (kind, k)), with_kwargs=True))
+            if (router := router_of(layer)) is not None:
+                self._wrap(*router, k)
         head = partial(self._after, (HEAD, self.num_layers - 1))
         added(self._body.register_forward_hook(head, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._spans = [], []
+        self._undo.close()
+        self._spans = []
 
     def states(self, want: LayerWant, name: str, length: int) -> States:
         return States(want, name, length, self.num_layers)
@@ -152,13 +164,14 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
 
     def take(self, point: Point, output: Any, given: tuple[Any, ...] = ()) -> None:
         """Take in what a module gave: a tensor, or a tuple that holds it first."""
-        if not self._spans or self.error:
+        spans = [span for span in self._spans if point in span.states.index]
+        if not spans or self.error:
             return
         try:
             read = self._stream if point[0] in (EMBEDDINGS, LAYER) else first_of
             states = read(getattr(output, "last_hidden_state", output), given)
             states_ND = states.reshape(-1, states.shape[-1])
-            for span in self._spans:
+            for span in spans:
                 span.states.put(point, span.first, states_ND[span.begin : span.end])
         except Exception:
             self.error = traceback.format_exc()
@@ -174,6 +187,28 @@ class LayerWatch(AbstractContextManager["LayerWatch"]):
 
     def _after(self, point: Point, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         self.take(point, output, (*args, *kwargs.values()))
+
+    def _wrap(self, router: Any, name: str, layer: int) -> None:
+        call, own = getattr(router, name), vars(router).get(name)
+        setattr(router, name, partial(self._route, layer, call))
+        self._undo.callback(partial(delattr, router, name) if own is None else partial(setattr, router, name, own))
+
+    def _route(self, layer: int, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A router's call, whose choice is taken in or, where experts are given, is theirs."""
+        try:
+            given = [(x.begin, x.states.experts.given(layer, x.first, x.end - x.begin)) for x in self._spans]
+            if told := [(begin, ids) for begin, ids in given if ids is not None]:
+                call = partial(choosing, told, call)
+        except Exception:
+            self.error = traceback.format_exc()
+        output = call(*args, **kwargs)
+        try:
+            if not self.error and self._spans and (ids_NK := experts_in(output)) is not None:
+                for span in self._spans:
+                    span.states.experts.put(layer, span.first, ids_NK[span.begin : span.end].cpu().numpy())
+        except Exception as error:
+            self.error = str(error) if isinstance(error, EngineError) else traceback.format_exc()
+        return output
 
 
 def first_of(output: Any, given: tuple[Any, ...]) -> Tensor:

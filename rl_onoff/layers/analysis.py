@@ -12,6 +12,7 @@ import numpy as np
 from rl_onoff.backends.layers import ATTENTION, EMBEDDINGS, HEAD, LAYER, MLP
 from rl_onoff.errors import plural
 from rl_onoff.layers import rule
+from rl_onoff.layers.routers import Routers
 from rl_onoff.layers.rule import Errors, Growth, Parting, Response
 from rl_onoff.report.tables import aligned, number
 
@@ -32,10 +33,11 @@ class Layers:
     inside: list[dict[str, Any]]
     nats: dict[str, float]
     parting: Parting | None
+    routers: Routers | None  # None: a dense model
     sentence: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.sentence = self._sentence()
+        self.sentence = " ".join([self._sentence(), *([self.routers.sentence()] if self.routers else [])])
 
     @classmethod
     def of(cls, responses: Sequence[Response], num_layers: int, sides: Mapping[str, Mapping[str, Any]]) -> Layers:
@@ -44,13 +46,17 @@ class Layers:
         stream = Errors.of(responses, num_layers, inside=False)
         within = Errors.of([r for r in responses if len(r.norms_PL) != num_layers + 2], num_layers, inside=True)
         growth = Growth(stream, floor)
-        l_N = np.concatenate([np.abs(r.logprobs_T - r.logprobs_target_T) for r in responses]).astype(np.float64)
+        apart = [np.abs(r.logprobs_T - r.logprobs_target_T).astype(np.float64) for r in responses]
+        l_N = np.concatenate(apart)
         nats = {"mean": l_N.mean(), "median": np.median(l_N), "p90": np.quantile(l_N, 0.9), "max": l_N.max()}
         parting = growth.parting()
         if parting is None:
             parting = rule.head_of(responses, l_N, floor)
         elif parting.where == LAYER and within.errors_PN.size:
             parting = rule.inside_of(parting, within, floor)
+        # position i gives token i + 1
+        experts = [(r.overlap_ML[:, r.num_prompt - 1 :], l_T) for r, l_T in zip(responses, apart, strict=True)
+                   if r.overlap_ML is not None]  # fmt: skip
         points = [row | {"growth": growth.overall(i)} for i, row in enumerate(stream.rows())]
         return cls(
             sides=sides,
@@ -63,6 +69,7 @@ class Layers:
             inside=[row for row in within.rows() if row["point"] in (ATTENTION, MLP)],
             nats={name: float(value) for name, value in nats.items()},
             parting=parting,
+            routers=Routers.of(*zip(*experts, strict=True)) if experts else None,
         )
 
     def _sentence(self) -> str:
@@ -90,13 +97,20 @@ class Layers:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each point of the residual stream, without positions: for W&B."""
-        return [{name: value for name, value in row.items() if name != "by_position"} for row in self.points]
+        rows = [{name: value for name, value in row.items() if name != "by_position"} for row in self.points]
+        if self.routers is None:
+            return rows
+        of = {
+            row["layer"]: {f"experts_{name}": row[name] for name in ("same", "overlap")} for row in self.routers.layers
+        }
+        none = {"experts_same": None, "experts_overlap": None}
+        return [row | of.get(row["layer"], none) for row in rows]
 
     def values(self) -> dict[str, float]:
         """Flat numbers for W&B and sweepers."""
         found = {f"layers/nats_{name}": value for name, value in self.nats.items()}
         found |= {"layers/error_first": self.points[1]["median"], "layers/error_last": self.points[-1]["median"]}
-        found |= {"layers/parts": float(self.parting is not None)}
+        found |= {"layers/parts": float(self.parting is not None), **(self.routers.values() if self.routers else {})}
         if self.parting is not None and self.parting.layer is not None:
             found["layers/parts_in_layer"] = self.parting.layer
         return {name: value for name, value in found.items() if value is not None}

@@ -51,6 +51,7 @@ class Response:
     logprobs_T: np.ndarray
     logprobs_target_T: np.ndarray
     logsumexp_T: np.ndarray  # of the backend
+    overlap_ML: np.ndarray | None = None  # share of a layer's chosen experts that both sides chose; NaN: it has none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

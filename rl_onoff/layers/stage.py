@@ -11,15 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rl_onoff.backends import create_backend
-from rl_onoff.backends.engine_config import EngineConfig, PoolKind
+from rl_onoff.backends.engine_config import EngineConfig
 from rl_onoff.backends.layers import points_of, states_name
 from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError, plural
 from rl_onoff.layers.analysis import Layers
 from rl_onoff.layers.rule import Response
 from rl_onoff.models.resolve import model_shape
-from rl_onoff.pipeline.engines import Wish
+from rl_onoff.pipeline.engines import Wish, unseen
 from rl_onoff.pipeline.stages import Run, responses
 from rl_onoff.redaction import masked
 from rl_onoff.rundir.table import Table
@@ -28,7 +27,7 @@ from rl_onoff.types import LayerWant, Rollout, Want
 log = logging.getLogger(__name__)
 
 COLUMNS = {"request_id": "string", "sample": "int32", "logprobs": "list<float32>", "logsumexp": "list<float32>",
-           "differences": "list<list<float32>>", "norms": "list<list<float32>>"}  # fmt: skip
+           **dict.fromkeys(("differences", "norms", "overlap"), "list<list<float32>>")}  # fmt: skip
 SPARE_BYTES = 1 << 30  # of the disk that are left free
 
 
@@ -38,17 +37,8 @@ def check_sides(config: RunConfig) -> None:
         fix = "set target=huggingface target.dtype=float32, or another engine"
         raise UsageError(f"experiment=layers compares the layers of backend and target, and there is no target: {fix}")
     for option, engine in {"backend": config.backend, "target": config.target}.items():
-        if not create_backend(engine).sees_layers:
-            raise UsageError(f"{option}={engine.name} has no layers to look at: set {option} to another engine")
-        if engine.num_devices > 1:
-            what = f"{option}.tp_size={engine.num_devices} splits every layer over several devices"
-            raise UsageError(f"{what}, where its states cannot be read: set {option}.tp_size=1")
-        if engine.pool.kind is PoolKind.ray:
-            why = "the hidden states come through a file on this machine's disk"
-            raise UsageError(f"experiment=layers cannot run {option} on a cluster, for {why}: set pool=local")
-        if not getattr(engine, "in_engine_stats", True):
-            what = f"{option}.in_engine_stats=false keeps our code out of the engine, which has to read its layers"
-            raise UsageError(f"{what}: set {option}.in_engine_stats=true")
+        if why := unseen(option, engine):
+            raise UsageError(why)
 
 
 def run_layers(this: Run) -> Generator[Wish, None, Layers]:
@@ -103,6 +93,7 @@ def run_layers(this: Run) -> Generator[Wish, None, Layers]:
                     row = {"request_id": scores.request_id, "sample": scores.sample, "logprobs": scores.logprobs_T}
                     differences, norms = (None, None) if scores.layers is None else scores.layers
                     row |= {"logsumexp": scores.logsumexp_T, "differences": differences, "norms": norms}
+                    row["overlap"] = scores.experts
                     writer.append(row)
                 progress.add(len(scores.token_ids_T))
     shutil.rmtree(states, ignore_errors=True)
@@ -136,6 +127,7 @@ def read(tables: Mapping[str, Table], chosen: Mapping[Any, Rollout]) -> list[Res
             logprobs_T=a["logprobs"],
             logprobs_target_T=b["logprobs"],
             logsumexp_T=b["logsumexp"],
+            overlap_ML=a.get("overlap"),
         )
         for rollout, a, b in both
     ]

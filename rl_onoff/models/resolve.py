@@ -23,6 +23,7 @@ from rl_onoff.sampling import Sampling
 OFFLINE = {  # names of exceptions of a hub that cannot be reached
     "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout", "ConnectionError", "ProxyError"
 }  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a mixture's config.json
 TAKEN = ("temperature", "top_p", "top_k", "min_p")  # of a model's generation_config.json
 PENALTIES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}  # with the value that does nothing
 
@@ -179,6 +180,13 @@ def model_shape(model_name: str, revision: str | None = None, trust_remote_code:
         )
     config = found.get_text_config()
     return config.num_hidden_layers, config.hidden_size
+
+
+def num_experts(model_name: str, revision: str | None = None) -> int:
+    """Experts of each layer of a mixture, by the model's config.json; 0 for a dense model."""
+    config = read_json_of(model_name, "config.json", revision)
+    config = config.get("text_config") or config
+    return max((num for name in EXPERTS if isinstance(num := config.get(name), int)), default=0)
 
 
 def end_ids(eos_token_id: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:

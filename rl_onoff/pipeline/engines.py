@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rl_onoff.backends import create_backend
-from rl_onoff.backends.engine_config import EngineConfig
+from rl_onoff.backends.engine_config import EngineConfig, PoolKind
 from rl_onoff.config import RunConfig, Stage
 
 if TYPE_CHECKING:  # the command line imports this module, and answers at once since it imports no numpy
@@ -130,3 +130,18 @@ def known_engines(config: RunConfig) -> list[EngineConfig]:
     """Every engine the config has, for finding the one that made a table again."""
     first = [config.target] if config.target else []
     return [*first, config.backend, *config.targets.values(), *config.policies.values()]
+
+
+def unseen(option: str, engine: EngineConfig) -> str:
+    """Why our code cannot look at the layers of an engine, and what to set instead; empty where it can."""
+    if not create_backend(engine).sees_layers:
+        return f"{option}={engine.name} has no layers to look at: set {option} to another engine"
+    if engine.num_devices > 1:
+        what = f"{option}.tp_size={engine.num_devices} splits every layer over several devices"
+        return f"{what}, where its states cannot be read: set {option}.tp_size=1"
+    if engine.pool.kind is PoolKind.ray:
+        return f"the layers of {option} go through a file on this machine's disk, not to a cluster: set pool=local"
+    if not getattr(engine, "in_engine_stats", True):
+        what = f"{option}.in_engine_stats=false keeps our code out of the engine, which has to read its layers"
+        return f"{what}: set {option}.in_engine_stats=true"
+    return ""

@@ -21,7 +21,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "tie_word_embeddings": True},
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 64},
     "mistral": {"sliding_window": 16},
-}
+    "qwen3_moe": {  # its first layer is dense
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+    },
+}  # fmt: skip
 Make = Callable[..., str]
 
 

@@ -15,7 +15,10 @@ NUM_LAYERS, LENGTH, PROMPT = 12, 80, 30
 Change = Callable[[dict[Any, np.ndarray], dict[Any, np.ndarray]], Any]
 
 
-def made(change: Change = lambda errors, norms: None, *, dtype: str = "bfloat16", nats: float = 0.02) -> Layers:
+def made(
+    change: Change = lambda errors, norms: None, *, dtype: str = "bfloat16", nats: float = 0.02,
+    overlap_ML: np.ndarray | None = None,
+) -> Layers:  # fmt: skip
     """What is found in two responses; `change` is given relative errors (L,) and norms (L,) by point."""
     rng = np.random.default_rng(0)
     rounding = {"float32": 2e-7, "bfloat16": 4e-3}[dtype]
@@ -39,6 +42,7 @@ def made(change: Change = lambda errors, norms: None, *, dtype: str = "bfloat16"
                 logprobs_T=np.full_like(l_T, -2) + l_T,
                 logprobs_target_T=np.full_like(l_T, -2),
                 logsumexp_T=np.full_like(l_T, 12),
+                overlap_ML=overlap_ML,
             )
         )
     return Layers.of(responses, NUM_LAYERS, sides)

@@ -26,9 +26,10 @@ def check_equal(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("options", [(), (CHUNKS,)], ids=["whole", "chunks"])
-def test_vllm_has_the_states_of_huggingface(look: Look, made: Make, options: tuple[str, ...]) -> None:
-    model = made("llama")
+def test_vllm_has_the_states_of_huggingface(look: Look, made: Make, options: tuple[str, ...], family: str) -> None:
+    model = made(family)
     check_equal(look(model, model, "backend=vllm", *options))
 
 
@@ -40,7 +41,8 @@ def test_a_fault_in_vllm_is_named_against_huggingface(look: Look, made: Make) ->
 
 
 @pytest.mark.sglang
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("options", [(), (SMALL_CHUNKS,)], ids=["whole", "chunks"])
-def test_sglang_has_the_states_of_huggingface(look: Look, made: Make, options: tuple[str, ...]) -> None:
-    model = made("llama")
+def test_sglang_has_the_states_of_huggingface(look: Look, made: Make, options: tuple[str, ...], family: str) -> None:
+    model = made(family)
     check_equal(look(model, model, "backend=sglang", f"backend.python={SGLANG_PYTHON}", *options))

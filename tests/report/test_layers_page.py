@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from rl_onoff.report import write_report
-from tests.layers.made_errors import NUM_LAYERS, add, made
+from tests.layers.made_errors import LENGTH, NUM_LAYERS, add, made
 
 
 def test_the_layers_are_shown(page, sample_run, tmp_path):
@@ -21,6 +23,20 @@ def test_the_layers_are_shown(page, sample_run, tmp_path):
     page.find("#layers summary").click()
     rows = page.wait(lambda: page.texts("#layers details tbody th"))  # a toggle event follows the click
     assert rows[8:11] == ["layer 7, its attention", "layer 7, its mlp", "layer 7"] and len(rows) == NUM_LAYERS + 4
+    assert page.errors() == []
+
+
+def test_the_experts_of_a_mixture_are_shown(page, sample_run, tmp_path):
+    overlap_ML = np.full((NUM_LAYERS, LENGTH), np.nan, np.float32)
+    overlap_ML[3:], overlap_ML[5, ::2] = 1, 0.5
+    found = made(overlap_ML=overlap_ML)
+    page.open(write_report(tmp_path / "report.html", sample_run(3).report(layers=found.to_dict())))
+    assert "The routers choose the same experts in each of their 9 layers for 51.0% of the tokens" in found.sentence
+    assert found.sentence in page.find("#layers").text
+    titles = page.texts("#layers figure:last-child .dot title")
+    assert len(titles) == 2 * 9 and {"overlap, layer 3: 1", "same set, layer 5: 0.5098"} <= set(titles)
+    page.find("#layers figure:last-child summary").click()
+    assert page.wait(lambda: page.texts("#layers figure:last-child tbody th")) == ["0", "1"]
     assert page.errors() == []
 
 

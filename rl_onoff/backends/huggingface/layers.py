@@ -28,4 +28,4 @@ def scores_and_layers(
             scores = score(batch, want)
             watch.check(span.states for span in spans)
         for span, found in zip(spans, scores, strict=True):
-            yield found if want.layers.writes else replace(found, layers=span.states.norms)
+            yield replace(found, **span.states.found())

@@ -47,4 +47,4 @@ class StepLayers:
             return {}
         states = self._states.pop(number, None)
         self._watch.check([states] if states is not None else [])
-        return {} if states is None or states.writes else {"layers": states.norms}
+        return {} if states is None else states.found()

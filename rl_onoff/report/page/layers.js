@@ -7,7 +7,7 @@ const log10 = (x) => Math.log10(num(x));
 function showLayers() {
   const { layers } = summary;
   if (!layers) return;
-  const figures = [plotGrowth(layers), plotHeat(layers)].filter(Boolean);
+  const figures = [plotGrowth(layers), plotHeat(layers), plotRouters(layers)].filter(Boolean);
   byId("layers").replaceChildren(
     el("h2", {}, "Where in the network they part"),
     el("p", {}, layers.sentence),
@@ -90,6 +90,36 @@ function plotHeat(layers) {
   );
   const says = `Median error by layer and position in the sequence, prompt included, from ${fmt(10 ** low)} to ${fmt(10 ** high)} (log); none where a cell is empty.`;
   return figure("Error by layer and position", says, drawing);
+}
+
+function plotRouters({ routers }) {
+  if (!routers) return null;
+  const rows = routers.layers;
+  const names = { overlap: "overlap", same: "same set" };
+  const drawing = lineChart({
+    label: "Overlap of the chosen experts by layer",
+    xs: rows.map((row) => row.layer),
+    linear: true,
+    noun: "layer",
+    series: Object.keys(names).map((key, i) => ({ name: names[key], css: `s${1 - i}`, values: rows.map((row) => num(row[key])) })),
+    xTitle: "layer",
+    yTitle: "share",
+  });
+  const says = `Share of the chosen experts that both sides chose, and of the ${plural(routers.tokens, "response token")} for which all of them are the same.`;
+  const numbers = () =>
+    table(
+      null,
+      ["layers that differ", "tokens", "mean |\u0394 logprob|"],
+      routers.by_layers.map((row) =>
+        el(
+          "tr",
+          {},
+          el("th", { scope: "row" }, positionsText(row)),
+          [row.tokens, row.nats].map((value) => el("td", { class: "number" }, fmt(value))),
+        ),
+      ),
+    );
+  return figure("Experts by layer", says, drawing, numbers);
 }
 
 const positionsText = ({ start, end }) => (end - start > 1 ? `${start} to ${end - 1}` : String(start));
