@@ -90,8 +90,8 @@ class Trial:
         config = this.config
         self.bars, self.data, self.seed = config.acceptance, config.data, config.sampling.seed
         # one replica: a second would not have in its cache what the first one has
-        engine, nothing = replace(config.backend, dp_size=1), not this.folder.path.joinpath("acceptance").exists()
-        self.backend = this.slot.prepare(engine, begin=nothing)  # it loads while the prompts are encoded
+        engine, is_new = replace(config.backend, dp_size=1), not (this.folder.path / "acceptance").exists()
+        self.backend = this.slot.prepare(engine, begin=is_new)  # it loads while the prompts are encoded
         self.tokenizer = self.backend.get_tokenizer()
         self.has_template = bool(self.tokenizer.chat_template) if self.data.chat_template else None
         if self.has_template is False:

@@ -123,7 +123,8 @@ def _config(cfg: DictConfig, choices: Mapping[str, str]) -> Any:
             except UsageError:  # whichever engine it is, its config knows its options as those of backend
                 raise UsageError(str(error).replace("backend.", f"{name}.")) from error
         raise
-    for name in [group.partition("@")[2] or group for group, choice in choices.items() if choice == "truth"]:
+    truths = [group.partition("@")[2] or group for group, choice in choices.items() if choice == "truth"]
+    for name in engines.keys() & truths:
         engine: Any = OmegaConf.to_object(engines[name])
         exact = type(engine)().with_option("dtype", "float32")
         for option in ("dtype", *engine.inexact):

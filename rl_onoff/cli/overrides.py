@@ -12,11 +12,11 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
 from rl_onoff.backends.config import nearest_engine
 from rl_onoff.config import CONF, SCHEMAS, RunConfig
@@ -75,7 +75,7 @@ def earlier(arguments: Sequence[str]) -> list[str]:
     file = Path(folder).expanduser() / ".hydra/overrides.yaml"
     if "experiment=acceptance" not in arguments or not folder or not file.is_file():
         return []
-    before = [str(override) for override in OmegaConf.load(file)]
+    before = yaml.safe_load(file.read_text(encoding="utf-8")) or []  # not by OmegaConf, which would resolve ${…}
     options = {x: x.partition("=")[0].lstrip("+~") for x in (*before, *arguments)}
     typed = {options[x] for x in arguments if x not in before}
     kept = [x for x in before if x not in arguments and not {options[x], options[x].partition(".")[0]} & typed]

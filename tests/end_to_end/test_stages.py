@@ -116,7 +116,7 @@ def test_score_reads_an_earlier_run(tmp_path):
 
 
 def test_acceptance_is_judged_again_without_its_options(tmp_path):
-    options = ("sampling.seed=3", "target=fake", "target.noise=0.1", "acceptance.prompts=2", "acceptance.tokens=8")
+    options = ("sampling.seed=${oc.env:SEED,3}", "target=fake", "target.noise=0.1", "acceptance.tokens=8")
     again = ("experiment=acceptance", "run_dir=run")
     rl_onoff(*FAKE, *again, *options, cwd=tmp_path)
     first = json.loads((tmp_path / "run/acceptance.json").read_text())
@@ -129,6 +129,7 @@ def test_acceptance_is_judged_again_without_its_options(tmp_path):
     said = refused(*again, "target=truth", cwd=tmp_path)  # an engine chosen anew has none of the other's options
     assert "acceptance/truth_greedy holds rows of another config" in said and "noise: 0.1 -> null" in said
     rl_onoff(*again, cwd=tmp_path, code=4)
+    assert "rows of another config (seed: 3 -> 4" in refused(*again, cwd=tmp_path, SEED="4")
 
 
 def test_two_names_of_one_engine_both_have_scores(tmp_path):
