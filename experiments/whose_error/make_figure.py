@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#d1495b", "#2e6f95", "#7d8a2e", "#8a5aa8")
+COLOURS = ("#d1495b", "#2e6f95", "#7d8a2e", "#8a5aa8", "#c77d1e")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 70, 50, 40, 20
 
 
