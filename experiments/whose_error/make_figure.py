@@ -23,9 +23,12 @@ def table(run_dir: Path) -> str:
     with (run_dir / "matrix.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
 
+    def number(value: str, form: str) -> str:
+        return "over 999%" if float(value) >= 10 else f"{float(value):{form}}"  # of a gap far below both errors
+
     def between(row: dict[str, str], name: str, form: str) -> str:
         value, lo, hi = (row[f"error_{name}{end}"] for end in ("", "_lo", "_hi"))
-        return f"{float(value):{form}} ({float(lo):{form}} to {float(hi):{form}})" if value and lo else "–"
+        return f"{number(value, form)} ({number(lo, form)} to {number(hi, form)})" if value and lo else "–"
 
     for row in rows:
         if row["error_behaviour"]:
