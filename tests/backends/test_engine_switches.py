@@ -10,7 +10,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from rl_onoff.backends import SGLangBackendConfig, create_backend
@@ -50,7 +49,9 @@ def test_planted_in_vllm(tiny_llama: str, tmp_path: Path) -> None:
 
 @pytest.mark.sglang
 def test_turned_in_sglang(tiny_llama: str) -> None:
-    """All at once: the LM head is in float32 then, and nothing else is another than in HuggingFace."""
+    """All at once: the LM head's logits are no longer numbers of bfloat16, and the scores are HuggingFace's."""
+    import torch
+
     sglang: EngineConfig = SGLangBackendConfig(
         model_name=tiny_llama, dtype="bfloat16", python=SGLANG_PYTHON, context_length=MAX_LEN
     )
@@ -59,13 +60,16 @@ def test_turned_in_sglang(tiny_llama: str) -> None:
             turned = sglang.turned(switch)
             assert turned is not None
             sglang = turned
-    rounded = HuggingFaceBackendConfig(model_name=tiny_llama, dtype="bfloat16")
-    logprobs: list[np.ndarray] = []
-    for config in (sglang, rounded, replace(rounded, head_dtype="float32")):
+    huggingface = HuggingFaceBackendConfig(model_name=tiny_llama, dtype="bfloat16")
+    logprobs, are_rounded = [], []
+    for config in (sglang, huggingface, replace(huggingface, head_dtype="float32")):
         with create_backend(config) as backend:
             responses = random_responses(backend, 24)
-            scores = {one.request_id: one.logprobs_T for one in backend.score(responses)}
+            scores = {one.request_id: one for one in backend.score(responses)}
             assert config is not sglang or not backend.info.caches_prompts
-        logprobs.append(np.concatenate([scores[response.request_id] for response in responses]))
-    found, head_rounded, head_exact = logprobs
-    assert np.abs(found - head_exact).mean() < 0.5 * np.abs(found - head_rounded).mean()
+        rows = [scores[response.request_id] for response in responses]
+        logprobs.append(torch.cat([torch.from_numpy(row.logprobs_T) for row in rows]))
+        logits = logprobs[-1] + torch.cat([torch.from_numpy(row.logsumexp_T) for row in rows])
+        are_rounded.append(((logits - logits.bfloat16().float()).abs() < 1e-4).float().mean().item())
+    assert are_rounded[0] < 0.2 and are_rounded[1] > 0.99 and are_rounded[2] < 0.2, are_rounded
+    assert (logprobs[0] - logprobs[2]).abs().mean() < 0.02
