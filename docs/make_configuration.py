@@ -112,8 +112,9 @@ def switches(schema: type[EngineConfig]) -> list[str]:
     """What `experiment=attribute` tries on an engine."""
     if not schema.switches:
         return []
-    lines = ["", "Switches, which `experiment=attribute` tries one at a time:", ""]
-    lines += ["| switch | turned to | options | tried | run on |", "|---|---|---|---|---|"]
+    said = "Switches, which `experiment=attribute` tries one at a time. Where it says `CPU`, one was planted there and "
+    said += "found, or was seen to change nothing; an `untried` one needs a GPU, or a model that is quantised:"
+    lines = ["", said, "", "| switch | turned to | options | tried | run on |", "|---|---|---|---|---|"]
     for switch in schema.switches:
         options = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in switch.options.items())
         run_on = switch.tried or "untried"

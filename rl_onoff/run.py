@@ -62,7 +62,10 @@ def run_steps(config: RunConfig, path: Path, slot: Slot, *, group: str | None = 
         check_policies(config)
     if Stage.layers in config.stages:
         check_sides(config)
-    for engine in engines(config).values():
+    asked = engines(config).values()
+    if any(engine.merge_adapter for engine in asked) and not any(engine.adapter for engine in asked):
+        raise UsageError("merge_adapter=true has no adapter to merge: set model.adapter, or model.merge_adapter=false")
+    for engine in asked:
         create_backend(engine).check_model()
     load_reward(config.reward.function)
     asks = {Stage.generate, Stage.matrix, Stage.acceptance} & set(config.stages)

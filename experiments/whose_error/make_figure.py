@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#d1495b", "#2e6f95", "#7d8a2e", "#8a5aa8")
+COLOURS = ("#d1495b", "#2e6f95", "#7d8a2e", "#8a5aa8", "#c77d1e")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 360, 70, 50, 40, 20
 
 
@@ -23,9 +23,12 @@ def table(run_dir: Path) -> str:
     with (run_dir / "matrix.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
 
+    def number(value: str, form: str) -> str:
+        return "over 999%" if float(value) >= 10 else f"{float(value):{form}}"  # of a gap far below both errors
+
     def between(row: dict[str, str], name: str, form: str) -> str:
         value, lo, hi = (row[f"error_{name}{end}"] for end in ("", "_lo", "_hi"))
-        return f"{float(value):{form}} ({float(lo):{form}} to {float(hi):{form}})" if value and lo else "–"
+        return f"{number(value, form)} ({number(lo, form)} to {number(hi, form)})" if value and lo else "–"
 
     for row in rows:
         if row["error_behaviour"]:

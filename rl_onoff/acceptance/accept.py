@@ -16,7 +16,6 @@ from rl_onoff.acceptance import lines
 from rl_onoff.acceptance.lines import FAIL, NOT_TRIED, PASS, Line, NotTried
 from rl_onoff.acceptance.measure import Bench, draw_again, draw_in_full, end_tokens, head_mass
 from rl_onoff.analysis_config import Check
-from rl_onoff.backends import create_backend
 from rl_onoff.data.prompts import is_ids
 from rl_onoff.data.requests import check_lengths, encode_rows, messages_of, with_template_kwargs
 from rl_onoff.errors import OnOffError, plural
@@ -100,8 +99,11 @@ class Trial:
 
     def __init__(self, this: Run) -> None:
         config = this.config
-        self.bars, self.data, self.backend = config.acceptance, config.data, create_backend(config.backend)
-        self.tokenizer, self.seed = self.backend.get_tokenizer(), config.sampling.seed
+        self.bars, self.data, self.seed = config.acceptance, config.data, config.sampling.seed
+        # one replica: a second would not have in its cache what the first one has
+        engine, is_new = replace(config.backend, dp_size=1), not (this.folder.path / "acceptance").exists()
+        self.backend = this.slot.prepare(engine, begin=is_new)  # it loads while the prompts are encoded
+        self.tokenizer = self.backend.get_tokenizer()
         self.has_template = bool(self.tokenizer.chat_template) if self.data.chat_template else None
         if self.has_template is False:
             self.data = replace(self.data, chat_template=False, system=None, template_kwargs={})
@@ -111,8 +113,7 @@ class Trial:
         digest = hashlib.blake2b(repr(self.sent).encode(), digest_size=8).hexdigest()
         asked = {"prompts": digest, "seed": self.seed}
         asked |= {name: getattr(self.bars, name) for name in ("tokens", "long_tokens")}
-        # one replica: a second would not have in its cache what the first one has
-        self.bench = Bench(this, replace(config.backend, dp_size=1), asked)
+        self.bench = Bench(this, engine, asked)
         self.truth_bench = config.target and Bench(this, replace(config.target, dp_size=1), asked)
         self.info = self.bench.info("drawn")
         check_lengths(self._requests(1), self.info["max_len"])

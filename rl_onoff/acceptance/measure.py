@@ -132,8 +132,8 @@ def _rest(request: SampleRequest, token_ids_T: np.ndarray) -> SampleRequest:
 
 
 def draw_again(backend: BaseBackend, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
-    """The same responses a second time, when the engine has seen the prompts."""
-    list(draw_in_full(backend, requests))
+    """Responses drawn when the engine has seen the prompts, of which one token leaves as much in its cache as all."""
+    list(backend.complete(replace(each, sampling=each.sampling.replace(max_new_tokens=1)) for each in requests))
     yield from draw_in_full(backend, requests)
 
 

@@ -166,6 +166,11 @@ def run_attribute(this: Run, known: Sequence[EngineConfig]) -> Attribution:
         target=name, gap=whole, floor=case.floor, left=state.gap(), responses=len(rollouts), tokens=tokens, rows=rows,
         whose_error=error, truth=truth,
     )  # fmt: skip
+    earlier, file = folder.read_json("attribution.json") or {"rows": []}, folder.path / "attribution.json"
+    lost = {row.get("switch") or row["rung"] for row in earlier["rows"]} - {row.name for row in rows}
+    if lost or earlier.get("target", name) != name:
+        of = f"{earlier['target']}{', with ' + ', '.join(sorted(lost)) if lost else ''}"
+        log.warning("%s held the ladder of %s, which this one replaces; its scores are kept", file, of)
     folder.write_json("attribution.json", found.to_dict())
     return found
 

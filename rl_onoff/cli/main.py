@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,11 +82,7 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
                 refuse_literals(OmegaConf.to_container(of, enum_to_str=True), name)
             for name, node in written.items():  # as Hydra would, but under the lock
                 write_whole(path / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(node))
-            try:
-                config: Any = OmegaConf.to_object(cfg)  # before the heavy imports, so that an error is instant
-            except AttributeError as error:  # a field added with `+`, which the schema does not have
-                fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
-                raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
+            config = _config(cfg, hydra_config.runtime.choices)  # before the heavy imports: an error is instant
             from rl_onoff.run import run, run_steps
 
             group = path.parent.name if in_sweep else None
@@ -108,6 +105,33 @@ def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> floa
                     shutil.rmtree(path)
                     path.parent.rmdir()  # the day's, if it was the first
             raise
+
+
+def _config(cfg: DictConfig, choices: Mapping[str, str]) -> Any:
+    """The config as dataclasses, whose checks refuse what is wrong; `choices`: what was chosen of each group."""
+    engines = {name: cfg[name] for name in ("backend", "target") if cfg[name] is not None}
+    engines |= {f"{group}.{name}": cfg[group][name] for group in ("targets", "policies") for name in cfg[group] or ()}
+    try:
+        config = OmegaConf.to_object(cfg)
+    except AttributeError as error:  # a field added with `+`, which the schema does not have
+        fix = "remove it; one of the engine's own is set as +backend.engine_kwargs.NAME=VALUE"
+        raise UsageError(f"an option added with + is not in the schema ({error}): {fix}") from error
+    except UsageError as error:
+        for name, node in engines.items():
+            try:
+                OmegaConf.to_object(node)
+            except UsageError:  # whichever engine it is, its config knows its options as those of backend
+                raise UsageError(str(error).replace("backend.", f"{name}.")) from error
+        raise
+    truths = [group.partition("@")[2] or group for group, choice in choices.items() if choice == "truth"]
+    for name in engines.keys() & truths:
+        engine: Any = OmegaConf.to_object(engines[name])
+        exact = type(engine)().with_option("dtype", "float32")
+        for option in ("dtype", *engine.inexact):
+            if (value := engine.option(option)) != exact.option(option):
+                why = f"{name} is the truth, HuggingFace in float32, and {name}.{option} is {value}"
+                raise UsageError(f"{why}: leave {name}.{option} out, or choose target=huggingface in place of truth")
+    return config
 
 
 def main() -> None:

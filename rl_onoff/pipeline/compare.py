@@ -116,7 +116,8 @@ def verdict_of(run: RunDir, comparisons: Mapping[str, Comparison]) -> str:
             "off): a distance at these tokens, not the KL of what they were drawn from, which "
             "backend.logprob_kind=processed compares."
         )
-    said = said if len(comparisons.keys() - {own}) <= 1 else f"{name}: {said}"
+    if len(comparisons.keys() - {own}) > 1 or (own in comparisons and is_truth(run.scores(name).record())):
+        said = f"{name}: {said}"
     split = {name: comparison for name, comparison in comparisons.items() if comparison.whose_error and name != own}
     found = split[furthest(own, split)[0]].whose_error if split else None
     return f"{said} {found.sentence()}" if found else said

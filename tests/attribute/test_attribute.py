@@ -227,6 +227,22 @@ def test_a_ladder_is_climbed_again_without_an_engine(tmp_path: Path, caplog: pyt
     assert set(json.loads((folder.path / "metrics.json").read_text())["comparisons"]) == set(before)
 
 
+def test_a_ladder_that_replaces_another_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = run_in(tmp_path / "run", "experiment=onoff", *FAKE, "target.noise=0.3", "score.name=target")
+    own = next(name for name in folder.score_names() if name != "target")
+
+    def warned(*overrides: str) -> list[str]:
+        caplog.clear()
+        climb(folder, *overrides)
+        return [line for line in caplog.messages if "replaces" in line]
+
+    assert not warned("attribute.rungs=[noise,engine]") and not warned("attribute.rungs=[noise,dtype,engine]")
+    (said,) = warned("attribute.rungs=[engine]")
+    assert said.endswith("held the ladder of target, with dtype, noise, which this one replaces; its scores are kept")
+    (said,) = warned("attribute.rungs=[engine]", f"attribute.target={own}")
+    assert "held the ladder of target, which this one replaces" in said
+
+
 def test_the_engines_are_found_in_the_records(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", "experiment=onoff", *FAKE, "target.noise=0.3")
     found = climb(folder)  # no backend=fake here

@@ -67,6 +67,12 @@ def test_neither_another_truth_nor_the_sampler_itself_is_judged(tmp_path: Path) 
     assert not any("error_share" in name for name in found["values"])
 
 
+@pytest.mark.parametrize(("target", "named"), [((), True), (("target.rounding=0.05",), False)])
+def test_a_truth_alone_is_named(target: tuple[str, ...], named: bool, tmp_path: Path) -> None:
+    folder = run_in(tmp_path / "run", *SAMPLER, "target=fake", "score.name=exact", *target)
+    assert folder.read_json("metrics.json")["verdict"].startswith("exact: ") is named
+
+
 def test_masked_tokens_and_those_set_aside_have_no_error(tmp_path: Path) -> None:
     folder = run_in(tmp_path / "run", *SAMPLER, *TRAINER, *TRUTH)
 

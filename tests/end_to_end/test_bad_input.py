@@ -145,6 +145,29 @@ def folder(tmp_path_factory) -> Path:
             "backend.context_length is 0",
             "set backend.context_length=4096",
         ),
+        (["target=huggingface", "target.batch_size=0"], "target.batch_size is 0", "set target.batch_size=auto"),
+        (
+            ["+backend@policies.a=vllm", "policies.a.gpu_memory_utilization=2"],
+            "policies.a.gpu_memory_utilization is 2.0",
+            "set policies.a.gpu_memory_utilization=0.9",
+        ),
+        # a truth that is none, an adapter that is not there
+        (
+            ["target=truth", "target.dtype=bfloat16"],
+            "target is the truth, HuggingFace in float32, and target.dtype is bfloat16",
+            "leave target.dtype out, or choose target=huggingface",
+        ),
+        (
+            ["experiment=acceptance", "target.tf32=true"],
+            "target is the truth, HuggingFace in float32, and target.tf32 is True",
+            "leave target.tf32 out",
+        ),
+        (
+            ["+target@targets.exact=truth", "targets.exact.dtype=float16"],
+            "targets.exact is the truth, HuggingFace in float32, and targets.exact.dtype is float16",
+            "leave targets.exact.dtype out",
+        ),
+        (["model.merge_adapter=true"], "merge_adapter=true has no adapter to merge", "set model.adapter, or"),
         (["tracking.table_rows=-1"], "tracking.table_rows is -1", "set tracking.table_rows=200"),
         (["backend._target_=os.system"], "which is no registered engine", "set backend to one of fake, huggingface"),
         (["tracking.mode=x"], "tracking.mode=x is refused", "set tracking.mode to one of auto, online"),

@@ -115,6 +115,23 @@ def test_score_reads_an_earlier_run(tmp_path):
     )
 
 
+def test_acceptance_is_judged_again_without_its_options(tmp_path):
+    options = ("sampling.seed=${oc.env:SEED,3}", "target=fake", "target.noise=0.1", "acceptance.tokens=8")
+    again = ("experiment=acceptance", "run_dir=run")
+    rl_onoff(*FAKE, *again, *options, cwd=tmp_path)
+    first = json.loads((tmp_path / "run/acceptance.json").read_text())
+    rl_onoff(*again, "acceptance.k3=1e-4", cwd=tmp_path, code=4)
+    second = json.loads((tmp_path / "run/acceptance.json").read_text())
+    assert first["accepted"] and second["failed"] == ["truth"]
+    assert [line["value"] for line in second["lines"]] == [line["value"] for line in first["lines"]]
+    said = refused(*again, "backend.noise=0.3", cwd=tmp_path)
+    assert "acceptance/drawn holds rows of another config (backend.noise: 0.0 -> 0.3)" in said
+    said = refused(*again, "target=truth", cwd=tmp_path)  # an engine chosen anew has none of the other's options
+    assert "acceptance/truth_greedy holds rows of another config" in said and "noise: 0.1 -> null" in said
+    rl_onoff(*again, cwd=tmp_path, code=4)
+    assert "rows of another config (seed: 3 -> 4" in refused(*again, cwd=tmp_path, SEED="4")
+
+
 def test_two_names_of_one_engine_both_have_scores(tmp_path):
     """One config under three names, the sampler's own among them: none vanishes, and all say the same."""
     one = [f"+target@targets.{name}=fake" for name in ("one", "two")]

@@ -35,15 +35,15 @@ class VLLMBackendConfig(EngineConfig):
         Switch("attention_flex", "torch's flex attention", {"attention_backend": "FLEX_ATTENTION"}, "gpu", ""),
         Switch("tf32", "float32 without TF32", {"environment": {TF32: "highest"}}, "set", ""),
         Switch("compilation", "no compilation and no CUDA graphs", {"enforce_eager": True}, "gpu", ""),
-        Switch("prefix_cache", "no prefix cache", {"enable_prefix_caching": False}, tried=""),
-        Switch("chunked_prefill", "prompts in one piece", {"enable_chunked_prefill": False}, "gpu", ""),
+        Switch("prefix_cache", "no prefix cache", {"enable_prefix_caching": False}),
+        Switch("chunked_prefill", "prompts in one piece", {"enable_chunked_prefill": False}, "gpu"),
         Switch("scheduling", "steps one after the other", {"async_scheduling": False}, "gpu", ""),
-        Switch("batch", "one response at a time", {"max_num_seqs": 1}, tried=""),
+        Switch("batch", "one response at a time", {"max_num_seqs": 1}),
         Switch("deterministic", "batch-invariant kernels", {"environment": {"VLLM_BATCH_INVARIANT": "1"}}, "gpu", ""),
-        Switch("kv_cache", "a key-value cache in the weights' type", {"kv_cache_dtype": None}, "set", ""),
+        Switch("kv_cache", "a key-value cache in the weights' type", {"kv_cache_dtype": None}, "set"),
         Switch("quantisation", "weights that are not quantised", {"quantization": None}, "set", ""),
         Switch("speculative", "no speculative decoding", {"speculative_config": None}, "set", ""),
-        Switch("lm_head", "an LM head in float32", {"hf_overrides": {"head_dtype": "float32"}}, "low", ""),
+        Switch("lm_head", "an LM head in float32", {"hf_overrides": {"head_dtype": "float32"}}, "low"),
     )
     second_names: ClassVar[dict[str, str]] = {"tp_size": "tensor_parallel_size"}
     owned_kwargs: ClassVar[tuple[str, ...]] = (
