@@ -14,6 +14,8 @@ Make = Callable[..., str]
 
 CHUNKS = "+backend.engine_kwargs={enable_chunked_prefill: true, max_num_batched_tokens: 48, max_num_seqs: 4}"
 
+NO_DENSE_LAYER = {"mlp_only_layers": []}  # SGLang 0.5.23 does not know that option, and leaves the experts unset
+
 SMALL_CHUNKS = "+backend.engine_kwargs={chunked_prefill_size: 48}"
 
 
@@ -23,6 +25,7 @@ def check_equal(found: dict[str, Any]) -> None:
     assert [row["max"] for row in found["points"] + found["inside"] if not row["max"] < 1e-4] == []
     assert [row["median"] for row in found["points"] + found["inside"] if not row["median"] < 1e-5] == []
     assert found["nats"]["max"] < 2e-3
+    assert found["routers"] is None or found["routers"]["same"] == 1
 
 
 @pytest.mark.vllm
@@ -44,5 +47,5 @@ def test_a_fault_in_vllm_is_named_against_huggingface(look: Look, made: Make) ->
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("options", [(), (SMALL_CHUNKS,)], ids=["whole", "chunks"])
 def test_sglang_has_the_states_of_huggingface(look: Look, made: Make, options: tuple[str, ...], family: str) -> None:
-    model = made(family)
+    model = made(family, **NO_DENSE_LAYER) if family == "qwen3_moe" else made(family)
     check_equal(look(model, model, "backend=sglang", f"backend.python={SGLANG_PYTHON}", *options))

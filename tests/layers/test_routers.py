@@ -18,6 +18,7 @@ from tests.attribute.test_attribute import climb, main_cause
 from tests.conftest import SGLANG_PYTHON
 from tests.layers.made_errors import LENGTH, NUM_LAYERS
 from tests.layers.made_errors import made as made_layers
+from tests.layers.test_layer_engines import NO_DENSE_LAYER
 from tests.running import run_in
 
 Look = Callable[..., dict[str, Any]]
@@ -251,10 +252,11 @@ def engine_config(engine: str, model: str) -> Any:
 @pytest.mark.parametrize("backend", ["vllm", "sglang"])
 def test_experts_go_from_engine_to_engine(backend: str, made: Make, ids_file: Path, tmp_path: Path) -> None:
     """The engine in chunks of several responses: its experts in HuggingFace, and HuggingFace's in it."""
-    model, other, asked = made("qwen3_moe", **ONE), made("qwen3_moe", swap, **ONE), rollouts(ids_file)
+    options = ONE | NO_DENSE_LAYER
+    model, other, asked = made("qwen3_moe", **options), made("qwen3_moe", swap, **options), rollouts(ids_file)
     for name in ("ours", "theirs", "two"):
         (tmp_path / name).mkdir()
-    with huggingface(made("qwen3_moe")) as ours:  # two experts a token
+    with huggingface(made("qwen3_moe", **NO_DENSE_LAYER)) as ours:  # two experts a token
         scores(ours, asked, tmp_path / "two", writes=True)
     with huggingface(model) as ours:
         expected = scores(ours, asked, tmp_path / "ours", writes=True)
