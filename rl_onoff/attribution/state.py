@@ -151,7 +151,7 @@ def gap(q: Mapping[Key, TokenScores], p: Mapping[Key, TokenScores]) -> float:
     trainer sees that puts both into padded tensors.
     """
     ours, theirs = [], []
-    for key in q.keys() & p.keys():
+    for key in sorted(q.keys() & p.keys()):  # in one order, or the last digit would differ between equal gaps
         a, b = q[key].logprobs_T, p[key].logprobs_T
         width = max(len(a), len(b))
         ours.append(np.pad(a, (0, width - len(a))))

@@ -1,8 +1,7 @@
-"""Logits of some positions -> what they say about the token that was sampled there. One function, used by every engine.
+"""Logits of some positions -> what they say about the token that was sampled there, for every engine.
 
-Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32, or float64 where the logits
-are; the logits are never changed: they may be the engine's own buffer.
-"""
+Shapes: R rows (positions), V vocabulary, K top tokens. All arithmetic is float32, or float64 where the logits are; the
+logits are never changed: they may be the engine's own buffer."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def token_stats(logits_RV: Tensor, token_ids_R: Tensor, want: Want, *, low: bool
 def stats_of_hidden(
     hidden_RD: Any, head: Callable[[Any], Tensor], token_ids_R: Tensor, want: Want, *, rows: int, low: bool = False
 ) -> StatsBuffer:
-    """Like token_stats, from the last hidden states, or whatever `head` takes: runs it over `rows` positions at a time,
-    so that no more than (rows, V) logits are ever held."""
+    """Like token_stats, of what `head` makes of hidden states: (rows, V) logits at a time, never more."""
     buffer = StatsBuffer(len(hidden_RD), want, low=low)
     for start in range(0, len(hidden_RD), rows):
         buffer.add(head(hidden_RD[start : start + rows]), token_ids_R[start : start + rows])
