@@ -55,7 +55,8 @@ test-fast: $(VENV)/.dev ## the tests that need neither vLLM nor SGLang nor a bro
 	$(BIN)/python -m pytest -m "not vllm and not sglang and not browser" $(PYTEST_ARGS)
 
 # run one after the other, since each takes the whole machine; the rows they print are gathered in build/bench.md
-BENCHMARKS := hf_generate.py hf_score.py "engine_generate.py vllm" "engine_generate.py sglang --python .venv-sglang/bin/python" \
+BENCHMARKS := "hf_generate.py --tokens 60" "hf_score.py --prompts 4" "engine_generate.py vllm --prompts 32 --rounds 2" \
+              "engine_generate.py sglang --prompts 32 --rounds 2 --python .venv-sglang/bin/python" \
               vllm_stats.py sglang_stats.py startup.py compare.py
 
 bench: engines ## the CPU column of benchmarks/README.md, in less than half an hour
