@@ -223,6 +223,9 @@ def acceptance(this: Run) -> Steps:
     shown = this
     if not this.folder.score_names():
         shown = replace(this, folder=measured(this), comparisons={})
+    if not shown.folder.score_names():
+        log.warning("no page: nothing was scored, for acceptance.skip leaves it out")
+        return
     put_into_page(shown)
     this.page = shown.page
 

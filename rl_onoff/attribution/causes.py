@@ -264,6 +264,7 @@ def engine(case: Case, state: State) -> list[Candidate]:
     dtype = None if theirs.weights_dtype == "auto" else theirs.weights_dtype
     here = ours.with_model_of(theirs).with_option("dtype", dtype)
     here = replace(here, logprob_kind=theirs.logprob_kind)
+    here = here.with_all_layers_run() if state.replays else here
     options = differences(theirs.what_it_computes(), here.what_it_computes())
     if not options:
         raise NotTried(f"both sides are {here.name} with the same options")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -203,6 +204,8 @@ class Case:
         missing = [rollout for key, rollout in chosen.items() if key not in done]
         with ExitStack() as stack:
             if missing and replays:
+                for left in self.this.folder.path.glob(".experts-*"):  # by a run that was killed
+                    shutil.rmtree(left, ignore_errors=True)
                 folder = stack.enter_context(TemporaryDirectory(prefix=".experts-", dir=self.this.folder.path))
                 experts = LayerWant(folder=str(Path(folder).absolute()), writes=True, states=False)
                 with self.this.progress("attribute", len(missing)) as progress:

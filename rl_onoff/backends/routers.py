@@ -22,7 +22,7 @@ from rl_onoff.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNSEEN = "the engine's routers choose experts inside a kernel, where their choice cannot be read"
+UNSEEN = "the choice of the engine's routers cannot be read: it is made inside a kernel, or by a class not known here"
 NOT_TOLD = "the engine's routers choose other experts than they are told: inside a kernel, in groups, or another number"
 
 
@@ -74,7 +74,8 @@ class Experts:
         elif self._found and self._file.exists():
             there_MLK, self.overlap_ML = np.load(self._file), np.full(self._shape, np.nan, np.float32)
             for layer, found_LK in self._found.items():
-                if (there_MLK[layer] >= 0).any():
+                # of other numbers of experts, where one side counts shared ones too, no share can be told
+                if ((there_MLK[layer] >= 0).sum(-1) == found_LK.shape[1]).all():
                     both_LK = (found_LK[:, :, None] == there_MLK[layer, :, None, :]).any(-1)
                     self.overlap_ML[layer] = both_LK.mean(-1)
         return True

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SLOTS = 16  # blocks read at a time
 LEAST = tl.constexpr(-3.4028234663852886e38)  # of float32: unlike -inf, it can be subtracted from itself
+FAR = tl.constexpr(-1e4)  # exp is 0 there, and times a sum is still finite
 
 
 @triton.jit
@@ -42,14 +43,14 @@ def kernel(
         z = z.to(tl.float32)
         # within float32's range: where a logit is infinite the sums are too
         now = tl.minimum(tl.maximum(largest, highest.to(tl.float32)), -LEAST)
-        shift, largest = largest - now, now
+        shift, largest = tl.maximum(largest - now, FAR), now
         below = z - now[:, None]
         exp = tl.exp(below)
         moment = (moment + shift[:, None] * total) * tl.exp(shift)[:, None] + tl.where(exp != 0, below * exp, 0.0)
         total = total * tl.exp(shift)[:, None] + exp
         above += (z > chosen).to(tl.int32)
     most = tl.max(largest, 0)
-    shift = largest - most
+    shift = tl.maximum(largest - most, FAR)
     total = tl.sum(total, 1)
     moment = tl.sum((tl.sum(moment, 1) + shift * total) * tl.exp(shift), 0)
     total = tl.sum(total * tl.exp(shift), 0)

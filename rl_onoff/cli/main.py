@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 TRACEBACK = "HYDRA_FULL_ERROR"  # Hydra's own switch; with it set, errors keep their traceback
 STOPPED = "stopped; everything finished so far is in %s. To go on: %s"
 _failures: list[Exception] = []
+_taken: list[str] = []  # from the command before
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -73,6 +77,8 @@ def job(cfg: DictConfig) -> float | None:
 
 def _run(cfg: DictConfig, hydra_config: Any, path: Path, in_sweep: bool) -> float | None:
     """Everything of a job that can fail."""
+    if _taken:
+        log.info("taken from the command before: %s", shlex.join(_taken))
     with RunDir(path).lock():
         (path / ERROR).unlink(missing_ok=True)
         before = {file: file.read_text(encoding="utf-8") for file in (path / ".hydra").glob("*.yaml")}
@@ -134,6 +140,23 @@ def _config(cfg: DictConfig, choices: Mapping[str, str]) -> Any:
     return config
 
 
+def _earlier(arguments: Sequence[str]) -> list[str]:
+    """What the command typed that measured an acceptance in run_dir, for the same to be judged again: but for options
+    that are typed now, and for those of a group that is chosen now."""
+    folders = [re.sub(r"""^(['"])(.*)\1$""", r"\2", typed[8:]) for typed in arguments if typed.startswith("run_dir=")]
+    if "experiment=acceptance" not in arguments or not folders or {"-m", "--multirun"} & {*arguments}:
+        return []
+    folder = Path(os.path.expanduser(folders[-1]))
+    file = folder / ".hydra/overrides.yaml"
+    if not (file.is_file() and (folder / "acceptance").is_dir()):  # or that command measured nothing
+        return []
+    before = yaml.safe_load(file.read_text(encoding="utf-8")) or []  # not by OmegaConf, which would resolve ${…}
+    options = {x: x.partition("=")[0].lstrip("+~") for x in (*before, *arguments)}
+    typed = {options[x] for x in arguments}
+    kept = [x for x in before if not {options[x], options[x].partition(".")[0]} & typed]
+    return kept if "experiment=acceptance" in before else []
+
+
 def main() -> None:
     """The `rl-onoff` command, and `python -m rl_onoff`."""
     keeps_traceback = os.environ.get(TRACEBACK) == "1"
@@ -153,7 +176,8 @@ def main() -> None:
         print(f"rl_onoff {__version__}")
         sys.exit(0)
     try:
-        sys.argv[1:] = understood(sys.argv[1:])
+        _taken[:] = _earlier(sys.argv[1:])
+        sys.argv[1:] = understood([*_taken, *sys.argv[1:]])
         try:
             job()
         except Exception as error:

@@ -12,7 +12,6 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
@@ -45,7 +44,6 @@ def understood(arguments: Sequence[str]) -> list[str]:
     ]
     if sentence := flag_sentence(arguments):
         raise UsageError(sentence)
-    arguments = arguments if sweeping else [*earlier(arguments), *arguments]
     arguments = [quoted(argument, sweeping=sweeping) for argument in arguments]
     is_fixed: dict[str, bool] = {}  # the last word on an option counts
     named: list[str] = []
@@ -66,20 +64,6 @@ def understood(arguments: Sequence[str]) -> list[str]:
         names = ",".join(f"'{name}'" for name in fixed if len(fixed) < len(is_fixed))
         arguments = [*arguments, f"{FIXED}=[{names}]"]
     return flags_first(arguments)
-
-
-def earlier(arguments: Sequence[str]) -> list[str]:
-    """What the command typed that measured an acceptance in run_dir, for the same to be judged again: but for options
-    that are typed now, and for those of a group that is chosen anew."""
-    folder = next((argument[8:] for argument in reversed(arguments) if argument.startswith("run_dir=")), "")
-    file = Path(folder).expanduser() / ".hydra/overrides.yaml"
-    if "experiment=acceptance" not in arguments or not folder or not file.is_file():
-        return []
-    before = yaml.safe_load(file.read_text(encoding="utf-8")) or []  # not by OmegaConf, which would resolve ${…}
-    options = {x: x.partition("=")[0].lstrip("+~") for x in (*before, *arguments)}
-    typed = {options[x] for x in arguments if x not in before}
-    kept = [x for x in before if x not in arguments and not {options[x], options[x].partition(".")[0]} & typed]
-    return kept if "experiment=acceptance" in before else []
 
 
 def quoted(argument: str, *, sweeping: bool) -> str:

@@ -17,7 +17,7 @@ from rl_onoff.config import RunConfig
 from rl_onoff.errors import UsageError, plural
 from rl_onoff.layers.analysis import Layers
 from rl_onoff.layers.rule import Response
-from rl_onoff.models.resolve import model_shape
+from rl_onoff.models.resolve import model_shape, num_experts
 from rl_onoff.pipeline.engines import Wish, unseen
 from rl_onoff.pipeline.stages import Run, responses
 from rl_onoff.redaction import masked
@@ -99,6 +99,9 @@ def run_layers(this: Run) -> Generator[Wish, None, Layers]:
     shutil.rmtree(states, ignore_errors=True)
     engines = {who: table.record()["engine"] for who, table in tables.items()}
     found = Layers.of(read(tables, chosen), num_layers, {who: _said(sides[who], engines[who]) for who in sides})
+    if found.routers is None and num_experts(config.backend.model_name, config.backend.revision):
+        why = "their choice could not be read on both sides, or is of other numbers of experts"
+        log.warning("nothing is said of the routers of this mixture of experts: %s", why)
     folder.write_json("layers.json", found.to_dict())
     return found
 

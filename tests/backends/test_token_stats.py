@@ -52,6 +52,9 @@ def cases() -> dict[str, Case]:
     masked = logits(3, 5000)
     masked[:, 8:4990], masked[1, 8:] = -torch.inf, -torch.inf  # fewer left than are asked for
     found["masked"] = masked, ids_R, Want(top_k=18), False
+    far = logits(3, 5000)
+    far[:, 8:4500] = torch.finfo(torch.float32).min  # what some models give tokens that they never say
+    found["far below"] = far, ids_R, Want(top_k=18), False
     falling = torch.arange(5000.0, 0, -1)[None].repeat(3, 1) / 5  # all top tokens in one block
     found["falling"] = falling, ids_R, Want(top_k=18), False
     found["rising"] = falling.flip(-1).contiguous(), ids_R, Want(top_k=18), False  # every block has a new largest logit

@@ -120,7 +120,8 @@ def test_acceptance_is_judged_again_without_its_options(tmp_path):
     again = ("experiment=acceptance", "run_dir=run")
     rl_onoff(*FAKE, *again, *options, cwd=tmp_path)
     first = json.loads((tmp_path / "run/acceptance.json").read_text())
-    rl_onoff(*again, "acceptance.k3=1e-4", cwd=tmp_path, code=4)
+    done = rl_onoff(*again, "acceptance.k3=1e-4", cwd=tmp_path, code=4)
+    assert "taken from the command before: " in done.stdout and "acceptance.tokens=8" in done.stdout
     second = json.loads((tmp_path / "run/acceptance.json").read_text())
     assert first["accepted"] and second["failed"] == ["truth"]
     assert [line["value"] for line in second["lines"]] == [line["value"] for line in first["lines"]]
@@ -128,6 +129,9 @@ def test_acceptance_is_judged_again_without_its_options(tmp_path):
     assert "acceptance/drawn holds rows of another config (backend.noise: 0.0 -> 0.3)" in said
     said = refused(*again, "target=truth", cwd=tmp_path)  # an engine chosen anew has none of the other's options
     assert "acceptance/truth_greedy holds rows of another config" in said and "noise: 0.1 -> null" in said
+    for folder in ("run_dir=new", "run_dir=~nobody_here/run"):  # what was refused is not taken up again
+        refused("experiment=acceptance", *FAKE, folder, "target=truth", "target.dtype=bfloat16", cwd=tmp_path)
+        rl_onoff("experiment=acceptance", *FAKE, folder, *options[1:], cwd=tmp_path)
     rl_onoff(*again, cwd=tmp_path, code=4)
     assert "rows of another config (seed: 3 -> 4" in refused(*again, cwd=tmp_path, SEED="4")
 

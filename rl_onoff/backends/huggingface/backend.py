@@ -75,7 +75,8 @@ class HuggingFaceBackend(BaseBackend):
                 yield from self._sample(requests, self._limits, take)
 
     def _score(self, rollouts: Sequence[Rollout], want: Want) -> Iterator[TokenScores]:
-        batches, on_cpu = self._batches(rollouts, want), self._split.device.type == "cpu"
+        batches = self._batches(rollouts, want)
+        at_once = self._split.device.type == "cpu" or want.full_logits  # those of two batches would fill the host
         waiting: Iterable[TokenScores] = ()  # read once a GPU has the next batch to compute
         if want.layers is not None:
             yield from scores_and_layers(self._split, batches, self._score_batch, want)
@@ -91,8 +92,8 @@ class HuggingFaceBackend(BaseBackend):
                 self._limits.halve(len(batches[0]))
                 batches = self._batches([rollout for batch in batches for rollout in batch], want)
                 continue
-            yield from launched if on_cpu else waiting
-            waiting = () if on_cpu else launched
+            yield from launched if at_once else waiting
+            waiting = () if at_once else launched
         yield from waiting
 
     def _batches(self, rollouts: Sequence[Rollout], want: Want) -> list[list[Rollout]]:

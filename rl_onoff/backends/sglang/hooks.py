@@ -96,9 +96,10 @@ class Step:
             if reports and job.want is not None:
                 file = Path(job.logits_file) if job.logits_file else None
                 scores = self.unfinished.setdefault(rid, PartialScores(job.num_tokens, job.want, file))
+                self.unfinished.move_to_end(rid)
                 self._spans.append(Span(scores, row, end, cached + start - (job.prompt_len - 1)))
             row = end
-        while len(self.unfinished) > UNFINISHED:
+        while len(self.unfinished) > max(UNFINISHED, len(jobs)):
             self.unfinished.popitem(last=False)
         wants = [span.scores.want for span in self._spans]
         # several after an abandoned call
@@ -146,6 +147,8 @@ def around_forward(original: Callable[..., Any], runner: Any, forward_batch: Any
                 _layers.begin(forward_batch, [job and job.layers for job in jobs])
     except Exception:
         log.exception("cannot read SGLang's batch")
+        if _step is not None:
+            _step.error = traceback.format_exc()
     try:
         output = original(runner, forward_batch, *args, **kwargs)
     finally:

@@ -43,9 +43,10 @@ class StepLayers:
             if job is not None:
                 if rid not in self._unfinished:
                     self._unfinished[rid] = self._watch.states(job.want, job.name, job.length)
+                self._unfinished.move_to_end(rid)
                 self._spans.append(LayerSpan(self._unfinished[rid], offset, offset + num_tokens, cached))
             offset += num_tokens
-        while len(self._unfinished) > UNFINISHED:  # aborted ones
+        while len(self._unfinished) > max(UNFINISHED, len(self._spans)):  # aborted ones
             self._unfinished.popitem(last=False)
 
     def end(self) -> None:
@@ -55,7 +56,7 @@ class StepLayers:
         """What a request that is done sends back beside its statistics."""
         states = self._unfinished.pop(rid, None)
         if states is None:
-            return {}
+            raise EngineError("hidden states are missing: their request was taken for an aborted one")
         self._watch.check([states])
         return states.found()
 
