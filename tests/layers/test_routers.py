@@ -12,6 +12,7 @@ import pytest
 
 from rl_onoff.backends import create_backend
 from rl_onoff.backends.huggingface.config import HuggingFaceBackendConfig
+from rl_onoff.backends.routers import Experts
 from rl_onoff.errors import EngineError
 from rl_onoff.types import LayerWant, Rollout, Want
 from tests.attribute.test_attribute import climb, main_cause
@@ -268,3 +269,11 @@ def test_experts_go_from_engine_to_engine(backend: str, made: Make, ids_file: Pa
     with huggingface(model) as ours:
         close(scores(ours, asked, tmp_path / "theirs"), free, 2e-3)
     assert max(np.abs(free[name] - expected[name]).max() for name in free) > 0.1
+
+
+def test_experts_of_another_number_are_not_compared(tmp_path: Path) -> None:
+    for writes, num in ((True, 3), (False, 2)):
+        experts = Experts(tmp_path / "experts.npy", 4, 1, writes=writes, needed=False)
+        experts.put(0, 0, np.tile(np.arange(num), (4, 1)))
+        assert experts.finish()
+    assert np.isnan(experts.overlap_ML).all()
