@@ -59,7 +59,7 @@ BENCHMARKS := "hf_generate.py --tokens 60" "hf_score.py --prompts 4" "engine_gen
               "engine_generate.py sglang --prompts 32 --rounds 2 --python .venv-sglang/bin/python" \
               vllm_stats.py sglang_stats.py startup.py compare.py
 
-bench: engines ## the CPU column of benchmarks/README.md, in about half an hour
+bench: engines ## the CPU column of benchmarks/README.md, in about three quarters of an hour
 	@mkdir -p build; rm -f build/bench.md; failed=; export BENCH_TABLE=$(CURDIR)/build/bench.md PYTHONPATH=$(CURDIR); \
 	for each in $(BENCHMARKS); do \
 	  case "$$each" in sglang_*) python=.venv-sglang/bin/python;; *) python=$(BIN)/python;; esac; \
