@@ -220,7 +220,7 @@ def _with(case: Case, state: State, **engines: EngineConfig) -> State:
     """With other engines on these sides. A target that replays experts replays those of the new behaviour."""
     used = state.engines | engines
     replays = used.get("behaviour") if state.replays else None
-    sides = {who: case.rescore(used[who]) for who in engines if who == "behaviour"}
+    sides = {"behaviour": case.rescore(engines["behaviour"])} if "behaviour" in engines else {}
     if "target" in engines or replays is not None:
         sides["target"] = case.rescore(used.get("target"), replays=replays)
     return replace(state, **sides)

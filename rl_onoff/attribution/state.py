@@ -202,8 +202,10 @@ class Case:
         table.claim(config)
         done, chosen = table.keys(), dict(islice(self.rollouts.items(), most))
         missing = [rollout for key, rollout in chosen.items() if key not in done]
+        if not missing:
+            return scored(table, chosen.keys(), engine)
         with ExitStack() as stack:
-            if missing and replays:
+            if replays:
                 for left in self.this.folder.path.glob(".experts-*"):  # by a run that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 folder = stack.enter_context(TemporaryDirectory(prefix=".experts-", dir=self.this.folder.path))
@@ -212,12 +214,11 @@ class Case:
                     for scores in self.this.slot.get(replays).score(missing, Want(layers=experts)):
                         progress.add(len(scores.token_ids_T))
                 want = replace(want, layers=replace(experts, writes=False))
-            if missing:
-                backend = self.this.slot.get(engine)
-                table.describe(engine=asdict(backend.info))
-                with table.writer() as writer, self.this.progress("attribute", len(missing)) as progress:
-                    for window in [[one] for one in reversed(missing)] if alone else [missing]:
-                        for scores in backend.score(window, want):
-                            writer.append(row_of_scores(scores))
-                            progress.add(len(scores.token_ids_T))
+            backend = self.this.slot.get(engine)
+            table.describe(engine=asdict(backend.info))
+            with table.writer() as writer, self.this.progress("attribute", len(missing)) as progress:
+                for window in [[one] for one in reversed(missing)] if alone else [missing]:
+                    for scores in backend.score(window, want):
+                        writer.append(row_of_scores(scores))
+                        progress.add(len(scores.token_ids_T))
         return scored(table, chosen.keys(), engine)
