@@ -13,7 +13,8 @@ from tests import tiny_model
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once instead of waiting
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin crawl where cores are shared
+# before torch: threads that spin crawl where tests share the cores
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # A suite that was started in the background inherits that Ctrl-C is ignored, and so would every run it starts and

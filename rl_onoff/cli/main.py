@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rl_onoff import __version__
+from rl_onoff.backends.devices import THREADS
 from rl_onoff.cli.overrides import config_sentence, continue_command, target_sentence, understood
 from rl_onoff.config import CONF, register
 from rl_onoff.errors import MetricError, OnOffError, UsageError
@@ -45,7 +46,8 @@ _taken: list[str] = []  # from the command before
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep; returns the number `metric` names, for a sweeper that optimises it."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make torch crawl where cores are shared
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)
     hydra_config = HydraConfig.get()
     path, in_sweep = Path(hydra_config.runtime.output_dir), hydra_config.mode is RunMode.MULTIRUN
     try:

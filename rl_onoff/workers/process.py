@@ -26,7 +26,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from rl_onoff.backends.devices import ANYWHERE, Place, environment_for_python
+from rl_onoff.backends.devices import ANYWHERE, THREADS, Place, environment_for_python
 from rl_onoff.backends.engine import Core
 from rl_onoff.backends.engine_config import EngineConfig, PoolConfig
 from rl_onoff.errors import UsageError
@@ -93,7 +93,7 @@ class WorkerProcess:
         for package in packages:
             (path / package.name).symlink_to(package)
         return {
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin halve the speed where processes share cores
+            **THREADS,
             # sockets and files the engine leaves go with the folder; what torch compiled is worth keeping
             "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"),
             **environment_for_python(self.python, path),
