@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +93,6 @@ class SplitModel:
             weights = model.get_output_embeddings().named_parameters()
             self._head_weights = {name: weight.float() for name, weight in weights}  # a copy: embeddings may share them
             self._head_dtype = next(iter(self._head_weights.values())).dtype
-        self.packs = self.splits and self._packs(config)  # else sequences are padded
         self._measure(config)
 
     def padded(self, rows: Sequence[np.ndarray], *, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -139,10 +139,15 @@ class SplitModel:
 
         return torch.arange(1, 9, device=self.device)[None] * 7 % self.whole.get_input_embeddings().weight.shape[0]
 
-    def _packs(self, config: Any) -> bool:
-        """Whether all attention of the model goes through the function that a packed sequence needs."""
+    @cached_property
+    def packs(self) -> bool:
+        """Whether all attention of the model goes through the function that a packed sequence needs; else sequences are
+        padded. Found out on first use, for sampling does not ask."""
         import torch
 
+        config = self.whole.config.get_text_config()
+        if not self.splits:
+            return False
         plain = set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         if not plain or config._attn_implementation != "sdpa":  # another kind was asked for: it computes other numbers
             return False
