@@ -55,11 +55,12 @@ test-fast: $(VENV)/.dev ## the tests that need neither vLLM nor SGLang nor a bro
 	$(BIN)/python -m pytest -m "not vllm and not sglang and not browser" $(PYTEST_ARGS)
 
 # run one after the other, since each takes the whole machine; the rows they print are gathered in build/bench.md
-BENCHMARKS := "hf_generate.py --tokens 60" "hf_score.py --prompts 4" "engine_generate.py vllm --prompts 32 --rounds 2" \
-              "engine_generate.py sglang --prompts 32 --rounds 2 --python .venv-sglang/bin/python" \
-              vllm_stats.py sglang_stats.py startup.py compare.py
+BENCHMARKS := "hf_generate.py --tokens 50" "hf_score.py --prompts 4 --rounds 2" \
+              "engine_generate.py vllm --prompts 16 --rounds 2" \
+              "engine_generate.py sglang --prompts 16 --rounds 2 --python .venv-sglang/bin/python" \
+              "vllm_stats.py --rounds 2" "sglang_stats.py --rounds 2" "startup.py --rounds 2" "compare.py --rounds 2"
 
-bench: engines ## the CPU column of benchmarks/README.md, in about three quarters of an hour
+bench: engines ## the CPU column of benchmarks/README.md, in about half an hour
 	@mkdir -p build; rm -f build/bench.md; failed=; export BENCH_TABLE=$(CURDIR)/build/bench.md PYTHONPATH=$(CURDIR); \
 	for each in $(BENCHMARKS); do \
 	  case "$$each" in sglang_*) python=.venv-sglang/bin/python;; *) python=$(BIN)/python;; esac; \

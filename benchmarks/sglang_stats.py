@@ -20,6 +20,7 @@ import numpy as np
 from table import row
 from work import arguments, score_rows, standard_work
 
+from rl_onoff.backends.devices import THREADS
 from rl_onoff.backends.sglang.backend import SGLangBackend
 from rl_onoff.backends.sglang.config import SGLangBackendConfig
 from rl_onoff.types import Rollout, TokenScores, Want
@@ -29,7 +30,7 @@ WANT = Want(top_k=20)
 
 def main() -> None:
     args = arguments(__doc__)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every worker has it
+    os.environ |= THREADS  # as every worker has it
     config = SGLangBackendConfig(model_name=args.model, dtype=args.dtype, context_length=1024, worker=False)
     with SGLangBackend(config) as backend:
         tokenizer = backend.get_tokenizer()

@@ -20,6 +20,7 @@ from table import row
 from work import arguments, score_rows, standard_work
 
 from rl_onoff.backends import VLLMBackendConfig
+from rl_onoff.backends.devices import THREADS
 from rl_onoff.backends.vllm.backend import PREFILL, VLLMBackend
 from rl_onoff.types import Rollout, TokenScores, Want
 
@@ -28,7 +29,7 @@ WANT = Want(top_k=20)
 
 def main() -> None:
     args = arguments(__doc__)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ |= THREADS  # as every worker has it
     config = VLLMBackendConfig(model_name=args.model, dtype=args.dtype, max_model_len=1024, worker=False)
     with VLLMBackend(config) as backend:
         tokenizer = backend.get_tokenizer()
