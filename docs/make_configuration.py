@@ -42,9 +42,9 @@ file of the run.
 """
 
 ENGINES = """The engine that samples (`backend.dtype=…`), the one that scores (`target.dtype=…`) and those of a matrix
-(`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code` and
-`dtype` follow the group `model` where they are not set here, and `pool` follows the group `pool`, field by field
-(`target.pool.kind=local`).
+(`policies.NAME.dtype=…`) have the same fields. `model_name`, `revision`, `tokenizer`, `trust_remote_code`,
+`dtype`, `adapter` and `merge_adapter` follow the group `model` where they are not set here, and `pool` follows
+the group `pool`, field by field (`target.pool.kind=local`).
 
 `target` is one engine that scores; `targets` are more, each named by you, and the name is that of its scores:
 `'+target@targets.f32=huggingface' targets.f32.dtype=float32`. All of them score, `target` too; `target=self` (the

@@ -154,7 +154,8 @@ class CompareConfig:
     """Bar for a gate in CI: end with exit code 4 when fail_metric of a target is above it; null never does. Of a metric
     that should be 1 its distance from 1 counts, and one of which more is better must not be below."""
     fail_metric: str = "kl_k3"
-    """The metric that fail_above is a bar for: kl_k3, logprob_diff_mean, ess_token or another headline."""
+    """The metric that fail_above is a bar for: kl_k3, logprob_diff_mean, ess_token or another headline; one that was
+    not measured fails too."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer that writes a file's tokens out, and checks them against the text beside them;
     null shows the file's pieces, else ids."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -60,6 +61,7 @@ class Monitor:
         for table in (completions, scores):
             table.claim({"monitor": {"kind": self.kind.value}})
         self._exit = ExitStack()
+        weakref.finalize(self, self._exit.close)  # a training loop that fails closes nothing
         self._completions, self._scores = (self._exit.enter_context(table.writer()) for table in (completions, scores))
 
     def add(

@@ -64,8 +64,12 @@ def gate(this: Run) -> None:
         raise NotComparableError(verdict_of(this.folder, this.comparisons))
     metric, bar = METRICS[asked.fail_metric], asked.fail_above
     for name, comparison in this.comparisons.items():
-        if bar is None or (name == own and len(this.comparisons) > 1) or asked.fail_metric not in comparison:
+        if bar is None or (name == own and len(this.comparisons) > 1):
             continue
+        if asked.fail_metric not in comparison:
+            measured = ", ".join(each for each in HEADLINES if each in comparison)
+            why = f"compare.fail_metric={asked.fail_metric} was not measured of {name}"
+            raise GateError(f"{why}: set it to one of {measured}")
         value = comparison[asked.fail_metric].value
         size = abs(value - 1) if metric.better == "one" else abs(value)
         if value < bar if metric.better == "higher" else size > bar:

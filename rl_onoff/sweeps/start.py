@@ -36,7 +36,7 @@ RAY = {  # what the Ray launcher gives to `ray.init`, where the command does not
 }
 MADE_BY = {
     "onoff": (Stage.compare, Stage.attribute), "matrix": (Stage.matrix,), "attribute": (Stage.attribute,),
-    "acceptance": (Stage.acceptance,),
+    "layers": (Stage.layers,), "acceptance": (Stage.acceptance,),
 }  # fmt: skip
 # numbers whose names have no engine in them
 OF_EVERY_RUN = {"onoff": ("onoff/kl_k3", "onoff/kl_k3_floor"), "matrix": ("matrix/kl_k3_max", "matrix/kl_k3_floor")}

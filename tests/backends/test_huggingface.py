@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -355,6 +356,18 @@ def test_the_noise_is_exponential_and_independent() -> None:
     assert torch.equal(alone[0], exponential(keys, 400)[7, :300]), (
         "neither the batch nor the size of the vocabulary matters"
     )
+
+
+@pytest.mark.parametrize("collects", (True, False))
+def test_loading_leaves_garbage_collection_as_the_caller_has_it(tiny_llama: str, collects: bool) -> None:
+    gc.unfreeze()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with create_backend(HuggingFaceBackendConfig(model_name=tiny_llama, dtype="float32")):
+            assert gc.isenabled() is collects and bool(gc.get_freeze_count()) is collects
+        assert gc.get_freeze_count() == 0  # a model that is not needed any more can be collected
+    finally:
+        gc.enable()
 
 
 def test_peak_memory_stays_far_below_the_full_logits(tiny_llama: str) -> None:

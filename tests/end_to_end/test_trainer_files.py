@@ -112,6 +112,12 @@ def test_the_gate(tmp_path, metric, bar, code):
         assert done.stderr.strip().splitlines()[-1].startswith(f"rl-onoff: {metric} of ")
 
 
+def test_a_bar_for_a_metric_that_the_file_has_not_lets_nothing_pass(tmp_path):
+    gate = ("compare.fail_above=0.5", "compare.fail_metric=argmax_agreement")
+    done = rl_onoff(*COMPARE, f"compare.behaviour={write(tmp_path, rows())}", *gate, cwd=tmp_path, code=4)
+    assert "argmax_agreement was not measured of " in done.stderr and "kl_k3" in done.stderr
+
+
 def test_a_bar_for_no_metric_is_refused_before_anything_is_read(tmp_path):
     sentence = refused(*COMPARE, "compare.behaviour=no.jsonl", "compare.fail_metric=kl_k4", cwd=tmp_path)
     assert "compare.fail_metric=kl" in sentence

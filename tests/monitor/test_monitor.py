@@ -1,6 +1,8 @@
 """The monitor: every form of input, the numbers of `compare`, what it keeps, and what it says of bad numbers."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,6 +105,13 @@ def test_what_is_kept_is_bounded_and_a_later_monitor_goes_on(tmp_path):
     assert kept.count(1) == 4 and set(kept) > {1, 2, 3, 4}, "fewer of each step as the room goes"
     assert all(rollout.meta["weight_version"] == rollout.meta["step"] - 1 for rollout in rollouts)
     assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_training_loop_that_fails_loses_no_row(tmp_path):
+    loop = f"monitor = Monitor({str(tmp_path)!r})\nmonitor.add(step=1, **{ROWS!r})\n1 / 0"
+    code = f"from rl_onoff.monitor import Monitor\n{loop}"
+    assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 1
+    assert len(list(RunDir(tmp_path).completions.rows())) == 2
 
 
 def test_numbers_that_mean_nothing(tmp_path, caplog):
