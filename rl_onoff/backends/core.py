@@ -141,8 +141,8 @@ class CoreBackend(Core):
         cores, self._core, self._begun, self._info = (self._core, self._begun), None, None, None
         for core in cores:
             if core is not None:
-                core._close()
                 gc.unfreeze()
+                core._close()
 
     def __enter__(self) -> Self:
         self.load()

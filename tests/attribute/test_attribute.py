@@ -304,7 +304,7 @@ def test_a_head_in_float32(tiny_llama: str) -> None:
     prompt, ids = np.array([5, 6, 7], np.int32), np.array([8, 9, 10], np.int32)
     scores = {}
     for head in (None, "float32"):
-        options = {"dtype": "bfloat16", "head_dtype": head}
+        options = {"dtype": "bfloat16", "head_dtype": head, "device": "cpu"}
         with create_backend(
             {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
         ) as backend:

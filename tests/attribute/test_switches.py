@@ -24,7 +24,8 @@ def switches(folder: RunDir, *overrides: str) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("engine", ["huggingface", "vllm", "sglang", "fake"])
-def test_every_switch_can_be_turned(engine: str) -> None:
+def test_every_switch_can_be_turned(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     schema = engine_configs()[engine]
     names = [switch.name for switch in schema.switches]
     assert len(names) == len(set(names)) and all(switch.when in WHEN and switch.change for switch in schema.switches)
@@ -134,7 +135,7 @@ def test_log_softmax_in_the_weights_type(tiny_llama: str) -> None:
     from rl_onoff.types import Rollout
 
     prompt, ids = np.array([5, 6, 7], np.int32), np.array([8, 9, 10], np.int32)
-    options = {"dtype": "bfloat16", "logprob_dtype": "weights"}
+    options = {"dtype": "bfloat16", "logprob_dtype": "weights", "device": "cpu"}
     config = {"backend_type": "huggingface", "model_name": tiny_llama, "backend_specific": options}
     with create_backend(config) as backend:
         (scores,) = backend.score([Rollout(request_id="a", sample=0, prompt_ids=prompt, token_ids_T=ids)])

@@ -194,3 +194,10 @@ def test_requests_of_one_id_are_refused():
             list(backend.complete([sample_requests(id="a", prompt_ids=ids, sampling=Sampling(max_new_tokens=1))] * 2))
         with pytest.raises(UsageError, match=r"'a' \(sample 0\) is there twice"):
             list(backend.score([Rollout(request_id="a", sample=0, prompt_ids=ids, token_ids_T=ids)] * 2))
+
+
+def test_sglang_multiplies_in_float32_on_a_gpu_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = engine_configs()["sglang"]
+    assert config(dtype="float32").environment()["TRITON_F32_DEFAULT"] == "ieee"
+    assert "TRITON_F32_DEFAULT" not in config(dtype="bfloat16").environment()

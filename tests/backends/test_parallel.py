@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -93,9 +93,18 @@ def assert_same(got: Any, expected: Any, atol: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_llama: str) -> Any:
+def enough() -> Iterator[None]:
+    """Devices for four ranks: GPUs, or the CPU where there are fewer."""
+    with pytest.MonkeyPatch.context() as patch:
+        if len(visible_gpus()) < 4:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_llama: str, enough: None) -> Any:
     """By one process of HuggingFace."""
-    return made_by("huggingface", tiny_llama)
+    return made_by("huggingface", tiny_llama, worker=True)
 
 
 def test_huggingface_replicas_give_what_one_gives(tiny_llama, alone):
@@ -117,6 +126,7 @@ def ranks_of(backend: BaseBackend) -> list[psutil.Process]:
     return [child for child in children if not is_helper(child)]
 
 
+@pytest.mark.usefixtures("enough")
 def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whole(tiny_llama):
     options = {"dtype": "bfloat16", "head_dtype": "float32", "tp_size": 2, "batch_size": 60}
     with create_backend(
@@ -145,6 +155,7 @@ def test_a_split_model_has_no_gradients_survives_an_early_end_and_dies_as_a_whol
             np.testing.assert_allclose(scores[expected.key].logits_TV, expected.logits_TV, atol=0.25)
 
 
+@pytest.mark.usefixtures("enough")
 @pytest.mark.parametrize("failing", ["rank 0", "rank 1"])
 def test_an_error_of_one_rank_ends_the_worker_and_leaves_nothing(tiny_llama, failing, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))

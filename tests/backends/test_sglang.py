@@ -39,8 +39,10 @@ def start(model: str, **options: Any) -> BaseBackend:
 
 @pytest.fixture(scope="module")
 def pair(tiny_llama: str) -> Iterator[BaseBackend]:
-    """Two tensor-parallel ranks; the last test that uses it kills one."""
-    with start(tiny_llama, tp_size=2, logprob_kind="scaled") as backend:
+    """Two tensor-parallel ranks (one on a single card); the last test that uses it kills one."""
+    import torch
+
+    with start(tiny_llama, tp_size=min(2, torch.cuda.device_count() or 2), logprob_kind="scaled") as backend:
         yield backend
 
 

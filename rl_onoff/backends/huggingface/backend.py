@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -116,15 +117,17 @@ class HuggingFaceBackend(BaseBackend):
         if "torch" in sys.modules:
             import torch
 
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                gc.collect()  # accelerate, which spreads a model over several devices, makes cycles of its modules
+                torch.cuda.empty_cache()
 
     def _place(self) -> Core:
         config, splits = self.config, self.config.num_devices > 1
         dp_size, on_ray = config.dp_size, config.pool.kind is PoolKind.ray
-        if splits and dp_size is None and config.gpus_per_replica and not on_ray:
-            dp_size = replicas_that_fit(config.num_devices)
         if splits:
             tensor_parallel.check(config)
+            if dp_size is None and config.gpus_per_replica and not on_ray:
+                dp_size = replicas_that_fit(config.num_devices)
             if config.worker is not False and not on_ray:
                 tensor_parallel.announce(dp_size or 1, config.num_devices)
         return place(self, replace(config, dp_size=dp_size), in_worker=splits)  # each of its ranks is a process
@@ -161,7 +164,8 @@ class HuggingFaceBackend(BaseBackend):
                 for hidden in hidden_RD.split(rows):
                     self._split.head(hidden)
                 return []
-            token_ids_R = torch.as_tensor(np.concatenate([r.token_ids_T for r in batch]), device=hidden_RD.device)
+            ids_R = np.concatenate([r.token_ids_T for r in batch])
+            token_ids_R = torch.as_tensor(ids_R, device=self._split.head_device)
             stats = stats_of_hidden(hidden_RD, self._split.head, token_ids_R, want, rows=rows, low=low)
         return self._shares(stats, batch)
 

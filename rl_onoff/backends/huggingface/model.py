@@ -111,11 +111,16 @@ class SplitModel:
         config = self.whole.config.get_text_config()
         return packed.hidden(self.body, config, packed.Packed.of(rollouts, self.device))
 
+    @property
+    def head_device(self) -> Any:
+        """Where logits are: of a model over several devices not always where its hidden states are."""
+        return self._lm_head.weight.device
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states of any leading shape."""
         from torch.func import functional_call
 
-        hidden = hidden.to(device=self._lm_head.weight.device, dtype=self._head_dtype)
+        hidden = hidden.to(device=self.head_device, dtype=self._head_dtype)
         logits = functional_call(self._lm_head, self._head_weights, (hidden,))
         if self._scale is not None:  # Cohere's
             logits = logits * self._scale

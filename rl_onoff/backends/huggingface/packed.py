@@ -107,7 +107,8 @@ def hidden(body: Any, config: Any, packed: Packed) -> Tensor:
     """Hidden states (R, D) at the positions that give the response tokens."""
     with _attention(config):
         inputs = {"input_ids": packed.ids_1L, "position_ids": packed.positions_1L, "use_cache": False}
-        return body(**inputs, segments=packed.segments).last_hidden_state[0, packed.rows_R]
+        states_LD = body(**inputs, segments=packed.segments).last_hidden_state[0]
+        return states_LD[packed.rows_R.to(states_LD.device)]
 
 
 @contextmanager
@@ -138,14 +139,15 @@ def _attend(
     parts = []
     for segment in segments:
         keys, values = key[:, segment.own], value[:, segment.own]
-        if segment.mask_TC is not None:
+        mask_TC = None if segment.mask_TC is None else segment.mask_TC.to(query.device)
+        if mask_TC is not None:
             keys, values = (
                 torch.cat([whole[:, segment.prompt], own], 1) for whole, own in ((key, keys), (value, values))
             )
         parts.append(
             torch.nn.functional.scaled_dot_product_attention(
-                query[None, :, segment.own], keys[None], values[None], attn_mask=segment.mask_TC,
-                is_causal=segment.mask_TC is None, scale=scaling,
+                query[None, :, segment.own], keys[None], values[None], attn_mask=mask_TC,
+                is_causal=mask_TC is None, scale=scaling,
             )
         )  # fmt: skip
     return torch.cat(parts, 2).transpose(1, 2), None

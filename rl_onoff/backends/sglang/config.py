@@ -30,7 +30,13 @@ class SGLangBackendConfig(EngineConfig):
     """Compute token statistics inside the engine; false takes them through the engine's public API, slowly."""
     switches: ClassVar[tuple[Switch, ...]] = (
         Switch("attention_triton", "Triton's attention", {"attention_backend": "triton"}, "gpu", ""),
-        Switch("attention_native", "torch's own attention", {"attention_backend": "torch_native"}, "gpu", ""),
+        Switch(
+            "attention_native",
+            "torch's own attention, kernels that follow the batch",
+            {"attention_backend": "torch_native", "enable_deterministic_inference": False},
+            "gpu",
+            "",
+        ),
         Switch("tf32", "float32 without TF32", {"enable_tf32_matmul": None}, "set", ""),
         Switch("compilation", "no CUDA graphs", {"disable_cuda_graph": True, "enable_torch_compile": None}, "gpu", ""),
         Switch("prefix_cache", "no prefix cache", {"disable_radix_cache": True}),
@@ -76,6 +82,8 @@ class SGLangBackendConfig(EngineConfig):
             if self.num_devices > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
                 # else every rank wants a NUMA node of its own
                 values["SGLANG_CPU_OMP_THREADS_BIND"] = cores_by_rank(self.num_devices)
+        elif self.weights_dtype == "float32":
+            values["TRITON_F32_DEFAULT"] = "ieee"  # its kernels would multiply in TF32
         return values
 
     def arguments(self) -> dict[str, Any]:
@@ -113,6 +121,8 @@ class SGLangBackendConfig(EngineConfig):
                 raise UsageError(f"{why}: set model.merge_adapter=true, or that of this engine") from error
         if torch.cuda.is_available():
             arguments["enable_deterministic_inference"] = True  # a response must not depend on its batch
+            if self.weights_dtype == "float32":
+                arguments["attention_backend"] = "triton"  # the deterministic mode's own choice takes 16 bits alone
         else:
             # a CPU has no deterministic mode: SGLang refuses its attention there, and in float32 the batch changes
             # nothing that counts. A scheduler without work that did not sleep would keep a core busy
