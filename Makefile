@@ -55,7 +55,7 @@ test-fast: $(VENV)/.dev ## the tests that need neither vLLM nor SGLang nor a bro
 	$(BIN)/python -m pytest -m "not vllm and not sglang and not browser" $(PYTEST_ARGS)
 
 # run one after the other, since each takes the whole machine; the rows they print are gathered in build/bench.md
-BENCHMARKS := "hf_generate.py --tokens 50" "hf_score.py --prompts 4 --rounds 2" \
+BENCHMARKS := "hf_generate.py --rounds 1" "hf_score.py --prompts 4 --rounds 2" \
               "engine_generate.py vllm --prompts 16 --rounds 2" \
               "engine_generate.py sglang --prompts 16 --rounds 2 --python .venv-sglang/bin/python" \
               "vllm_stats.py --rounds 2" "sglang_stats.py --rounds 2" "startup.py --rounds 2" "compare.py --rounds 2"
