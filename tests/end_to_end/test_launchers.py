@@ -193,7 +193,7 @@ def test_a_trial_that_fails_does_not_stop_optuna(tmp_path: Path) -> None:
 REFUSED = {
     "metric=null": "this sweeper needs the name of the number it optimises: set metric=onoff/kl_k3, for example",
     "metric=onoff/kl_k33": "metric=onoff/kl_k33 is no number of a run: set metric=onoff/kl_k3",
-    "metric=onof/kl_k3": "score, onoff, matrix, attribute, acceptance: set metric=onoff/kl_k3",
+    "metric=onof/kl_k3": "score, onoff, matrix, attribute, layers, acceptance: set metric=onoff/kl_k3",
     "metric=kl": "set metric=onoff/kl_k3",
     "metric=matrix/kl_k3_max": "a number that this experiment does not find: set experiment=matrix, or another metric",
 }
