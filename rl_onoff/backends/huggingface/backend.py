@@ -61,6 +61,8 @@ class HuggingFaceBackend(BaseBackend):
         if self.config.num_devices > 1 and self._ranks.leads:
             self._ranks = Ranks.start(type(self), self.config)
         self._split = load(self.config)
+        if not self._ranks.alone:
+            _ = self._split.packs  # a forward pass of all ranks, which rank 0 alone would wait in for ever
         self._limits = Limits.of(self.config, self._split)
         model = self._split.whole
         return EngineInfo(
