@@ -7,6 +7,7 @@ pool of workers) is decided by placement.py and is not the engine's business.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from rl_onoff.errors import EngineError, MissingDependencyError, UsageError, plu
 from rl_onoff.types import Key, LogprobKind, Rollout, SampleRequest, Sampling, TokenScores, Want
 
 log = logging.getLogger(__name__)
+
+atexit.register(gc.unfreeze)  # else Triton, imported while `no_collection` held, tells of leaks as the process ends
 
 
 class CoreBackend(Core):
