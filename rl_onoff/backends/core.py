@@ -243,9 +243,10 @@ def no_collection() -> Iterator[None]:
     gc.disable()
     try:
         yield
-    finally:
         if collects:
             gc.freeze()
+    finally:
+        if collects:
             gc.enable()
 
 

@@ -137,8 +137,7 @@ def test_gradients_reach_the_adapter_and_the_weights(tiny_llama: str, adapter: s
     with huggingface(tiny_llama, dtype="float32", adapter=adapter) as backend:
         logits = backend.get_logits([5, 6, 7], [8, 9], compute_gradients=True)
         logits.log_softmax(-1)[0, 8].backward()
-        found = {name: weight.cpu() for name, weight in backend._split.whole.named_parameters()}
-        grads = {name: weight.grad for name, weight in backend._split.whole.cpu().named_parameters()}
+        found = dict(backend._split.whole.cpu().named_parameters())
         layer = "model.layers.0.self_attn.q_proj"
         expected = by_hand.requires_grad_(True)
         expected.zero_grad()
@@ -146,9 +145,9 @@ def test_gradients_reach_the_adapter_and_the_weights(tiny_llama: str, adapter: s
 
         expected(torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2].log_softmax(-1)[8].backward()
         whole = expected.get_submodule(layer).weight.grad
-        np.testing.assert_allclose(grads[f"{layer}.base_layer.weight"], whole, atol=1e-5)
+        np.testing.assert_allclose(found[f"{layer}.base_layer.weight"].grad, whole, atol=1e-5)
         b = found[f"{layer}.lora_B.default.weight"].detach()
-        np.testing.assert_allclose(grads[f"{layer}.lora_A.default.weight"], ALPHA / RANK * b.T @ whole, atol=1e-5)
+        np.testing.assert_allclose(found[f"{layer}.lora_A.default.weight"].grad, ALPHA / RANK * b.T @ whole, atol=1e-5)
         by_hand.requires_grad_(False)
 
 
